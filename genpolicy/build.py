@@ -1,0 +1,128 @@
+"""From an experiment to live objects, and a policy to its folder and back."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from genpolicy import chain
+from genpolicy.chain import Chain
+from genpolicy.config import ChainConfig, ConfigError, Experiment, decode, leaf, make, nearest, settings
+from genpolicy.policy import ChainPolicy, Model
+from genpolicy.reward import Reward, WeightedRewards
+
+SAMPLER = "genpolicy.json"
+"""Beside a saved policy: how to load it again, and the sampler that it is deployed with."""
+
+
+def make_kernel(raw: Mapping[str, Any]) -> Any:
+    """A kernel or solver of genpolicy.chain by name (ddim, sde, cps, consistency, heun, dpmsolver), or a dotted path."""
+    name = raw.get("name")
+    if not isinstance(name, str):
+        raise ConfigError("chain: kernel needs a name, for example {name: ddim, eta: 1.0}")
+    if ":" in name:
+        return decode(leaf("kernels", name), settings(raw), f"kernel {name}")
+    valid: dict[str, Callable[..., Any]] = {
+        attribute.lower(): entry
+        for attribute, entry in vars(chain).items()
+        if isinstance(entry, type) and any(hasattr(entry, method) for method in ("coefficients", "integrate"))
+    }
+    if name not in valid:
+        raise ConfigError(f"there is no kernel {name!r}{nearest(name, list(valid))}")
+    inner = {key: make_kernel(value) if key == "kernel" else value for key, value in settings(raw).items()}
+    known = [f.name for f in dataclasses.fields(valid[name])]  # type: ignore[arg-type]
+    for key in inner:
+        if key not in known:
+            raise ConfigError(f"kernel {name} has no key {key!r}{nearest(key, known)}")
+    try:
+        return valid[name](**inner)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"kernel {name} does not fit: {error}") from None
+
+
+def make_rewards(raw: Mapping[str, Any]) -> Any:
+    """The reward section, name -> weight or {weight, settings...}, as `WeightedRewards`."""
+    rewards: dict[str, tuple[Any, float]] = {}
+    for name, value in raw.items():
+        section = value if isinstance(value, dict) else {"weight": value}
+        weight = section.get("weight", 1.0)
+        if not isinstance(weight, int | float):
+            raise ConfigError(f"reward {name}: its weight must be a number, got {weight!r}")
+        rewards[name.rpartition(":")[2]] = (make("rewards", {"name": name, **section}), float(weight))
+    if not rewards:
+        raise ConfigError("the reward section names no reward")
+    return WeightedRewards(rewards)
+
+
+def make_policy(model: Model, sampler: ChainConfig) -> ChainPolicy:
+    """A model with a sampler; a sampler that does not fit the model's schedule raises `ConfigError`."""
+    window = tuple(sampler.window) if sampler.window is not None else None
+    try:
+        grid = model.grid(sampler.steps)
+        built = Chain(model.schedule, grid, make_kernel(sampler.kernel), window=window)
+        interval = tuple(sampler.guidance_interval or (0.0, float("inf")))
+        policy = ChainPolicy(model, built, sampler.guidance, interval, sampler.negative_gradient)
+        for k in built.stochastic:
+            policy.std(k)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"chain: {error}") from None
+    if sampler.window_size is not None and not 1 <= sampler.window_size <= len(built.stochastic):
+        raise ConfigError(
+            f"chain: window_size {sampler.window_size} does not fit into the window of {len(built.stochastic)} steps"
+        )
+    return policy
+
+
+def deployed_sampler(rollout: ChainConfig, overrides: Mapping[str, Any]) -> ChainConfig:
+    """The sampler that is evaluated and saved: the rollout's steps and guidance with the ODE, unless overridden."""
+    ode = replace(rollout, kernel={"name": "ddim", "eta": 0.0}, window=None, window_size=None)
+    return decode(ChainConfig, {**dataclasses.asdict(ode), **overrides}, "eval: sampler")
+
+
+def save_policy(policy: ChainPolicy, experiment: Experiment, sampler: ChainConfig, folder: Path) -> None:
+    """Write the policy in its ecosystem's format with its sampler beside it; the folder is replaced in one move."""
+    staged = folder.with_name(folder.name + ".staged")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    policy.model.save(staged)
+    description = {"policy": experiment.policy, "chain": dataclasses.asdict(sampler)}
+    (staged / SAMPLER).write_text(json.dumps(description, indent=1) + "\n")
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+        os.rename(staged, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(staged, folder)
+
+
+def load(path: str | Path, **overrides: Any) -> ChainPolicy:
+    """Load a policy with its deployed sampler: a run's folder (its policy/), a saved policy folder, or a shipped asset.
+
+    overrides: keys of `ChainConfig` that replace the saved sampler's (steps, guidance, kernel, ...). A plain diffusers folder or hub
+    id has no sampler of its own and gets ChainConfig's ODE.
+    """
+    folder = Path(path)
+    if (folder / "config.yaml").is_file() and (folder / "policy").is_dir():
+        folder = folder / "policy"
+    if (folder / SAMPLER).is_file():
+        try:
+            description = json.loads((folder / SAMPLER).read_text())
+            section, saved = dict(description["policy"]), description["chain"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ConfigError(f"{folder / SAMPLER} is damaged: it must hold the keys policy and chain") from None
+        if section.get("train") == "lora":
+            section["lora"] = {**(section.get("lora") or {}), "start": str(folder)}
+        else:
+            section["pretrained"] = str(folder)
+    else:
+        section, saved = {"name": "diffusers_pipeline", "pretrained": str(path)}, {"kernel": {"name": "ddim", "eta": 0.0}}
+    sampler = decode(ChainConfig, {**saved, **overrides}, "the sampler")
+    return make_policy(make("models", section), sampler)

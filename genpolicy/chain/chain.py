@@ -1,0 +1,225 @@
+"""The chain: sample it, and score the stored steps again through the very same transition."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from genpolicy.chain.kernel import DDIM, Kernel, transition
+from genpolicy.chain.noise import PRIOR, Noise
+from genpolicy.chain.prior import StandardNormal
+from genpolicy.chain.schedule import Schedule, Step, step
+from genpolicy.chain.solver import Solver
+from genpolicy.chain.values import Condition, Denoiser, Gaussian
+
+ODE = DDIM(eta=0.0)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What is kept of B chains: the states around the kept steps ``first`` .. ``first + W - 1``, and the result.
+
+    x [B,W+1,*E] (x[:, j] is the state before kept step j, x[:, j+1] after it), mean [B,W,*E] and std [B,W,*1 or *E] of the
+    transitions that acted, x0 [B,*E] the final sample. ``shared`` = N says that the N consecutive rows of each group have
+    the same x[:, 0]: it is evaluated once per group.
+    """
+
+    condition: Condition
+    x: Tensor
+    mean: Tensor
+    std: Tensor
+    x0: Tensor
+    first: int
+    shared: int = 1
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    @property
+    def steps(self) -> range:
+        """The denoising indices k of the kept steps."""
+        return range(self.first, self.first + self.mean.shape[1])
+
+    def __getitem__(self, rows: slice) -> "Trajectory":
+        """A stretch of rows; where a start is shared it must be whole groups."""
+        start, stop, stride = rows.indices(len(self))
+        if stride != 1 or start % self.shared or stop % self.shared:
+            raise ValueError(f"rows {start}:{stop}:{stride} cut a group of {self.shared} that shares its start")
+        return replace(
+            self,
+            condition=self.condition[rows],
+            x=self.x[rows],
+            mean=self.mean[rows],
+            std=self.std[rows],
+            x0=self.x0[rows],
+        )
+
+    def index(self, k: int) -> int:
+        """Where step k stands among the kept ones; raises if it was not kept."""
+        if k not in self.steps:
+            raise ValueError(f"step {k} was not kept: this trajectory has steps {self.steps.start}..{self.steps.stop - 1}")
+        return k - self.first
+
+    def acted(self, k: int) -> Gaussian:
+        """The Gaussian that acted at step k."""
+        return Gaussian(self.mean[:, self.index(k)], self.std[:, self.index(k)])
+
+    def before(self, k: int) -> Tensor:
+        """x before step k, [B,*E]: what the network saw."""
+        return self.x[:, self.index(k)]
+
+    def after(self, k: int) -> Tensor:
+        """x after step k, [B,*E]: the sample that the Gaussian of step k is scored on."""
+        return self.x[:, self.index(k) + 1]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Gaussian steps along ``grid`` [K+1]: ``kernel`` inside ``window`` = [low, high), the ODE outside.
+
+    By default the last step is outside: it is taken at its mean and not trained (a method that trains it passes
+    window=(0, K)). A `Solver` in the place of the kernel samples the whole grid and keeps no step.
+    """
+
+    schedule: Schedule
+    grid: Tensor
+    kernel: Kernel | Solver = field(default_factory=DDIM)
+    window: tuple[int, int] | None = None
+    prior: StandardNormal = field(default_factory=StandardNormal)
+
+    def __post_init__(self) -> None:
+        low, high = self.stochastic.start, self.stochastic.stop
+        if not 0 <= low <= high <= self.K:
+            raise ValueError(f"window [{low}, {high}) does not lie inside the chain's {self.K} steps")
+
+    @property
+    def K(self) -> int:  # noqa: N802  (the legend's letter)
+        """The number of denoising steps."""
+        return len(self.grid) - 1
+
+    @property
+    def stochastic(self) -> range:
+        """The steps at which the kernel acts."""
+        if isinstance(self.kernel, Solver):
+            return range(0)
+        return range(*self.window) if self.window is not None else range(self.K - 1)
+
+    def step(self, k: int, rows: int, device: torch.device | str = "cpu") -> Step:
+        """The coefficients of step k for a batch: from grid[k] to grid[k+1]."""
+        t, s = (self.grid[j].to(device).expand(rows, *self.grid[j].shape) for j in (k, k + 1))
+        return step(self.schedule, t, s)
+
+    def kernel_at(self, k: int) -> Kernel:
+        """The kernel that acts at step k: the ODE outside the window."""
+        if isinstance(self.kernel, Solver):
+            raise ValueError(f"{type(self.kernel).__name__} is a solver: it samples but has no transition to score")
+        return self.kernel if k in self.stochastic else ODE
+
+    def _act(self, denoiser: Denoiser, x: Tensor, k: int, condition: Condition) -> Gaussian:
+        """The one place that acting and scoring both go through."""
+        here = self.step(k, len(x), x.device)
+        return transition(self.kernel_at(k), x, denoiser(x, here.t, condition), here)
+
+    def transition(self, denoiser: Denoiser, trajectory: Trajectory, k: int) -> Gaussian:
+        """Re-score stored step k: the Gaussian over x after it under ``denoiser``, with gradients if they are on.
+
+        A start that a group shares is evaluated once per group (exact: the rows are equal).
+        """
+        if self.kernel_at(k) is ODE:
+            raise ValueError(f"step {k} is a point (ODE or last step): it has no density and is never trained on")
+        x, condition, shared = trajectory.before(k), trajectory.condition, trajectory.shared
+        if k == trajectory.first and shared > 1:
+            gaussian = self._act(denoiser, x[::shared], k, condition[::shared])
+            return Gaussian(*(v.repeat_interleave(shared, 0) for v in (gaussian.mean, gaussian.std)))
+        return self._act(denoiser, x, k, condition)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoiser: Denoiser,
+        condition: Condition,
+        noise: Noise,
+        shape: tuple[int, ...],
+        *,
+        device: torch.device | str = "cpu",
+        start: tuple[int, Tensor] | None = None,
+        keep: tuple[int, int] | None = None,
+        branch_at: int | None = None,
+        members: int = 1,
+        storage: torch.dtype = torch.float32,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Trajectory:
+        """Sample B rows. ``condition`` and ``noise`` have B rows (group-major, ``members`` = N to a group), shape is E.
+
+        start: (k, x [B,*E]) enters the chain before step k instead of drawing from the prior.
+        keep: [low, high) steps to record, by default the stochastic window.
+        branch_at: the N rows of a group share everything before step ``branch_at`` (0: the initial noise), which is evaluated
+            once per group, as is the network at that step itself.
+        storage: dtype that recorded states are rounded to *before* the chain goes on from them, so that what is scored is what
+            acted.
+        on_step: called with k after each step (progress).
+        """
+        device = torch.device(device)
+        first, x = start if start is not None else (0, None)
+        low, high = keep if keep is not None else (self.stochastic.start, self.stochastic.stop)
+        low, high = max(low, first), max(high, first)
+        if high > self.K:
+            raise ValueError(f"keep [{low}, {high}) does not lie inside the chain's {self.K} steps")
+        shared = members if branch_at is not None else 1
+        if shared > 1 and (len(noise) % members or not first <= branch_at <= low):  # type: ignore[operator]
+            raise ValueError(f"branch_at {branch_at} must lie between the first step {first} and the first kept step {low}")
+        if x is None:
+            draw = noise.trunk(members) if shared > 1 else noise
+            x = self.prior(condition[::shared], shape, self._scale(), device).sample(draw(PRIOR, shape, device))
+        else:
+            x = x[::shared]
+        if isinstance(self.kernel, Solver):
+            return self._solve(denoiser, condition, x.repeat_interleave(shared, 0), first)
+        states: list[Tensor] = []
+        acted: list[Gaussian] = []
+        for k in range(first, self.K):
+            if low <= k <= high:
+                x = x.to(storage).float()
+            branching = shared > 1 and k == branch_at
+            whole = shared == 1 or k > branch_at  # type: ignore[operator]
+            gaussian = self._act(denoiser, x, k, condition if whole else condition[::shared])
+            if branching:
+                x = x.repeat_interleave(shared, 0)
+                gaussian = Gaussian(*(v.repeat_interleave(shared, 0) for v in (gaussian.mean, gaussian.std)))
+            if low <= k < high:
+                states.append(x)
+                acted.append(gaussian)
+            if k in self.stochastic:
+                rows = noise if whole or branching else noise.trunk(members)
+                x = gaussian.sample(rows(k, shape, device))
+            else:
+                x = gaussian.mean
+            if k == high - 1:
+                x = x.to(storage).float()
+                states.append(x)
+            if on_step is not None:
+                on_step(k)
+        if x.shape[0] != len(condition):
+            x = x.repeat_interleave(shared, 0)
+        empty = x[:, None][:, :0]
+        return Trajectory(
+            condition=condition,
+            x=torch.stack(states, 1) if acted else empty,
+            mean=torch.stack([g.mean for g in acted], 1) if acted else empty,
+            std=torch.stack([g.std for g in acted], 1) if acted else empty,
+            x0=x,
+            first=low,
+            shared=shared if branch_at == low else 1,
+        )
+
+    def _scale(self) -> float:
+        """sqrt(alpha^2 + sigma^2) at the first time: the std of x_t there for data of unit variance (1 on flows and VP)."""
+        t = self.grid[:1].flatten()[:1]
+        return float((self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2).sqrt())
+
+    def _solve(self, denoiser: Denoiser, condition: Condition, x: Tensor, first: int) -> Trajectory:
+        assert isinstance(self.kernel, Solver)
+        x0 = self.kernel.integrate(lambda x, t: denoiser(x, t, condition), x, self.schedule, self.grid[first:])
+        empty = x0[:, None][:, :0]
+        return Trajectory(condition, empty, empty, empty, x0, first=0)

@@ -1,0 +1,56 @@
+"""Noise as a pure function of where it is used: never a shared stream.
+
+This is what makes one process equal two, any batch split equal another, and a resumed run equal an uninterrupted one.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PRIOR = -1
+"""The ``k`` of the draw that starts a chain."""
+TRUNK = -1
+"""The ``member`` of the rows that a whole group shares (a common start, the trunk before a branch)."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard normal noise(seed, iteration, group, member, k), drawn per row.
+
+    group, member [B] name the rows. Philox is a counter-based generator: (seed, iteration) is its key and (member, group, k)
+    the upper three words of its counter, so that two different names can't share a stretch of the stream.
+    """
+
+    seed: int
+    iteration: int
+    group: Tensor
+    member: Tensor
+
+    @classmethod
+    def rows(cls, seed: int, iteration: int, groups: Tensor, members: int) -> "Noise":
+        """Noise for ``groups`` [M] of ``members`` = N rows each, group-major: B = M N."""
+        member = torch.arange(members).repeat(len(groups))
+        return cls(seed, iteration, groups.repeat_interleave(members), member)
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def __getitem__(self, index: Tensor | slice) -> "Noise":
+        return Noise(self.seed, self.iteration, self.group[index], self.member[index])
+
+    def trunk(self, members: int) -> "Noise":
+        """One row per group of ``members`` consecutive rows, drawn independently of all of them: [B / members]."""
+        group = self.group[::members]
+        return Noise(self.seed, self.iteration, group, torch.full_like(group, TRUNK))
+
+    def __call__(self, k: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+        """[B,*shape] fp32 standard normal for step ``k`` (``PRIOR`` for the start of the chain)."""
+        draws = np.empty((len(self), *shape), dtype=np.float32)
+        key = np.array([self.seed, self.iteration], dtype=np.int64).astype(np.uint64)
+        for row, (group, member) in enumerate(zip(self.group.tolist(), self.member.tolist(), strict=True)):
+            counter = np.array([0, member + 1, group, k + 1], dtype=np.int64).astype(np.uint64)
+            generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+            generator.standard_normal(dtype=np.float32, out=draws[row])
+        return torch.from_numpy(draws).to(device)

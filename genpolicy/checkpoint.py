@@ -1,0 +1,62 @@
+"""Checkpoints: written whole or not at all, read with care, one run to a folder."""
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from genpolicy.config import ConfigError
+
+STATE = "state.pt"
+
+
+def write(folder: Path, iteration: int, state: Any, keep: int = 2) -> None:
+    """checkpoints/ITERATION/state.pt by staging and one rename; only the last ``keep`` stay."""
+    root = folder / "checkpoints"
+    staged = root / f".{iteration}.staged"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    with open(staged / STATE, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    final = root / str(iteration)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(staged, final)
+    for old in _iterations(root)[:-keep]:
+        shutil.rmtree(root / str(old))
+
+
+def _iterations(root: Path) -> list[int]:
+    return sorted(int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit()) if root.is_dir() else []
+
+
+def latest(folder: Path) -> Any | None:
+    """The newest checkpoint's state on the CPU, or None; a damaged one raises one sentence that says what to do."""
+    iterations = _iterations(folder / "checkpoints")
+    if not iterations:
+        return None
+    path = folder / "checkpoints" / str(iterations[-1])
+    try:
+        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except Exception:
+        older = f" to resume from iteration {iterations[-2]}" if len(iterations) > 1 else " to start again"
+        raise ConfigError(f"checkpoint {path} is damaged (cut short or not ours): delete that folder{older}") from None
+
+
+_held: list[IO[str]] = []
+
+
+def lock(folder: Path) -> None:
+    """Hold the folder for the life of this process; a second run in it raises. However the process ends, the lock goes with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")  # noqa: SIM115  (held open on purpose)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ConfigError(f"folder {folder} is in use by another run: choose another output") from None
+    _held.append(file)

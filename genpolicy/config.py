@@ -1,0 +1,273 @@
+"""Experiments: a YAML, dataclasses, and the leaves they name. Two passes: names first, then the leaves' own dataclasses.
+
+A leaf is found by its file name (``method: grpo_guard`` is genpolicy/methods/grpo_guard.py) or by a dotted path
+(``mypkg.mod:fn``). Its entry is the class or function of that file whose name equals the file's, underscores and case aside.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import draccus
+import yaml
+
+from genpolicy import resources
+
+KINDS = ("methods", "models", "rewards", "tasks")
+SHIPPED = ("assets/", "configs/", "robots/")
+
+
+class ConfigError(ValueError):
+    """What is wrong with what the user asked for, in one sentence."""
+
+
+def nearest(word: str, valid: Sequence[str]) -> str:
+    """'; did you mean a, b?' or '; valid are ...', for error messages."""
+    close = difflib.get_close_matches(word, valid, n=3)
+    return f"; did you mean {', '.join(close)}?" if close else f"; valid are {', '.join(sorted(valid))}"
+
+
+def choice(what: str, value: str, valid: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of ``valid``."""
+    if value not in valid:
+        raise ConfigError(f"{what} is {value!r}{nearest(value, valid)}")
+
+
+@dataclass
+class ChainConfig:
+    """The sampler: how noise becomes a sample.
+
+    steps: denoising steps K. kernel: {name, ...}: a class of genpolicy.chain (ddim, sde, cps, heun, dpmsolver, ...) or a dotted
+    path. guidance: classifier-free scale, 1 is none. guidance_interval: [low, high] noise times it acts in. negative_gradient: train
+    through the unconditional branch too, as some public scripts do (off: its backward is saved). window: [low, high)
+    steps at which the kernel acts (default: all but the last), the ODE elsewhere. window_size: if set, that many consecutive
+    steps are drawn from the window anew for every iteration.
+    """
+
+    steps: int = 10
+    kernel: dict[str, Any] = field(default_factory=lambda: {"name": "ddim", "eta": 1.0})
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    negative_gradient: bool = False
+    window: tuple[int, int] | None = None
+    window_size: int | None = None
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and what surrounds it.
+
+    lr at its peak; warmup: updates of linear rise; final: the cosine ends at this share of lr (1: constant); max_grad_norm: global
+    norm clip; ema: decay of the averaged weights that are evaluated and saved (0: none), min((1+n)/(10+n), ema) after update n.
+    betas, eps, weight_decay: AdamW's.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    warmup: int = 0
+    final: float = 1.0
+    ema: float = 0.0
+
+
+@dataclass
+class BudgetConfig:
+    """When to stop: at the first of these. nfe: network evaluations; seconds: of wall-clock training, evaluation aside."""
+
+    iterations: int | None = None
+    nfe: float | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class EvalConfig:
+    """Periodic evaluation with the deployed sampler, on its own prompts and one fixed noise.
+
+    every: iterations between evaluations (0: only before and after). prompts: file, one a line (default: the task's). samples: images.
+    select: the metric that decides policy_best. sampler: overrides of `chain` for the deployed sampler (default: the same steps and
+    guidance with the ODE). seed: of the evaluation noise, the same for every run that is to be compared.
+    """
+
+    every: int = 20
+    prompts: str | None = None
+    samples: int = 256
+    select: str | None = None
+    sampler: dict[str, Any] = field(default_factory=dict)
+    seed: int = 1_000_003
+
+
+@dataclass
+class Experiment:
+    """One experiment = one YAML. The resolved form is written to the run's folder and is the file to resume from."""
+
+    policy: dict[str, Any]
+    task: dict[str, Any]
+    reward: dict[str, Any]
+    method: dict[str, Any]
+    chain: ChainConfig = field(default_factory=ChainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(iterations=100))
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    micro_batch: int | str = "auto"  # rows of one forward and backward; auto: all, halved when memory runs out
+    checkpoint_every: int = 20  # iterations between checkpoints
+    trackers: list[str] = field(default_factory=list)  # accelerate's: tensorboard, wandb, ...
+    seed: int = 0
+    output: str = "runs/experiment"
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a path or a shipped config's bare name."""
+    try:
+        found = resources.find_config(str(path))
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        raw = yaml.safe_load(found.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} is not an experiment: it must be a YAML mapping with keys policy, task, reward, method")
+    return raw
+
+
+def override(raw: dict[str, Any], dotted: str) -> None:
+    """Apply one ``--a.b=c`` to a raw config in place; the value is read as YAML (1e-4 is a number)."""
+    key, equals, text = dotted.removeprefix("--").partition("=")
+    if not dotted.startswith("--") or not equals or not key:
+        raise ConfigError(f"override {dotted!r} is not of the form --section.key=value")
+    *sections, last = key.split(".")
+    at: Any = raw
+    for section in sections:
+        if isinstance(at.get(section), str):
+            at[section] = {"name": at[section]}
+        at = at.setdefault(section, {})
+        if not isinstance(at, dict):
+            raise ConfigError(f"override {dotted!r}: {section} is a plain value and has no key {last!r}")
+    at[last] = _number(yaml.safe_load(text))
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as a string: read such strings, also nested ones, as the numbers they are meant to be."""
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, str):
+        try:
+            return float(value) if not value[:1].isalpha() else value
+        except ValueError:
+            return value
+    return value
+
+
+def parse(raw: Mapping[str, Any]) -> Experiment:
+    """A raw mapping to an `Experiment`; unknown keys, wrong types and missing sections raise `ConfigError`."""
+    raw = _number(dict(raw))
+    for section in ("policy", "task", "method"):
+        if isinstance(raw.get(section), str):
+            raw[section] = {"name": raw[section]}
+    if isinstance(raw.get("reward"), str):
+        raw["reward"] = {raw["reward"]: 1.0}
+    return decode(Experiment, raw, "the experiment")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read a YAML, apply the command line's overrides, and parse."""
+    raw = read_yaml(path)
+    for dotted in overrides:
+        override(raw, dotted)
+    return parse(raw)
+
+
+def decode[T](kind: type[T], raw: Mapping[str, Any], where: str) -> T:
+    """A mapping to the dataclass ``kind``, strictly; every complaint is one sentence that names the key."""
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
+    for key in raw:
+        if key not in fields:
+            raise ConfigError(f"{where} has no key {key!r}{nearest(str(key), list(fields))}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in raw:
+            raise ConfigError(f"{where} needs the key {name!r}")
+    hints = typing.get_type_hints(kind)
+    for key, value in raw.items():
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            decode(hints[key], value, f"{where}: {key}" if where != "the experiment" else key)  # type: ignore[arg-type]
+    try:
+        return draccus.decode(kind, dict(raw))
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where} does not fit: {reason}") from None
+
+
+def names(kind: str) -> list[str]:
+    """The shipped leaves of a kind, by file name."""
+    package = importlib.import_module(f"genpolicy.{kind}")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def leaf(kind: str, name: str) -> Any:
+    """The entry of a leaf: the class or function of genpolicy/<kind>/<name>.py, or of a dotted path ``pkg.mod:entry``."""
+    if ":" in name:
+        module_name, _, entry = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module_name), entry)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"{kind[:-1]} {name!r} can't be imported: {error}") from None
+    if name not in names(kind):
+        raise ConfigError(f"there is no {kind[:-1]} {name!r}{nearest(name, names(kind))} (or a dotted path pkg.mod:entry)")
+    module = importlib.import_module(f"genpolicy.{kind}.{name}")
+    plain = name.replace("_", "")
+    for attribute in vars(module):
+        if attribute.lower().replace("_", "") == plain and callable(getattr(module, attribute)):
+            return getattr(module, attribute)
+    raise ConfigError(f"genpolicy/{kind}/{name}.py has no class or function named like the file")
+
+
+def settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A leaf's own settings, with shipped paths (assets/..., configs/..., robots/...) resolved."""
+    return {key: _resolve(value) for key, value in raw.items() if key not in ("name", "weight")}
+
+
+def _resolve(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(SHIPPED):
+        try:
+            return str(resources.path(value))
+        except FileNotFoundError as error:
+            raise ConfigError(str(error)) from None
+    if isinstance(value, dict):
+        return {key: _resolve(item) for key, item in value.items()}
+    return value
+
+
+def make(kind: str, raw: Mapping[str, Any]) -> Any:
+    """Build a leaf from its section: a dataclass is decoded strictly, a plain function is returned as it is."""
+    if not isinstance(raw.get("name"), str):
+        raise ConfigError(f"the {kind[:-1]} section needs a name; valid are {', '.join(names(kind))}")
+    entry = leaf(kind, raw["name"])
+    if dataclasses.is_dataclass(entry):
+        return decode(entry, settings(raw), f"{kind[:-1]} {raw['name']}")
+    if settings(raw):
+        raise ConfigError(f"{kind[:-1]} {raw['name']} takes no settings, got {', '.join(settings(raw))}")
+    return entry
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """The resolved experiment as YAML."""
+    return yaml.safe_dump(_lists(dataclasses.asdict(experiment)), sort_keys=False)
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,105 @@
+"""Evaluation of a policy's deployed sampler on fixed prompts and one fixed noise."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genpolicy.chain import Noise
+from genpolicy.policy import ChainPolicy
+from genpolicy.reward import Context, WeightedRewards
+from genpolicy.rollout import collect
+
+EVALUATION = -1
+"""The ``iteration`` of evaluation noise: training never draws from it."""
+THUMBNAIL = 32
+SHOWN = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """S samples: sample i answers prompt i mod P. parts: name -> Float64[S]; outputs: the first ones, for looking at.
+
+    diversity: within a prompt, the root mean square over pixels of the samples' std (in 0..1), on 32-pixel thumbnails, averaged
+    over prompts; NaN where no prompt has two samples.
+    """
+
+    prompts: tuple[str, ...]
+    outputs: Tensor
+    parts: dict[str, Tensor]
+    diversity: float
+
+    @property
+    def samples(self) -> int:
+        return len(self.prompts)
+
+    def metrics(self) -> dict[str, Any]:
+        """reward/<name> and its 95 % interval (Wilson for 0/1 rewards, normal otherwise), and the diversity."""
+        result: dict[str, Any] = {}
+        for name, value in self.parts.items():
+            result[f"reward/{name}"] = float(value.mean())
+            result[f"ci95/{name}"] = list(interval(value))
+        return {**result, "diversity": self.diversity, "n": self.samples}
+
+
+def interval(value: Tensor, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of the mean of [S] values: Wilson's for rates (every value 0 or 1), the normal one otherwise."""
+    n, mean = len(value), float(value.mean())
+    if bool(((value == 0) | (value == 1)).all()):
+        centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z / (1 + z**2 / n) * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
+    else:
+        centre, half = mean, z * float(value.std(correction=0)) / math.sqrt(n)
+    return centre - half, centre + half
+
+
+def evaluate(
+    policy: ChainPolicy,
+    reward: WeightedRewards,
+    *,
+    prompts: Sequence[str],
+    samples: int,
+    seed: int,
+    process: tuple[int, int] = (0, 1),
+    gather: Callable[[Tensor], Tensor] = lambda value: value,
+    batch: int = 256,
+) -> Evaluation:
+    """Sample ``samples`` outputs, prompt i mod P each, and judge them. Noise is named by prompt and repetition: any batch size and
+    any number of processes (``process`` = (index, count), ``gather`` concatenates rows of all) draw the same samples.
+    """
+    index, count = process
+    share = math.ceil(samples / count)
+    mine = [min(i, samples - 1) for i in range(index * share, (index + 1) * share)]
+    outputs, parts, thumbnails = [], [], []
+    for start in range(0, share, batch):
+        chunk = torch.tensor(mine[start : start + batch])
+        context = Context([prompts[i % len(prompts)] for i in chunk.tolist()])
+        noise = Noise(seed, EVALUATION, chunk % len(prompts), chunk // len(prompts))
+        judged = collect(policy, context, reward, noise, members=1, keep=(0, 0))
+        pixels = judged.outputs.float().cpu()
+        thumbnails.append(_thumbnail(pixels))
+        parts.append({**judged.parts, "total": reward.total(judged.parts)})
+        if sum(map(len, outputs)) < SHOWN:
+            outputs.append(pixels)
+    names = list(parts[0])
+    gathered = {name: gather(torch.cat([p[name] for p in parts]))[:samples] for name in names}
+    asked = tuple(prompts[i % len(prompts)] for i in range(samples))
+    diversity = _diversity(gather(torch.cat(thumbnails))[:samples], len(prompts))
+    return Evaluation(asked, torch.cat(outputs)[:SHOWN], gathered, diversity)
+
+
+def _thumbnail(outputs: Tensor) -> Tensor:
+    """[B,...,H,W] -> [B,D]: every frame and channel pooled to at most 32 x 32."""
+    size = [min(THUMBNAIL, side) for side in outputs.shape[-2:]]
+    return F.adaptive_avg_pool2d(outputs.flatten(1, -3), size).flatten(1)
+
+
+def _diversity(thumbnails: Tensor, prompts: int) -> float:
+    spreads = [
+        group.var(0).mean().sqrt() for p in range(min(prompts, len(thumbnails))) if len(group := thumbnails[p::prompts]) > 1
+    ]
+    return float(torch.stack(spreads).mean()) if spreads else math.nan

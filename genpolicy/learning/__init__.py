@@ -1,0 +1,1 @@
+"""The pure pieces of reinforcement learning: advantages and objectives."""

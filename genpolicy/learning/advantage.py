@@ -1,0 +1,73 @@
+"""Advantages: from rewards to how much better than expected each row was. Pure functions on fp64 tensors.
+
+Rewards come as [M,N]: M groups of N members (one prompt, or one start state, each).
+"""
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scale = Literal["group", "all", "none"]
+
+
+def group_relative(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -> Tensor:
+    """A = (R - mean of the group) / (std + eps), [M,N] -> [M,N]; std is biased (ddof 0).
+
+    scale: "group" the group's std (GRPO, arXiv 2402.03300; GRPO-Guard's configs), "all" the std of every reward of the
+    iteration (flow_grpo's global_std, its SD3 default), "none" divides by nothing (Dr. GRPO, arXiv 2503.20783). eps: flow_grpo
+    stat_tracking.py. A group whose rewards are all equal gives zeros.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if scale == "none":
+        return centred
+    if scale == "group":
+        return centred / (rewards.std(1, correction=0, keepdim=True) + eps)
+    if scale == "all":
+        return centred / (rewards.std(correction=0) + eps)
+    raise ValueError(f"advantage scale is {scale!r}; valid are 'group', 'all', 'none'")
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """RLOO (arXiv 2402.14740): A_i = R_i - mean of the others in its group = N/(N-1) (R_i - mean), [M,N] -> [M,N]."""
+    members = rewards.shape[1]
+    if members < 2:
+        raise ValueError("leave-one-out needs at least 2 members in a group")
+    return (rewards - rewards.mean(1, keepdim=True)) * members / (members - 1)
+
+
+def z_sum(parts: Sequence[Tensor], weights: Sequence[float], eps: float = 1e-4) -> Tensor:
+    """Sum of per-reward group z-scores (MixGRPO's advantage_aggr), each [M,N]: a reward counts by weight, not by its scale."""
+    scored = (weight * group_relative(part, "group", eps) for part, weight in zip(parts, weights, strict=True))
+    return torch.stack(list(scored)).sum(0)
+
+
+class PromptHistory:
+    """Per-prompt running statistics (DDPO): A = (R - mean)/(std + 1e-6) over the prompt's last ``size`` rewards.
+
+    While a prompt has fewer than ``min_count`` of them, the whole batch's mean and std are used instead (ddpo-pytorch
+    stat_tracking.py: buffer_size 16 or 32, min_count 16). It has a state_dict, so that Run can save and resume it.
+    """
+
+    def __init__(self, size: int = 32, min_count: int = 16) -> None:
+        self.size, self.min_count = size, min_count
+        self.history: dict[Hashable, deque[float]] = {}
+
+    def __call__(self, rewards: Tensor, prompts: Sequence[Hashable]) -> Tensor:
+        """rewards [M,N] with M prompts -> [M,N]; the rewards enter the history first."""
+        rows: list[Tensor] = []
+        for prompt, row in zip(prompts, rewards, strict=True):
+            self.history.setdefault(prompt, deque(maxlen=self.size)).extend(row.tolist())
+        for prompt, row in zip(prompts, rewards, strict=True):
+            seen = torch.tensor(list(self.history[prompt]), dtype=rewards.dtype)
+            pool = seen if len(seen) >= self.min_count else rewards
+            rows.append((row - pool.mean()) / (pool.std(correction=0) + 1e-6))
+        return torch.stack(rows)
+
+    def state_dict(self) -> dict[Hashable, list[float]]:
+        return {prompt: list(values) for prompt, values in self.history.items()}
+
+    def load_state_dict(self, state: dict[Hashable, list[float]]) -> None:
+        self.history = {prompt: deque(values, maxlen=self.size) for prompt, values in state.items()}

@@ -1,0 +1,1 @@
+"""Methods: one paper, one file that reads like its pseudo-code, found by file name."""

@@ -1,0 +1,80 @@
+"""GRPO-Guard (arXiv 2510.22319): GRPO with a ratio that is centred and gradients that are flat over the denoising steps.
+
+Under the policy that acted, the plain log-ratio has mean -r^2/2 with r = rms(D)/s, D = mean_new - mean_old: it depends on the step
+and lies below 0, so that rows with A > 0 hardly ever meet the upper clip. RatioNorm removes the bias and the 1/s,
+
+    log rho_hat = s (log rho + D^2/(2 s^2)) = mean over E of noise D,        noise = (x_s - mean_old) / s
+
+and the gradient reweight divides each step's loss by how much the step amplifies the network, |kappa| = |d mean / d output|:
+
+    loss = mean over rows and steps of  1/|kappa_k| max(-A rho_hat, -A clip(rho_hat, 1-eps, 1+eps)) + beta KL
+
+Differs from Flow-GRPO in these two places. Differs from the public code (yifan123/flow_grpo train_sd3_GRPO_Guard.py): the bias is each
+row's own, not the batch's mean; s is the total std, so that it holds for every kernel; the published weight 1/dt is
+``weight: 1/dt`` (for the flow SDE kappa is proportional to dt except at the first step).
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from genpolicy.chain.values import Gaussian, Reduce
+from genpolicy.config import ConfigError, choice
+from genpolicy.learning.advantage import Scale, group_relative
+from genpolicy.learning.objective import clip_metrics, clipped_surrogate, guard_log_ratio, mean_kl
+from genpolicy.rollout import Scored
+from genpolicy.run import Run
+
+
+@dataclass
+class GRPOGuard:
+    """Hyper-parameters; sources are flow_grpo's config/grpo_guard.py unless said.
+
+    groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps per pass over a rollout (2). epochs:
+    passes (1). clip: eps of rho_hat, unitless, read beside ``reduce`` (2e-6 OCR and GenEval, 4e-6 PickScore, with "mean"; aim at a clip
+    fraction of .1....3). reduce: over event dims. advantage: what divides the centred rewards (global_std=False: "group").
+    advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at step 0 (0). weight: "1/gain", or the published "1/dt".
+    shared_prefix: the group shares the chain before the window.
+    """
+
+    groups: int = 48
+    group: int = 24
+    updates: int = 2
+    epochs: int = 1
+    clip: float = 2e-6
+    reduce: Reduce = "mean"
+    advantage: Scale = "group"
+    advantage_clip: float = 5.0
+    beta: float = 0.0
+    weight: str = "1/gain"
+    shared_prefix: bool = False
+
+    def __post_init__(self) -> None:
+        choice("method grpo_guard: weight", self.weight, ("1/gain", "1/dt"))
+        if self.group < 2:
+            raise ConfigError(f"method grpo_guard: a group of {self.group} has no relative advantage; it needs at least 2")
+
+    def train(self, run: Run) -> None:
+        run.require_density()
+        reference = run.snapshot() if self.beta else None
+        for _ in run.iterations():
+            rollout = run.collect(self.groups, self.group, updates=self.updates, shared_prefix=self.shared_prefix)
+            rollout = run.verified(rollout, self.log_ratio, self.clip / 10)
+            advantage = group_relative(rollout.rewards, self.advantage).clamp(-self.advantage_clip, self.advantage_clip)
+            run.show(rollout, advantage)
+            for rows in run.minibatches(rollout, self.updates, self.epochs):
+                run.update(rollout, rows, advantage, self.loss, reference)
+
+    def log_ratio(self, new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:
+        return guard_log_ratio(new, old, x, reduce=self.reduce)
+
+    def loss(self, step: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one step for b rows, [b], and its metrics [b]."""
+        log_rho = self.log_ratio(step.new, step.old, step.x)
+        surrogate = clipped_surrogate(log_rho, step.advantage, self.clip)
+        loss = surrogate.loss / (step.dt if self.weight == "1/dt" else abs(step.gain))
+        metrics = clip_metrics(log_rho, step.advantage, surrogate)
+        if step.reference is not None:
+            kl = mean_kl(step.new, step.reference, reduce=self.reduce)
+            loss, metrics["kl"] = loss + self.beta * kl, kl
+        return loss, metrics

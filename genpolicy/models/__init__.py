@@ -1,0 +1,1 @@
+"""Models: one file per family of networks, found by file name."""

@@ -1,0 +1,94 @@
+"""The policy's LoRA on a diffusers denoiser: added or started from the user's, and saved with its alpha."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+ADAPTER = "policy"
+WEIGHTS = "pytorch_lora_weights.safetensors"
+ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # the text stream of joint attention (SD3, Flux)
+)
+
+
+@dataclass
+class Lora:
+    """A low-rank change of the denoiser (arXiv 2106.09685): W + alpha/rank B A.
+
+    rank, alpha: 32 and 64 are Flow-GRPO's (flow_grpo scripts/train_sd3.py); with ``start`` both come from its file.
+    targets: names (endings) of the linear layers it changes; by default every attention projection, of the text stream too.
+    start: folder or .safetensors file with the user's own LoRA, from which the policy starts.
+    """
+
+    rank: int = 32
+    alpha: float = 64
+    targets: list[str] | None = None
+    start: str | None = None
+
+
+def add(pipeline: Any, denoiser: torch.nn.Module, lora: Lora) -> None:
+    """Put the adapter `ADAPTER` on the denoiser: fp32, and the only thing that learns."""
+    if lora.start is not None:
+        _start(pipeline, denoiser, Path(lora.start))
+    else:
+        targets = list(lora.targets or ATTENTION)
+        config = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=targets
+        )
+        try:
+            denoiser.add_adapter(config, adapter_name=ADAPTER)
+        except ValueError as error:
+            linear = {n.split(".")[-1] for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)}
+            raise ValueError(
+                f"lora.targets {targets} match no layer of {type(denoiser).__name__}; its linear layers are called"
+                f" {', '.join(sorted(linear))}"
+            ) from error
+    for name, parameter in denoiser.named_parameters():
+        parameter.requires_grad_(f".{ADAPTER}." in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _start(pipeline: Any, denoiser: torch.nn.Module, start: Path) -> None:
+    files = [start] if start.is_file() else sorted(start.glob("*.safetensors"))
+    if len(files) > 1:
+        files = [file for file in files if file.name == WEIGHTS]
+    if len(files) != 1:
+        raise FileNotFoundError(f"lora.start {start} is neither a .safetensors file nor a folder with one ({WEIGHTS})")
+    try:
+        pipeline.load_lora_weights(str(files[0].parent), weight_name=files[0].name, adapter_name=ADAPTER)
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise ValueError(f"lora.start {start} does not fit {type(denoiser).__name__}: {_first_line(error)}") from error
+    elsewhere = [
+        name
+        for name, part in pipeline.components.items()
+        if isinstance(part, torch.nn.Module) and part is not denoiser and ADAPTER in getattr(part, "peft_config", {})
+    ]
+    if ADAPTER not in getattr(denoiser, "peft_config", {}) or elsewhere:
+        changes = ", ".join(elsewhere) or "nothing of this pipeline"
+        raise ValueError(
+            f"lora.start {start} changes {changes}; a start may change {type(denoiser).__name__} and nothing else"
+        )
+
+
+def save(pipeline: Any, name: str, denoiser: torch.nn.Module, directory: Path) -> None:
+    """Write `WEIGHTS`, loadable by a plain ``pipe.load_lora_weights(directory, weight_name=...)``.
+
+    The metadata carries alpha: without it diffusers reloads with alpha = rank, silently another policy.
+    """
+    weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+    if name == "unet":
+        weights = convert_state_dict_to_diffusers(weights)
+    metadata = denoiser.peft_config[ADAPTER].to_dict()
+    layers = {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": metadata}
+    type(pipeline).save_lora_weights(directory, **layers)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,159 @@
+"""diffusers schedulers, read as our schedules: what stands in for one during a single network evaluation, which of them are
+Markov chains we can act with, and their tables and times as ours."""
+
+import inspect
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from genpolicy.chain import Linear, VariancePreserving
+from genpolicy.chain.schedule import Schedule
+from genpolicy.chain.values import Parametrisation
+
+log = logging.getLogger(__name__)
+
+MARKOV = ("DDIMScheduler", "DDPMScheduler", "CogVideoXDDIMScheduler", "FlowMatchEulerDiscreteScheduler")
+"""Schedulers whose tables are used as they are: one step needs nothing but its own network evaluation."""
+
+
+class OneStep:
+    """Stands where a pipeline's scheduler stood: shows the pipeline's loop ``timesteps`` and keeps the network's output.
+
+    ``timesteps`` [] runs the loop not at all (dry calls, decoding), [1] once at one time, [1,B] once with one time per row
+    (the loop's ``t`` is then [B]).
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(self, inner: Any, timesteps: Tensor) -> None:
+        self._inner = inner
+        self.config = inner.config
+        self.timesteps = timesteps
+        self.asked: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.output: Tensor | None = None
+
+        def set_timesteps(*args: Any, **kwargs: Any) -> None:
+            self.asked = (args, kwargs)
+
+        # diffusers' retrieve_timesteps looks at the signature to see whether `sigmas` and `mu` may be passed
+        set_timesteps.__signature__ = inspect.signature(inner.set_timesteps)  # type: ignore[attr-defined]
+        self.set_timesteps = set_timesteps
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_inner"], name)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Nothing to begin: there is one step."""
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """Flows and variance-preserving models see x_t as it is."""
+        return sample
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        """Keep the output and hand it back in the next sample's place (the pipeline returns it, nobody reads it)."""
+        self.output = model_output
+        return model_output, model_output
+
+
+def markov(scheduler: Any) -> Any:
+    """The scheduler itself if it is one of `MARKOV`, else the Markov one of the same family, with one logged line.
+
+    Multistep solvers keep a history: their steps are no transition of x_t alone and can't be scored.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if config.get("thresholding"):
+        raise ValueError(
+            f"scheduler {name} uses dynamic thresholding, which is no fixed function of x_0; set thresholding: false in its config"
+        )
+    if config.get("invert_sigmas"):
+        raise ValueError(f"scheduler {name} inverts its sigmas (Mochi), which this adapter does not read; use another family")
+    if name in MARKOV:
+        return scheduler
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        chosen = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
+    elif name.startswith("CogVideoX"):
+        chosen = diffusers.CogVideoXDDIMScheduler.from_config(config)
+    elif config.get("beta_schedule") is not None:
+        # DDIM clips by default, the schedulers it replaces here do not
+        chosen = diffusers.DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+    else:
+        raise ValueError(f"scheduler {name} is neither a flow nor variance preserving; valid are {', '.join(MARKOV)}")
+    log.warning("scheduler %s keeps a history and has no transition to score: %s is used", name, type(chosen).__name__)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Times:
+    """A Markov scheduler's times as ours. ``mu``: what the pipeline passes to ``set_timesteps`` for its resolution, if so."""
+
+    scheduler: Any
+    mu: float | None
+
+    @property
+    def flow(self) -> bool:
+        """Whether the family is a flow (else variance preserving)."""
+        return not hasattr(self.scheduler, "alphas_cumprod")
+
+    @property
+    def levels(self) -> int:
+        """num_train_timesteps: what noise time 1 is called by the network."""
+        return self.scheduler.config.num_train_timesteps
+
+    @property
+    def parametrisation(self) -> Parametrisation:
+        """What the network's output is."""
+        return "velocity" if self.flow else self.scheduler.config.prediction_type
+
+    @property
+    def clip(self) -> tuple[float, bool] | None:
+        """(bound, eps recomputed from the clipped x0) where the scheduler clips x0. CogVideoX's never does, whatever it says."""
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        if name not in ("DDIMScheduler", "DDPMScheduler") or not config.clip_sample:
+            return None
+        return config.clip_sample_range, name == "DDPMScheduler"
+
+    def schedule(self) -> Schedule:
+        """Linear with the family's shift at this resolution, or the table of alpha bars."""
+        if self.flow:
+            return Linear(self._shift())
+        final = float(getattr(self.scheduler, "final_alpha_cumprod", 1.0))
+        return VariancePreserving(self.scheduler.alphas_cumprod.double(), final)
+
+    def _shift(self) -> float:
+        config = self.scheduler.config
+        if config.use_dynamic_shifting and self.mu is not None:
+            return math.exp(self.mu) if config.time_shift_type == "exponential" else self.mu
+        return self.scheduler.shift
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """t [B] on [0, 1] as the network is told it: fp32 sigma * T for flows, the int64 level round(t T) - 1 else."""
+        if self.flow:
+            return t.float() * self.levels
+        return (t * self.levels).round().long() - 1
+
+    def grid(self, steps: int) -> Tensor:
+        """K real steps: flows u = 1, (K-1)/K .. 1/K shifted, and stretched to end at ``shift_terminal`` (LTX), then 0."""
+        if not self.flow:
+            return self.native(((steps,), {}))
+        grid = Linear(self._shift()).grid(steps)
+        terminal = self.scheduler.config.shift_terminal
+        if terminal:
+            inner = 1 - grid[:-1]
+            grid = torch.cat([1 - inner * (1 - terminal) / inner[-1], grid[-1:]]) if steps > 1 else grid
+        return grid
+
+    def native(self, asked: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+        """The scheduler's own grid for the arguments that the pipeline passed to ``set_timesteps``, ending at 0."""
+        args, kwargs = asked
+        self.scheduler.set_timesteps(*args, **kwargs)
+        if self.flow:
+            return self.scheduler.sigmas.double().cpu()
+        times = (self.scheduler.timesteps.double().cpu() + 1) / self.levels
+        return torch.cat([times, times.new_zeros(1)])

@@ -1,0 +1,146 @@
+"""The contracts of a policy: `Model` (a family of networks, one file in models/) and `ChainPolicy` (a model and a sampler)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from genpolicy.chain import Chain, Condition, Guidance, Noise, Prediction, Trajectory
+from genpolicy.chain.kernel import gain
+from genpolicy.chain.schedule import Schedule
+from genpolicy.chain.values import Denoiser, Gaussian, Parametrisation, expand, output_gain, reduce_event
+
+
+class Model(Protocol):
+    """A family of networks behind one meaning: encode, denoise, decode. Everything here is what `ChainPolicy` needs.
+
+    schedule, parametrisation: how the network's output is read. event_shape: E of one sample as the chain sees it.
+    evaluations: network evaluations so far, in rows; a row whose evaluation is differentiated counts twice (its forward and
+    its backward: the notes' "F per sample", with a backward priced as a forward).
+    """
+
+    schedule: Schedule
+    parametrisation: Parametrisation
+    event_shape: tuple[int, ...]
+    device: torch.device
+    precision: Literal["fp32", "bf16", "fp16"]
+    evaluations: float
+
+    def grid(self, steps: int) -> Tensor:
+        """The family's own K+1 decreasing noise times, ending at 0 (fp64)."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Condition of B rows, encoded once per distinct prompt and cached."""
+        ...
+
+    def negative(self, condition: Condition) -> Condition:
+        """The unconditional (negative-prompt) condition of the same rows."""
+        ...
+
+    def denoise(self, x: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """One unguided network evaluation, counted. x [B,*E] fp32, t [B] (or [B,T]) -> Prediction in fp32."""
+        ...
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Samples [B,*E] to outputs (images Float[B,3,H,W] in [0,1], videos Float[B,F,3,H,W])."""
+        ...
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that learn, by name, in a fixed order. fp32."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write the policy in its ecosystem's own format."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChainPolicy:
+    """A model and the sampler that acts: a chain with its guidance. The sampler is part of the policy.
+
+    guidance: classifier-free scale, 1 is none (one evaluation a step). guidance_interval: (low, high] in noise time.
+    negative_gradient: differentiate the unconditional branch too (see `Guidance`).
+    """
+
+    model: Model
+    chain: Chain
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, float("inf"))
+    negative_gradient: bool = False
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The denoiser that acts *and* is scored: the model, guided where the sampler says so."""
+        if self.guidance == 1.0:
+            return self.model.denoise
+        return Guidance(
+            self.model.denoise, self.model.negative, self.guidance, self.guidance_interval, self.negative_gradient
+        )
+
+    def with_window(self, window: tuple[int, int] | None) -> "ChainPolicy":
+        """The same policy whose kernel acts inside another window of steps."""
+        return replace(self, chain=replace(self.chain, window=window))
+
+    def sample(self, condition: Condition, noise: Noise, **options: Any) -> Trajectory:
+        """`Chain.sample` with this policy's denoiser."""
+        return self.chain.sample(
+            self.denoiser, condition, noise, self.model.event_shape, device=self.model.device, **options
+        )
+
+    def transition(self, trajectory: Trajectory, k: int) -> Gaussian:
+        """`Chain.transition` with this policy's denoiser."""
+        return self.chain.transition(self.denoiser, trajectory, k)
+
+    def gain(self, k: int) -> float:
+        """d mean / d (guided) network output at step k: the scalar kappa_k by which the step amplifies the network."""
+        step = self.chain.step(k, 1)
+        d_x0, d_eps = output_gain(self.model.parametrisation, step.alpha_t, step.sigma_t)
+        return float(gain(self.chain.kernel_at(k), step, d_x0, d_eps)[0])
+
+    def std(self, k: int) -> float:
+        """The total std of step k."""
+        return float(self.chain.kernel_at(k).coefficients(self.chain.step(k, 1)).std[0])
+
+    def supervised_loss(
+        self,
+        condition: Condition,
+        event: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Mean over B of weight * mean over E of (output - target)^2 at x_t = alpha x_0 + sigma eps.
+
+        In terms of the prediction: output error = d_output/d_x0 (x0_hat - x_0), so one formula serves every parametrisation.
+        event, noise [B,*E]; t [B] noise times; weight [B]; mask bool, broadcastable to [B,*E].
+        """
+        schedule, kind = self.model.schedule, self.model.parametrisation
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        x = expand(alpha, event) * event + expand(sigma, event) * noise
+        prediction = self.model.denoise(x, t, condition)
+        d_x0, d_eps = output_gain(kind, alpha, sigma)
+        if kind == "epsilon":
+            error = (prediction.eps - noise) / expand(d_eps, event)
+        else:
+            error = (prediction.x0 - event) / expand(d_x0, event)
+        loss = reduce_event(error**2, "mean", mask)
+        return (loss if weight is None else loss * weight).mean()
+
+
+@contextmanager
+def swapped(parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Run with other values in the parameters' place, without a copy: references, EMA and gates are evaluated in here."""
+    originals = [p.data for p in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data = original

@@ -1,0 +1,56 @@
+"""Rewards: any callable (outputs, context) -> Float[B]; a plain function is a Reward. Sums keep their parts by name."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a reward may know beside the outputs: the B prompts (or instructions) they answer."""
+
+    prompts: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: slice) -> "Context":
+        return Context(self.prompts[rows])
+
+
+Reward = Callable[[Tensor, Context], Tensor]
+"""(outputs, context of B rows) -> Float[B], larger is better."""
+
+
+class RewardError(ValueError):
+    """A reward that can't be learned from: NaN, infinite, or of the wrong shape."""
+
+
+@dataclass(frozen=True)
+class WeightedRewards:
+    """Named rewards and their weights. The parts are kept; ``total`` is their weighted sum."""
+
+    rewards: Mapping[str, tuple[Reward, float]]
+
+    def parts(self, outputs: Tensor, context: Context) -> dict[str, Tensor]:
+        """name -> Float64[B] on the CPU. Raises `RewardError`, naming the reward and the row, on NaN or infinity."""
+        parts = {}
+        for name, (reward, _) in self.rewards.items():
+            value = torch.as_tensor(reward(outputs, context)).detach().double().cpu()
+            if value.shape != (len(context),):
+                raise RewardError(
+                    f"reward {name} returned shape {tuple(value.shape)} for {len(context)} outputs; valid is ({len(context)},)"
+                )
+            if not bool(value.isfinite().all()):
+                row = int((~value.isfinite()).nonzero()[0])
+                raise RewardError(
+                    f"reward {name} is {float(value[row])} for {context.prompts[row]!r} (row {row}); rewards must be finite"
+                )
+            parts[name] = value
+        return parts
+
+    def total(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the parts, Float64[B]."""
+        return sum((weight * parts[name] for name, (_, weight) in self.rewards.items()), torch.zeros(()).double())

@@ -1,0 +1,1 @@
+"""Rewards: one file per scorer, found by file name."""

@@ -1,0 +1,109 @@
+"""What an import brings along, and the floors of the house."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import genpolicy
+
+ROOT = Path(__file__).parents[1]
+LINT = "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"
+CONTRACTS = [
+    "Imports only go down the floors",
+    "A method knows no model, no task and no reward",
+    "Nobody but the door knows a method",
+    "Methods do not know each other",
+    "The mathematics imports torch only (and numpy, for its counter-based noise)",
+    "Only leaves know an ecosystem",
+    "Only run.py knows accelerate",
+]
+TRESPASSES = {
+    "chain/zz_up.py": "import genpolicy.learning",
+    "chain/zz_wide.py": "import scipy",
+    "learning/zz_ecosystem.py": "def late():\n    import diffusers",
+    "methods/zz_one.py": "from genpolicy.methods import zz_two",
+    "methods/zz_two.py": "def late():\n    import genpolicy.rewards",
+    "models/zz_method.py": "import genpolicy.methods",
+    "tasks/zz_launcher.py": "import accelerate",
+}
+
+
+def loaded_by(code: str) -> set[str]:
+    """The top-level modules that a fresh interpreter holds after `code`."""
+    tell = "import json, sys; print(); print(json.dumps(sorted(name for name in sys.modules if '.' not in name)))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{tell}"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", LINT, "--no-cache"], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A copy of the package and its contracts, to trespass in."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "genpolicy", tmp_path / "genpolicy", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_import_genpolicy_loads_no_torch():
+    loaded = loaded_by("import genpolicy")
+    assert "genpolicy" in loaded
+    assert not loaded & {"torch", "numpy", "draccus"}
+    assert "torch" in loaded_by("import genpolicy.chain")  # the control: the probe does see what is loaded
+
+
+def test_help_loads_no_ecosystem():
+    help_ = """
+import runpy, sys
+sys.argv = ["genpolicy", "--help"]
+try:
+    runpy.run_module("genpolicy", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert not loaded_by(help_) & {"diffusers", "transformers", "lerobot", "gymnasium"}
+
+
+@pytest.mark.parametrize("name", ["load", "train"])
+def test_lazy_names_are_found(name: str):
+    assert name in dir(genpolicy)
+    assert callable(getattr(genpolicy, name))
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        _ = genpolicy.laod
+
+
+def test_floors_hold():
+    done = lint(ROOT)
+    assert done.returncode == 0, done.stdout
+    assert [name for name in CONTRACTS if f"{name} KEPT" not in done.stdout] == []
+
+
+def test_every_trespass_is_seen(house: Path):
+    for file, code in TRESPASSES.items():
+        (house / "genpolicy" / file).write_text(code + "\n")
+    done = lint(house)
+    assert done.returncode != 0
+    assert [name for name in CONTRACTS if f"{name} BROKEN" not in done.stdout] == []
+    modules = [f"genpolicy.{file.removesuffix('.py').replace('/', '.')} ->" for file in TRESPASSES]
+    assert [module for module in modules if module not in done.stdout] == []
+
+
+def test_a_module_without_a_floor_is_seen(house: Path):
+    (house / "genpolicy" / "zz_new.py").touch()
+    done = lint(house)
+    assert done.returncode != 0
+    assert "genpolicy.zz_new" in done.stdout
