@@ -415,6 +415,11 @@ def write(pipe: StableDiffusion3Pipeline, out: Path) -> None:
     stored.transformer.half()
     stored.vae.half()
     stored.save_pretrained(out, safe_serialization=True)
+    for file in out.rglob("*.json"):  # diffusers notes where a part was loaded from: a path of this machine
+        kept = [
+            line for line in file.read_text(encoding="utf-8").splitlines() if '"_name_or_path"' not in line
+        ]
+        file.write_text("\n".join(kept) + "\n", encoding="utf-8")
     for name, texts in world.split()._asdict().items():
         (out / f"captions_{name}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
 

@@ -8,13 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from genpolicy.evaluate import load
+    from genpolicy.build import load
     from genpolicy.run import train
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "train"]
 
-_HOME = {"load": "genpolicy.evaluate", "train": "genpolicy.run"}
+_HOME = {"load": "genpolicy.build", "train": "genpolicy.run"}
 
 
 def __getattr__(name: str) -> object:

@@ -7,7 +7,9 @@ A leaf is found by its file name (``method: grpo_guard`` is genpolicy/methods/gr
 import dataclasses
 import difflib
 import importlib
+import math
 import pkgutil
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +41,22 @@ def choice(what: str, value: str, valid: Sequence[str]) -> None:
         raise ConfigError(f"{what} is {value!r}{nearest(value, valid)}")
 
 
+def at_least(where: str, section: Any, **least: float) -> None:
+    """Raise unless every named field of ``section`` is None or a finite number of at least so much."""
+    for name, low in least.items():
+        value = getattr(section, name)
+        if value is not None and not low <= value < math.inf:
+            raise ConfigError(f"{where}: {name} is {value}; it must be at least {low}")
+
+
+def positive(where: str, section: Any, *names: str) -> None:
+    """Raise unless every named field of ``section`` is None or a finite number above 0."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{where}: {name} is {value}; it must be above 0")
+
+
 @dataclass
 class ChainConfig:
     """The sampler: how noise becomes a sample.
@@ -57,6 +75,11 @@ class ChainConfig:
     negative_gradient: bool = False
     window: tuple[int, int] | None = None
     window_size: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least("chain", self, steps=1, guidance=0, window_size=1)
+        if self.guidance_interval is not None and not self.guidance_interval[0] < self.guidance_interval[1]:
+            raise ConfigError(f"chain: guidance_interval is {list(self.guidance_interval)}; it must be [low, high] with low < high")
 
 
 @dataclass
@@ -77,6 +100,13 @@ class OptimizerConfig:
     final: float = 1.0
     ema: float = 0.0
 
+    def __post_init__(self) -> None:
+        positive("optimizer", self, "lr", "eps", "max_grad_norm")
+        at_least("optimizer", self, weight_decay=0, warmup=0, final=0, ema=0)
+        for name, shares in (("betas", self.betas), ("ema", (self.ema,))):
+            if not all(0 <= share < 1 for share in shares):
+                raise ConfigError(f"optimizer: {name} is {', '.join(map(str, shares))}; it must lie in [0, 1)")
+
 
 @dataclass
 class BudgetConfig:
@@ -85,6 +115,11 @@ class BudgetConfig:
     iterations: int | None = None
     nfe: float | None = None
     seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        positive("budget", self, "iterations", "nfe", "seconds")
+        if self.iterations is None and self.nfe is None and self.seconds is None:
+            raise ConfigError("budget sets no limit; give iterations, nfe or seconds")
 
 
 @dataclass
@@ -102,6 +137,9 @@ class EvalConfig:
     select: str | None = None
     sampler: dict[str, Any] = field(default_factory=dict)
     seed: int = 1_000_003
+
+    def __post_init__(self) -> None:
+        at_least("eval", self, every=0, samples=1)
 
 
 @dataclass
@@ -122,6 +160,22 @@ class Experiment:
     seed: int = 0
     output: str = "runs/experiment"
 
+    def __post_init__(self) -> None:
+        at_least("the experiment", self, checkpoint_every=1)
+        if self.micro_batch != "auto" and not (isinstance(self.micro_batch, int) and self.micro_batch >= 1):
+            raise ConfigError(f"the experiment: micro_batch is {self.micro_batch!r}; it must be auto or a number of rows, at least 1")
+        if not self.output:
+            raise ConfigError("the experiment: output is empty; it must name the run's folder")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as in YAML 1.2; PyYAML reads YAML 1.1, where it is a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping from a path or a shipped config's bare name."""
@@ -130,7 +184,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
     try:
-        raw = yaml.safe_load(found.read_text())
+        raw = yaml.load(found.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -139,9 +193,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def override(raw: dict[str, Any], dotted: str) -> None:
-    """Apply one ``--a.b=c`` to a raw config in place; the value is read as YAML (1e-4 is a number)."""
+    """Apply one ``--a.b=c`` to a raw config in place; the value is read as YAML."""
     key, equals, text = dotted.removeprefix("--").partition("=")
-    if not dotted.startswith("--") or not equals or not key:
+    if not dotted.startswith("--") or not equals or not all(key.split(".")):
         raise ConfigError(f"override {dotted!r} is not of the form --section.key=value")
     *sections, last = key.split(".")
     at: Any = raw
@@ -151,26 +205,15 @@ def override(raw: dict[str, Any], dotted: str) -> None:
         at = at.setdefault(section, {})
         if not isinstance(at, dict):
             raise ConfigError(f"override {dotted!r}: {section} is a plain value and has no key {last!r}")
-    at[last] = _number(yaml.safe_load(text))
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a string: read such strings, also nested ones, as the numbers they are meant to be."""
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    if isinstance(value, str):
-        try:
-            return float(value) if not value[:1].isalpha() else value
-        except ValueError:
-            return value
-    return value
+    try:
+        at[last] = yaml.load(text, _Loader)  # noqa: S506
+    except yaml.YAMLError:
+        raise ConfigError(f"override {dotted!r}: its value is not readable YAML") from None
 
 
 def parse(raw: Mapping[str, Any]) -> Experiment:
     """A raw mapping to an `Experiment`; unknown keys, wrong types and missing sections raise `ConfigError`."""
-    raw = _number(dict(raw))
+    raw = dict(raw)
     for section in ("policy", "task", "method"):
         if isinstance(raw.get(section), str):
             raw[section] = {"name": raw[section]}
@@ -198,16 +241,29 @@ def decode[T](kind: type[T], raw: Mapping[str, Any], where: str) -> T:
         if required and name not in raw:
             raise ConfigError(f"{where} needs the key {name!r}")
     hints = typing.get_type_hints(kind)
-    for key, value in raw.items():
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            decode(hints[key], value, f"{where}: {key}" if where != "the experiment" else key)  # type: ignore[arg-type]
+    values = {key: _value(hints[key], value, where, key) for key, value in raw.items()}
     try:
-        return draccus.decode(kind, dict(raw))
+        return kind(**values)
     except ConfigError:
         raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{where} does not fit: {reason}") from None
+    except (ValueError, OSError) as error:  # a field's own complaint; anything else is a bug and keeps its traceback
+        raise ConfigError(" ".join(f"{where}: {error}".split())) from None
+
+
+def _value(hint: Any, value: Any, where: str, key: str) -> Any:
+    """One field's value in its declared type."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return decode(hint, value, key if where == "the experiment" else f"{where}: {key}")
+    kinds = typing.get_args(hint) or (hint,)
+    if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
+        value = int(value)  # 1e3
+    try:
+        if value is None and not {type(None), Any} & set(kinds):
+            raise ValueError
+        return draccus.decode(hint, value)
+    except Exception:  # draccus raises whatever its decoders do, and says it in several lines
+        names = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
+        raise ConfigError(f"{where}: {key} is {value!r}; it must be {names}") from None
 
 
 def names(kind: str) -> list[str]:

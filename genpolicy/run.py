@@ -184,7 +184,7 @@ class Run:
         if size is None:
             return low, high
         noise = Noise(self.experiment.seed, self.iteration, torch.tensor([-1]), torch.tensor([-1]))
-        uniform = 0.5 * math.erfc(-float(noise(0, ())[0]) / math.sqrt(2))
+        uniform = 0.5 * math.erfc(-float(noise(0, (1,))[0, 0]) / math.sqrt(2))
         start = low + min(int(uniform * (high - size - low + 1)), high - size - low)
         return start, start + size
 

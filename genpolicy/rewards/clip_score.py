@@ -74,7 +74,7 @@ def mean_cosine(
 
 
 def resize(pictures: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
-    """Antialiased resize of [M, 3, H, W] in [0, 1] to `size` (height, width), in PIL's order: along W, then H.
+    """Antialiased resize of [M, 3, H, W] in [0, 1] to `size` (height, width), as PIL does: along W, then H.
 
     Clipped to [0, 1] after each, as 8-bit pictures are: a bicubic filter overshoots at edges. A tensor resize
     that clips once, at the end, is up to 25 of 255 levels away from PIL's there.
@@ -85,7 +85,7 @@ def resize(pictures: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Te
 
 
 def shortest_edge(pictures: Tensor, edge: int) -> tuple[int, int]:
-    """(height, width), the shorter one `edge`, the longer in proportion, rounded down as both libraries do."""
+    """(height, width): the shorter one `edge`, the longer in proportion and rounded down."""
     height, width = pictures.shape[-2:]
     return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
 
@@ -93,7 +93,7 @@ def shortest_edge(pictures: Tensor, edge: int) -> tuple[int, int]:
 def centre_crop(pictures: Tensor, size: tuple[int, int], rounded: Callable[[float], int] = round) -> Tensor:
     """The middle `size` (height, width) of pictures that are at least as large.
 
-    Of an odd margin, torchvision (and so open_clip) rounds the half, transformers truncates it (`rounded=int`).
+    Of an odd margin, torchvision (so open_clip) rounds the half; transformers truncates it (`rounded=int`).
     """
     top, left = (rounded((have - want) / 2) for have, want in zip(pictures.shape[-2:], size, strict=True))
     return pictures[..., top : top + size[0], left : left + size[1]]
@@ -114,7 +114,10 @@ def require_repo(repo: str, needed_by: str) -> None:
 
     try:
         snapshot_download(repo, local_files_only=True)
-    except FileNotFoundError:
+    except (
+        FileNotFoundError,
+        ValueError,
+    ):  # not in the cache; no name of a repository, but of a missing path
         try:
             HfApi().model_info(repo, timeout=10)
         except Exception as error:  # httpx's own or the hub's: no network, offline mode, no such repository
@@ -137,9 +140,9 @@ class ClipScore:
         model: an architecture of `open_clip.list_models()`, or open_clip's "hf-hub:ORG/REPO" or
             "local-dir:FOLDER" (a folder with open_clip_config.json and weights). Default: LAION's ViT-B/32.
         pretrained: a tag of `open_clip.list_pretrained()` for that model, or the path of a checkpoint file;
-            unused with "hf-hub:" and "local-dir:", which bring their weights. A bare file does not say how its
-            pictures were normalised: open_clip then takes OpenAI's mean and std, which are LAION's too; for a
-            model with others (SigLIP) use "local-dir:".
+            unused with "hf-hub:" and "local-dir:", which bring their weights. A bare file does not say how
+            its pictures were normalised: open_clip then takes OpenAI's mean and std, which are LAION's too;
+            for a model with others (SigLIP) use "local-dir:".
         scale: factor on the cosine; 1 leaves it in [-1, 1].
         micro_batch: pictures (or frames, or prompts) in one forward pass; changes memory, not scores.
     """

@@ -3,8 +3,8 @@
     score = exp(logit_scale) * cos(E_picture(x), E_text(prompt))
 
 with a CLIP ViT-H/14 that was trained on the choices of Pick-a-Pic's users. The unit is the logit, as in the
-paper's own code (yuvalkirstain/PickScore): of two pictures for one prompt, the first is picked with probability
-1 / (1 + exp(score_2 - score_1)).
+paper's own code (yuvalkirstain/PickScore): of two pictures for one prompt, the first is picked with
+probability 1 / (1 + exp(score_2 - score_1)).
 
 Flow-GRPO divides these logits by 26 (flow_grpo/pickscore_scorer.py:49) to bring them near 1. Here they stay
 logits; the weight in `reward: {pickscore: 0.0384615}` gives its numbers.

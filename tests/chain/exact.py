@@ -1,10 +1,10 @@
-"""Common pieces of the chain's tests: data whose denoiser is known exactly, its moments, and small conditions and networks."""
+"""Common pieces of the chain's tests: data whose denoiser is known exactly, its moments, a small condition and network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from genpolicy.chain import Linear, Noise, Prediction
+from genpolicy.chain import Condition, EDM, Linear, Noise, Prediction, VariancePreserving
 from genpolicy.chain.kernel import Kernel
 from genpolicy.chain.schedule import Schedule, step
 from genpolicy.chain.solver import Solver
@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 @dataclass(frozen=True)
 class Rows:
-    """A condition that is only a number per row, [B]."""
+    """A condition that is one number per row, [B]."""
 
     value: Tensor
 
@@ -26,35 +26,65 @@ class Rows:
         return Rows(self.value[rows])
 
 
+def batch(groups: int, members: int, seed: int = 0) -> tuple[Rows, Noise]:
+    """Conditions and noise of ``groups`` x ``members`` rows, group-major; a group has one condition."""
+    value = torch.linspace(-1, 1, groups).repeat_interleave(members)
+    return Rows(value), Noise.rows(seed, 0, torch.arange(groups), members)
+
+
+def cosine(levels: int = 4096) -> VariancePreserving:
+    """alpha = cos(pi t/2), sigma = sin(pi t/2): smooth at both ends, and at t = 1 nothing but noise (zero SNR)."""
+    angle = torch.linspace(0, torch.pi / 2, levels + 1, dtype=torch.float64)[1:]
+    return VariancePreserving(torch.cat([torch.cos(angle[:-1]) ** 2, torch.zeros(1, dtype=torch.float64)]))
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "linear": Linear(),
+    "shifted": Linear(3.0),
+    "vp": cosine(),
+    "edm": EDM(),
+}
+
+
 @dataclass(frozen=True)
 class Data:
-    """x_0 ~ N(mean, std^2): then x_t is Gaussian too, and E[x_0 | x_t] = slope x_t + offset."""
+    """x_0 ~ N(mean, std^2): x_t is Gaussian too, and E[x_0 | x_t] = slope x_t + offset."""
 
     mean: float = 1.0
     std: float = 0.5
 
     def posterior(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """(slope, offset) of E[x_0 | x_t]: Gaussian conditioning."""
+        """(slope, offset) of E[x_0 | x_t]."""
         slope = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
         return slope, self.mean * (1 - slope * alpha)
 
-    def at(self, alpha: Tensor, sigma: Tensor) -> tuple[float, float]:
+    def marginal(self, schedule: Schedule, t: Tensor) -> tuple[float, float]:
         """The true (mean, std) of x_t."""
+        alpha, sigma = schedule.alpha(t[None])[0], schedule.sigma(t[None])[0]
         return float(alpha * self.mean), float((alpha**2 * self.std**2 + sigma**2).sqrt())
 
-    def predict(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
-        """The exact Prediction, in the dtype of x; alpha, sigma broadcast over x."""
-        slope, offset = self.posterior(alpha, sigma)
-        x0 = slope * x + offset
-        return Prediction(x0, (x - alpha * x0) / sigma)
+    def denoiser(self, schedule: Schedule) -> Callable[[Tensor, Tensor, Condition], Prediction]:
+        """The exact denoiser, elementwise in the dtype of x (a row does not depend on its batch); condition ignored."""
+
+        def predict(x: Tensor, t: Tensor, condition: Condition) -> Prediction:
+            shape = (*t.shape, *(1,) * (x.ndim - t.ndim))
+            alpha, sigma = schedule.alpha(t).reshape(shape), schedule.sigma(t).reshape(shape)
+            slope, offset = self.posterior(alpha, sigma)
+            x0 = slope.to(x.dtype) * x + offset.to(x.dtype)
+            return Prediction(x0, (x - alpha.to(x.dtype) * x0) / sigma.to(x.dtype))
+
+        return predict
 
 
-def moments(kernel: Kernel, schedule: Schedule, grid: Tensor, data: Data = Data()) -> list[tuple[float, float]]:  # noqa: B008
-    """Analytic (mean, std) at every grid time of the chain with the exact denoiser, from the kernel's coefficients.
+DATA = Data()
 
-    Starts from the true marginal at grid[0]; the step is affine, mean = a x + b, so no sampling is needed.
+
+def moments(kernel: Kernel, schedule: Schedule, grid: Tensor, data: Data = DATA) -> list[tuple[float, float]]:
+    """Analytic (mean, std) at every time of ``grid``, with the exact denoiser, from the true marginal at grid[0] on.
+
+    A transition is affine in x with the kernel's coefficients, so that no sampling is needed.
     """
-    mean, std = data.at(schedule.alpha(grid[:1])[0], schedule.sigma(grid[:1])[0])
+    mean, std = data.marginal(schedule, grid[0])
     path = [(mean, std)]
     for k in range(len(grid) - 1):
         here = step(schedule, grid[k : k + 1], grid[k + 1 : k + 2])
@@ -67,54 +97,46 @@ def moments(kernel: Kernel, schedule: Schedule, grid: Tensor, data: Data = Data(
     return path
 
 
-def solved(solver: Solver, schedule: Schedule, grid: Tensor, data: Data = Data()) -> tuple[float, float]:  # noqa: B008
-    """Analytic (mean, std) at the end of a solver, which is affine in where it starts: two points are enough."""
-
-    def predict(x: Tensor, t: Tensor) -> Prediction:
-        return data.predict(x, schedule.alpha(t)[:, None], schedule.sigma(t)[:, None])
-
-    zero, one = solver.integrate(predict, torch.tensor([[0.0], [1.0]], dtype=torch.float64), schedule, grid)[:, 0].tolist()
-    mean, std = data.at(schedule.alpha(grid[:1])[0], schedule.sigma(grid[:1])[0])
+def solved(solver: Solver, schedule: Schedule, grid: Tensor, data: Data = DATA) -> tuple[float, float]:
+    """Analytic (mean, std) at the end of a solver: it is affine in where it starts, so two points tell everything."""
+    denoiser = data.denoiser(schedule)
+    ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    zero, one = solver.integrate(lambda x, t: denoiser(x, t, Rows(x[:, 0])), ends, schedule, grid)[:, 0].tolist()
+    mean, std = data.marginal(schedule, grid[0])
     return zero + (one - zero) * mean, abs(one - zero) * std
 
 
 class Network(torch.nn.Module):
-    """A small MLP that reads x, t and the condition, and says a velocity on ``schedule``. It counts what it evaluates."""
+    """A small MLP over x, t and the condition that says a velocity on the linear schedule; it counts its evaluations.
 
-    def __init__(self, event: tuple[int, ...], schedule: Schedule | None = None, dtype: torch.dtype = torch.float32) -> None:
+    ``rows`` are the batch sizes of its calls, ``times`` their t. In fp64 its Prediction stays fp64.
+    """
+
+    def __init__(self, event: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.schedule = schedule or Linear()
         size = torch.Size(event).numel()
-        self.body = torch.nn.Sequential(
-            torch.nn.Linear(size + 2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, size)
-        ).to(dtype)
+        layers = [torch.nn.Linear(size + 2, 64), torch.nn.SiLU(), torch.nn.Linear(64, size)]
+        self.body = torch.nn.Sequential(*layers).to(dtype)
+        self.dtype = dtype
         self.rows: list[int] = []
         self.times: list[float] = []
 
     def forward(self, x: Tensor, t: Tensor, condition: Rows) -> Prediction:
         self.rows.append(len(x))
         self.times.append(float(t[0]))
-        weight = self.body[0].weight
-        inputs = torch.cat([x.flatten(1), t[:, None], condition.value[:, None]], 1) if False else [x.flatten(1), t[:, None], condition.value[:, None]]
-        output = self.body(torch.cat([v.to(weight.dtype) for v in inputs], 1)).reshape(x.shape)
-        return Prediction.of("velocity", output, x, self.schedule.alpha(t), self.schedule.sigma(t))
+        inputs = [x.flatten(1), t[:, None], condition.value[:, None]]
+        velocity = self.body(torch.cat([v.to(self.dtype) for v in inputs], 1)).reshape(x.shape)
+        if self.dtype == torch.float64:
+            time = t.reshape(-1, *(1,) * (x.ndim - 1))
+            return Prediction(x - time * velocity, x + (1 - time) * velocity)
+        return Prediction.of("velocity", velocity, x, 1 - t, t)
 
-
-def batch(groups: int, members: int, seed: int = 0, iteration: int = 0) -> tuple[Rows, Noise]:
-    """Conditions and noise of ``groups`` x ``members`` rows, group-major; a group has one condition."""
-    value = torch.linspace(-1, 1, groups).repeat_interleave(members)
-    return Rows(value), Noise.rows(seed, iteration, torch.arange(groups), members)
+    def gradient(self, loss: Tensor) -> Tensor:
+        """d loss / d parameters, flattened."""
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(self.parameters()))])
 
 
 def relative(ours: Tensor, reference: Tensor) -> float:
     """max |ours - reference| / max |reference|."""
     return float((ours.double() - reference.double()).abs().max() / reference.double().abs().max())
-
-
-def gradients(loss: Tensor, module: torch.nn.Module) -> Tensor:
-    """The gradient of a loss, flattened over the parameters of ``module``."""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
-
-
-Predict = Callable[[Tensor, Tensor], Prediction]

@@ -113,7 +113,7 @@ def test_preprocessing_equals_the_pil_transform(scorer, library, kind, size):
 
 
 def test_one_tensor_resize_would_miss_the_pil_transform(scorer, library):
-    """The known-wrong variant: open_clip's own transform handed a float tensor, which never clips between passes."""
+    """The known-wrong variant: open_clip's own transform handed a float tensor, which is never clipped."""
     image = picture("edges", 96, 96)
     levels = 255 * torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
     assert ((library[1](image)[0] - library[1](pil(image))) * levels).abs().max() > 5
@@ -183,7 +183,7 @@ def test_loads_once_at_the_first_call_and_moves(checkpoint):
 
 
 def test_the_activation_is_the_tags(checkpoint, monkeypatch):
-    """OpenAI's tags need QuickGELU under plain architecture names; open_clip only warns and scores wrongly."""
+    """OpenAI's tags need QuickGELU under plain architecture names; open_clip alone only warns."""
     tag = {"url": "", "hf_hub": "", "quick_gelu": True}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "genpolicy-tiny", {"quick": tag})
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: checkpoint)
@@ -202,7 +202,7 @@ def test_missing_package_is_one_sentence(monkeypatch):
 def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match="^clip_score needs laion/.* cannot be fetched") as raised:
+    with pytest.raises(OSError, match=r"^clip_score needs laion/.* cannot be fetched") as raised:
         ClipScore().load()
     assert "\n" not in str(raised.value)
 
