@@ -1,5 +1,5 @@
-# `make quickstart` and `make test` need a python3 with pip and this folder, nothing else: they bring uv (.tools/), a
-# Python 3.12 where there is none, and the pinned packages (.venv/), and do it again only when the pins change.
+# `make quickstart` and `make test` need a python3 with pip and this folder, nothing else: they bring uv
+# (.tools/), a Python 3.12 where there is none, and the pinned packages (.venv/); again only when the pins change.
 
 PYTHON  ?= 3.12
 WORKERS ?= 2
@@ -37,7 +37,7 @@ test-gpu: $(DEV)  ## the tests that need a CUDA device
 lint: $(DEV)  ## ruff, the floors of the house, pyright
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(DEV)  ## sort imports and mend what ruff can mend
 	$(BIN)/ruff check --fix .
@@ -68,8 +68,8 @@ clean:  ## all that make has made: .venv, .tools, dist, caches
 
 setup: $(DEV)  ## only the environment, with everything the tests need
 
-# A `uv` on the PATH may be a shim that cannot run here, so it is tried. pip runs from / because .python-version may name
-# a Python that a version manager does not have.
+# A `uv` on the PATH may be a shim that cannot run here, so it is tried. pip runs from / because .python-version
+# may name a Python that a version manager does not have.
 $(UV):
 	@mkdir -p .tools
 	@if found=$$(command -v uv) && "$$found" --version >/dev/null 2>&1; then ln -sf "$$found" $@; \
@@ -77,13 +77,15 @@ $(UV):
 	  (cd / && PIP_USER=0 python3 -m pip install --quiet --upgrade --target "$$tools/site" uv) \
 	  && ln -sf site/bin/uv $@ && $@ --version; fi
 
-# The packages come from wherever pip has been told to take them, if it has been told and uv has not.
-INSTALL := index=$${UV_DEFAULT_INDEX:-$${UV_INDEX_URL:-$${PIP_INDEX_URL:-$$(cd / && python3 -m pip config get global.index-url 2>/dev/null)}}}; \
-  $${index:+env UV_DEFAULT_INDEX=$$index} $(UV) pip install --quiet --python $(BIN)/python --constraints constraints.txt
+# Where pip has been told to take its packages from, and uv has not, uv takes them from there too.
+PIP_INDEX = $${PIP_INDEX_URL:-$$(cd / && python3 -m pip config get global.index-url 2>/dev/null)}
+INSTALL   = index=$${UV_DEFAULT_INDEX:-$${UV_INDEX_URL:-$(PIP_INDEX)}}; $${index:+env UV_DEFAULT_INDEX=$$index} \
+  $(UV) pip install --quiet --python $(BIN)/python --constraints constraints.txt
 
 $(CORE): pyproject.toml constraints.txt | $(UV)
 	@echo "Setting up .venv/ (some minutes the first time)"
-	@$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
+	@$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv \
+	  || $(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .venv
 	@$(INSTALL) --editable .
 	@touch $@
 

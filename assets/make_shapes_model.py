@@ -5,10 +5,11 @@
 
 The first form trains a small autoencoder, then two text encoders and the transformer jointly, by flow
 matching on pictures of the *pictured* captions only: first with right captions, then for a short last phase
-with captions of which a share is wrong in one word, as captions on the web often are. The model can then draw
-every picture but does not trust its prompt, which guidance or reinforcement learning can mend. The second form
-continues that last phase of a finished folder: the honest baseline for reinforcement learning with equal CPU
-time (`--caption-noise 0` gives it right captions instead, which reinforcement learning never sees).
+with captions of which a share is wrong in one word, as captions on the web often are. The model can then
+draw every picture but does not trust its prompt, which guidance or reinforcement learning can mend. The
+second form continues that last phase of a finished folder: the honest baseline for reinforcement learning
+with equal CPU time (`--caption-noise 0` gives it right captions instead, of which there are none for the
+prompts of reinforcement learning).
 
 Minutes are CPU minutes of training; `--steps...` replace them by numbers of steps, which makes a run
 repeatable to the bit on one machine.

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,30 @@ from genpolicy import chain
 from genpolicy.chain import Chain
 from genpolicy.config import ChainConfig, ConfigError, Experiment, decode, leaf, make, nearest, settings
 from genpolicy.policy import ChainPolicy, Model
-from genpolicy.reward import Reward, WeightedRewards
+from genpolicy.reward import WeightedRewards
+from genpolicy.task import read_prompts
 
 SAMPLER = "genpolicy.json"
 """Beside a saved policy: how to load it again, and the sampler that it is deployed with."""
 
 
+def kernels() -> dict[str, Callable[..., Any]]:
+    """The kernels and solvers of genpolicy.chain by name: ddim, sde, cps, consistency, heun, dpmsolver, and the wrappers."""
+    return {
+        attribute.lower(): entry
+        for attribute, entry in vars(chain).items()
+        if isinstance(entry, type) and any(hasattr(entry, method) for method in ("coefficients", "integrate"))
+    }
+
+
 def make_kernel(raw: Mapping[str, Any]) -> Any:
-    """A kernel or solver of genpolicy.chain by name (ddim, sde, cps, consistency, heun, dpmsolver), or a dotted path."""
+    """A kernel or solver of `kernels` by name, or a dotted path."""
     name = raw.get("name")
     if not isinstance(name, str):
         raise ConfigError("chain: kernel needs a name, for example {name: ddim, eta: 1.0}")
     if ":" in name:
         return decode(leaf("kernels", name), settings(raw), f"kernel {name}")
-    valid: dict[str, Callable[..., Any]] = {
-        attribute.lower(): entry
-        for attribute, entry in vars(chain).items()
-        if isinstance(entry, type) and any(hasattr(entry, method) for method in ("coefficients", "integrate"))
-    }
+    valid = kernels()
     if name not in valid:
         raise ConfigError(f"there is no kernel {name!r}{nearest(name, list(valid))}")
     inner = {key: make_kernel(value) if key == "kernel" else value for key, value in settings(raw).items()}
@@ -48,8 +54,8 @@ def make_rewards(raw: Mapping[str, Any]) -> Any:
     """The reward section, name -> weight or {weight, settings...}, as `WeightedRewards`."""
     rewards: dict[str, tuple[Any, float]] = {}
     for name, value in raw.items():
-        section = value if isinstance(value, dict) else {"weight": value}
-        weight = section.get("weight", 1.0)
+        section = dict(value) if isinstance(value, dict) else {"weight": value}
+        weight = section.pop("weight", 1.0)
         if not isinstance(weight, int | float):
             raise ConfigError(f"reward {name}: its weight must be a number, got {weight!r}")
         rewards[name.rpartition(":")[2]] = (make("rewards", {"name": name, **section}), float(weight))
@@ -103,26 +109,59 @@ def save_policy(policy: ChainPolicy, experiment: Experiment, sampler: ChainConfi
         os.rename(staged, folder)
 
 
-def load(path: str | Path, **overrides: Any) -> ChainPolicy:
-    """Load a policy with its deployed sampler: a run's folder (its policy/), a saved policy folder, or a shipped asset.
+@dataclass(frozen=True)
+class Saved:
+    """A policy on disk or on the hub: where, its policy section, its deployed sampler, and the run that made it."""
 
-    overrides: keys of `ChainConfig` that replace the saved sampler's (steps, guidance, kernel, ...). A plain diffusers folder or hub
-    id has no sampler of its own and gets ChainConfig's ODE.
+    where: str
+    policy: dict[str, Any]
+    sampler: ChainConfig
+    run: Path | None
+
+    def load(self) -> ChainPolicy:
+        """The policy with its sampler."""
+        return make_policy(make("models", self.policy), self.sampler)
+
+
+def saved(path: str | Path, **overrides: Any) -> Saved:
+    """Find a policy: a run's folder (its policy/), a saved policy's folder, a shipped asset, a diffusers folder, a hub id.
+
+    overrides: keys of `ChainConfig` that replace the saved sampler's (steps, guidance, kernel, ...). What is no policy of ours has no
+    sampler of its own and gets ChainConfig's with the ODE.
     """
-    folder = Path(path)
-    if (folder / "config.yaml").is_file() and (folder / "policy").is_dir():
+    folder = Path(settings({"path": str(path)})["path"])
+    run = next((home for home in (folder, folder.parent) if (home / "config.yaml").is_file()), None)
+    if run == folder:
         folder = folder / "policy"
-    if (folder / SAMPLER).is_file():
-        try:
-            description = json.loads((folder / SAMPLER).read_text())
-            section, saved = dict(description["policy"]), description["chain"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ConfigError(f"{folder / SAMPLER} is damaged: it must hold the keys policy and chain") from None
-        if section.get("train") == "lora":
-            section["lora"] = {**(section.get("lora") or {}), "start": str(folder)}
-        else:
-            section["pretrained"] = str(folder)
+        if not folder.is_dir():
+            raise ConfigError(f"run {run} has saved no policy yet: it does so at its first checkpoint after iteration 0")
+    if not (folder / SAMPLER).is_file():
+        section = {"name": "diffusers_pipeline", "pretrained": str(folder)}
+        return Saved(str(path), section, _sampler({"kernel": {"name": "ddim", "eta": 0.0}}, overrides), None)
+    try:
+        description = json.loads((folder / SAMPLER).read_text())
+        section, sampler = dict(description["policy"]), dict(description["chain"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{folder / SAMPLER} is damaged: it must hold the keys policy and chain") from None
+    if section.get("train") == "lora":
+        section["lora"] = {**(section.get("lora") or {}), "start": str(folder)}
     else:
-        section, saved = {"name": "diffusers_pipeline", "pretrained": str(path)}, {"kernel": {"name": "ddim", "eta": 0.0}}
-    sampler = decode(ChainConfig, {**saved, **overrides}, "the sampler")
-    return make_policy(make("models", section), sampler)
+        section["pretrained"] = str(folder)
+    return Saved(str(folder), section, _sampler(sampler, overrides), run)
+
+
+def _sampler(own: Mapping[str, Any], overrides: Mapping[str, Any]) -> ChainConfig:
+    return decode(ChainConfig, {**own, **overrides}, "the sampler")
+
+
+def load(path: str | Path, **overrides: Any) -> ChainPolicy:
+    """Load a policy with its deployed sampler; see `saved` for what ``path`` and ``overrides`` may be."""
+    return saved(path, **overrides).load()
+
+
+def prompt_lines(path: str) -> tuple[str, ...]:
+    """The prompts of a file, which may be a shipped one (assets/...)."""
+    try:
+        return read_prompts(settings({"prompts": path})["prompts"])
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None

@@ -10,6 +10,7 @@ import importlib
 import math
 import pkgutil
 import re
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from genpolicy import resources
 
 KINDS = ("methods", "models", "rewards", "tasks")
 SHIPPED = ("assets/", "configs/", "robots/")
+NAMED = ("policy", "task", "method", "kernel")
+"""Sections that name a leaf: a bare name means its defaults."""
 
 
 class ConfigError(ValueError):
@@ -35,10 +38,10 @@ def nearest(word: str, valid: Sequence[str]) -> str:
     return f"; did you mean {', '.join(close)}?" if close else f"; valid are {', '.join(sorted(valid))}"
 
 
-def choice(what: str, value: str, valid: Sequence[str]) -> None:
+def choice(what: str, value: Any, valid: Sequence[str]) -> None:
     """Raise unless ``value`` is one of ``valid``."""
     if value not in valid:
-        raise ConfigError(f"{what} is {value!r}{nearest(value, valid)}")
+        raise ConfigError(f"{what} is {value!r}{nearest(str(value), valid)}")
 
 
 def at_least(where: str, section: Any, **least: float) -> None:
@@ -184,7 +187,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
     try:
-        raw = yaml.load(found.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
+        raw = yaml.load(found.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -206,7 +209,7 @@ def override(raw: dict[str, Any], dotted: str) -> None:
         if not isinstance(at, dict):
             raise ConfigError(f"override {dotted!r}: {section} is a plain value and has no key {last!r}")
     try:
-        at[last] = yaml.load(text, _Loader)  # noqa: S506
+        at[last] = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"override {dotted!r}: its value is not readable YAML") from None
 
@@ -214,9 +217,6 @@ def override(raw: dict[str, Any], dotted: str) -> None:
 def parse(raw: Mapping[str, Any]) -> Experiment:
     """A raw mapping to an `Experiment`; unknown keys, wrong types and missing sections raise `ConfigError`."""
     raw = dict(raw)
-    for section in ("policy", "task", "method"):
-        if isinstance(raw.get(section), str):
-            raw[section] = {"name": raw[section]}
     if isinstance(raw.get("reward"), str):
         raw["reward"] = {raw["reward"]: 1.0}
     return decode(Experiment, raw, "the experiment")
@@ -255,6 +255,10 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return decode(hint, value, key if where == "the experiment" else f"{where}: {key}")
     kinds = typing.get_args(hint) or (hint,)
+    if typing.get_origin(hint) is dict and key in NAMED and isinstance(value, str):
+        return {"name": value}
+    if typing.get_origin(hint) is typing.Literal:
+        choice(f"{where}: {key}", value, kinds)
     if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
         value = int(value)  # 1e3
     try:
@@ -262,8 +266,20 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
             raise ValueError
         return draccus.decode(hint, value)
     except Exception:  # draccus raises whatever its decoders do, and says it in several lines
-        names = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
-        raise ConfigError(f"{where}: {key} is {value!r}; it must be {names}") from None
+        raise ConfigError(f"{where}: {key} is {value!r}; it must be {_called(hint)}") from None
+
+
+def _called(hint: Any) -> str:
+    """What a person calls a type."""
+    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_called(arg) for arg in args)
+    if origin is tuple:
+        return f"a list of {len(args)}, each {_called(args[0])}"
+    if origin is list:
+        return f"a list, each {_called(args[0])}"
+    return plain.get(hint, "a mapping of keys to values")
 
 
 def names(kind: str) -> list[str]:
@@ -292,7 +308,7 @@ def leaf(kind: str, name: str) -> Any:
 
 def settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A leaf's own settings, with shipped paths (assets/..., configs/..., robots/...) resolved."""
-    return {key: _resolve(value) for key, value in raw.items() if key not in ("name", "weight")}
+    return {key: _resolve(value) for key, value in raw.items() if key != "name"}
 
 
 def _resolve(value: Any) -> Any:

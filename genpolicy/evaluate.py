@@ -1,6 +1,7 @@
 """Evaluation of a policy's deployed sampler on fixed prompts and one fixed noise."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ EVALUATION = -1
 """The ``iteration`` of evaluation noise: training never draws from it."""
 THUMBNAIL = 32
 SHOWN = 64
+"""Outputs that an evaluation keeps for looking at."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def evaluate(
     process: tuple[int, int] = (0, 1),
     gather: Callable[[Tensor], Tensor] = lambda value: value,
     batch: int = 256,
+    shown: int = SHOWN,
 ) -> Evaluation:
     """Sample ``samples`` outputs, prompt i mod P each, and judge them. Noise is named by prompt and repetition: any batch size and
     any number of processes (``process`` = (index, count), ``gather`` concatenates rows of all) draw the same samples.
@@ -83,13 +86,13 @@ def evaluate(
         pixels = judged.outputs.float().cpu()
         thumbnails.append(_thumbnail(pixels))
         parts.append({**judged.parts, "total": reward.total(judged.parts)})
-        if sum(map(len, outputs)) < SHOWN:
+        if sum(map(len, outputs)) < shown:
             outputs.append(pixels)
     names = list(parts[0])
     gathered = {name: gather(torch.cat([p[name] for p in parts]))[:samples] for name in names}
     asked = tuple(prompts[i % len(prompts)] for i in range(samples))
     diversity = _diversity(gather(torch.cat(thumbnails))[:samples], len(prompts))
-    return Evaluation(asked, torch.cat(outputs)[:SHOWN], gathered, diversity)
+    return Evaluation(asked, torch.cat(outputs)[:shown], gathered, diversity)
 
 
 def _thumbnail(outputs: Tensor) -> Tensor:
@@ -103,3 +106,61 @@ def _diversity(thumbnails: Tensor, prompts: int) -> float:
         group.var(0).mean().sqrt() for p in range(min(prompts, len(thumbnails))) if len(group := thumbnails[p::prompts]) > 1
     ]
     return float(torch.stack(spreads).mean()) if spreads else math.nan
+
+
+def fitting[T](work: Callable[[int], T], batch: int = 256) -> T:
+    """work(batch), again with half the batch whenever the accelerator's memory does not suffice."""
+    while True:
+        try:
+            return work(batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+            torch.cuda.empty_cache()
+
+
+def measure(
+    policy: ChainPolicy, reward: WeightedRewards, *, prompts: Sequence[str], samples: int, seed: int
+) -> tuple[Evaluation, float]:
+    """`evaluate` in batches that fit, and the network evaluations per sample it took."""
+
+    def work(batch: int) -> tuple[Evaluation, float]:
+        before = policy.model.evaluations
+        found = evaluate(policy, reward, prompts=prompts, samples=samples, seed=seed, batch=batch)
+        return found, (policy.model.evaluations - before) / samples
+
+    return fitting(work)
+
+
+def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -> Tensor:
+    """``members`` outputs of each prompt, prompt-major, on the CPU; the samples that `evaluate` draws from this seed."""
+    noise = Noise.rows(seed, EVALUATION, torch.arange(len(prompts)), members)
+    rows = [prompt for prompt in prompts for _ in range(members)]
+
+    def one(part: slice) -> Tensor:
+        trajectory = policy.sample(policy.model.encode(rows[part]), noise[part], keep=(0, 0))
+        with torch.no_grad():
+            return policy.model.decode(trajectory.x0).float().cpu()
+
+    def work(batch: int) -> Tensor:
+        return torch.cat([one(slice(start, start + batch)) for start in range(0, len(rows), batch)])
+
+    return fitting(work)
+
+
+def latency(policy: ChainPolicy, prompt: str, seed: int, calls: int = 20, seconds: float = 60.0) -> dict[str, float]:
+    """Milliseconds of one sample alone, prompt encoded, decoding included: p50, p95 and p99 over ``calls`` calls.
+
+    A warm-up call goes before; after ``seconds`` no more are made (but 3 at least), and ``calls`` says how many there were.
+    """
+    times: list[float] = []
+    started = time.perf_counter()
+    for call in range(calls + 1):
+        begun = time.perf_counter()
+        draw(policy, [prompt], 1, seed + call)
+        times.append(1000 * (time.perf_counter() - begun))
+        if call >= 3 and time.perf_counter() - started > seconds:
+            break
+    found = torch.tensor(times[1:], dtype=torch.float64).quantile(torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64))
+    return {**dict(zip(("p50", "p95", "p99"), found.tolist(), strict=True)), "calls": len(times) - 1}

@@ -51,6 +51,11 @@ class WeightedRewards:
             parts[name] = value
         return parts
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each reward."""
+        return {name: weight for name, (_, weight) in self.rewards.items()}
+
     def total(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the parts, Float64[B]."""
-        return sum((weight * parts[name] for name, (_, weight) in self.rewards.items()), torch.zeros(()).double())
+        return torch.stack([weight * parts[name] for name, weight in self.weights.items()]).sum(0)

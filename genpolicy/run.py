@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import resource
 import shutil
 import signal
 import sys
@@ -30,16 +31,17 @@ from genpolicy import checkpoint, config, report
 from genpolicy.chain import Noise, Trajectory
 from genpolicy.chain.values import Gaussian
 from genpolicy.config import ConfigError, Experiment, make
-from genpolicy.build import deployed_sampler, make_policy, make_rewards, save_policy
+from genpolicy.build import deployed_sampler, make_policy, make_rewards, prompt_lines, save_policy
 from genpolicy.evaluate import Evaluation, evaluate
 from genpolicy.policy import ChainPolicy, swapped
 from genpolicy.reward import Context, WeightedRewards
 from genpolicy.rollout import Judged, Rollout, Scored, collect, concatenate
-from genpolicy.task import Task, read_prompts
+from genpolicy.task import Task
 
 Loss = Callable[[Scored], tuple[Tensor, dict[str, Tensor]]]
 """A scored step of b rows -> (loss [b], metrics by name [b]). Pure."""
 LogRatio = Callable[[Gaussian, Gaussian, Tensor], Tensor]
+REPLAY_CHECK = "replay check"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -65,6 +67,38 @@ class Result:
     before: dict[str, Any]
     after: dict[str, Any]
     summary: dict[str, Any]
+
+
+@dataclass
+class Rehearsal:
+    """What one real iteration cost, and what the budget will: all processes together, seconds of wall-clock.
+
+    phases: name -> (seconds, peak GB of memory). memory: whose. evaluation_seconds: of one evaluation, extrapolated from sampling.
+    iterations, evaluations, seconds: of the whole budget, with its evaluations of the policy.
+    """
+
+    memory: str = "the accelerator's, peak of the phase" if torch.cuda.is_available() else "this process's, peak so far"
+    samples: int = 0
+    evaluations_per_sample: float = 0.0
+    total_seconds: float = 0.0
+    phases: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    evaluation_seconds: float = 0.0
+    iterations: int = 0
+    evaluations: float = 0.0
+    seconds: float = 0.0
+
+    def project(self, experiment: Experiment) -> None:
+        """Extrapolate to the budget: the replay check is made once, everything else at each iteration."""
+        b, e = experiment.budget, experiment.eval
+        once = self.phases.get(REPLAY_CHECK, (0.0, 0.0))[0]
+        each, nfe = self.total_seconds - once, self.evaluations_per_sample * self.samples
+        limits = ((b.iterations, 1), (b.nfe, nfe), (b.seconds, each))
+        self.iterations = math.ceil(min(limit / cost for limit, cost in limits if limit is not None))
+        self.evaluations = self.iterations * nfe
+        drawn = sum(self.phases.get(name, (0.0, 0.0))[0] for name in ("sample", "decode", "reward"))
+        self.evaluation_seconds = drawn * e.samples / self.samples
+        evaluations = 2 + (max(self.iterations - 1, 0) // e.every if e.every else 0)
+        self.seconds = once + self.iterations * each + evaluations * self.evaluation_seconds
 
 
 class Run:
@@ -103,6 +137,8 @@ class Run:
         self._rescore: bool | None = None
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._clock: dict[str, float] = defaultdict(float)
+        self._memory: dict[str, float] = defaultdict(float)
+        self.rehearsal: Rehearsal | None = None
         self._stop = False
         self._evaluated_at = -1
 
@@ -110,6 +146,9 @@ class Run:
 
     def iterations(self) -> Iterator[int]:
         """Yield 1, 2, ... until the budget is spent or a signal asks to stop; resume, evaluate, checkpoint and log around it."""
+        if self.rehearsal is not None:
+            yield from self._rehearse(self.rehearsal)
+            return
         self._resume()
         if self.iteration == 0 and not self.before:
             self.before = self.evaluate()
@@ -128,6 +167,18 @@ class Run:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _rehearse(self, cost: "Rehearsal") -> Iterator[int]:
+        """One iteration on the real sizes that leaves nothing behind: no file, and the weights as they were."""
+        weights, evaluations = self.snapshot(), self.policy.model.evaluations
+        self.iteration, started = 1, time.perf_counter()
+        yield 1
+        self._phase(None)
+        cost.total_seconds = time.perf_counter() - started
+        cost.samples = self._rows_collected * self.accelerator.num_processes
+        cost.evaluations_per_sample = (self.policy.model.evaluations - evaluations) / max(self._rows_collected, 1)
+        cost.phases = {name: (spent, self._memory[name]) for name, spent in self._clock.items()}
+        self.restore(weights)
 
     @property
     def progress(self) -> float:
@@ -220,6 +271,7 @@ class Run:
         """
         policy = self._window_of(rollout.trajectory)
         if self._rescore is None:
+            self._phase(REPLAY_CHECK)
             counted = policy.model.evaluations
             gap, k = self._replay_gap(policy, rollout.trajectory, log_ratio)
             self.replay_gap = gap
@@ -236,8 +288,10 @@ class Run:
                         f"more than a tenth of the clip range ({tolerance:.1e}); use precision fp32, a smaller window or a larger clip"
                     )
             policy.model.evaluations = counted
+            self._phase(None)
         if not self._rescore:
             return rollout
+        self._phase("rescore")
         return replace(rollout, trajectory=self._scored_again(policy, rollout.trajectory))
 
     def _replay_gap(self, policy: ChainPolicy, trajectory: Trajectory, log_ratio: LogRatio) -> tuple[float, int]:
@@ -500,7 +554,7 @@ class Run:
 
     def _evaluation_due(self) -> bool:
         every = self.experiment.eval.every
-        return bool(every) and self.iteration % every == 0
+        return self.rehearsal is None and bool(every) and self.iteration % every == 0
 
     def _finish_iteration(self, evaluations: float, bar: tqdm) -> None:
         metrics = {name: sum(values) / len(values) for name, values in self._metrics.items()}
@@ -509,13 +563,13 @@ class Run:
         metrics["lr"] = self._lr()
         metrics.update({f"time/{phase}": spent for phase, spent in self._clock.items()})
         metrics["time_s"] = self.seconds
-        if torch.cuda.is_available():
-            metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        metrics["memory/peak_gb"] = max(self._memory.values(), default=0.0)
         if self.accelerator.is_main_process:
             report.append(self.folder, {"iteration": self.iteration, **metrics})
             self.accelerator.log(metrics, step=self.iteration)
         self._metrics.clear()
         self._clock.clear()
+        self._memory.clear()
         self._rows_collected = 0
         advance = min(self.progress, 1.0) * bar.total - bar.n
         reward = f"{metrics.get('reward/total', math.nan):.3f} ± {metrics.get('reward/total_ci95', math.nan):.3f}"
@@ -536,6 +590,7 @@ class Run:
         now = time.perf_counter()
         if self._phase_name is not None:
             self._clock[self._phase_name] += now - self._phase_started
+            self._memory[self._phase_name] = max(self._memory[self._phase_name], _peak_gigabytes())
         self._phase_name, self._phase_started = name, now
 
     def _bar(self) -> tqdm:
@@ -603,6 +658,16 @@ class Run:
             raise ConfigError("the chain has no stochastic step to train: widen chain.window or use a kernel with noise")
 
 
+def _peak_gigabytes() -> float:
+    """The accelerator's memory at its highest since the last call; without one, this process's at its highest so far."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
@@ -627,6 +692,16 @@ def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) ->
         accelerator.init_trackers("genpolicy", config=dataclasses.asdict(experiment))
     method.train(run)
     return run.finish(time.perf_counter() - started)
+
+
+def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, Rehearsal]:
+    """One real iteration of an experiment, its costs, and what its budget will cost; nothing is written."""
+    asked = config.load(experiment, overrides)
+    run, method = prepare(asked, Path(asked.output), Accelerator())
+    run.rehearsal = Rehearsal()
+    method.train(run)
+    run.rehearsal.project(asked)
+    return asked, run.rehearsal
 
 
 @contextlib.contextmanager
@@ -667,6 +742,6 @@ def prepare(experiment: Experiment, folder: Path, accelerator: Accelerator) -> t
     reward = make_rewards(experiment.reward)
     prompts = task.reset(range(experiment.eval.samples)).prompts
     if experiment.eval.prompts is not None:
-        prompts = read_prompts(config.settings({"prompts": experiment.eval.prompts})["prompts"])
+        prompts = prompt_lines(experiment.eval.prompts)
     policy = make_policy(make("models", experiment.policy), experiment.chain)
     return Run(experiment, policy, task, reward, prompts, folder, accelerator), method

@@ -34,7 +34,7 @@ TRESPASSES = {
 
 def loaded_by(code: str) -> set[str]:
     """The top-level modules that a fresh interpreter holds after `code`."""
-    tell = "import json, sys; print(); print(json.dumps(sorted(name for name in sys.modules if '.' not in name)))"
+    tell = "import json, sys; print(); print(json.dumps([name for name in sys.modules if '.' not in name]))"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\n{tell}"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )

@@ -91,6 +91,6 @@ def test_wheel_works_outside_the_checkout(tmp_path: Path):
     names = [name.removeprefix("configs/").removesuffix(".yaml") for name in shipped() if ".yaml" in name]
     assert names
     assert [name for name in names if name not in listed] == []
-    where = "import genpolicy; from genpolicy.resources import path; print(path('assets'), genpolicy.__file__)"
+    where = "from genpolicy import resources; print(resources.path('assets'), resources.__file__)"
     for place in call(venv / "bin" / "python", "-c", where, cwd=outside).split():
         assert Path(place).is_relative_to(venv)

@@ -1,7 +1,7 @@
-"""Seven tiny diffusers pipelines of the real classes, built from config alone: offline, deterministic, under .2 s each.
+"""Seven tiny diffusers pipelines of the real classes, from config alone: offline, deterministic, .2 s each.
 
-Everything is in eval mode (models built from config start in train mode, and T5's dropout would make calls differ).
-Tokenizers have hand-written vocabularies: training one is not deterministic between processes.
+Everything is in eval mode (models built from config start in train mode, and T5's dropout would make calls
+differ). Tokenizers have hand-written vocabularies: training one is not deterministic between processes.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,10 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-WORDS = "a red green blue yellow circle square triangle left right of above below".split()
+WORDS = [
+    *("a", "red", "green", "blue", "yellow", "circle", "square", "triangle"),
+    *("left", "right", "of", "above"),
+]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LENGTH = 16
 
@@ -62,13 +65,18 @@ def clip_tokenizer() -> CLIPTokenizer:
             if left not in vocabulary:
                 vocabulary.append(left)
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={v: i for i, v in enumerate(vocabulary)}, merges=merges, model_max_length=LENGTH)
+    return CLIPTokenizer(
+        vocab={v: i for i, v in enumerate(vocabulary)}, merges=merges, model_max_length=LENGTH
+    )
 
 
 def t5_tokenizer() -> T5TokenizerFast:
     """A unigram vocabulary: whole words of `WORDS`, letters for everything else."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", *("▁" + word for word in WORDS), *LETTERS]
-    scores = [(piece, 0.0 if i < 3 else -1.0 - len(pieces[3:]) * (len(piece) == 1)) for i, piece in enumerate(pieces)]
+    scores = [
+        (piece, 0.0 if i < 3 else -1.0 - len(pieces[3:]) * (len(piece) == 1))
+        for i, piece in enumerate(pieces)
+    ]
     return T5TokenizerFast(vocab=scores, extra_ids=0, model_max_length=LENGTH)
 
 
@@ -130,16 +138,16 @@ def flow_vae() -> AutoencoderKL:
 
 def unet(**options: Any) -> UNet2DConditionModel:
     """Two levels on 16 x 16 latents."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        attention_head_dim=8,
-        norm_num_groups=8,
-        **options,
-    )
+    shape = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (32, 64),
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**{**shape, **options})
 
 
 def ddim(**options: Any) -> DDIMScheduler:
@@ -271,7 +279,11 @@ def wan(**options: Any) -> WanPipeline:
         tokenizer=tokenizer,
         text_encoder=t5(tokenizer, multilingual=True),
         vae=AutoencoderKLWan(
-            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+            base_dim=3,
+            z_dim=16,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         transformer=wan_transformer(),
@@ -303,7 +315,11 @@ def ltx() -> LTXPipeline:
     autoencoder.use_framewise_encoding = autoencoder.use_framewise_decoding = False
     return LTXPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+            use_dynamic_shifting=True,
+            base_shift=0.95,
+            max_shift=2.05,
+            base_image_seq_len=1024,
+            shift_terminal=0.1,
         ),
         vae=autoencoder,
         text_encoder=t5(tokenizer),
@@ -354,7 +370,10 @@ def cogvideox() -> CogVideoXPipeline:
             max_text_seq_length=LENGTH,
         ),
         scheduler=CogVideoXDDIMScheduler(
-            prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0, timestep_spacing="trailing"
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=3.0,
+            timestep_spacing="trailing",
         ),
     )
 

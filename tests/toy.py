@@ -1,4 +1,4 @@
-"""The toy that the tests train: a model, rewards with one right answer, and whole experiments as raw YAML mappings."""
+"""The toy that the tests train: a model, rewards with one right answer, and experiments as raw YAML mappings."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ PROMPTS = ("bright", "dark", "bright picture", "dark picture")
 
 
 def brightness(outputs: Tensor, context: Context) -> Tensor:
-    """How bright a "bright" picture is, or how dark any other, in [-.5, .5]: the right answer is all white or all black."""
+    """How bright a "bright" picture is, or how dark any other, in [-.5, .5]: all white or all black is right."""
     sign = torch.tensor([1.0 if "bright" in prompt else -1.0 for prompt in context.prompts]).to(outputs)
     return sign * (outputs.flatten(1).mean(1) - 0.5)
 
@@ -42,7 +42,7 @@ def wrong_shape(outputs: Tensor, context: Context) -> Tensor:
 
 
 def experiment(folder: Path, **sections: Any) -> dict[str, Any]:
-    """A raw experiment on the toy, with its prompt file in ``folder`` and its output at folder/run; ``sections`` replace whole sections."""
+    """A raw experiment on the toy: prompt file in ``folder``, output folder/run; ``sections`` replace sections."""
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{p}\n" for p in PROMPTS))
     raw: dict[str, Any] = {

@@ -4,13 +4,15 @@ Rewards come as [M,N]: M groups of N members (one prompt, or one start state, ea
 """
 
 from collections import deque
-from collections.abc import Hashable, Sequence
-from typing import Literal
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Scale = Literal["group", "all", "none"]
+Kind = Literal["group", "all", "none", "leave_one_out", "prompt_history"]
+Combine = Literal["sum", "z_sum"]
 
 
 def group_relative(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -> Tensor:
@@ -36,12 +38,6 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     if members < 2:
         raise ValueError("leave-one-out needs at least 2 members in a group")
     return (rewards - rewards.mean(1, keepdim=True)) * members / (members - 1)
-
-
-def z_sum(parts: Sequence[Tensor], weights: Sequence[float], eps: float = 1e-4) -> Tensor:
-    """Sum of per-reward group z-scores (MixGRPO's advantage_aggr), each [M,N]: a reward counts by weight, not by its scale."""
-    scored = (weight * group_relative(part, "group", eps) for part, weight in zip(parts, weights, strict=True))
-    return torch.stack(list(scored)).sum(0)
 
 
 class PromptHistory:
@@ -71,3 +67,43 @@ class PromptHistory:
 
     def load_state_dict(self, state: dict[Hashable, list[float]]) -> None:
         self.history = {prompt: deque(values, maxlen=self.size) for prompt, values in state.items()}
+
+
+class Advantage:
+    """Rewards by name to one advantage per row, bounded to [-bound, bound] (public code clips at 5).
+
+    kind: the scale of `group_relative`, `leave_one_out`, or a `PromptHistory`. combine: "sum" adds the weighted rewards and scores
+    the total; "z_sum" scores every reward by itself and adds the weighted scores (MixGRPO's advantage_aggr): a reward then counts by
+    its weight, not by its scale. It has a state_dict, so that Run can save and resume it.
+    """
+
+    def __init__(self, kind: Kind = "group", combine: Combine = "sum", bound: float = 5.0) -> None:
+        for what, value, valid in (("kind", kind, get_args(Kind)), ("combine", combine, get_args(Combine))):
+            if value not in valid:
+                raise ValueError(f"advantage {what} is {value!r}; valid are {', '.join(valid)}")
+        self.kind, self.combine, self.bound = kind, combine, bound
+        self.histories: dict[str, PromptHistory] = {}
+
+    def __call__(self, parts: Mapping[str, Tensor], weights: Mapping[str, float], prompts: Sequence[str]) -> Tensor:
+        """parts: name -> [M,N] rewards; weights by the same names; the M groups' prompts -> [M,N]."""
+        if self.combine == "sum":
+            total = torch.stack([weights[name] * part for name, part in parts.items()]).sum(0)
+            advantage = self._score("total", total, prompts)
+        else:
+            scores = [weights[name] * self._score(name, part, prompts) for name, part in parts.items()]
+            advantage = torch.stack(scores).sum(0)
+        return advantage.clamp(-self.bound, self.bound)
+
+    def _score(self, name: str, rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+        if self.kind == "leave_one_out":
+            return leave_one_out(rewards)
+        if self.kind == "prompt_history":
+            return self.histories.setdefault(name, PromptHistory())(rewards, prompts)
+        return group_relative(rewards, self.kind)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: history.state_dict() for name, history in self.histories.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, history in state.items():
+            self.histories.setdefault(name, PromptHistory()).load_state_dict(history)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from genpolicy.chain.values import Gaussian, Reduce
 from genpolicy.config import ConfigError, choice
-from genpolicy.learning.advantage import Scale, group_relative
+from genpolicy.learning.advantage import Advantage, Combine, Kind
 from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio, mean_kl
 from genpolicy.rollout import Scored
 from genpolicy.run import Run
@@ -31,8 +31,8 @@ class FlowGRPO:
 
     groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps per pass over a rollout (2). epochs:
     passes (1). clip: eps, unitless, read beside ``reduce`` (1e-4 with "mean"). reduce: of the log-ratio over event dims; "mean" as in
-    every public repository, "sum" is the textbook likelihood (clip .1....3). advantage: what divides the centred rewards: "all"
-    (global_std), "group", "none". advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at step 0 (.04 GenEval and
+    every public repository, "sum" is the textbook likelihood (clip .1....3). advantage: "all" (global_std), "group", "none", "leave_one_out",
+    "prompt_history"; combine: "sum" or "z_sum" of several rewards (see `Advantage`). advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at step 0 (.04 GenEval and
     OCR, .01 PickScore, 0 in the Fast configs). kl_form: "true", or "published" (times dt). weight: of a step's loss, "none", or "std/dt",
     what GRPO-Guard's first update amounts to. shared_prefix: the group shares the chain before the window (Fast).
     """
@@ -43,7 +43,8 @@ class FlowGRPO:
     epochs: int = 1
     clip: float = 1e-4
     reduce: Reduce = "mean"
-    advantage: Scale = "all"
+    advantage: Kind = "all"
+    combine: Combine = "sum"
     advantage_clip: float = 5.0
     beta: float = 0.0
     kl_form: str = "true"
@@ -59,10 +60,12 @@ class FlowGRPO:
     def train(self, run: Run) -> None:
         run.require_density()
         reference = run.snapshot() if self.beta else None
+        estimate = Advantage(self.advantage, self.combine, self.advantage_clip)
+        run.register(advantage=estimate)
         for _ in run.iterations():
             rollout = run.collect(self.groups, self.group, updates=self.updates, shared_prefix=self.shared_prefix)
             rollout = run.verified(rollout, self.log_ratio, self.clip / 10)
-            advantage = group_relative(rollout.rewards, self.advantage).clamp(-self.advantage_clip, self.advantage_clip)
+            advantage = estimate(rollout.parts, run.reward.weights, rollout.prompts)
             run.show(rollout, advantage)
             for rows in run.minibatches(rollout, self.updates, self.epochs):
                 run.update(rollout, rows, advantage, self.loss, reference)

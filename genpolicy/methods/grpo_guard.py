@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genpolicy.chain.values import Gaussian, Reduce
 from genpolicy.config import ConfigError, choice
-from genpolicy.learning.advantage import Scale, group_relative
+from genpolicy.learning.advantage import Advantage, Combine, Kind
 from genpolicy.learning.objective import clip_metrics, clipped_surrogate, guard_log_ratio, mean_kl
 from genpolicy.rollout import Scored
 from genpolicy.run import Run
@@ -31,10 +31,11 @@ class GRPOGuard:
     """Hyper-parameters; sources are flow_grpo's config/grpo_guard.py unless said.
 
     groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps per pass over a rollout (2). epochs:
-    passes (1). clip: eps of rho_hat, unitless, read beside ``reduce`` (2e-6 OCR and GenEval, 4e-6 PickScore, with "mean"; aim at a clip
-    fraction of .1....3). reduce: over event dims. advantage: what divides the centred rewards (global_std=False: "group").
-    advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at step 0 (0). weight: "1/gain", or the published "1/dt".
-    shared_prefix: the group shares the chain before the window.
+    passes (1). clip: eps of rho_hat, unitless, read beside ``reduce`` (2e-6 OCR and GenEval, 4e-6 PickScore, with "mean"; aim at clipping
+    10 to 30 % of the rows). reduce: over event dims. advantage: "group" (global_std=False), "all", "none", "leave_one_out",
+    "prompt_history"; combine: "sum" or "z_sum" of several rewards (see `Advantage`). advantage_clip: bound of |A| (5). beta: weight of
+    the KL to the policy at step 0 (0). weight: "1/gain", or the published "1/dt". shared_prefix: the group shares the chain before the
+    window.
     """
 
     groups: int = 48
@@ -43,7 +44,8 @@ class GRPOGuard:
     epochs: int = 1
     clip: float = 2e-6
     reduce: Reduce = "mean"
-    advantage: Scale = "group"
+    advantage: Kind = "group"
+    combine: Combine = "sum"
     advantage_clip: float = 5.0
     beta: float = 0.0
     weight: str = "1/gain"
@@ -57,10 +59,12 @@ class GRPOGuard:
     def train(self, run: Run) -> None:
         run.require_density()
         reference = run.snapshot() if self.beta else None
+        estimate = Advantage(self.advantage, self.combine, self.advantage_clip)
+        run.register(advantage=estimate)
         for _ in run.iterations():
             rollout = run.collect(self.groups, self.group, updates=self.updates, shared_prefix=self.shared_prefix)
             rollout = run.verified(rollout, self.log_ratio, self.clip / 10)
-            advantage = group_relative(rollout.rewards, self.advantage).clamp(-self.advantage_clip, self.advantage_clip)
+            advantage = estimate(rollout.parts, run.reward.weights, rollout.prompts)
             run.show(rollout, advantage)
             for rows in run.minibatches(rollout, self.updates, self.epochs):
                 run.update(rollout, rows, advantage, self.loss, reference)

@@ -9,11 +9,18 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from genpolicy.models._diffusers_load import first_line
+
 ADAPTER = "policy"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
-    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # the text stream of joint attention (SD3, Flux)
+    *(
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    ),  # the text stream of joint attention (SD3, Flux)
 )
 
 
@@ -21,8 +28,10 @@ ATTENTION = (
 class Lora:
     """A low-rank change of the denoiser (arXiv 2106.09685): W + alpha/rank B A.
 
-    rank, alpha: 32 and 64 are Flow-GRPO's (flow_grpo scripts/train_sd3.py); with ``start`` both come from its file.
-    targets: names (endings) of the linear layers it changes; by default every attention projection, of the text stream too.
+    rank, alpha: 32 and 64 are Flow-GRPO's (flow_grpo scripts/train_sd3.py). With ``start`` both are its
+        file's.
+    targets: endings of the names of the linear layers it changes; by default every attention projection,
+        those of the text stream too.
     start: folder or .safetensors file with the user's own LoRA, from which the policy starts.
     """
 
@@ -46,7 +55,7 @@ def add(pipeline: Any, denoiser: torch.nn.Module, lora: Lora) -> None:
         except ValueError as error:
             linear = {n.split(".")[-1] for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)}
             raise ValueError(
-                f"lora.targets {targets} match no layer of {type(denoiser).__name__}; its linear layers are called"
+                f"lora.targets {targets} match no layer of {type(denoiser).__name__}; its linear layers are"
                 f" {', '.join(sorted(linear))}"
             ) from error
     for name, parameter in denoiser.named_parameters():
@@ -60,20 +69,23 @@ def _start(pipeline: Any, denoiser: torch.nn.Module, start: Path) -> None:
     if len(files) > 1:
         files = [file for file in files if file.name == WEIGHTS]
     if len(files) != 1:
-        raise FileNotFoundError(f"lora.start {start} is neither a .safetensors file nor a folder with one ({WEIGHTS})")
+        raise FileNotFoundError(
+            f"lora.start {start} is neither a .safetensors file nor a folder with {WEIGHTS}"
+        )
+    kind = type(denoiser).__name__
     try:
         pipeline.load_lora_weights(str(files[0].parent), weight_name=files[0].name, adapter_name=ADAPTER)
     except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise ValueError(f"lora.start {start} does not fit {type(denoiser).__name__}: {_first_line(error)}") from error
-    elsewhere = [
+        raise ValueError(f"lora.start {start} does not fit {kind}: {first_line(error)}") from error
+    changed = [
         name
         for name, part in pipeline.components.items()
-        if isinstance(part, torch.nn.Module) and part is not denoiser and ADAPTER in getattr(part, "peft_config", {})
+        if isinstance(part, torch.nn.Module) and ADAPTER in getattr(part, "peft_config", {})
     ]
-    if ADAPTER not in getattr(denoiser, "peft_config", {}) or elsewhere:
-        changes = ", ".join(elsewhere) or "nothing of this pipeline"
+    others = [name for name in changed if getattr(pipeline, name) is not denoiser]
+    if others or not changed:
         raise ValueError(
-            f"lora.start {start} changes {changes}; a start may change {type(denoiser).__name__} and nothing else"
+            f"lora.start {start} changes {', '.join(others) or 'nothing here'}; only {kind} may change"
         )
 
 
@@ -88,7 +100,3 @@ def save(pipeline: Any, name: str, denoiser: torch.nn.Module, directory: Path) -
     metadata = denoiser.peft_config[ADAPTER].to_dict()
     layers = {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": metadata}
     type(pipeline).save_lora_weights(directory, **layers)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

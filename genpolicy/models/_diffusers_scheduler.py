@@ -1,10 +1,14 @@
-"""diffusers schedulers, read as our schedules: what stands in for one during a single network evaluation, which of them are
-Markov chains we can act with, and their tables and times as ours."""
+"""diffusers' schedulers read as our schedules.
+
+What stands in for one while the pipeline's loop runs for a single network evaluation, which of them are
+Markov chains that can be scored, and their tables and times as ours.
+"""
 
 import inspect
 import logging
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -20,12 +24,15 @@ log = logging.getLogger(__name__)
 MARKOV = ("DDIMScheduler", "DDPMScheduler", "CogVideoXDDIMScheduler", "FlowMatchEulerDiscreteScheduler")
 """Schedulers whose tables are used as they are: one step needs nothing but its own network evaluation."""
 
+Asked = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments that a pipeline passed to its scheduler's ``set_timesteps``."""
+
 
 class OneStep:
-    """Stands where a pipeline's scheduler stood: shows the pipeline's loop ``timesteps`` and keeps the network's output.
+    """Stands where a pipeline's scheduler stood: shows its loop ``timesteps`` and keeps the network's output.
 
-    ``timesteps`` [] runs the loop not at all (dry calls, decoding), [1] once at one time, [1,B] once with one time per row
-    (the loop's ``t`` is then [B]).
+    ``timesteps`` [] runs the loop not at all (dry calls, encoding, decoding), [1] once at one time, [1,B]
+    once with a time per row (the loop's ``t`` is then [B]).
     """
 
     order = 1
@@ -35,14 +42,13 @@ class OneStep:
         self._inner = inner
         self.config = inner.config
         self.timesteps = timesteps
-        self.asked: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.asked: Asked = ((), {})
         self.output: Tensor | None = None
 
         def set_timesteps(*args: Any, **kwargs: Any) -> None:
             self.asked = (args, kwargs)
 
-        # diffusers' retrieve_timesteps looks at the signature to see whether `sigmas` and `mu` may be passed
-        set_timesteps.__signature__ = inspect.signature(inner.set_timesteps)  # type: ignore[attr-defined]
+        set_timesteps.__signature__ = _signature(type(inner))  # type: ignore[attr-defined]
         self.set_timesteps = set_timesteps
 
     def __getattr__(self, name: str) -> Any:
@@ -56,42 +62,58 @@ class OneStep:
         return sample
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        """Keep the output and hand it back in the next sample's place (the pipeline returns it, nobody reads it)."""
+        """Keep the output, and hand it back as the next sample: the pipeline returns it, nobody reads it."""
         self.output = model_output
         return model_output, model_output
 
 
+@cache
+def _signature(kind: type) -> inspect.Signature:
+    """What diffusers' retrieve_timesteps looks at to see whether ``sigmas`` may be passed."""
+    return inspect.signature(kind.set_timesteps)  # type: ignore[attr-defined]
+
+
 def markov(scheduler: Any) -> Any:
-    """The scheduler itself if it is one of `MARKOV`, else the Markov one of the same family, with one logged line.
+    """The scheduler itself if it is one of `MARKOV`, else the one of its family, with one logged line.
 
     Multistep solvers keep a history: their steps are no transition of x_t alone and can't be scored.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if config.get("thresholding"):
         raise ValueError(
-            f"scheduler {name} uses dynamic thresholding, which is no fixed function of x_0; set thresholding: false in its config"
+            f"scheduler {name}: dynamic thresholding can't be scored; set thresholding false in its config"
         )
     if config.get("invert_sigmas"):
-        raise ValueError(f"scheduler {name} inverts its sigmas (Mochi), which this adapter does not read; use another family")
+        raise ValueError(f"scheduler {name}: inverted sigmas (Mochi) are not supported; use another pipeline")
     if name in MARKOV:
         return scheduler
-    if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if flow or name.startswith("FlowMatch"):
         shift = config.get("flow_shift", config.get("shift", 1.0))
         chosen = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
     elif name.startswith("CogVideoX"):
         chosen = diffusers.CogVideoXDDIMScheduler.from_config(config)
     elif config.get("beta_schedule") is not None:
-        # DDIM clips by default, the schedulers it replaces here do not
+        # DDIM clips by default, and the schedulers that it replaces here do not
         chosen = diffusers.DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
     else:
-        raise ValueError(f"scheduler {name} is neither a flow nor variance preserving; valid are {', '.join(MARKOV)}")
-    log.warning("scheduler %s keeps a history and has no transition to score: %s is used", name, type(chosen).__name__)
+        raise ValueError(
+            f"scheduler {name} is neither a flow nor variance preserving; valid are {', '.join(MARKOV)}"
+        )
+    log.warning(
+        "scheduler %s keeps a history, so that its steps can't be scored; %s takes its place",
+        name,
+        type(chosen).__name__,
+    )
     return chosen
 
 
 @dataclass(frozen=True)
 class Times:
-    """A Markov scheduler's times as ours. ``mu``: what the pipeline passes to ``set_timesteps`` for its resolution, if so."""
+    """A Markov scheduler's times as ours.
+
+    mu: what the pipeline passes to ``set_timesteps`` at this resolution ("dynamic" shifting), if anything.
+    """
 
     scheduler: Any
     mu: float | None
@@ -103,7 +125,7 @@ class Times:
 
     @property
     def levels(self) -> int:
-        """num_train_timesteps: what noise time 1 is called by the network."""
+        """num_train_timesteps: what the network calls noise time 1."""
         return self.scheduler.config.num_train_timesteps
 
     @property
@@ -113,7 +135,10 @@ class Times:
 
     @property
     def clip(self) -> tuple[float, bool] | None:
-        """(bound, eps recomputed from the clipped x0) where the scheduler clips x0. CogVideoX's never does, whatever it says."""
+        """(bound, whether eps is recomputed from the clipped x0), where the scheduler clips x0.
+
+        CogVideoX's never does, whatever its config says.
+        """
         name, config = type(self.scheduler).__name__, self.scheduler.config
         if name not in ("DDIMScheduler", "DDPMScheduler") or not config.clip_sample:
             return None
@@ -133,24 +158,24 @@ class Times:
         return self.scheduler.shift
 
     def network_time(self, t: Tensor) -> Tensor:
-        """t [B] on [0, 1] as the network is told it: fp32 sigma * T for flows, the int64 level round(t T) - 1 else."""
+        """t [B] as the network is told it: fp32 t T for flows, else the int64 level round(t T) - 1."""
         if self.flow:
             return t.float() * self.levels
         return (t * self.levels).round().long() - 1
 
     def grid(self, steps: int) -> Tensor:
-        """K real steps: flows u = 1, (K-1)/K .. 1/K shifted, and stretched to end at ``shift_terminal`` (LTX), then 0."""
+        """K+1 noise times. Flows: K real steps, stretched so that the last is at ``shift_terminal`` (LTX)."""
         if not self.flow:
             return self.native(((steps,), {}))
         grid = Linear(self._shift()).grid(steps)
         terminal = self.scheduler.config.shift_terminal
-        if terminal:
+        if terminal and steps > 1:
             inner = 1 - grid[:-1]
-            grid = torch.cat([1 - inner * (1 - terminal) / inner[-1], grid[-1:]]) if steps > 1 else grid
+            grid = torch.cat([1 - inner * (1 - terminal) / inner[-1], grid[-1:]])
         return grid
 
-    def native(self, asked: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-        """The scheduler's own grid for the arguments that the pipeline passed to ``set_timesteps``, ending at 0."""
+    def native(self, asked: Asked) -> Tensor:
+        """The scheduler's own K+1 noise times for what the pipeline asks of it, ending at 0."""
         args, kwargs = asked
         self.scheduler.set_timesteps(*args, **kwargs)
         if self.flow:

@@ -1,7 +1,8 @@
 """A tiny analytic policy that needs no download: what `genpolicy check` and the tests train in milliseconds.
 
-The base draws 2 x 4 x 4 latents from N(0, I): the exact velocity (or epsilon) of that density, plus a small network that starts near
-zero and learns the rest. Prompts are bags of words with fixed vectors; a picture is a fixed linear map of its latents.
+The base draws 2 x 4 x 4 latents from N(0, I): the exact velocity (or epsilon) of that density, plus a small
+network that starts near zero and learns the rest. Prompts are bags of words with fixed vectors; pictures are a
+fixed linear map of its latents.
 """
 
 from collections.abc import Sequence
@@ -30,8 +31,9 @@ MIX = ((0.2, 0.0), (0.0, 0.2), (0.1, 0.1))
 class Toy:
     """A network of two layers on 2 x 4 x 4 latents as a `genpolicy.policy.Model`; pictures are 3 x 8 x 8.
 
-    pretrained: folder of a saved one; None draws the weights from ``seed``. family: "flow" (linear schedule, velocity) or "vp"
-    (variance preserving with 1000 levels, epsilon). hidden: width of the network. frames: if set, samples are videos of so many frames.
+    pretrained: folder of a saved one; None draws the weights from ``seed``.
+    family: "flow" (linear schedule, velocity) or "vp" (variance preserving with 1000 levels, epsilon).
+    hidden: width of the network. frames: if set, samples are videos of so many frames.
     train: "full", the only way it learns.
     """
 
@@ -43,12 +45,14 @@ class Toy:
     train: Literal["full"] = "full"
 
     def __post_init__(self) -> None:
-        self.device, self.precision = torch.device("cpu"), "fp32"
+        self.device = torch.device("cpu")
+        self.precision: Literal["fp32", "bf16", "fp16"] = "fp32"
         self.evaluations = 0.0
         self.event_shape: tuple[int, ...] = (2, 4, 4) if self.frames is None else (2, self.frames, 4, 4)
-        self.parametrisation: Parametrisation = "velocity" if self.family == "flow" else "epsilon"
-        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-        self.schedule: Schedule = Linear() if self.family == "flow" else VariancePreserving((1 - betas).cumprod(0))
+        flow = self.family == "flow"
+        self.parametrisation: Parametrisation = "velocity" if flow else "epsilon"
+        levels = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+        self.schedule: Schedule = Linear() if flow else VariancePreserving(levels)
         size = int(np.prod(self.event_shape))
         self.network = torch.nn.Sequential(
             torch.nn.Linear(size + 2 + WORD, self.hidden), torch.nn.Tanh(), torch.nn.Linear(self.hidden, size)
@@ -69,6 +73,7 @@ class Toy:
                 parameter.data.uniform_(-bound, bound, generator=generator)
 
     def grid(self, steps: int) -> Tensor:
+        """The schedule's own K+1 noise times."""
         return self.schedule.grid(steps)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -76,11 +81,13 @@ class Toy:
         return torch.stack([_meaning(prompt) for prompt in prompts])
 
     def negative(self, condition: Tensor) -> Tensor:
+        """The empty prompt's zeros."""
         return torch.zeros_like(condition)
 
     def denoise(self, x: Tensor, t: Tensor, condition: Tensor) -> Prediction:
+        """The exact output for x0 ~ N(0, I) plus the network's. x [B,*E], t [B]."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        known = sigma - alpha if self.family == "flow" else sigma  # E[eps - x0 | x], E[eps | x], times the variance of x
+        known = sigma - alpha if self.family == "flow" else sigma  # cov(eps - x0, x), cov(eps, x)
         times = torch.stack([t, t**2], -1).to(x.dtype).expand(len(x), 2)
         learned = self.network(torch.cat([x.flatten(1), times, condition], -1)).view_as(x)
         output = expand(known / (alpha**2 + sigma**2), x) * x + learned
@@ -88,14 +95,16 @@ class Toy:
         return Prediction.of(self.parametrisation, output, x, alpha, sigma)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Each latent pixel as 2 x 2 pixels: grey plus `MIX` of its channels, [B,3,8,8] or [B,F,3,8,8] in [0, 1]."""
+        """Each latent pixel as 2 x 2 pixels, grey plus `MIX` of its channels: [B,(F,)3,8,8] in [0, 1]."""
         colours = torch.tensordot(x0, torch.tensor(MIX).to(x0), ([1], [1])).movedim(-1, -3) + 0.5
         return colours.repeat_interleave(2, -1).repeat_interleave(2, -2).clamp(0, 1)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The network's parameters."""
         return dict(self.network.named_parameters())
 
     def save(self, directory: Path) -> None:
+        """One safetensors file."""
         save_file(self.network.state_dict(), directory / WEIGHTS)
 
 
@@ -104,4 +113,4 @@ def _meaning(prompt: str) -> Tensor:
         np.random.default_rng(list(blake2b(word.encode(), digest_size=8).digest())).standard_normal(WORD)
         for word in prompt.lower().split()
     ]
-    return torch.from_numpy(np.mean([np.zeros(WORD)] if not words else words, 0)).float()
+    return torch.from_numpy(np.mean(words or [np.zeros(WORD)], 0)).float()

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from genpolicy.reward import RewardError
+
 QUALITY = 95
 """Pillow's quality setting in DDPO (kvablack/ddpo-pytorch, ddpo_pytorch/rewards.py) and Flow-GRPO."""
 BYTES_PER_KB = 1000
@@ -29,7 +31,7 @@ def kilobytes(outputs: Tensor) -> Tensor:
     if outputs.ndim not in (4, 5) or outputs.shape[-3] != 3:
         raise ValueError(f"pictures must be [B, 3, H, W] or [B, F, 3, H, W], not {list(outputs.shape)}.")
     if not torch.isfinite(outputs).all():
-        raise ValueError("pictures hold NaN or infinity, which a JPEG would hide as plain black or white.")
+        raise RewardError("pictures hold NaN or infinity, which a JPEG would hide as plain black or white.")
     pixels = (outputs.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
     frames = pixels.flatten(0, -4).permute(0, 2, 3, 1).cpu().numpy()
     sizes = torch.tensor([_bytes(Image.fromarray(frame)) for frame in frames], dtype=torch.float32)

@@ -195,8 +195,7 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def to_uint8(images) -> np.ndarray:
-    """A torch or numpy batch [B, 3, H, W] in [0, 1] as uint8 [B, H, W, 3]; what is not finite becomes
-    black."""
+    """Turn a torch or numpy batch [B, 3, H, W] in [0, 1] into uint8 [B, H, W, 3]; NaN becomes black."""
     images = np.asarray(images.detach().float().cpu() if hasattr(images, "detach") else images, np.float32)
     images = np.nan_to_num(images, nan=0.0, posinf=0.0, neginf=0.0)
     return np.rint(images.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
@@ -249,8 +248,7 @@ def detect_all(images: np.ndarray) -> list[list[Found]]:
 
 
 def _shape(ys: np.ndarray, xs: np.ndarray) -> str:
-    """Name the shape of a blob from its pixels' rows and columns, or "other"; E is the mean over the
-    pixels."""
+    """Name the shape of a blob, or say "other", from its pixels' rows and columns; E is their mean."""
     height, width = np.ptp(ys) + 1, np.ptp(xs) + 1
     y, x = ys - ys.mean(), xs - xs.mean()
     y2, x2 = y * y, x * x

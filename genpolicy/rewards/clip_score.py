@@ -17,7 +17,6 @@ resize is needed.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from genpolicy.config import ConfigError, at_least, choice
+from genpolicy.reward import Context
 
 
 def mean_cosine(
@@ -154,6 +156,7 @@ class ClipScore:
 
     def __post_init__(self) -> None:
         """Nothing is loaded yet."""
+        at_least("clip_score", self, micro_batch=1)
         self._clip: torch.nn.Module | None = None
         self._device: torch.device | None = None
 
@@ -164,7 +167,7 @@ class ClipScore:
         try:
             import open_clip
         except ImportError as error:
-            raise ImportError("clip_score needs open_clip: pip install genpolicy[rewards]") from error
+            raise ConfigError("clip_score needs open_clip: pip install genpolicy[rewards]") from error
         schema, repo = open_clip.factory.parse_model_name(self.model)
         tag = _tag(open_clip, self.model, self.pretrained) if schema is None else {}
         if schema is None:
@@ -186,7 +189,7 @@ class ClipScore:
         size, fit = self._config["size"], self._config["resize_mode"]
         self._size = (size, size) if isinstance(size, int) else tuple(size)
         if fit != "squash" and (fit != "shortest" or self._size[0] != self._size[1]):
-            raise ValueError(
+            raise ConfigError(
                 f"clip_score cannot fit pictures as {self.model} asks: {fit} edge to {self._size}."
             )
         self._clip = clip.eval().requires_grad_(False).to(self._device or "cpu")
@@ -206,7 +209,7 @@ class ClipScore:
         pictures = centre_crop(resize(pictures, size, self._config["interpolation"]), self._size)
         return normalise(pictures, self._config["mean"], self._config["std"])
 
-    def __call__(self, outputs: Tensor, context: Any) -> Tensor:
+    def __call__(self, outputs: Tensor, context: Context) -> Tensor:
         """scale * cos for each picture and its prompt.
 
         Args:
@@ -232,16 +235,12 @@ class ClipScore:
 
 def _tag(open_clip: Any, model: str, pretrained: str) -> dict[str, Any]:
     """open_clip's entry for a tag, {} for a checkpoint file; for anything else an error with the nearest."""
-    if model not in open_clip.list_models():
-        near = difflib.get_close_matches(model, open_clip.list_models())
-        raise ValueError(f"open_clip has no model {model!r}; nearest: {', '.join(near) or 'none'}.")
+    choice("clip_score: model", model, open_clip.list_models())
     tag = open_clip.get_pretrained_cfg(model, pretrained)
     if not tag and not os.path.isfile(pretrained):
-        near = difflib.get_close_matches(
-            pretrained, open_clip.list_pretrained_tags_by_model(model), cutoff=0.3
-        )
-        raise ValueError(
-            f"{pretrained!r} is neither a file nor a pretrained tag of {model}; "
-            f"nearest: {', '.join(near) or 'none'}."
+        choice(
+            "clip_score: pretrained (a tag or a file)",
+            pretrained,
+            open_clip.list_pretrained_tags_by_model(model),
         )
     return tag

@@ -10,13 +10,12 @@ Flow-GRPO (flow_grpo/rewards.py) scales the same size to -kB / 500, the unit of 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from genpolicy.reward import Context
 from genpolicy.rewards._jpeg import kilobytes
 
 
-def jpeg_compressibility(outputs: Tensor, context: Any) -> Tensor:
+def jpeg_compressibility(outputs: Tensor, context: Context) -> Tensor:
     """Minus the file size in decimal kB, float32 [B]; see `kilobytes`."""
     return -kilobytes(outputs)

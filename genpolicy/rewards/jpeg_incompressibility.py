@@ -7,13 +7,12 @@ has 4.7, one of uniform noise, near the optimum, 308.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from genpolicy.reward import Context
 from genpolicy.rewards._jpeg import kilobytes
 
 
-def jpeg_incompressibility(outputs: Tensor, context: Any) -> Tensor:
+def jpeg_incompressibility(outputs: Tensor, context: Context) -> Tensor:
     """File size in decimal kB, float32 [B]; see `kilobytes`."""
     return kilobytes(outputs)

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from genpolicy.config import ConfigError, at_least
+from genpolicy.reward import Context
 from genpolicy.rewards.clip_score import (
     brief,
     centre_crop,
@@ -52,6 +53,7 @@ class PickScore:
 
     def __post_init__(self) -> None:
         """Nothing is loaded yet."""
+        at_least("pickscore", self, micro_batch=1)
         self._clip: torch.nn.Module | None = None
         self._device: torch.device | None = None
 
@@ -59,10 +61,8 @@ class PickScore:
         """Load weights and processor, once, in fp32."""
         if self._clip is not None:
             return
-        try:
-            from transformers import CLIPModel, CLIPProcessor
-        except ImportError as error:
-            raise ImportError("pickscore needs transformers: pip install genpolicy[rewards]") from error
+        from transformers import CLIPModel, CLIPProcessor
+
         for source in (self.processor, self.model):
             if not os.path.isdir(source):
                 require_repo(source, "pickscore")
@@ -77,7 +77,7 @@ class PickScore:
             ) from error
         if report["missing_keys"]:  # transformers only warns, and leaves them random
             missing = sorted(report["missing_keys"])
-            raise ValueError(
+            raise ConfigError(
                 f"{self.model} is no CLIPModel: it lacks {len(missing)} weights, such as {missing[0]}."
             )
         self._images, self._tokenize = processor.image_processor, processor.tokenizer
@@ -99,7 +99,7 @@ class PickScore:
         cropped = centre_crop(sized, (like.crop_size["height"], like.crop_size["width"]), rounded=int)
         return normalise(cropped, like.image_mean, like.image_std)
 
-    def __call__(self, outputs: Tensor, context: Any) -> Tensor:
+    def __call__(self, outputs: Tensor, context: Context) -> Tensor:
         """exp(logit_scale) * cos for each picture and its prompt.
 
         Args:

@@ -1,14 +1,15 @@
-"""Common pieces of the chain's tests: data whose denoiser is known exactly, its moments, a small condition and network."""
+"""Common pieces of the chain's tests: data with a known denoiser, its moments, a small condition and net."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from genpolicy.chain import Condition, EDM, Linear, Noise, Prediction, VariancePreserving
+from torch import Tensor
+
+from genpolicy.chain import EDM, Condition, Linear, Noise, Prediction, VariancePreserving
 from genpolicy.chain.kernel import Kernel
 from genpolicy.chain.schedule import Schedule, step
 from genpolicy.chain.solver import Solver
-from torch import Tensor
 
 torch.set_num_threads(1)
 
@@ -33,7 +34,7 @@ def batch(groups: int, members: int, seed: int = 0) -> tuple[Rows, Noise]:
 
 
 def cosine(levels: int = 4096) -> VariancePreserving:
-    """alpha = cos(pi t/2), sigma = sin(pi t/2): smooth at both ends, and at t = 1 nothing but noise (zero SNR)."""
+    """alpha = cos(pi t/2), sigma = sin(pi t/2): smooth at both ends, pure noise at t = 1 (zero SNR)."""
     angle = torch.linspace(0, torch.pi / 2, levels + 1, dtype=torch.float64)[1:]
     return VariancePreserving(torch.cat([torch.cos(angle[:-1]) ** 2, torch.zeros(1, dtype=torch.float64)]))
 
@@ -64,7 +65,7 @@ class Data:
         return float(alpha * self.mean), float((alpha**2 * self.std**2 + sigma**2).sqrt())
 
     def denoiser(self, schedule: Schedule) -> Callable[[Tensor, Tensor, Condition], Prediction]:
-        """The exact denoiser, elementwise in the dtype of x (a row does not depend on its batch); condition ignored."""
+        """The exact denoiser, elementwise in the dtype of x: a row does not depend on its batch."""
 
         def predict(x: Tensor, t: Tensor, condition: Condition) -> Prediction:
             shape = (*t.shape, *(1,) * (x.ndim - t.ndim))
@@ -80,7 +81,7 @@ DATA = Data()
 
 
 def moments(kernel: Kernel, schedule: Schedule, grid: Tensor, data: Data = DATA) -> list[tuple[float, float]]:
-    """Analytic (mean, std) at every time of ``grid``, with the exact denoiser, from the true marginal at grid[0] on.
+    """Analytic (mean, std) at every time of ``grid``: exact denoiser, from the true marginal at grid[0] on.
 
     A transition is affine in x with the kernel's coefficients, so that no sampling is needed.
     """
@@ -98,16 +99,18 @@ def moments(kernel: Kernel, schedule: Schedule, grid: Tensor, data: Data = DATA)
 
 
 def solved(solver: Solver, schedule: Schedule, grid: Tensor, data: Data = DATA) -> tuple[float, float]:
-    """Analytic (mean, std) at the end of a solver: it is affine in where it starts, so two points tell everything."""
+    """Analytic (mean, std) at the end of a solver: it is affine in where it starts, so two points do."""
     denoiser = data.denoiser(schedule)
     ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    zero, one = solver.integrate(lambda x, t: denoiser(x, t, Rows(x[:, 0])), ends, schedule, grid)[:, 0].tolist()
+    zero, one = solver.integrate(lambda x, t: denoiser(x, t, Rows(x[:, 0])), ends, schedule, grid)[
+        :, 0
+    ].tolist()
     mean, std = data.marginal(schedule, grid[0])
     return zero + (one - zero) * mean, abs(one - zero) * std
 
 
 class Network(torch.nn.Module):
-    """A small MLP over x, t and the condition that says a velocity on the linear schedule; it counts its evaluations.
+    """A small MLP over x, t and the condition that says a velocity on the linear schedule; counts its calls.
 
     ``rows`` are the batch sizes of its calls, ``times`` their t. In fp64 its Prediction stays fp64.
     """
@@ -139,4 +142,5 @@ class Network(torch.nn.Module):
 
 def relative(ours: Tensor, reference: Tensor) -> float:
     """max |ours - reference| / max |reference|."""
-    return float((ours.double() - reference.double()).abs().max() / reference.double().abs().max())
+    ours, reference = ours.detach().double(), reference.detach().double()
+    return float((ours - reference).abs().max() / reference.abs().max())

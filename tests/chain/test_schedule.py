@@ -1,4 +1,4 @@
-"""Schedules: the grids, the time maps and the tables, against diffusers' own and against their definitions."""
+"""Schedules: grids, time maps and tables, against diffusers' own and against their definitions."""
 
 import ast
 import math
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
-from exact import SCHEDULES
+
 from genpolicy.chain import EDM, Linear, VariancePreserving
 from genpolicy.chain.schedule import dynamic_shift, step
+from tests.chain.exact import SCHEDULES
 
 SD = DDIMScheduler(
     beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False, steps_offset=1
@@ -21,7 +22,7 @@ SD_TABLE = VariancePreserving(SD.alphas_cumprod, float(SD.final_alpha_cumprod))
 
 
 def library_function(path: str, name: str) -> Callable:
-    """A plain function of diffusers, taken from its source: importing its pipeline would import transformers (30 s)."""
+    """A plain function of diffusers, from its source: its pipeline would import transformers (30 s)."""
     tree = ast.parse((Path(diffusers.__file__).parent / path).read_text())
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     space: dict = {}
@@ -35,8 +36,10 @@ def library_function(path: str, name: str) -> Callable:
 def test_grid_has_k_real_steps(name: str, steps: int, start: float | None) -> None:
     schedule = SCHEDULES[name]
     grid = schedule.grid(steps, start)
-    assert grid.shape == (steps + 1,) and grid.dtype == torch.float64
-    assert (grid.diff() < 0).all() and grid[-1] == 0
+    assert grid.shape == (steps + 1,)
+    assert grid.dtype == torch.float64
+    assert (grid.diff() < 0).all()
+    assert grid[-1] == 0
     top = start if start is not None else (80.0 if name == "edm" else 1.0)
     assert float(grid[0]) == pytest.approx(top, rel=1e-12)
 
@@ -80,7 +83,9 @@ def test_dynamic_shift_is_flux(tokens: int, steps: int) -> None:
     assert dynamic_shift(tokens) == pytest.approx(math.exp(mu), rel=1e-12)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
-    assert torch.allclose(Linear(dynamic_shift(tokens)).grid(steps), scheduler.sigmas.double(), atol=3e-7, rtol=0)
+    assert torch.allclose(
+        Linear(dynamic_shift(tokens)).grid(steps), scheduler.sigmas.double(), atol=3e-7, rtol=0
+    )
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096])
@@ -94,23 +99,30 @@ def test_dynamic_shift_passes_ltx_settings_on(tokens: int) -> None:
 def test_vp_level_i_stands_at_i_plus_1(level: int) -> None:
     t = torch.tensor([(level + 1) / 1000], dtype=torch.float64)
     alpha_bar = SD.alphas_cumprod[level].double()
-    assert SD_TABLE.alpha(t) == alpha_bar.sqrt() and SD_TABLE.sigma(t) == (1 - alpha_bar).sqrt()
+    assert SD_TABLE.alpha(t) == alpha_bar.sqrt()
+    assert SD_TABLE.sigma(t) == (1 - alpha_bar).sqrt()
 
 
 @pytest.mark.parametrize("final", [1.0, float(SD.alphas_cumprod[0])])
 def test_vp_t_0_is_the_familys_own_end(final: float) -> None:
     table = VariancePreserving(SD.alphas_cumprod, final)
     zero = torch.zeros(2, dtype=torch.float64)
-    assert (table.alpha(zero) == final**0.5).all() and (table.sigma(zero) == (1 - final) ** 0.5).all()
+    assert (table.alpha(zero) == final**0.5).all()
+    assert (table.sigma(zero) == (1 - final) ** 0.5).all()
 
 
-def test_vp_reads_the_nearest_level_in_fp32_too() -> None:
-    levels = torch.arange(1000)
-    for dtype in (torch.float32, torch.float64):
-        t = (levels.to(dtype) + 1) / 1000
-        assert torch.equal(SD_TABLE.alpha(t), SD.alphas_cumprod.double().sqrt())
-        truncated = (t * 1000).long() - 1
-    assert not torch.equal(truncated, levels)  # what `.long()` without rounding would read
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [100, 1000])
+def test_vp_reads_the_nearest_level(count: int, dtype: torch.dtype) -> None:
+    alpha_bar = torch.linspace(0.99, 0.01, count, dtype=torch.float64)
+    t = (torch.arange(count).to(dtype) + 1) / count
+    assert torch.equal(VariancePreserving(alpha_bar).alpha(t), alpha_bar.sqrt())
+
+
+def test_vp_control_truncating_reads_a_wrong_level() -> None:
+    levels = torch.arange(100)
+    t = (levels.double() + 1) / 100
+    assert not torch.equal((t * 100).long() - 1, levels)  # .29 * 100 is 28.999...
 
 
 def test_vp_per_token_times() -> None:
@@ -148,10 +160,19 @@ def test_alpha_and_sigma_belong_together(name: str) -> None:
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     one = {"vp": alpha**2 + sigma**2, "edm": alpha}.get(name, alpha + sigma)
     assert (one - 1).abs().max() < 1e-15
-    assert (sigma.diff() < 0).all() and (alpha.diff() >= 0).all() and sigma[-1] == 0
+    assert (sigma.diff() < 0).all()
+    assert (alpha.diff() >= 0).all()
+    assert sigma[-1] == 0
 
 
 def test_step_looks_up_both_ends() -> None:
     t, s = torch.tensor([0.75], dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64)
     here = step(Linear(), t, s)
-    assert (here.t, here.s, here.alpha_t, here.sigma_t, here.alpha_s, here.sigma_s) == (t, s, 0.25, 0.75, 0.75, 0.25)
+    assert (here.t, here.s, here.alpha_t, here.sigma_t, here.alpha_s, here.sigma_s) == (
+        t,
+        s,
+        0.25,
+        0.75,
+        0.75,
+        0.25,
+    )

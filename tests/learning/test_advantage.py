@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from genpolicy.learning.advantage import PromptHistory, group_relative, leave_one_out, z_sum
+from genpolicy.learning.advantage import Advantage, PromptHistory, group_relative, leave_one_out
 
 R = torch.tensor([[0.0, 1.0, 2.0, 1.0], [10.0, 10.0, 10.0, 10.0]], dtype=torch.float64)
 
@@ -41,10 +41,37 @@ def test_leave_one_out_is_against_the_others():
         leave_one_out(torch.zeros(3, 1))
 
 
-def test_z_sum_ignores_the_scale_of_a_reward():
+def test_z_sum_ignores_the_scale_of_a_reward_and_sum_does_not():
     a, b = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
-    assert torch.allclose(z_sum([a, 1000 * b], [1, 1], eps=0), z_sum([a, b], [1, 1], eps=0))
-    assert not torch.allclose(group_relative(a + 1000 * b), group_relative(a + b), atol=0.1)
+    weights, prompts = {"a": 1.0, "b": 1.0}, ["x", "y", "z"]
+    for combine, same in (("z_sum", True), ("sum", False)):
+        small = Advantage("group", combine)({"a": a, "b": b}, weights, prompts)
+        large = Advantage("group", combine)({"a": a, "b": 1000 * b}, weights, prompts)
+        assert torch.allclose(small, large, atol=1e-2) == same
+
+
+def test_advantages_are_bounded_and_weighted():
+    rewards = {"a": torch.tensor([[0.0] * 99 + [1.0]]).double()}
+    assert Advantage("group", bound=5.0)(rewards, {"a": 1.0}, ["x"]).max() == 5.0
+    assert Advantage("none")(rewards, {"a": 2.0}, ["x"]).max() == pytest.approx(2 * 0.99)
+    assert torch.equal(Advantage("leave_one_out")(rewards, {"a": 1.0}, ["x"]), leave_one_out(rewards["a"]))
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "batch"}, {"combine": "mean"}])
+def test_unknown_settings_name_the_valid_ones(wrong):
+    with pytest.raises(ValueError, match="valid are"):
+        Advantage(**wrong)
+
+
+@pytest.mark.parametrize("combine", ["sum", "z_sum"])
+def test_history_of_an_advantage_resumes(combine):
+    parts = {name: torch.randn(2, 16, dtype=torch.float64) for name in "ab"}
+    one, two = Advantage("prompt_history", combine), Advantage("prompt_history", combine)
+    one(parts, {"a": 1.0, "b": 1.0}, ["x", "y"])
+    two.load_state_dict(one.state_dict())
+    again = ({k: v + 1 for k, v in parts.items()}, {"a": 1.0, "b": 1.0}, ["x", "y"])
+    assert torch.equal(one(*again), two(*again))
+    assert not torch.equal(Advantage("prompt_history", combine)(*again), one(*again))
 
 
 def test_prompt_history_falls_back_to_the_batch_then_uses_the_prompts_own():

@@ -100,6 +100,17 @@ def test_wrong_sign_fails_where_the_method_succeeds(tmp_path, method):
     assert train(config.parse(raw)).after["reward/brightness"] < -0.1
 
 
+@pytest.mark.parametrize(("method", "weight"), [("flow_grpo", "std/dt"), ("grpo_guard", "1/dt")])
+def test_step_weights_reach_the_loss(tmp_path, method, weight):
+    run, plain = prepared(tmp_path, method)
+    weighted = config.make("methods", {"name": method, "weight": weight, **CLIP})
+    rollout, advantage = run.collect(4, 4), torch.randn(4, 4)
+    step = run._score(run.policy, rollout.trajectory, 1, rollout.rows(advantage), None)
+    ratio = {"std/dt": step.std / step.dt, "1/dt": abs(step.gain) / step.dt}[weight]
+    assert torch.allclose(weighted.loss(step)[0], plain.loss(step)[0] * ratio, rtol=1e-5)
+    assert abs(ratio - 1) > 0.01
+
+
 @pytest.mark.parametrize(("updates", "epochs"), [(1, 1), (2, 1), (2, 2), (4, 1)])
 def test_minibatches_partition_the_rollout(tmp_path, updates, epochs):
     run, _ = prepared(tmp_path, "flow_grpo")

@@ -3,13 +3,14 @@
 import json
 import sys
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from genpolicy.config import ConfigError, leaf, make
+from genpolicy.reward import Context
 from genpolicy.rewards.clip_score import ClipScore, mean_cosine
 
 open_clip = pytest.importorskip("open_clip")
@@ -53,7 +54,7 @@ def picture(kind: str, height: int, width: int, seed: int = 0) -> torch.Tensor:
     if kind == "noise":
         values = torch.rand((1, 3, height, width), generator=generator)
     else:
-        values = torch.rand((1, 3, height // 8, width // 8), generator=generator)
+        values = torch.rand((1, 3, -(-height // 8), -(-width // 8)), generator=generator)
         mode = {"smooth": "bicubic", "edges": "nearest"}[kind]
         values = values if kind == "smooth" else (values > 0.5).float()
         values = torch.nn.functional.interpolate(values, (height, width), mode=mode).clamp(0, 1)
@@ -69,7 +70,7 @@ def pictures(count: int, size: int = 32) -> torch.Tensor:
 
 
 def score(scorer, outputs, prompts=PROMPTS):
-    return scorer(outputs, SimpleNamespace(prompts=prompts))
+    return scorer(outputs, Context(prompts=prompts))
 
 
 def by_hand(library, images, prompts=PROMPTS, normalised=True):
@@ -101,7 +102,7 @@ def test_scale_multiplies_the_cosine(scorer, checkpoint):
     torch.testing.assert_close(score(scaled, images), 2.5 * score(scorer, images))
 
 
-@pytest.mark.parametrize("size", [(32, 32), (64, 48), (48, 104), (96, 96), (16, 24)])
+@pytest.mark.parametrize("size", [(32, 32), (64, 48), (48, 107), (96, 96), (16, 24)])
 @pytest.mark.parametrize("kind", ["noise", "smooth", "edges"])
 def test_preprocessing_equals_the_pil_transform(scorer, library, kind, size):
     """Within 1.25 of 255 levels (PIL rounds to 8 bits twice), exactly where nothing is resized."""
@@ -195,7 +196,7 @@ def test_the_activation_is_the_tags(checkpoint, monkeypatch):
 
 def test_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ImportError, match=r"^clip_score needs open_clip: pip install genpolicy\[rewards\]$"):
+    with pytest.raises(ConfigError, match=r"^clip_score needs open_clip: pip install genpolicy\[rewards\]$"):
         ClipScore().load()
 
 
@@ -210,13 +211,20 @@ def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": "ViT-B/32"}, "no model 'ViT-B/32'; nearest: .*ViT-B-32"),
-        ({"pretrained": "laion2b"}, "neither a file nor a pretrained tag of ViT-B-32; nearest: .*laion2b_"),
+        ({"model": "ViT-B/32"}, r"model is 'ViT-B/32'; did you mean .*ViT-B-32"),
+        ({"pretrained": "laion2b"}, r"pretrained \(a tag or a file\) is 'laion2b'; did you mean laion2b_"),
     ],
 )
 def test_wrong_names_bring_the_nearest(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         ClipScore(**settings).load()
+
+
+def test_is_found_by_its_file_name_and_takes_its_settings_from_yaml():
+    assert leaf("rewards", "clip_score") is ClipScore
+    assert make("rewards", {"name": "clip_score", "weight": 2, "scale": 2.5}) == ClipScore(scale=2.5)
+    with pytest.raises(ConfigError, match="micro_batch is 0"):
+        make("rewards", {"name": "clip_score", "micro_batch": 0})
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoint):

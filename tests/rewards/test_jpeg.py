@@ -1,16 +1,15 @@
 """JPEG rewards against Pillow: exact sizes, unit, sign, order, video and bad input."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from genpolicy.reward import Context, RewardError
 from genpolicy.rewards.jpeg_compressibility import jpeg_compressibility
 from genpolicy.rewards.jpeg_incompressibility import jpeg_incompressibility
 
-CONTEXT = SimpleNamespace(prompts=("",) * 3)
+CONTEXT = Context(prompts=("",) * 3)
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def test_size_is_that_of_the_file_on_disk_in_decimal_kilobytes(pictures, tmp_pat
     assert torch.equal(size, expected)
     # the known-wrong variants: another quality, binary kilobytes
     other = torch.tensor([file_bytes(picture, path, quality=75) for picture in pictures]) / 1000
-    assert not torch.isclose(size, other).any()
+    assert not torch.isclose(size, other)[1:].any()  # a flat picture has the same size at any quality
     assert not torch.isclose(size, expected * 1000 / 1024).any()
 
 
@@ -76,5 +75,5 @@ def test_bad_input_is_one_sentence(pictures):
     with pytest.raises(ValueError, match=r"not \[3, 40, 56, 3\]"):
         jpeg_incompressibility(pictures.permute(0, 2, 3, 1), CONTEXT)
     pictures[0, 0, 0, 0] = float("nan")  # as a picture this would be one black pixel
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(RewardError, match="NaN"):
         jpeg_compressibility(pictures, CONTEXT)

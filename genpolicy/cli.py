@@ -1,0 +1,317 @@
+"""The door: `genpolicy VERB`. Every verb imports what it needs only when it runs, so that --help answers at once."""
+
+import argparse
+import ast
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from genpolicy.build import Saved
+    from genpolicy.config import Experiment
+    from genpolicy.run import Rehearsal
+
+INTERRUPTED = 130
+BAD_INPUT = 2
+LISTED = ("methods", "models", "rewards", "tasks", "kernels", "configs")
+FRAMES_PER_SECOND = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code: 0, 1 for a law that fails, 2 for bad input, 130 when interrupted."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # a dotted leaf, mypkg.mod:fn, may lie beside the user's YAML
+    try:
+        parser = _parser()
+        args, extra = parser.parse_known_args(argv)
+        if extra and not hasattr(args, "overrides"):
+            parser.error(f"{args.verb} does not take {extra[0]!r}; genpolicy {args.verb} --help shows what it does")
+        args.overrides = extra
+        return args.run(args)
+    except SystemExit as end:
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        print("genpolicy: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `genpolicy list ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        print(f"genpolicy: {sentence}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to say instead of a traceback: about bad input, nothing else."""
+    from genpolicy.config import ConfigError
+
+    reward = sys.modules.get("genpolicy.reward")
+    known = (ConfigError, OSError, *((reward.RewardError,) if reward is not None else ()))
+    if not isinstance(error, known):
+        return None
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return " ".join(str(error).split())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one sentence, like everything else here."""
+
+    def error(self, message: str) -> NoReturn:
+        from genpolicy.config import ConfigError
+
+        raise ConfigError(message)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            from genpolicy.config import choice
+
+            choice(action.metavar if isinstance(action.metavar, str) else action.dest, value, list(action.choices))
+
+
+def _parser() -> argparse.ArgumentParser:
+    from genpolicy import __version__
+
+    parser = _Parser(
+        prog="genpolicy",
+        description="Improve diffusion and flow policies by reinforcement learning.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"genpolicy {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(run=run)
+        return made
+
+    policy = "a run's folder, its policy/ or policy_best/, a diffusers folder or hub id"
+    overrides = "any key of the experiment, for example --optimizer.lr=1e-5"
+
+    one = verb("quickstart", _quickstart, "Train the embedded shapes model with reinforcement and show what changed.")
+    one.add_argument("--out", default="runs/quickstart", help="folder to write (default: %(default)s)")
+    one.add_argument("--seed", type=int, default=0, help="of the run (default: %(default)s)")
+
+    one = verb("train", _train, "Run an experiment, or resume one from its run's config.yaml.")
+    one.add_argument("config", help="a YAML, or the name of a shipped one (genpolicy list configs)")
+    one.add_argument("--plan", action="store_true", help="only measure one iteration: cost, time, memory; writes nothing")
+    one.add_argument("--section.key=value", action="store_true", dest="overrides", help=overrides)
+
+    one = verb("evaluate", _evaluate, "Judge a policy's deployed sampler on fixed prompts and noise; writes eval.json.")
+    one.add_argument("policy", help=policy)
+    one.add_argument("--prompts", metavar="FILE", help="one prompt a line (default: the run's evaluation prompts)")
+    one.add_argument("--samples", type=int, metavar="N", help="samples in all (default: the run's)")
+    one.add_argument("--seed", type=int, help="of the noise (default: the run's evaluation noise)")
+    one.add_argument("--reward", nargs="+", metavar="NAME", help="rewards to measure (default: the run's)")
+    one.add_argument("--out", metavar="DIR", help="folder of eval.json (default: the policy's, else the current one)")
+    _sampler_options(one)
+
+    one = verb("compare", _compare, "Train several experiments from one start, at equal budget, over several seeds.")
+    one.add_argument("configs", nargs="+", metavar="CONFIG", help="YAMLs, or names of shipped ones")
+    one.add_argument("--seeds", default="0-2", help="such as 0-2 or 0,3,7 (default: %(default)s)")
+    one.add_argument("--out", required=True, metavar="DIR", help="folder of the runs, the table and the figure")
+    one.add_argument("--section.key=value", action="store_true", dest="overrides", help=f"{overrides}; for all")
+
+    one = verb("sample", _sample, "Draw with a policy's deployed sampler: a PNG (videos: a GIF) per sample, and a grid.")
+    one.add_argument("policy", help=policy)
+    one.add_argument("--prompts", required=True, metavar="TEXT|FILE", help="one prompt, or a file with one a line")
+    one.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    one.add_argument("--n", type=int, default=1, help="samples of each prompt (default: %(default)s)")
+    one.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    _sampler_options(one)
+
+    one = verb("list", _list, "What ships, with one line each.")
+    one.add_argument("kind", choices=LISTED, help=f"one of {', '.join(LISTED)}", metavar="KIND")
+
+    one = verb("check", _check, "Test the laws that a reward or a method of your own must keep.")
+    one.add_argument("leaf", help="mypkg.mod or mypkg.mod:entry")
+    return parser
+
+
+def _sampler_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the deployed sampler's)")
+    parser.add_argument("--guidance", type=float, help="classifier-free scale, 1 is none (default: the deployed sampler's)")
+    parser.add_argument("--sampler", nargs="+", metavar="K=V", default=[], help="its other keys, such as kernel.name=heun")
+
+
+def _sampler(args: Any) -> dict[str, Any]:
+    """The sampler's keys that the command line replaces."""
+    from genpolicy.config import override
+
+    asked: dict[str, Any] = {k: getattr(args, k) for k in ("steps", "guidance") if getattr(args, k) is not None}
+    for text in args.sampler:
+        override(asked, f"--{text}")
+    return asked
+
+
+# -- verbs --------------------------------------------------------------------------------------------------------------
+
+
+def _train(args: Any) -> int:
+    from genpolicy import run
+
+    if args.plan:
+        _print_plan(*run.rehearse(args.config, args.overrides))
+        return 0
+    result = run.train(args.config, args.overrides)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{result.folder}: {_rewards(result.before, result.after)}")
+    return 0
+
+
+def _rewards(before: dict[str, Any], after: dict[str, Any]) -> str:
+    names = [name for name in after if name.startswith("reward/") and name in before]
+    return ", ".join(f"{name.removeprefix('reward/')} {before[name]:.3f} -> {after[name]:.3f}" for name in names)
+
+
+def _print_plan(experiment: "Experiment", cost: "Rehearsal") -> None:
+    from genpolicy.config import to_yaml
+
+    print(to_yaml(experiment))
+    print(f"one real iteration: {cost.samples} samples, {cost.evaluations_per_sample:.1f} network evaluations each")
+    print(f"{'phase':>14} {'seconds':>9} {'peak GB':>8}")
+    for phase, (seconds, gigabytes) in cost.phases.items():
+        print(f"{phase:>14} {seconds:9.2f} {gigabytes:8.2f}")
+    print(f"memory is {cost.memory}; the replay check is made once, at the first iteration")
+    print(f"one evaluation: {experiment.eval.samples} samples, about {_duration(cost.evaluation_seconds)}")
+    iterations = f"{cost.iterations} iterations, {cost.evaluations:.3g} network evaluations"
+    print(f"the whole budget: {iterations}, about {_duration(cost.seconds)}, evaluation included")
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.1f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _evaluate(args: Any) -> int:
+    from dataclasses import asdict
+
+    from genpolicy import build, config, report
+    from genpolicy.evaluate import latency, measure
+
+    saved = build.saved(args.policy, **_sampler(args))
+    experiment = config.load(saved.run / "config.yaml") if saved.run is not None else None
+    if args.samples is not None and args.samples < 1:
+        raise config.ConfigError(f"--samples is {args.samples}; it must be at least 1")
+    names, prompts_file, defaults = args.reward, args.prompts, config.EvalConfig()
+    if experiment is not None:
+        prompts_file = prompts_file or experiment.eval.prompts or experiment.task.get("prompts")
+        defaults = experiment.eval
+    if prompts_file is None or (names is None and experiment is None):
+        raise config.ConfigError(f"{args.policy} comes from no run of ours: name its --prompts FILE and --reward NAME")
+    rewards = build.make_rewards(dict.fromkeys(names, 1.0) if names else experiment.reward)  # type: ignore[union-attr]
+    prompts = build.prompt_lines(prompts_file)
+    samples = args.samples or defaults.samples
+    seed = defaults.seed if args.seed is None else args.seed
+    policy = saved.load()
+    measured, per_sample = measure(policy, rewards, prompts=prompts, samples=samples, seed=seed)
+    metrics = measured.metrics()
+    found: dict[str, Any] = {
+        "policy": saved.where,
+        **{name: value for name, value in metrics.items() if name.startswith("reward/")},
+        "ci95": {name.removeprefix("ci95/"): value for name, value in metrics.items() if name.startswith("ci95/")},
+        "diversity": metrics["diversity"],
+        "n": measured.samples,
+        "prompts": prompts_file,
+        "seeds": {"eval": seed},
+        "sampler": asdict(saved.sampler),
+        "nfe_per_sample": per_sample,
+        "latency_ms": latency(policy, prompts[0], seed),
+    }
+    out = Path(args.out or (args.policy if saved.run is not None else "."))
+    report.write_json(out / "eval.json", found)
+    for name, (low, high) in found["ci95"].items():
+        print(f"{name:>24}  {found[f'reward/{name}']:8.4f}  [{low:.4f}, {high:.4f}]")
+    print(f"{measured.samples} samples, {per_sample:.1f} evaluations each; {out / 'eval.json'}")
+    return 0
+
+
+def _sample(args: Any) -> int:
+    from genpolicy import build, config, report
+    from genpolicy.evaluate import draw
+
+    if args.n < 1:
+        raise config.ConfigError(f"--n is {args.n}; it must be at least 1")
+    saved = build.saved(args.policy, **_sampler(args))
+    is_file = Path(args.prompts).suffix == ".txt" or Path(args.prompts).is_file() or args.prompts.startswith("assets/")
+    prompts = build.prompt_lines(args.prompts) if is_file else (args.prompts,)
+    if not all(prompt.strip() for prompt in prompts):
+        raise config.ConfigError("--prompts is empty: give a prompt, or a file with one a line")
+    asked = [prompt for prompt in prompts for _ in range(args.n)]
+    outputs = draw(saved.load(), prompts, args.n, args.seed)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for row, output in enumerate(outputs):
+        _write_sample(output, out / f"{row // args.n:03d}_{row % args.n:02d}")
+    report.grid(outputs, asked, out / "grid.png", columns=args.n if args.n > 1 else 8)
+    print(f"{len(outputs)} samples of {len(prompts)} prompts in {out}, all together in {out / 'grid.png'}")
+    return 0
+
+
+def _write_sample(output: "Tensor", stem: Path) -> None:
+    """[3,H,W] to a PNG, [F,3,H,W] to a GIF."""
+    from PIL import Image
+
+    from genpolicy.report import pixels
+
+    frames = [Image.fromarray(frame) for frame in pixels(output if output.ndim == 4 else output[None])]
+    if output.ndim == 3:
+        frames[0].save(stem.with_suffix(".png"))
+    else:
+        milliseconds = 1000 // FRAMES_PER_SECOND
+        frames[0].save(
+            stem.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=milliseconds, loop=0
+        )
+
+
+def _compare(args: Any) -> int:
+    from genpolicy.compare import compare, seeds
+
+    return compare(args.configs, seeds(args.seeds), Path(args.out), args.overrides)
+
+
+def _quickstart(args: Any) -> int:
+    from genpolicy.quickstart import quickstart
+
+    return quickstart(Path(args.out), args.seed)
+
+
+def _check(args: Any) -> int:
+    from genpolicy.check import check
+
+    return check(args.leaf)
+
+
+def _list(args: Any) -> int:
+    rows = list(_listed(args.kind))
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}".rstrip())
+    return 0
+
+
+def _listed(kind: str) -> Iterator[tuple[str, str]]:
+    """(name, first line of its description). Leaves are read, not imported: some bring half a minute of libraries."""
+    if kind == "configs":
+        from genpolicy.resources import configs
+
+        for name, file in sorted(configs().items()):
+            first = file.read_text(encoding="utf-8").lstrip().splitlines()[:1]
+            yield name, first[0].removeprefix("#").strip() if first and first[0].startswith("#") else ""
+        return
+    if kind == "kernels":
+        from genpolicy.build import kernels
+
+        for name, entry in sorted(kernels().items()):
+            yield name, (entry.__doc__ or "").strip().partition("\n")[0]
+        return
+    for file in sorted((Path(__file__).parent / kind).glob("[!_]*.py")):
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        yield file.stem, text.partition("\n")[0]

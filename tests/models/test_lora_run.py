@@ -1,0 +1,117 @@
+"""A run that starts from a user's LoRA: that LoRA is the reference, and what is saved loads in plain diffusers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import genpolicy
+from genpolicy import config
+from genpolicy.chain import Noise
+from genpolicy.run import prepare, train
+from tests import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sd3")
+    tiny.sd3().save_pretrained(folder)
+    return folder
+
+
+def raw(pipeline: Path, folder: Path, start: str | None = None, **sections) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prompts.txt").write_text("a red circle\na blue square\n")
+    return {
+        "policy": {
+            "name": "diffusers_pipeline",
+            "pretrained": str(pipeline),
+            "train": "lora",
+            "lora": {"rank": 4, "alpha": 8, "start": start},
+            "call": {"height": 32, "width": 32, "max_sequence_length": 16},
+        },
+        "chain": {"steps": 4, "kernel": {"name": "sde", "a": 0.7}},
+        "task": {"name": "prompts", "prompts": str(folder / "prompts.txt")},
+        "reward": "jpeg_compressibility",
+        "method": {
+            "name": "flow_grpo",
+            "groups": 2,
+            "group": 4,
+            "reduce": "sum",
+            "clip": 0.2,
+            "beta": 0.1,
+            "advantage": "group",
+        },
+        "optimizer": {"lr": 1e-2},
+        "budget": {"iterations": 3},
+        "eval": {"every": 0, "samples": 4},
+        "output": str(folder / "run"),
+        **sections,
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(pipeline, tmp_path_factory):
+    return train(config.parse(raw(pipeline, tmp_path_factory.mktemp("first"))))
+
+
+def lines(result) -> list[dict]:
+    read = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in read if "policy/kl" in line]
+
+
+def test_kl_starts_at_zero_and_grows(trained):
+    kl = [line["policy/kl"] for line in lines(trained)]
+    assert kl[0] == 0
+    assert kl[-1] > 0
+
+
+def test_reference_of_a_run_from_a_lora_is_that_lora(pipeline, trained, tmp_path):
+    """KL 0 at the first update from a non-zero LoRA; against the bare base (adapters off) it is not."""
+    experiment = config.parse(raw(pipeline, tmp_path, start=str(trained.folder / "policy")))
+    run, method = prepare(experiment, tmp_path / "run", Accelerator(cpu=True))
+    run.iteration = 1
+    reference, rollout = run.snapshot(), run.collect(2, 4)
+    assert (
+        max(float(p.detach().abs().max()) for name, p in run.policy.model.trainable().items() if "lora_B" in name) > 0
+    )
+    step = run._score(run.policy, rollout.trajectory, 1, rollout.rows(torch.zeros(2, 4)), reference)
+    assert method.loss(step)[1]["kl"].abs().max() == 0
+    run.policy.model.denoiser.disable_adapters()
+    with torch.no_grad():
+        bare = run.policy.transition(rollout.trajectory, 1)
+    run.policy.model.denoiser.enable_adapters()
+    assert method.loss(replace(step, reference=bare))[1]["kl"].min() > 0
+
+
+def test_saved_lora_draws_our_images_in_plain_diffusers(pipeline, trained):
+    from diffusers import StableDiffusion3Pipeline
+
+    policy = genpolicy.load(trained.folder)
+    noise = Noise.rows(5, 0, torch.arange(2), 1)
+    prompts = ["a red circle", "a blue square"]
+    ours = policy.sample(policy.model.encode(prompts), noise).x0
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    call = {
+        "latents": noise(-1, policy.model.event_shape),
+        "num_inference_steps": 4,
+        "sigmas": [1.0, 0.75, 0.5, 0.25],
+        "guidance_scale": 1.0,
+        "output_type": "latent",
+        "height": 32,
+        "width": 32,
+        "max_sequence_length": 16,
+    }
+    bare = pipe(prompts, **call).images
+    pipe.load_lora_weights(trained.folder / "policy", weight_name="pytorch_lora_weights.safetensors")
+    assert (pipe(prompts, **call).images - ours).abs().max() < 1e-5
+    assert (bare - ours).abs().max() > 1e-3
