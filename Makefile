@@ -47,8 +47,8 @@ bench: $(DEV)  ## the numbers that the README claims, from benchmarks/
 	  if [ -e "$$script" ]; then echo "== $$script"; $(BIN)/python -m "benchmarks.$$(basename "$$script" .py)" || exit 1; fi; \
 	done
 
-shapes-model: $(CORE)  ## train the embedded model again
-	$(BIN)/python assets/make_shapes_model.py --out assets/shapes-sd3
+shapes-model: $(CORE)  ## train the embedded model again, into runs/shapes-sd3
+	$(BIN)/python assets/make_shapes_model.py --out runs/shapes-sd3
 
 wheel: $(UV)  ## dist/*.whl and dist/*.tar.gz
 	$(UV) build --python $(PYTHON) --out-dir dist

@@ -3,10 +3,11 @@
     python -m benchmarks.shapes assets/shapes-sd3 --guidance 1 1.5 2 3 4 --captions train
     python -m benchmarks.shapes assets/shapes-sd3 runs/quickstart --captions held_out --seed 99
 
-A line a policy and guidance scale: strict accuracy with its Wilson interval, dense score, network evaluations per image, and how
-different the pictures of one caption are. ``spread``: std, in pixels of 32, of the place of the pair along the axis that the relation
-leaves free, over the strictly correct pictures of a caption, averaged over captions with at least 3 of them; wrong pictures can't
-inflate it. ``pixels``: the within-prompt diversity that every evaluation reports, over all pictures.
+A line a policy and guidance scale: strict accuracy with its Wilson interval, dense score, network evaluations per
+image, and how different the pictures of one caption are. ``spread``: std, in pixels of 32, of the place of the pair
+along the axis that the relation leaves free, over the strictly correct pictures of a caption, averaged over captions
+with at least 3 of them; wrong pictures can't inflate it. ``pixels``: the within-prompt diversity that every evaluation
+reports, over all pictures.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def measure(policy: ChainPolicy, captions: tuple[str, ...], per_caption: int, se
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("policies", nargs="+", help="runs, policy folders, or assets/shapes-sd3")
+    parser.add_argument("policies", nargs="*", default=["assets/shapes-sd3"], help="runs, or policy folders")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
     parser.add_argument("--captions", choices=("train", "held_out", "pictured"), default="held_out")
     parser.add_argument("--per-caption", type=int, default=8)
@@ -84,7 +85,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     captions = read_prompts(str(path(f"assets/shapes-sd3/captions_{arguments.captions}.txt")))
-    print("| policy | guidance | n | strict [95 %] | dense | evaluations/image | spread | pixels |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| policy | guidance | n | strict [95 %] | dense | evaluations/image | spread | pixels |\n|---|---|---|---|---|---|---|---|"
+    )
     for source in arguments.policies:
         for guidance in arguments.guidance:
             m = measure(load(source, guidance), captions, arguments.per_caption, arguments.seed)

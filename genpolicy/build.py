@@ -58,10 +58,22 @@ def make_rewards(raw: Mapping[str, Any]) -> Any:
         weight = section.pop("weight", 1.0)
         if not isinstance(weight, int | float):
             raise ConfigError(f"reward {name}: its weight must be a number, got {weight!r}")
-        rewards[name.rpartition(":")[2]] = (make("rewards", {"name": name, **section}), float(weight))
+        short = name.rpartition(":")[2]
+        if short in rewards:
+            raise ConfigError(f"two rewards are called {short}: rename one of them")
+        rewards[short] = (make("rewards", {"name": name, **section}), float(weight))
     if not rewards:
         raise ConfigError("the reward section names no reward")
     return WeightedRewards(rewards)
+
+
+def load_rewards(rewards: WeightedRewards) -> None:
+    """Load the weights of those that have some now, so that what is missing is said before any work starts."""
+    for reward, _ in rewards.rewards.values():
+        try:
+            getattr(reward, "load", lambda: None)()
+        except ImportError as error:
+            raise ConfigError(str(error)) from None
 
 
 def make_policy(model: Model, sampler: ChainConfig) -> ChainPolicy:

@@ -3,14 +3,18 @@
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from genpolicy.config import ConfigError
 
 STATE = "state.pt"
+LOCK = ".lock"
+"""Marks a run's folder, and is held while the run lives."""
 
 
 def write(folder: Path, iteration: int, state: Any, keep: int = 2) -> None:
@@ -47,16 +51,13 @@ def latest(folder: Path) -> Any | None:
         raise ConfigError(f"checkpoint {path} is damaged (cut short or not ours): delete that folder{older}") from None
 
 
-_held: list[IO[str]] = []
-
-
-def lock(folder: Path) -> None:
-    """Hold the folder for the life of this process; a second run in it raises. However the process ends, the lock goes with it."""
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder; a second run in it raises. However the process ends, the lock goes with it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115  (held open on purpose)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise ConfigError(f"folder {folder} is in use by another run: choose another output") from None
-    _held.append(file)
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"folder {folder} is in use by another run: choose another output") from None
+        yield

@@ -60,6 +60,13 @@ def positive(where: str, section: Any, *names: str) -> None:
             raise ConfigError(f"{where}: {name} is {value}; it must be above 0")
 
 
+def divides(where: str, section: Any, part: str, whole: str) -> None:
+    """Raise unless the field ``part`` divides the field ``whole``."""
+    small, large = getattr(section, part), getattr(section, whole)
+    if large % small:
+        raise ConfigError(f"{where}: {whole} is {large} and can't be split evenly into {part} = {small}; choose a multiple of it")
+
+
 @dataclass
 class ChainConfig:
     """The sampler: how noise becomes a sample.
@@ -329,6 +336,8 @@ def make(kind: str, raw: Mapping[str, Any]) -> Any:
     entry = leaf(kind, raw["name"])
     if dataclasses.is_dataclass(entry):
         return decode(entry, settings(raw), f"{kind[:-1]} {raw['name']}")
+    if isinstance(entry, type):
+        raise ConfigError(f"{kind[:-1]} {raw['name']} is a plain class: make it a @dataclass, its fields are its settings")
     if settings(raw):
         raise ConfigError(f"{kind[:-1]} {raw['name']} takes no settings, got {', '.join(settings(raw))}")
     return entry

@@ -59,6 +59,22 @@ def interval(value: Tensor, z: float = 1.96) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+def paired(before: Tensor, after: Tensor, prompts: int) -> tuple[float, float, float]:
+    """(mean, low, high): after - before of the same [S] samples, sample i of prompt i mod ``prompts``, with its 95 % interval.
+
+    Prompts are the units (samples of one prompt are alike): the mean over prompts of the prompt's mean difference, Student's t.
+    """
+    from scipy.stats import t
+
+    difference = after - before
+    means = torch.stack([difference[p::prompts].mean() for p in range(min(prompts, len(difference)))])
+    centre = float(means.mean())
+    if len(means) < 2:
+        return centre, math.nan, math.nan
+    half = float(t.ppf(0.975, len(means) - 1)) * float(means.std()) / math.sqrt(len(means))
+    return centre, centre - half, centre + half
+
+
 def evaluate(
     policy: ChainPolicy,
     reward: WeightedRewards,

@@ -1,4 +1,4 @@
-"""The contracts of a policy: `Model` (a family of networks, one file in models/) and `ChainPolicy` (a model and a sampler)."""
+"""The contracts of a policy: `Model`, a family of networks, and `ChainPolicy`, a model with its sampler."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +19,8 @@ class Model(Protocol):
     """A family of networks behind one meaning: encode, denoise, decode. Everything here is what `ChainPolicy` needs.
 
     schedule, parametrisation: how the network's output is read. event_shape: E of one sample as the chain sees it.
-    evaluations: network evaluations so far, in rows; a row whose evaluation is differentiated counts twice (its forward and
-    its backward: the notes' "F per sample", with a backward priced as a forward).
+    evaluations: network evaluations so far, in rows; a row whose evaluation is differentiated counts twice (its forward
+    and its backward: the notes' "F per sample", with a backward priced as a forward).
     """
 
     schedule: Schedule
@@ -117,8 +117,8 @@ class ChainPolicy:
     ) -> Tensor:
         """Mean over B of weight * mean over E of (output - target)^2 at x_t = alpha x_0 + sigma eps.
 
-        In terms of the prediction: output error = d_output/d_x0 (x0_hat - x_0), so one formula serves every parametrisation.
-        event, noise [B,*E]; t [B] noise times; weight [B]; mask bool, broadcastable to [B,*E].
+        In terms of the prediction: output error = d_output/d_x0 (x0_hat - x_0), so one formula serves every
+        parametrisation. event, noise [B,*E]; t [B] noise times; weight [B]; mask bool, broadcastable to [B,*E].
         """
         schedule, kind = self.model.schedule, self.model.parametrisation
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -135,7 +135,7 @@ class ChainPolicy:
 
 @contextmanager
 def swapped(parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Run with other values in the parameters' place, without a copy: references, EMA and gates are evaluated in here."""
+    """Run with other values in the parameters' place, without a copy: references and averages are evaluated in here."""
     originals = [p.data for p in parameters]
     try:
         for parameter, value in zip(parameters, values, strict=True):

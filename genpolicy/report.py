@@ -4,6 +4,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,8 @@ SMALLEST, LARGEST = 96, 256
 """Pixels of a tile's longer side: small pictures are magnified (pixels stay pixels), large ones reduced."""
 FRAMES = 4
 """A video is shown as so many of its frames side by side."""
-GAP, FONT = 6, 11
+GAP, FONT, LINE, LINES = 8, 10, 13, 3
+"""Pixels between cells, of the font and from line to line; a prompt gets so many lines."""
 
 
 # -- numbers --------------------------------------------------------------------------------------------------
@@ -90,10 +93,9 @@ def pixels(outputs: Tensor) -> np.ndarray:
 
 def grid(outputs: Tensor, prompts: Sequence[str], path: Path, columns: int = 8) -> None:
     """Pictures [B,3,H,W] or videos [B,F,3,H,W], each over its prompt; the prompts whole in a text file beside."""
-    tiles = _tiles(outputs)
-    cells = [_cell([tile], prompt) for tile, prompt in zip(tiles, prompts, strict=False)]
-    _save(_sheet(cells, columns), path)
-    path.with_suffix(".txt").write_text("".join(f"{p}\n" for p in prompts[: len(tiles)]), encoding="utf-8")
+    cells = [_Cell([tile], prompt) for tile, prompt in zip(_tiles(outputs), prompts, strict=False)]
+    _save(cells, columns, path)
+    path.with_suffix(".txt").write_text("".join(f"{cell.text}\n" for cell in cells), encoding="utf-8")
 
 
 def before_after(
@@ -106,108 +108,123 @@ def before_after(
 ) -> None:
     """Pairs from the same prompt and noise: before on the left, after on the right, the prompt below.
 
-    rewards: ([B], [B]), drawn beside the prompt as "before -> after" and as the frames' colour: green where the
+    rewards: ([B], [B]), drawn beside the prompt as "before → after" and as the frames' colour: green where the
     reward is over the middle of what occurs, orange below.
     """
-    left, right = _tiles(before), _tiles(after)
     cells = []
     middle = 0.0 if rewards is None else float((min(map(min, rewards)) + max(map(max, rewards))) / 2)
-    for i, prompt in enumerate(prompts[: len(left)]):
-        frames, text = None, prompt
+    for i, pair in enumerate(zip(_tiles(before), _tiles(after), strict=True)):
+        cell = _Cell(pair, prompts[i])
         if rewards is not None:
             values = [float(reward[i]) for reward in rewards]
             frames = [GOOD if value > middle else BAD for value in values]
-            text = f"{values[0]:.2f} → {values[1]:.2f}   {prompt}"
-        cells.append(_cell([left[i], right[i]], text, frames))
-    _save(_sheet(cells, columns, "each pair: before (left), after (right), same prompt and noise"), path)
+            cell = _Cell(pair, f"{values[0]:.2g} → {values[1]:.2g}:  {prompts[i]}", frames)
+        cells.append(cell)
+    _save(cells, columns, path, "each pair: before (left), after (right), same prompt and noise")
 
 
 def group(outputs: Tensor, prompt: str, rewards: Tensor, advantages: Tensor, path: Path) -> None:
     """One group, best first, with every member's reward and advantage; green frames were pushed up, orange down."""
-    tiles = _tiles(outputs)
-    cells = [
-        _cell(
-            [tiles[i]],
-            f"{float(rewards[i]):.2f} ({float(advantages[i]):+.2f})",
-            [GOOD if advantages[i] > 0 else BAD if advantages[i] < 0 else GREY],
-        )
-        for i in rewards.argsort(descending=True, stable=True).tolist()
-    ]
-    _save(_sheet(cells, 8, f"{prompt}: reward (advantage)"), path)
+    tiles, cells = _tiles(outputs), []
+    for i in rewards.argsort(descending=True, stable=True).tolist():
+        reward, advantage = float(rewards[i]), float(advantages[i])
+        colour = GOOD if advantage > 0 else BAD if advantage < 0 else GREY
+        cells.append(_Cell([tiles[i]], f"{reward:.2f} ({advantage:+.2f})", [colour]))
+    _save(cells, 8, path, f"{prompt}: reward (advantage)")
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Tiles side by side, each in a frame of its colour, over their text."""
+
+    tiles: Sequence[Image.Image]
+    text: str
+    frames: Sequence[str] = ()
+
+    @property
+    def width(self) -> int:
+        return sum(tile.width for tile in self.tiles) + GAP // 2 * (len(self.tiles) - 1)
+
+    @property
+    def height(self) -> int:
+        return max(tile.height for tile in self.tiles)
 
 
 def _tiles(outputs: Tensor) -> list[Image.Image]:
-    if outputs.ndim == 5:
-        shown = np.linspace(0, outputs.shape[1] - 1, min(FRAMES, outputs.shape[1])).round().astype(int)
-        frames = pixels(outputs[:, shown.tolist()])
-        return [_tile(np.concatenate(list(video), 1), outputs.shape[-2:]) for video in frames]
-    return [_tile(picture, outputs.shape[-2:]) for picture in pixels(outputs)]
+    if outputs.ndim == 4:
+        return [_tile(picture) for picture in pixels(outputs)]
+    shown = np.linspace(0, outputs.shape[1] - 1, min(FRAMES, outputs.shape[1])).round().astype(int).tolist()
+    return [_strip([_tile(frame) for frame in video]) for video in pixels(outputs[:, shown])]
 
 
-def _tile(picture: np.ndarray, size: Sequence[int]) -> Image.Image:
-    """A picture (or a strip of frames of ``size`` = height, width) between `SMALLEST` and `LARGEST`."""
-    image, side = Image.fromarray(picture), max(size)
+def _tile(picture: np.ndarray) -> Image.Image:
+    """A picture with its longer side between `SMALLEST` and `LARGEST`."""
+    image, side = Image.fromarray(picture), max(picture.shape[:2])
     if side < SMALLEST:
         scale = -(-SMALLEST // side)
         return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    if side > LARGEST:
-        image.thumbnail((image.width * LARGEST // side, LARGEST), Image.Resampling.LANCZOS)
+    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     return image
 
 
-def _font(size: int = FONT) -> Any:
-    return ImageFont.load_default(size)
+def _strip(frames: Sequence[Image.Image]) -> Image.Image:
+    width = frames[0].width + 1
+    strip = Image.new("RGB", (width * len(frames) - 1, frames[0].height), "white")
+    for i, frame in enumerate(frames):
+        strip.paste(frame, (i * width, 0))
+    return strip
 
 
-def _wrapped(text: str, width: int, lines: int) -> list[str]:
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", FONT)
+
+
+def _wrapped(text: str, width: int, most: int) -> list[str]:
     """``text`` in at most so many lines of ``width`` pixels; what does not fit ends in an ellipsis."""
-    font, wrapped = _font(), [""]
+    font, lines = _font(), [""]
     for word in text.split():
-        longer = f"{wrapped[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not wrapped[-1]:
-            wrapped[-1] = longer
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
         else:
-            wrapped.append(word)
-    kept = wrapped[:lines]
-    if len(wrapped) > lines:
-        kept[-1] += " …"
-    while kept and any(font.getlength(line) > width for line in kept):  # a word, or the ellipsis, is too long
-        kept = [line if font.getlength(line) <= width else line.removesuffix(" …")[:-1] + "…" for line in kept]
+            lines.append(word)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"{lines[most - 1]} …"]
+    return [_cut(line, width) for line in lines]
+
+
+def _cut(line: str, width: int) -> str:
+    kept = line
+    while _font().getlength(kept) > width and len(kept) > 1:
+        kept = kept.rstrip("… ")[:-1] + "…"
     return kept
 
 
-def _cell(tiles: Sequence[Image.Image], text: str, frames: Sequence[str] | None = None) -> Image.Image:
-    """Tiles side by side over their text, each in a frame of its colour."""
-    width = sum(tile.width for tile in tiles) + GAP // 2 * (len(tiles) - 1)
-    height = max(tile.height for tile in tiles)
-    lines = _wrapped(text, width, 3)
-    cell = Image.new("RGB", (width, height + 4 + (FONT + 3) * 3), "white")
-    draw, x = ImageDraw.Draw(cell), 0
-    for i, tile in enumerate(tiles):
-        cell.paste(tile, (x, 0))
-        if frames is not None:
-            draw.rectangle((x, 0, x + tile.width - 1, tile.height - 1), outline=frames[i], width=3)
-        x += tile.width + GAP // 2
-    for row, line in enumerate(lines):
-        draw.text((0, height + 3 + row * (FONT + 3)), line, fill="black", font=_font())
-    return cell
-
-
-def _sheet(cells: Sequence[Image.Image], columns: int, title: str = "") -> Image.Image:
-    """Cells of one size in rows, under a title."""
+def _save(cells: Sequence[_Cell], columns: int, path: Path, title: str = "") -> None:
+    """Draw cells in rows, under a title."""
     columns = min(columns, len(cells))
-    rows = math.ceil(len(cells) / columns)
-    width, height = cells[0].width + GAP, cells[0].height + GAP
-    top = FONT + 3 * GAP if title else GAP
-    sheet = Image.new("RGB", (columns * width + GAP, rows * height + top), "white")
+    texts = [_wrapped(cell.text, cell.width, LINES) for cell in cells]
+    width = max(cell.width for cell in cells) + GAP
+    text_top = max(cell.height for cell in cells) + 2
+    height = text_top + max(map(len, texts)) * LINE + GAP
+    top = LINE + 2 * GAP if title else GAP
+    sheet = Image.new("RGB", (columns * width + GAP, math.ceil(len(cells) / columns) * height + top), "white")
+    draw = ImageDraw.Draw(sheet)
     if title:
-        ImageDraw.Draw(sheet).text((GAP, GAP), _wrapped(title, sheet.width - 2 * GAP, 1)[0], fill="black", font=_font(13))
-    for i, cell in enumerate(cells):
-        sheet.paste(cell, (GAP + i % columns * width, top + i // columns * height))
-    return sheet
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
+        draw.text((GAP, GAP), _cut(title, sheet.width - 2 * GAP), fill="black", font=_font())
+    for i, (cell, lines) in enumerate(zip(cells, texts, strict=True)):
+        x, y = GAP + i % columns * width, top + i // columns * height
+        for row, line in enumerate(lines):
+            draw.text((x, y + text_top + row * LINE), line, fill="black", font=_font())
+        for place, tile in enumerate(cell.tiles):
+            sheet.paste(tile, (x, y))
+            if cell.frames:
+                box = (x, y, x + tile.width - 1, y + tile.height - 1)
+                draw.rectangle(box, outline=cell.frames[place], width=3)
+            x += tile.width + GAP // 2
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
@@ -224,14 +241,14 @@ def figures(folder: Path) -> None:
     save_panels(_panels(metrics), folder / "figures" / "curves.png", xlabel="iteration")
 
 
-def save_panels(panels: Sequence[Panel], path: Path, columns: int = 4, title: str = "", xlabel: str = "") -> None:
-    """One figure of small panels, ``columns`` to a row."""
+def save_panels(panels: Sequence[Panel], path: Path, title: str = "", xlabel: str = "") -> None:
+    """One figure of small panels, in as many columns as leave the fewest places empty."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(columns, max(len(panels), 1))
-    rows = math.ceil(max(len(panels), 1) / columns)
-    figure = Figure(figsize=(4 * columns, 3.1 * rows), layout="constrained")
+    columns = len(panels) if len(panels) <= 4 else min((4, 3), key=lambda n: -len(panels) % n)
+    rows = math.ceil(len(panels) / max(columns, 1))
+    figure = Figure(figsize=(4 * columns or 4, 3.1 * rows or 3), layout="constrained")
     FigureCanvasAgg(figure)
     for place, (name, draw) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, place)
@@ -241,7 +258,7 @@ def save_panels(panels: Sequence[Panel], path: Path, columns: int = 4, title: st
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
-        if axes.get_legend_handles_labels()[0]:
+        if axes.get_legend_handles_labels()[0] and axes.get_legend() is None:
             axes.legend(fontsize=7, frameon=False)
     if title:
         figure.suptitle(title, fontsize=12)
@@ -255,12 +272,12 @@ def _write_figure(figure: "Figure", path: Path) -> None:
     os.replace(staged, path)
 
 
-def smooth(values: np.ndarray, points: int = 40) -> np.ndarray:
-    """A running mean over the last len/points values: what a long, noisy curve does."""
-    window = max(len(values) // points, 1)
+def smooth(values: np.ndarray) -> np.ndarray:
+    """A centred running mean over a twelfth of the values: what a long, noisy curve does."""
+    half = len(values) // 24
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    low = np.maximum(np.arange(1, len(values) + 1) - window, 0)
-    high = np.arange(1, len(values) + 1)
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
     return (sums[high] - sums[low]) / (high - low)
 
 
@@ -335,3 +352,5 @@ def _stack(axes: "Axes", metrics: Sequence[Mapping[str, Any]], phases: Sequence[
     times = np.array([[m.get(phase) or 0.0 for m in lines] for phase in phases])
     names = [phase.removeprefix("time/") for phase in phases]
     axes.stackplot([m["iteration"] for m in lines], times, labels=names, colors=COLOURS, linewidth=0, alpha=0.85)
+    axes.set_ylim(0, 1.5 * float(np.quantile(times.sum(0), 0.95)))  # the first iterations warm up
+    axes.legend(fontsize=7, frameon=False, loc="upper right", ncols=3)

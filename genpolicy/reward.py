@@ -1,7 +1,9 @@
 """Rewards: any callable (outputs, context) -> Float[B]; a plain function is a Reward. Sums keep their parts by name."""
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,15 +40,20 @@ class WeightedRewards:
         """name -> Float64[B] on the CPU. Raises `RewardError`, naming the reward and the row, on NaN or infinity."""
         parts = {}
         for name, (reward, _) in self.rewards.items():
-            value = torch.as_tensor(reward(outputs, context)).detach().double().cpu()
+            try:
+                value = torch.as_tensor(reward(outputs, context)).detach().double().cpu()
+            except ValueError as error:  # a caption that it can't read, a picture of the wrong shape
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{Path(place.filename).name}:{place.lineno}"
+                raise RewardError(f"reward {name} can't judge these outputs: {error} ({where})") from error
             if value.shape != (len(context),):
                 raise RewardError(
-                    f"reward {name} returned shape {tuple(value.shape)} for {len(context)} outputs; valid is ({len(context)},)"
+                    f"reward {name} returned shape {tuple(value.shape)} for {len(context)} outputs, not ({len(context)},)"
                 )
             if not bool(value.isfinite().all()):
                 row = int((~value.isfinite()).nonzero()[0])
                 raise RewardError(
-                    f"reward {name} is {float(value[row])} for {context.prompts[row]!r} (row {row}); rewards must be finite"
+                    f"reward {name} is {float(value[row])} for {context.prompts[row]!r}; rewards must be finite"
                 )
             parts[name] = value
         return parts

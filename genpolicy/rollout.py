@@ -15,8 +15,8 @@ from genpolicy.reward import Context, WeightedRewards
 class Rollout:
     """M groups of N rows, of which this process owns some.
 
-    trajectory, context, outputs: the B rows of the groups ``local`` [m], group-major. parts, rewards: of *all* groups, [M,N] fp64
-    on the CPU, so that every process computes the same advantages. prompts: the M groups' prompts.
+    trajectory, context, outputs: the B rows of the groups ``local`` [m], group-major. parts, rewards: of *all* groups,
+    [M,N] fp64 on the CPU, so that every process computes the same advantages. prompts: the M groups' prompts.
     """
 
     trajectory: Trajectory
@@ -36,8 +36,9 @@ class Rollout:
 class Scored:
     """A stored step k of b rows under the current weights: all that a loss on transitions needs.
 
-    new: the transition now (with its graph); old: the one that acted; reference: the one of the policy at step 0, if asked; x [b,*E]
-    the sample all three are scored on; advantage [b]; std: the step's total std; dt = t - s > 0; gain: kappa = d mean / d output.
+    new: the transition now (with its graph); old: the one that acted; reference: the one of the policy at step 0, if
+    asked; x [b,*E] the sample all three are scored on; advantage [b]; std: the step's total std; dt = t - s > 0; gain:
+    kappa = d mean / d output.
     """
 
     new: Gaussian
@@ -78,9 +79,7 @@ def collect(
     """
     on_phase("sample")
     condition = policy.model.encode(context.prompts)
-    trajectory = policy.sample(
-        condition, noise, members=members, branch_at=branch_at, keep=keep, storage=storage
-    )
+    trajectory = policy.sample(condition, noise, members=members, branch_at=branch_at, keep=keep, storage=storage)
     on_phase("decode")
     with torch.no_grad():
         outputs = policy.model.decode(trajectory.x0)

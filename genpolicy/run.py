@@ -7,7 +7,6 @@ network: gradients are summed over processes by hand, so that a pipeline's own c
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import math
 import platform
 import resource
@@ -30,11 +29,11 @@ import genpolicy
 from genpolicy import checkpoint, config, report
 from genpolicy.chain import Noise, Trajectory
 from genpolicy.chain.values import Gaussian
-from genpolicy.config import ConfigError, Experiment, make
-from genpolicy.build import deployed_sampler, make_policy, make_rewards, prompt_lines, save_policy
+from genpolicy.config import ConfigError, Experiment, choice, make
+from genpolicy.build import deployed_sampler, load_rewards, make_policy, make_rewards, prompt_lines, save_policy
 from genpolicy.evaluate import Evaluation, evaluate
 from genpolicy.policy import ChainPolicy, swapped
-from genpolicy.reward import Context, WeightedRewards
+from genpolicy.reward import Context, RewardError, WeightedRewards
 from genpolicy.rollout import Judged, Rollout, Scored, collect, concatenate
 from genpolicy.task import Task
 
@@ -42,6 +41,8 @@ Loss = Callable[[Scored], tuple[Tensor, dict[str, Tensor]]]
 """A scored step of b rows -> (loss [b], metrics by name [b]). Pure."""
 LogRatio = Callable[[Gaussian, Gaussian, Tensor], Tensor]
 REPLAY_CHECK = "replay check"
+REDRAW = 30.0
+"""Seconds between two drawings of the curves: one costs a second, which short runs would spend again and again."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -140,6 +141,7 @@ class Run:
         self._memory: dict[str, float] = defaultdict(float)
         self.rehearsal: Rehearsal | None = None
         self._stop = False
+        self._drawn = 0.0
         self._evaluated_at = -1
 
     # ---------------------------------------------------------------- the loop
@@ -150,6 +152,8 @@ class Run:
             yield from self._rehearse(self.rehearsal)
             return
         self._resume()
+        if self.accelerator.is_main_process:
+            (self.folder / "config.yaml").write_text(config.to_yaml(self.experiment))
         if self.iteration == 0 and not self.before:
             self.before = self.evaluate()
             self._save()
@@ -444,15 +448,15 @@ class Run:
     def _resume(self) -> None:
         state = checkpoint.latest(self.folder)
         if state is None:
+            if self.accelerator.is_main_process:
+                report.truncate(self.folder, -1)
             return
-        for parameter, value in zip(self.trainable, state["parameters"], strict=True):
-            parameter.data.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema = [value.to(p.device) for value, p in zip(state["ema"], self.trainable, strict=True)]
-        for name, value in state["registered"].items():
-            self.registered[name].load_state_dict(value)
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"the checkpoint in {self.folder} does not fit this experiment (was its policy or method changed?): {error}"
+            ) from error
         counters = state["counters"]
         self.iteration, self.updates, self.seconds = counters["iteration"], counters["updates"], counters["seconds"]
         self._evaluations_before, self.best = counters["evaluations"], counters["best"]
@@ -462,6 +466,16 @@ class Run:
             report.truncate(self.folder, self.iteration)
         self.accelerator.wait_for_everyone()
         self.say(f"resumed at iteration {self.iteration}")
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for parameter, value in zip(self.trainable, state["parameters"], strict=True):
+            parameter.data.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema = [value.to(p.device) for value, p in zip(state["ema"], self.trainable, strict=True)]
+        for name, value in state["registered"].items():
+            self.registered[name].load_state_dict(value)
 
     def _save(self) -> None:
         """Checkpoint, and the policy as it stands, written atomically by the main process."""
@@ -520,8 +534,6 @@ class Run:
 
     def _keep(self, result: Evaluation, metrics: dict[str, Any]) -> None:
         select = self.experiment.eval.select or "reward/total"
-        if select not in metrics:
-            raise ConfigError(f"eval.select {select!r} is not measured{config.nearest(select, list(metrics))}")
         report.grid(result.outputs, result.prompts, self.folder / "samples" / str(self.iteration) / "grid.png")
         report.append(self.folder, {"iteration": self.iteration, **{f"eval/{k}": v for k, v in metrics.items()}})
         if self.iteration and metrics[select] > self.best:
@@ -577,8 +589,9 @@ class Run:
         bar.update(advance)
         if self._evaluation_due() or self.progress >= 1:
             self.evaluate()
-            if self.accelerator.is_main_process:
-                report.figures(self.folder)
+            if self.accelerator.is_main_process and self.progress < 1 and time.monotonic() - self._drawn > REDRAW:
+                report.figures(self.folder)  # `finish` draws the last
+                self._drawn = time.monotonic()
         if self.iteration % self.experiment.checkpoint_every == 0:
             self._save()
 
@@ -642,7 +655,7 @@ class Run:
         }
         if self.accelerator.is_main_process:
             report.figures(self.folder)
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+            report.write_json(self.folder / "summary.json", summary)
         self.accelerator.end_training()
         return Result(self.folder, self.before, after, summary)
 
@@ -683,15 +696,16 @@ def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) ->
     if not isinstance(experiment, Experiment):
         experiment = config.load(experiment, overrides)
     folder = folder or Path(experiment.output)
-    accelerator = Accelerator(log_with=experiment.trackers or None, project_dir=str(folder))
+    try:
+        accelerator = Accelerator(log_with=experiment.trackers or None, project_dir=str(folder))
+    except ValueError as error:
+        raise ConfigError(f"the experiment: trackers: {error}") from None
     with _folder(folder, resume) if accelerator.is_main_process else contextlib.nullcontext():
         run, method = prepare(experiment, folder, accelerator)
-        if accelerator.is_main_process:
-            (folder / "config.yaml").write_text(config.to_yaml(experiment))
-    if experiment.trackers:
-        accelerator.init_trackers("genpolicy", config=dataclasses.asdict(experiment))
-    method.train(run)
-    return run.finish(time.perf_counter() - started)
+        if experiment.trackers:
+            accelerator.init_trackers("genpolicy", config=dataclasses.asdict(experiment))
+        method.train(run)
+        return run.finish(time.perf_counter() - started)
 
 
 def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, Rehearsal]:
@@ -706,26 +720,32 @@ def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Exp
 
 @contextlib.contextmanager
 def _folder(folder: Path, resume: bool) -> Iterator[None]:
-    """Claim the run's folder; if building the run fails, nothing of it is left behind."""
-    fresh = not folder.exists()
+    """Hold the run's folder. A new run that fails on bad input in its first iteration, or before, leaves nothing behind."""
+    existed = folder.exists()
     if not resume and (folder / "config.yaml").exists():
         raise ConfigError(
             f"folder {folder} holds a run already: resume it with genpolicy train {folder}/config.yaml, or choose another output"
         )
-    if not resume and not fresh and any(folder.iterdir()):
+    if existed and not folder.is_dir():
+        raise ConfigError(f"output {folder} is a file: choose another output")
+    if not resume and existed and any(path.name != checkpoint.LOCK for path in folder.iterdir()):
         raise ConfigError(f"folder {folder} is not empty and holds no run: choose another output")
-    checkpoint.lock(folder)
-    try:
-        yield
-    except BaseException:
-        if fresh:
-            shutil.rmtree(folder)
-        raise
+    with checkpoint.locked(folder):
+        try:
+            yield
+        except BaseException as error:
+            nothing = not (folder / "checkpoints").exists() or isinstance(error, ConfigError | RewardError | OSError)
+            if not resume and nothing and not any(m["iteration"] for m in report.read(folder)):
+                for path in folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if not existed:
+                    folder.rmdir()
+            raise
 
 
 def _is_run(path: Path) -> bool:
     """Whether a path is a run's own config.yaml."""
-    return path.name == "config.yaml" and (path.parent / "checkpoints").is_dir()
+    return path.name == "config.yaml" and (path.parent / checkpoint.LOCK).is_file()
 
 
 def versions() -> dict[str, str]:
@@ -734,14 +754,22 @@ def versions() -> dict[str, str]:
     return {"genpolicy": genpolicy.__version__, **{name: importlib.metadata.version(name) for name in packages}}
 
 
+def evaluation_prompts(experiment: Experiment, task: Task) -> tuple[str, ...]:
+    """The prompts of the evaluation set: its own file's, or the task's first ones, each once."""
+    if experiment.eval.prompts is not None:
+        return prompt_lines(experiment.eval.prompts)
+    return tuple(dict.fromkeys(task.reset(range(experiment.eval.samples)).prompts))
+
+
 def prepare(experiment: Experiment, folder: Path, accelerator: Accelerator) -> tuple[Run, Method]:
     """Build everything an experiment names; what does not fit raises before any work starts."""
     torch.manual_seed(experiment.seed)
     method = make("methods", experiment.method)
     task = make("tasks", experiment.task)
     reward = make_rewards(experiment.reward)
-    prompts = task.reset(range(experiment.eval.samples)).prompts
-    if experiment.eval.prompts is not None:
-        prompts = prompt_lines(experiment.eval.prompts)
+    prompts = evaluation_prompts(experiment, task)
+    measured = [*(f"reward/{name}" for name in reward.rewards), "reward/total", "diversity"]
+    choice("eval: select", experiment.eval.select or "reward/total", measured)
+    load_rewards(reward)
     policy = make_policy(make("models", experiment.policy), experiment.chain)
     return Run(experiment, policy, task, reward, prompts, folder, accelerator), method

@@ -20,9 +20,9 @@ ODE = DDIM(eta=0.0)
 class Trajectory:
     """What is kept of B chains: the states around the kept steps ``first`` .. ``first + W - 1``, and the result.
 
-    x [B,W+1,*E] (x[:, j] is the state before kept step j, x[:, j+1] after it), mean [B,W,*E] and std [B,W,*1 or *E] of the
-    transitions that acted, x0 [B,*E] the final sample. ``shared`` = N says that the N consecutive rows of each group have
-    the same x[:, 0]: it is evaluated once per group.
+    x [B,W+1,*E] (x[:, j] is the state before kept step j, x[:, j+1] after it), mean [B,W,*E] and std [B,W,*1 or *E] of
+    the transitions that acted, x0 [B,*E] the final sample. ``shared`` = N says that the N consecutive rows of each
+    group have the same x[:, 0]: it is evaluated once per group.
     """
 
     condition: Condition
@@ -58,7 +58,9 @@ class Trajectory:
     def index(self, k: int) -> int:
         """Where step k stands among the kept ones; raises if it was not kept."""
         if k not in self.steps:
-            raise ValueError(f"step {k} was not kept: this trajectory has steps {self.steps.start}..{self.steps.stop - 1}")
+            raise ValueError(
+                f"step {k} was not kept: this trajectory has steps {self.first}..{self.steps.stop - 1}"
+            )
         return k - self.first
 
     def acted(self, k: int) -> Gaussian:
@@ -94,7 +96,7 @@ class Chain:
             raise ValueError(f"window [{low}, {high}) does not lie inside the chain's {self.K} steps")
 
     @property
-    def K(self) -> int:  # noqa: N802  (the legend's letter)
+    def K(self) -> int:
         """The number of denoising steps."""
         return len(self.grid) - 1
 
@@ -154,10 +156,10 @@ class Chain:
 
         start: (k, x [B,*E]) enters the chain before step k instead of drawing from the prior.
         keep: [low, high) steps to record, by default the stochastic window.
-        branch_at: the N rows of a group share everything before step ``branch_at`` (0: the initial noise), which is evaluated
-            once per group, as is the network at that step itself.
-        storage: dtype that recorded states are rounded to *before* the chain goes on from them, so that what is scored is what
-            acted.
+        branch_at: the N rows of a group share everything before step ``branch_at`` (0: the initial noise), which is
+            evaluated once per group, as is the network at that step itself.
+        storage: dtype that recorded states are rounded to *before* the chain goes on from them, so that what is scored
+            is what acted.
         on_step: called with k after each step (progress).
         """
         device = torch.device(device)
@@ -168,7 +170,9 @@ class Chain:
             raise ValueError(f"keep [{low}, {high}) does not lie inside the chain's {self.K} steps")
         shared = members if branch_at is not None else 1
         if shared > 1 and (len(noise) % members or not first <= branch_at <= low):  # type: ignore[operator]
-            raise ValueError(f"branch_at {branch_at} must lie between the first step {first} and the first kept step {low}")
+            raise ValueError(
+                f"branch_at {branch_at} must lie between step {first} and the first kept step {low}"
+            )
         if x is None:
             draw = noise.trunk(members) if shared > 1 else noise
             x = self.prior(condition[::shared], shape, self._scale(), device).sample(draw(PRIOR, shape, device))
@@ -214,7 +218,7 @@ class Chain:
         )
 
     def _scale(self) -> float:
-        """sqrt(alpha^2 + sigma^2) at the first time: the std of x_t there for data of unit variance (1 on flows and VP)."""
+        """sqrt(alpha^2 + sigma^2) at the first time: the std of x_t for data of unit variance (1 on flows and VP)."""
         t = self.grid[:1].flatten()[:1]
         return float((self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2).sqrt())
 

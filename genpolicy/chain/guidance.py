@@ -16,9 +16,9 @@ class Guidance:
 
         p = p_negative + scale (p_positive - p_negative),    p in {x0, eps}   (linear in the network's output)
 
-    The negative branch is evaluated outside the graph: the gradient is that of a loss that detaches it, and its backward is saved.
-    ``negative_gradient`` differentiates it too, as the public DDPO and Flow-GRPO scripts do. Outside ``interval`` = (low, high] in
-    noise time t the negative branch is not evaluated at all.
+    The negative branch is evaluated outside the graph: the gradient is that of a loss that detaches it, and its
+    backward is saved. ``negative_gradient`` differentiates it too, as the public DDPO and Flow-GRPO scripts do. Outside
+    ``interval`` = (low, high] in noise time t the negative branch is not evaluated at all.
     """
 
     denoiser: Denoiser

@@ -112,7 +112,9 @@ class SDE:
 
     def coefficients(self, step: Step) -> Coefficients:
         t, s = step.t, step.s
-        linear = [(a + b - 1).abs().max() < 1e-9 for a, b in ((step.alpha_t, step.sigma_t), (step.alpha_s, step.sigma_s))]
+        linear = [
+            (a + b - 1).abs().max() < 1e-9 for a, b in ((step.alpha_t, step.sigma_t), (step.alpha_s, step.sigma_s))
+        ]
         if not all(linear):
             raise ValueError("kernel sde is derived for the linear (flow) schedule; use kernel ddim on this model")
         if self.noise == "constant":
@@ -166,7 +168,8 @@ class FloorStd:
     """Floor a kernel's std for exploration (DPPO, arXiv 2409.00588): std = max(kernel.std, floor).
 
     What exceeds sigma_s is exploration noise: it is added to the std and dropped at deployment; the direction term is
-    recomputed with the part up to sigma_s. ``consistent=False`` gives the published form (direction of the unfloored std).
+    recomputed with the part up to sigma_s. ``consistent=False`` gives the published form (direction of the unfloored
+    std).
     """
 
     kernel: StdKernel

@@ -19,8 +19,8 @@ TRUNK = -1
 class Noise:
     """Standard normal noise(seed, iteration, group, member, k), drawn per row.
 
-    group, member [B] name the rows. Philox is a counter-based generator: (seed, iteration) is its key and (member, group, k)
-    the upper three words of its counter, so that two different names can't share a stretch of the stream.
+    group, member [B] name the rows. Philox is a counter-based generator: (seed, iteration) is its key and (member,
+    group, k) the upper three words of its counter, so that two different names can't share a stretch of the stream.
     """
 
     seed: int

@@ -48,8 +48,8 @@ class Linear:
     """Rectified flow: alpha = 1 - t, sigma = t on [0, 1].
 
     grid(K): u = 1, (K-1)/K, ..., 1/K, 0 mapped by ``shift`` u / (1 + (shift - 1) u): K *real* steps (diffusers' own
-    uniform grid of K steps ends at t = .001, so that its last evaluation does nothing). Resolution-dependent ("dynamic")
-    shifting is shift = exp(mu), see ``dynamic_shift``.
+    uniform grid of K steps ends at t = .001, so that its last evaluation does nothing). Resolution-dependent
+    ("dynamic") shifting is shift = exp(mu), see ``dynamic_shift``.
     """
 
     shift: float = 1.0
@@ -80,8 +80,8 @@ def dynamic_shift(
 class VariancePreserving:
     """alpha^2 + sigma^2 = 1 from a table of cumulative products ``alpha_bar`` [T].
 
-    Integer level i stands at t = (i + 1) / T; t = 0 is the family's own end, ``final_alpha_bar`` (1, or alpha_bar[0] where
-    the scheduler says ``set_alpha_to_one=False``). Times between levels are rounded to the nearest level.
+    Integer level i stands at t = (i + 1) / T; t = 0 is the family's own end, ``final_alpha_bar`` (1, or alpha_bar[0]
+    where the scheduler says ``set_alpha_to_one=False``). Times between levels are rounded to the nearest level.
     """
 
     alpha_bar: Tensor

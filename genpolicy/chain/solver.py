@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from genpolicy.chain.schedule import Schedule
@@ -56,8 +55,8 @@ class Heun:
 class DPMSolver:
     """DPM-Solver++(2M) (arXiv 2211.01095 alg. 2): second order, one evaluation a step, history of one prediction.
 
-    With lambda = log(alpha/sigma), h = lambda_s - lambda_t, r = h_previous/h:
-    x_s = (sigma_s/sigma_t) x - alpha_s expm1(-h) [(1 + 1/(2r)) x0 - x0_previous/(2r)]; first and last steps are first order.
+    With lambda = log(alpha/sigma), h = lambda_s - lambda_t, r = h_previous/h: x_s = (sigma_s/sigma_t) x - alpha_s
+    expm1(-h) [(1 + 1/(2r)) x0 - x0_previous/(2r)]; first and last steps are first order.
     """
 
     def integrate(self, predict: Predict, x: Tensor, schedule: Schedule, grid: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ def group_relative(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -
     """A = (R - mean of the group) / (std + eps), [M,N] -> [M,N]; std is biased (ddof 0).
 
     scale: "group" the group's std (GRPO, arXiv 2402.03300; GRPO-Guard's configs), "all" the std of every reward of the
-    iteration (flow_grpo's global_std, its SD3 default), "none" divides by nothing (Dr. GRPO, arXiv 2503.20783). eps: flow_grpo
-    stat_tracking.py. A group whose rewards are all equal gives zeros.
+    iteration (flow_grpo's global_std, its SD3 default), "none" divides by nothing (Dr. GRPO, arXiv 2503.20783). eps:
+    flow_grpo stat_tracking.py. A group whose rewards are all equal gives zeros.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     if scale == "none":
@@ -72,9 +72,9 @@ class PromptHistory:
 class Advantage:
     """Rewards by name to one advantage per row, bounded to [-bound, bound] (public code clips at 5).
 
-    kind: the scale of `group_relative`, `leave_one_out`, or a `PromptHistory`. combine: "sum" adds the weighted rewards and scores
-    the total; "z_sum" scores every reward by itself and adds the weighted scores (MixGRPO's advantage_aggr): a reward then counts by
-    its weight, not by its scale. It has a state_dict, so that Run can save and resume it.
+    kind: the scale of `group_relative`, `leave_one_out`, or a `PromptHistory`. combine: "sum" adds the weighted rewards
+    and scores the total; "z_sum" scores every reward by itself and adds the weighted scores (MixGRPO's advantage_aggr):
+    a reward then counts by its weight, not by its scale. It has a state_dict, so that Run can save and resume it.
     """
 
     def __init__(self, kind: Kind = "group", combine: Combine = "sum", bound: float = 5.0) -> None:

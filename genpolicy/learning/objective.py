@@ -32,10 +32,11 @@ def log_ratio(new: Gaussian, old: Gaussian, x: Tensor, *, reduce: Reduce) -> Ten
 
 
 def guard_log_ratio(new: Gaussian, old: Gaussian, x: Tensor, *, reduce: Reduce) -> Tensor:
-    """GRPO-Guard's regulated log-ratio (arXiv 2510.22319, RatioNorm): s (log rho + D^2/(2 s^2)) = reduce_E(noise D), [B].
+    """GRPO-Guard's RatioNorm (arXiv 2510.22319): s (log rho + reduce_E(D^2/(2 s^2))) = reduce_E(noise D), [B].
 
-    Centred at 0 for every row and step and free of 1/s. ``s`` is the total std, so it holds for every kernel; the bias is
-    each row's own (the public code averages it over the batch and uses std/sqrt(dt), which is right for the flow SDE only).
+    Centred at 0 for every row and step and free of 1/s. ``s`` is the total std, so it holds for every kernel; the bias
+    is each row's own (the public code averages it over the batch and uses std/sqrt(dt), which is right for the flow SDE
+    only).
     """
     std = _equal_std(new, old)
     noise = (x - old.mean) / std
@@ -53,8 +54,8 @@ class Surrogate:
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Surrogate:
     """PPO (arXiv 1707.06347 eq. 7), per row: max(-A rho, -A clip(rho, 1-clip, 1+clip)); all [B].
 
-    A row is clipped where its gradient is cut: rho > 1+clip with A > 0, or rho < 1-clip with A < 0. What ``clip`` means depends
-    on the log-ratio's reduction over E: 1e-6..1e-3 for "mean" on images, .1...3 for "sum".
+    A row is clipped where its gradient is cut: rho > 1+clip with A > 0, or rho < 1-clip with A < 0. What ``clip`` means
+    depends on the log-ratio's reduction over E: 1e-6..1e-3 for "mean" on images, .1...3 for "sum".
     """
     ratio = log_ratio.exp()
     bounded = ratio.clamp(1 - clip, 1 + clip)
@@ -66,8 +67,8 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Surr
 def mean_kl(new: Gaussian, reference: Gaussian, *, reduce: Reduce) -> Tensor:
     """KL(new || reference) at equal std: reduce_E( (mean_new - mean_ref)^2 / (2 s^2) ), [B], s the total std.
 
-    flow_grpo divides by 2 g^2 = 2 s^2/dt instead (train_sd3.py:895; its maintainers acknowledge the missing dt): multiply
-    by dt to reproduce it.
+    flow_grpo divides by 2 g^2 = 2 s^2/dt instead (train_sd3.py:895; its maintainers acknowledge the missing dt):
+    multiply by dt to reproduce it.
     """
     std = _equal_std(new, reference)
     return reduce_event(((new.mean - reference.mean) / std) ** 2 / 2, reduce)

@@ -1,16 +1,17 @@
 """Flow-GRPO (arXiv 2505.05470): group-relative policy gradients through a stochastic sampler.
 
-A group of N samples answers one prompt; its rewards, relative to the group, weigh the clipped likelihood ratios of the denoising
-steps in the window:
+A group of N samples answers one prompt; its rewards, relative to the group, weigh the clipped likelihood ratios of the
+denoising steps in the window:
 
     rho = p_new(x_s | x_t) / p_old(x_s | x_t)
     loss = mean over rows and steps of  max(-A rho, -A clip(rho, 1-eps, 1+eps)) + beta KL(new || reference)
 
-With chain.window and chain.window_size it is Flow-GRPO-Fast and MixGRPO's window; with kernel {name: sde, noise: constant} DanceGRPO's
-chain; on epsilon models with kernel ddim, group-relative DDPO.
+With chain.window and chain.window_size it is Flow-GRPO-Fast and MixGRPO's window; with kernel {name: sde, noise:
+constant} DanceGRPO's chain; on epsilon models with kernel ddim, group-relative DDPO.
 
-Differs from the public code (yifan123/flow_grpo): the KL is the true one (theirs drops dt; ``kl_form: published`` restores it), the
-log-ratio is computed without cancellation, the last step is never stochastic, and the unconditional branch is outside the graph.
+Differs from the public code (yifan123/flow_grpo): the KL is the true one (theirs drops dt; ``kl_form: published``
+restores it), the log-ratio is computed without cancellation, the last step is never stochastic, and the unconditional
+branch is outside the graph.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from genpolicy.chain.values import Gaussian, Reduce
-from genpolicy.config import ConfigError, choice
+from genpolicy.config import at_least, choice, divides, positive
 from genpolicy.learning.advantage import Advantage, Combine, Kind
 from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio, mean_kl
 from genpolicy.rollout import Scored
@@ -29,12 +30,14 @@ from genpolicy.run import Run
 class FlowGRPO:
     """Hyper-parameters; sources are flow_grpo's SD3.5-M configuration (config/grpo.py, config/base.py) unless said.
 
-    groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps per pass over a rollout (2). epochs:
-    passes (1). clip: eps, unitless, read beside ``reduce`` (1e-4 with "mean"). reduce: of the log-ratio over event dims; "mean" as in
-    every public repository, "sum" is the textbook likelihood (clip .1....3). advantage: "all" (global_std), "group", "none", "leave_one_out",
-    "prompt_history"; combine: "sum" or "z_sum" of several rewards (see `Advantage`). advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at step 0 (.04 GenEval and
-    OCR, .01 PickScore, 0 in the Fast configs). kl_form: "true", or "published" (times dt). weight: of a step's loss, "none", or "std/dt",
-    what GRPO-Guard's first update amounts to. shared_prefix: the group shares the chain before the window (Fast).
+    groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps per pass over a
+    rollout (2). epochs: passes (1). clip: eps, unitless, read beside ``reduce`` (1e-4 with "mean"). reduce: of the
+    log-ratio over event dims; "mean" as in every public repository, "sum" is the textbook likelihood (clip .1....3).
+    advantage: "all" (global_std), "group", "none", "leave_one_out", "prompt_history"; combine: "sum" or "z_sum" of
+    several rewards (see `Advantage`). advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at step 0
+    (.04 GenEval and OCR, .01 PickScore, 0 in the Fast configs). kl_form: "true", or "published" (times dt). weight: of
+    a step's loss, "none", or "std/dt", what GRPO-Guard's first update amounts to. shared_prefix: the group shares the
+    chain before the window (Fast).
     """
 
     groups: int = 48
@@ -54,8 +57,9 @@ class FlowGRPO:
     def __post_init__(self) -> None:
         choice("method flow_grpo: kl_form", self.kl_form, ("true", "published"))
         choice("method flow_grpo: weight", self.weight, ("none", "std/dt"))
-        if self.group < 2:
-            raise ConfigError(f"method flow_grpo: a group of {self.group} has no relative advantage; it needs at least 2")
+        at_least("method flow_grpo", self, groups=1, group=2, updates=1, epochs=1, beta=0)
+        positive("method flow_grpo", self, "clip", "advantage_clip")
+        divides("method flow_grpo", self, "updates", "groups")
 
     def train(self, run: Run) -> None:
         run.require_density()

@@ -1,17 +1,19 @@
-"""GRPO-Guard (arXiv 2510.22319): GRPO with a ratio that is centred and gradients that are flat over the denoising steps.
+"""GRPO-Guard (arXiv 2510.22319): GRPO with a centred ratio and gradients that are flat over the denoising steps.
 
-Under the policy that acted, the plain log-ratio has mean -r^2/2 with r = rms(D)/s, D = mean_new - mean_old: it depends on the step
-and lies below 0, so that rows with A > 0 hardly ever meet the upper clip. RatioNorm removes the bias and the 1/s,
+Under the policy that acted, the plain log-ratio has mean -r^2/2 with r = rms(D)/s, D = mean_new - mean_old: it depends
+on the step and lies below 0, so that rows with A > 0 hardly ever meet the upper clip. RatioNorm removes the bias and
+the 1/s,
 
     log rho_hat = s (log rho + D^2/(2 s^2)) = mean over E of noise D,        noise = (x_s - mean_old) / s
 
-and the gradient reweight divides each step's loss by how much the step amplifies the network, |kappa| = |d mean / d output|:
+and the gradient reweight divides each step's loss by how much the step amplifies the network, |kappa| = |d mean / d
+output|:
 
     loss = mean over rows and steps of  1/|kappa_k| max(-A rho_hat, -A clip(rho_hat, 1-eps, 1+eps)) + beta KL
 
-Differs from Flow-GRPO in these two places. Differs from the public code (yifan123/flow_grpo train_sd3_GRPO_Guard.py): the bias is each
-row's own, not the batch's mean; s is the total std, so that it holds for every kernel; the published weight 1/dt is
-``weight: 1/dt`` (for the flow SDE kappa is proportional to dt except at the first step).
+Differs from Flow-GRPO in these two places. Differs from the public code (yifan123/flow_grpo train_sd3_GRPO_Guard.py):
+the bias is each row's own, not the batch's mean; s is the total std, so that it holds for every kernel; the published
+weight 1/dt is ``weight: 1/dt`` (for the flow SDE kappa is proportional to dt except at the first step).
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from genpolicy.chain.values import Gaussian, Reduce
-from genpolicy.config import ConfigError, choice
+from genpolicy.config import at_least, choice, divides, positive
 from genpolicy.learning.advantage import Advantage, Combine, Kind
 from genpolicy.learning.objective import clip_metrics, clipped_surrogate, guard_log_ratio, mean_kl
 from genpolicy.rollout import Scored
@@ -30,12 +32,12 @@ from genpolicy.run import Run
 class GRPOGuard:
     """Hyper-parameters; sources are flow_grpo's config/grpo_guard.py unless said.
 
-    groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps per pass over a rollout (2). epochs:
-    passes (1). clip: eps of rho_hat, unitless, read beside ``reduce`` (2e-6 OCR and GenEval, 4e-6 PickScore, with "mean"; aim at clipping
-    10 to 30 % of the rows). reduce: over event dims. advantage: "group" (global_std=False), "all", "none", "leave_one_out",
-    "prompt_history"; combine: "sum" or "z_sum" of several rewards (see `Advantage`). advantage_clip: bound of |A| (5). beta: weight of
-    the KL to the policy at step 0 (0). weight: "1/gain", or the published "1/dt". shared_prefix: the group shares the chain before the
-    window.
+    groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps per pass over a
+    rollout (2). epochs: passes (1). clip: eps of rho_hat, unitless, read beside ``reduce`` (2e-6 OCR and GenEval, 4e-6
+    PickScore, with "mean"; aim at clipping 10 to 30 % of the rows). reduce: over event dims. advantage: "group"
+    (global_std=False), "all", "none", "leave_one_out", "prompt_history"; combine: "sum" or "z_sum" of several rewards
+    (see `Advantage`). advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at step 0 (0). weight:
+    "1/gain", or the published "1/dt". shared_prefix: the group shares the chain before the window.
     """
 
     groups: int = 48
@@ -53,8 +55,9 @@ class GRPOGuard:
 
     def __post_init__(self) -> None:
         choice("method grpo_guard: weight", self.weight, ("1/gain", "1/dt"))
-        if self.group < 2:
-            raise ConfigError(f"method grpo_guard: a group of {self.group} has no relative advantage; it needs at least 2")
+        at_least("method grpo_guard", self, groups=1, group=2, updates=1, epochs=1, beta=0)
+        positive("method grpo_guard", self, "clip", "advantage_clip")
+        divides("method grpo_guard", self, "updates", "groups")
 
     def train(self, run: Run) -> None:
         run.require_density()

@@ -43,6 +43,8 @@ class Lora:
 
 def add(pipeline: Any, denoiser: torch.nn.Module, lora: Lora) -> None:
     """Put the adapter `ADAPTER` on the denoiser: fp32, and the only thing that learns."""
+    if not (hasattr(pipeline, "save_lora_weights") and hasattr(denoiser, "add_adapter")):
+        raise ValueError(f"diffusers has no LoRA for {type(pipeline).__name__}; set policy.train to full")
     if lora.start is not None:
         _start(pipeline, denoiser, Path(lora.start))
     else:
@@ -51,7 +53,11 @@ def add(pipeline: Any, denoiser: torch.nn.Module, lora: Lora) -> None:
             r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=targets
         )
         try:
-            denoiser.add_adapter(config, adapter_name=ADAPTER)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(
+                    0
+                )  # the same start on every process, whatever was drawn before
+                denoiser.add_adapter(config, adapter_name=ADAPTER)
         except ValueError as error:
             linear = {n.split(".")[-1] for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)}
             raise ValueError(

@@ -76,7 +76,7 @@ def _signature(kind: type) -> inspect.Signature:
 def markov(scheduler: Any) -> Any:
     """The scheduler itself if it is one of `MARKOV`, else the one of its family, with one logged line.
 
-    Multistep solvers keep a history: their steps are no transition of x_t alone and can't be scored.
+    Multistep solvers keep a history: their steps are no transition of x_t alone. Euler's are DDIM's anyway.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if config.get("thresholding"):
@@ -100,11 +100,7 @@ def markov(scheduler: Any) -> Any:
         raise ValueError(
             f"scheduler {name} is neither a flow nor variance preserving; valid are {', '.join(MARKOV)}"
         )
-    log.warning(
-        "scheduler %s keeps a history, so that its steps can't be scored; %s takes its place",
-        name,
-        type(chosen).__name__,
-    )
+    log.warning("the steps of scheduler %s can't be scored; %s takes its place", name, type(chosen).__name__)
     return chosen
 
 

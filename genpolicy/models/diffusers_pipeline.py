@@ -198,8 +198,13 @@ class DiffusersPipeline:
         if "do_classifier_free_guidance" not in inspect.signature(self.pipeline.encode_prompt).parameters:
             return without  # guided by a second prompt, if at all (Flux)
         guided = self._encode(prompt, guidance_scale=2.0, negative_prompt=self.negative_prompt)
-        others = iter([v for v, alone in zip(guided, without, strict=True) if alone is None])
-        return tuple(None if v is None else next(others) for v in without)
+        others = [v for v, alone in zip(guided, without, strict=True) if alone is None and v is not None]
+        if len(others) != sum(v is not None for v in without):
+            raise ValueError(
+                f"{type(self.pipeline).__name__} has no negative branch; set chain.guidance to 1"
+            )
+        places = iter(others)
+        return tuple(None if v is None else next(places) for v in without)
 
     @torch.no_grad()
     def _encode(self, prompt: str, **arguments: Any) -> Entry:

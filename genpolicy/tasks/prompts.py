@@ -13,8 +13,8 @@ from genpolicy.task import read_prompts
 class Prompts:
     """A file of prompts, one a line, and the order they are asked in.
 
-    prompts: the file. order: "shuffled" (every prompt once an epoch, each epoch in its own order) or "sequential". Episode n is the
-    prompt at n mod P of epoch n // P: a pure function, so that any number of processes asks the same.
+    prompts: the file. order: "shuffled" (every prompt once an epoch, each epoch in its own order) or "sequential".
+    Episode n is the prompt at n mod P of epoch n // P: a pure function, so that any number of processes asks the same.
     """
 
     prompts: str

@@ -604,7 +604,9 @@ def test_the_networks_own_std_is_the_transitions() -> None:
     assert torch.equal(chain.transition(noisy, trajectory, 2).std, std)
     assert torch.equal(trajectory.after(2), trajectory.acted(2).sample(noise(2, SHAPE)))
     end = chain.sample(noisy, condition, noise, SHAPE, keep=(K - 1, K))
-    assert torch.equal(end.x0, end.acted(K - 1).mean)  # outside the window nothing is added, whatever the network says
+    assert torch.equal(
+        end.x0, end.acted(K - 1).mean
+    )  # outside the window nothing is added, whatever the network says
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
@@ -99,6 +100,23 @@ def test_neighbouring_names_are_independent(axis: str) -> None:
     for other in (0, 2, 3):
         neighbour = name | {axis: other}
         assert abs(correlation(one(*name.values(), 10_000), one(*neighbour.values(), 10_000))) < 0.04
+
+
+@pytest.mark.parametrize("axis", range(5))
+def test_neighbouring_names_share_no_stretch_of_the_stream(axis: int) -> None:
+    """A counter that is counted up where the generator itself counts gives the same numbers, shifted."""
+    name = [1, 1, 1, 1, 1]
+    neighbour = [v + (i == axis) for i, v in enumerate(name)]
+    ours, theirs = (set(one(*n, size=1000).tolist()) for n in (name, neighbour))
+    assert len(ours & theirs) <= 3
+
+
+def test_control_counting_in_the_generators_own_word_shifts_the_stream() -> None:
+    def low_word(member: int) -> set[float]:
+        generator = np.random.Generator(np.random.Philox(key=[1, 1], counter=[member, 0, 1, 1]))
+        return set(generator.standard_normal(1000, dtype=np.float32).tolist())
+
+    assert len(low_word(1) & low_word(2)) > 900
 
 
 def test_a_row_is_standard_normal() -> None:

@@ -26,9 +26,18 @@ def launch(arguments, processes=1, wait=True):
         "PYTHONPATH": str(CHECKOUT),
         "HF_HUB_OFFLINE": "1",
     }
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(random.randint(20_000, 60_000))]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        str(random.randint(20_000, 60_000)),
+    ]
     command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "genpolicy", "train", *arguments]
-    process = subprocess.Popen(command, env=environment, cwd=CHECKOUT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, cwd=CHECKOUT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     if wait:
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
@@ -60,11 +69,22 @@ LONG = {
     "eval": {"every": 7, "samples": 16},
     "checkpoint_every": 5,
     "optimizer": {"lr": 3e-3, "ema": 0.9, "final": 0.1, "warmup": 5},
-    "method": {"name": "grpo_guard", "groups": 4, "group": 4, "updates": 2, "epochs": 2, "reduce": "sum", "clip": 0.2, "beta": 0.01},
+    "method": {
+        "name": "grpo_guard",
+        "groups": 4,
+        "group": 4,
+        "updates": 2,
+        "epochs": 2,
+        "reduce": "sum",
+        "clip": 0.2,
+        "beta": 0.01,
+    },
 }
 
 
-@pytest.mark.parametrize("moment", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "moment", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, moment):
     whole, broken = write(tmp_path / "whole", **LONG), write(tmp_path / "broken", **LONG)
     launch([str(whole)])
@@ -89,12 +109,23 @@ def test_another_seed_is_another_run(tmp_path):
     b = write(tmp_path / "b", budget={"iterations": 3}, seed=1)
     launch([str(a)])
     launch([str(b)])
-    assert largest_difference(weights(tmp_path / "a/run", 3)["parameters"], weights(tmp_path / "b/run", 3)["parameters"]) > 1e-4
+    assert (
+        largest_difference(weights(tmp_path / "a/run", 3)["parameters"], weights(tmp_path / "b/run", 3)["parameters"])
+        > 1e-4
+    )
 
 
 HUNDRED = {
     "budget": {"iterations": 25},
-    "method": {"name": "grpo_guard", "groups": 8, "group": 4, "updates": 4, "reduce": "sum", "clip": 0.2, "shared_prefix": True},
+    "method": {
+        "name": "grpo_guard",
+        "groups": 8,
+        "group": 4,
+        "updates": 4,
+        "reduce": "sum",
+        "clip": 0.2,
+        "shared_prefix": True,
+    },
     "chain": {"steps": 4, "kernel": {"name": "sde", "a": 0.7}},
     "eval": {"every": 0, "samples": 16},
     "optimizer": {"lr": 1e-3, "eps": 1e-4},
@@ -113,7 +144,10 @@ def test_two_processes_equal_one_after_a_hundred_updates(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_four_processes_resumes_on_two(tmp_path):
-    four, mixed = write(tmp_path / "four", **HUNDRED), write(tmp_path / "mixed", **{**HUNDRED, "budget": {"iterations": 10}})
+    four, mixed = (
+        write(tmp_path / "four", **HUNDRED),
+        write(tmp_path / "mixed", **{**HUNDRED, "budget": {"iterations": 10}}),
+    )
     launch([str(four)], 4)
     launch([str(mixed)], 4)
     resumed = tmp_path / "mixed/run/config.yaml"

@@ -19,7 +19,9 @@ def test_group_scale_by_hand():
 
 def test_scale_over_all_is_one_divisor_for_every_group():
     everything = R.std(correction=0)
-    assert torch.allclose(group_relative(R, "all")[0], torch.tensor([-1.0, 0.0, 1.0, 0.0]).double() / (everything + 1e-4))
+    assert torch.allclose(
+        group_relative(R, "all")[0], torch.tensor([-1.0, 0.0, 1.0, 0.0]).double() / (everything + 1e-4)
+    )
     assert not torch.allclose(group_relative(R, "all")[0], group_relative(R, "group")[0])
 
 

@@ -1,4 +1,5 @@
-"""Log-ratios, GRPO-Guard's identities, the clipped surrogate and the KL, each beside the variant that is known to be wrong."""
+"""Log-ratios, GRPO-Guard's identities, the clipped surrogate and the KL, each beside the variant that is known to be
+wrong."""
 
 import math
 
@@ -70,7 +71,10 @@ def test_guard_is_centred_where_the_plain_ratio_is_not():
     new = Gaussian(direction.expand(draws, dims), old.std)
     x = old.sample(torch.randn(draws, dims, dtype=F64, generator=g))
     guard, plain = guard_log_ratio(new, old, x, reduce="mean"), log_ratio(new, old, x, reduce="mean")
-    error = lambda v: float(v.std() / math.sqrt(draws))
+
+    def error(v):
+        return float(v.std() / math.sqrt(draws))
+
     assert abs(float(guard.mean())) < 4 * error(guard)
     assert float(plain.mean()) == pytest.approx(-(r**2) / 2, abs=4 * error(plain))
     assert abs(float(plain.mean())) > 20 * error(plain)
@@ -98,7 +102,9 @@ def gradient(objective, kernel, k, advantage=1.0):
     sample = old.sample(torch.randn(3, 50, dtype=F64, generator=g))
     live = velocity.clone().requires_grad_(True)
     new, row, _ = model_step(kernel, SD3[k], SD3[k + 1], live, x)
-    loss = clipped_surrogate(objective(new, old, sample, reduce="mean"), torch.full((3,), advantage, dtype=F64), 0.2).loss.sum()
+    loss = clipped_surrogate(
+        objective(new, old, sample, reduce="mean"), torch.full((3,), advantage, dtype=F64), 0.2
+    ).loss.sum()
     return torch.autograd.grad(loss, live)[0], float(old.std[0, 0]), row
 
 
@@ -134,11 +140,14 @@ def test_plain_spread_on_the_sd3_table_is_the_published_problem():
     norms = [float(gradient(log_ratio, SDE(0.7), k)[0].norm()) for k in range(9)]
     assert max(norms) / min(norms) == pytest.approx(26, rel=0.05)
     by_dt = [float(gradient(guard_log_ratio, SDE(0.7), k)[0].norm()) / float(SD3[k] - SD3[k + 1]) for k in range(9)]
-    assert max(by_dt) / min(by_dt) == pytest.approx(1.245, rel=0.01)  # the first step's kappa is dt, the others' dt (1 + a^2/2)
+    assert max(by_dt) / min(by_dt) == pytest.approx(
+        1.245, rel=0.01
+    )  # the first step's kappa is dt, the others' dt (1 + a^2/2)
 
 
 def test_guard_is_right_under_cps_where_the_published_form_is_not():
-    """The published form multiplies by std/sqrt(dt) * sqrt(dt) for the flow SDE; CPS's log-prob drops 1/(2 s^2) there."""
+    """The published form multiplies by std/sqrt(dt) * sqrt(dt) for the flow SDE; CPS's log-prob drops 1/(2 s^2)
+    there."""
     s, dt, dims, draws = 0.4, 0.1, 4096, 2000
     g = torch.Generator().manual_seed(3)
     shift = torch.randn(1, dims, dtype=F64, generator=g)
@@ -163,7 +172,7 @@ def test_clipped_surrogate_by_hand():
 
 
 def test_clipped_rows_have_no_gradient_and_positive_advantages_raise_the_likelihood():
-    new, old, x = pair()
+    _, old, x = pair()
     mean = old.mean.clone().requires_grad_(True)
     live = Gaussian(mean, old.std)
     loss = clipped_surrogate(log_ratio(live, old, x, reduce="mean"), torch.ones(6, dtype=F64), 0.2).loss.sum()
@@ -171,7 +180,9 @@ def test_clipped_rows_have_no_gradient_and_positive_advantages_raise_the_likelih
     moved = Gaussian(old.mean - 1e-3 * mean.grad, old.std)
     assert (log_ratio(moved, old, x, reduce="mean") > 0).all()
     far = (old.mean + (x - old.mean)).requires_grad_(True)  # rho far above 1 + clip
-    clipped_surrogate(log_ratio(Gaussian(far, old.std), old, x, reduce="mean"), torch.ones(6, dtype=F64), 1e-3).loss.sum().backward()
+    clipped_surrogate(
+        log_ratio(Gaussian(far, old.std), old, x, reduce="mean"), torch.ones(6, dtype=F64), 1e-3
+    ).loss.sum().backward()
     assert far.grad.abs().max() == 0
 
 

@@ -1,4 +1,5 @@
-"""Network evaluations per sample (F, a backward priced as a forward): what is published, and what our exact savings leave of it."""
+"""Network evaluations per sample (F, a backward priced as a forward): what is published, and what our exact savings
+leave of it."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Laws of every method with likelihoods: what must hold whatever the method, parametrised over the files in methods/."""
+"""Laws of every method with likelihoods: what must hold whatever the method, parametrised over the files in
+methods/."""
 
 from dataclasses import replace
 
@@ -72,7 +73,8 @@ def test_kl_to_the_start_is_zero_at_first_and_grows(tmp_path, method):
 @pytest.mark.parametrize("method", names("methods"))
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_toy_with_one_right_answer_is_solved(tmp_path, method, kernel):
-    """Bright prompts want white, dark prompts black: the mean of the reward must rise from 0 to at least a third of its maximum."""
+    """Bright prompts want white, dark prompts black: the mean of the reward must rise from 0 to at least a third of its
+    maximum."""
     raw = experiment(
         tmp_path,
         chain={"steps": 4, "kernel": KERNELS[kernel]},
@@ -158,7 +160,8 @@ def test_published_kl_is_dt_times_the_true_one(tmp_path):
 
 
 def test_replay_check_rescoring_and_refusal(tmp_path):
-    """A network that does not repeat itself is rescored if its forwards agree, and refused, with the step named, if not."""
+    """A network that does not repeat itself is rescored if its forwards agree, and refused, with the step named, if
+    not."""
     run, built = prepared(tmp_path, "flow_grpo")
     rollout = run.collect(4, 4)
     shifted = replace(rollout, trajectory=replace(rollout.trajectory, mean=rollout.trajectory.mean + 0.05))

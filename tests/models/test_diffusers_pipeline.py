@@ -34,7 +34,7 @@ GROUPED = ["a red circle"] * 2 + ["a blue square"] * 2
 K = 4
 LORA = {"rank": 4, "alpha": 8.0}
 DEAD = {"sd3": ("transformer_blocks.1.attn.add_q_proj",)}
-"""Parameters without influence: SD3 drops the text stream after its last block, and with it that block's text queries."""
+"""Without influence: SD3 drops the text stream after its last block, and with it the text queries there."""
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def deviation(policy: ChainPolicy, trajectory: Any) -> float:
     worst = 0.0
     for k in trajectory.steps:
         after = trajectory.after(k)
-        again = policy.transition(trajectory, k).log_prob(after, reduce="mean")
+        again = policy.transition(trajectory, k).log_prob(after, reduce="mean").detach()
         acted = trajectory.acted(k).log_prob(after, reduce="mean")
         worst = max(worst, float((again - acted).abs().max()))
     return worst
@@ -183,15 +183,15 @@ def test_the_grid_is_real_steps(family):
 
 
 def test_clipping_is_ddims_own(tmp_path):
-    pipeline = tiny.build("sd15")
+    pipeline = tiny.build("sdxl")
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(
         pipeline.scheduler.config, clip_sample=True, clip_sample_range=0.5
     )
     pipeline.save_pretrained(tmp_path)
-    model = load("sd15", tmp_path)
+    model = load("sdxl", tmp_path)
     x0 = zero_noise(model, 1.0, model.native_grid(K)).sample(model.encode(PROMPTS), noises(PROMPTS)).x0
-    assert_same_latents(x0, native(plain(tmp_path), "sd15", model, guidance_scale=1.0))
-    unclipped = load("sd15")
+    assert_same_latents(x0, native(plain(tmp_path), "sdxl", model, guidance_scale=1.0))
+    unclipped = load("sdxl")
     other = (
         zero_noise(unclipped, 1.0, model.native_grid(K)).sample(unclipped.encode(PROMPTS), noises(PROMPTS)).x0
     )
@@ -283,32 +283,32 @@ def test_gradients_reach_every_parameter_at_every_step(family):
         assert all(bool(g.isfinite().all()) for g in gradients.values())
 
 
+SCENES = (  # guidance, window, branch_at, storage
+    (1.0, None, None, torch.float32),
+    (3.0, None, 0, torch.bfloat16),
+    (3.0, (1, 3), 1, torch.float32),
+    (1.0, (1, 3), 0, torch.float16),
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("train", "precision"), [("lora", "fp32"), ("lora", "fp16"), ("full", "fp32"), ("full", "bf16")]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replay_grid(family, train, precision):
     model = load(family, train=train, precision=precision)
     if train == "lora":
         stir(model)
+    condition, noise = model.encode(GROUPED), noises(GROUPED, 2)
     for kernel in kernels(family):
-        for guidance in (1.0, 3.0):
-            for window, branch_at in ((None, None), (None, 0), ((1, 3), 1), ((1, 3), 0)):
-                for storage in (torch.float32, torch.bfloat16):
-                    policy = ChainPolicy(
-                        model, Chain(model.schedule, model.grid(K), kernel, window), guidance
-                    )
-                    trajectory = policy.sample(
-                        model.encode(GROUPED),
-                        noises(GROUPED, 2),
-                        branch_at=branch_at,
-                        members=2,
-                        storage=storage,
-                    )
-                    case = (kernel, guidance, window, branch_at, storage)
-                    assert deviation(policy, trajectory) <= 1e-6, case
-                    if precision == "fp32":
-                        assert split_deviation(policy, trajectory, 2) <= 1e-5, case
+        for guidance, window, branch_at, storage in SCENES:
+            policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), kernel, window), guidance)
+            trajectory = policy.sample(condition, noise, branch_at=branch_at, members=2, storage=storage)
+            case = (kernel, guidance, window, branch_at, storage)
+            assert deviation(policy, trajectory) <= 1e-6, case
+            if precision == "fp32":
+                assert split_deviation(policy, trajectory, 2) <= 1e-5, case
 
 
 # A time per row
@@ -397,6 +397,16 @@ def test_a_policy_starts_from_the_users_lora(family, tmp_path):
         assert not torch.allclose(model.denoise(x, t, model.encode(PROMPTS)).x0, started.x0)
 
 
+def test_a_fresh_lora_starts_the_same_whatever_was_drawn_before():
+    starts = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        starts.append(load("sd3").trainable())
+        assert torch.initial_seed() == seed
+    assert all(torch.equal(p, starts[1][name]) for name, p in starts[0].items())
+    assert any(bool((p != 0).any()) for p in starts[0].values())
+
+
 def test_a_reference_is_other_values_in_the_same_parameters():
     model = learner("sd3")
     parameters = list(model.trainable().values())
@@ -415,8 +425,6 @@ def test_a_reference_is_other_values_in_the_same_parameters():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_saves_a_whole_pipeline(family, tmp_path):
     model = load(family, train="full")
-    names = {name.split(".")[0] for name in model.trainable()}
-    assert names == {name for name, _ in model.denoiser.named_children()} - {"pos_embed"} | names
     assert set(model.trainable()) == {name for name, _ in model.denoiser.named_parameters()}
     with torch.no_grad():
         for parameter in model.trainable().values():
@@ -469,7 +477,7 @@ def test_history_bearing_flow_schedulers_are_replaced(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         model = load("wan", folder, train="full")
     assert [r.getMessage() for r in caplog.records] == [
-        "scheduler UniPCMultistepScheduler keeps a history, so that its steps can't be scored;"
+        "the steps of scheduler UniPCMultistepScheduler can't be scored;"
         " FlowMatchEulerDiscreteScheduler takes its place"
     ]
     same = load("wan")  # the same network with FlowMatchEuler of shift 5 in its folder
@@ -484,11 +492,9 @@ def test_history_bearing_diffusion_schedulers_become_ddim(name, tmp_path, caplog
     scheduler = getattr(diffusers, name).from_config(tiny.ddim().config)
     with caplog.at_level(logging.WARNING):
         model = load("sd15", replaced("sd15", scheduler, tmp_path))
-    assert f"scheduler {name} keeps a history" in caplog.text
-    assert "DDIMScheduler takes its place" in caplog.text
+    assert f"the steps of scheduler {name} can't be scored; DDIMScheduler takes its place" in caplog.text
     same = learner("sd15")
-    assert torch.equal(model.grid(K), same.grid(K))
-    t = model.grid(K)
+    t = same.grid(K)
     assert torch.equal(model.schedule.alpha(t), same.schedule.alpha(t))
 
 
@@ -511,13 +517,14 @@ def test_zero_snr_and_snr_shift_come_from_the_schedulers_table():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_are_encoded_once(family, monkeypatch):
     model = load(family)
-    calls = []
-    own = model.pipeline.encode_prompt
-    monkeypatch.setattr(
-        type(model.pipeline), "encode_prompt", lambda _, *a, **k: calls.append(1) or own(*a, **k)
-    )
-    # the signature says whether the family has a branch of its own for guidance
-    type(model.pipeline).encode_prompt.__signature__ = __import__("inspect").signature(own)
+    calls, own = [], type(model.pipeline).encode_prompt
+
+    @functools.wraps(own)  # its signature says whether the family has a branch of its own for guidance
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(type(model.pipeline), "encode_prompt", counted)
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0)), guidance=2.0)
     condition = model.encode([*GROUPED, "a green triangle"])
     assert len(calls) == 3
@@ -543,7 +550,6 @@ def test_dropped_embeddings_are_encoded_again(monkeypatch):
 def test_conditions_are_picked_by_rows(rows):
     condition = learner("sd3").encode(["a", "b", "c", "d"])
     picked = condition[rows]
-    assert picked.prompts == {"slice": ("b", "c")}.get(type(rows).__name__, picked.prompts)
     assert len(picked) == 2
     assert learner("sd3").negative(condition)[rows].negative
     expected = [list(condition.prompts)[i] for i in torch.arange(4)[rows].tolist()]
@@ -647,17 +653,17 @@ def test_wrong_settings_get_one_sentence(settings, kind, sentence):
 
 
 def test_what_is_no_pipeline_is_told(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="is no diffusers pipeline: it has no model_index.json"):
+    with pytest.raises(FileNotFoundError, match=r"is no diffusers pipeline: it has no model_index.json"):
         load("sd3", tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder, and no hub id"):
         load("sd3", tmp_path / "missing")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(OSError, match="an-owner/a-name: .* log in with a token .* or give a local folder"):
+    with pytest.raises(OSError, match=r"an-owner/a-name: .* log in with a token .* or give a local folder"):
         DiffusersPipeline("an-owner/a-name")
     (tmp_path / "model_index.json").write_text(
         '{"_class_name": "NoSuchPipeline", "_diffusers_version": "0.39.0"}'
     )
-    with pytest.raises(ValueError, match="can't be loaded: .*NoSuchPipeline"):
+    with pytest.raises(ValueError, match=r"can't be loaded: .*NoSuchPipeline"):
         load("sd3", tmp_path)
 
 
@@ -670,7 +676,7 @@ def test_a_pipeline_that_can_not_be_undecorated_is_refused(monkeypatch):
 
 def test_a_lora_of_another_family_is_refused(tmp_path):
     learner("sd15").save(tmp_path)
-    with pytest.raises(ValueError, match="lora.start .* SD3Transformer2DModel"):
+    with pytest.raises(ValueError, match=r"lora.start .* SD3Transformer2DModel"):
         load("sd3", lora={"start": str(tmp_path)})
 
 

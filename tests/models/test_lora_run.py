@@ -42,6 +42,7 @@ def raw(pipeline: Path, folder: Path, start: str | None = None, **sections) -> d
             "name": "flow_grpo",
             "groups": 2,
             "group": 4,
+            "updates": 1,
             "reduce": "sum",
             "clip": 0.2,
             "beta": 0.1,
@@ -115,3 +116,17 @@ def test_saved_lora_draws_our_images_in_plain_diffusers(pipeline, trained):
     pipe.load_lora_weights(trained.folder / "policy", weight_name="pytorch_lora_weights.safetensors")
     assert (pipe(prompts, **call).images - ours).abs().max() < 1e-5
     assert (bare - ours).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_networks_train_with_an_exact_replay(pipeline, tmp_path, precision):
+    """fp16 goes through the gradient scaler; what is scored is what acted, so that nothing needs to be scored again."""
+    experiment = raw(pipeline, tmp_path, budget={"iterations": 2})
+    experiment["policy"] |= {"precision": precision, "gradient_checkpointing": True, "offload": True}
+    result = train(config.parse(experiment))
+    assert result.summary["replay_gap"] < 1e-5
+    assert all(line["policy/ratio_mean"] == pytest.approx(1, abs=1e-3) for line in lines(result)[:1])
+    start = torch.load(result.folder / "checkpoints/0/state.pt", weights_only=True)["parameters"]
+    end = torch.load(result.folder / "checkpoints/2/state.pt", weights_only=True)["parameters"]
+    assert any(not torch.equal(a, b) for a, b in zip(start, end, strict=True))
+    assert all(b.isfinite().all() for b in end)

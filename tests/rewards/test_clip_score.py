@@ -86,7 +86,8 @@ def by_hand(library, images, prompts=PROMPTS, normalised=True):
 def test_equals_the_cosine_by_hand(scorer, library):
     images = pictures(3)
     result, truth = score(scorer, images), by_hand(library, images)
-    assert result.shape == (3,) and result.dtype == torch.float32
+    assert result.shape == (3,)
+    assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), truth, rtol=0, atol=2e-6)
     assert not torch.isclose(result.double(), by_hand(library, images, normalised=False), atol=1e-3).any()
 
@@ -155,7 +156,8 @@ def test_a_video_scores_the_mean_of_its_frames(scorer):
 def test_gradient_flows_to_the_pictures_and_only_there(scorer):
     images = pictures(3, size=48).requires_grad_()
     score(scorer, images).sum().backward()
-    assert images.grad.isfinite().all() and (images.grad.flatten(1).norm(dim=1) > 0).all()
+    assert images.grad.isfinite().all()
+    assert (images.grad.flatten(1).norm(dim=1) > 0).all()
     assert all(weight.grad is None for weight in scorer._clip.parameters())
     # along the gradient, the change of the score is the one that the gradient says
     direction = images.grad / images.grad.norm()
@@ -174,8 +176,10 @@ def test_fp32_under_autocast_and_from_half_precision(scorer):
 
 def test_loads_once_at_the_first_call_and_moves(checkpoint):
     scorer = ClipScore(model="genpolicy-tiny", pretrained=checkpoint)
-    assert asdict(scorer) == asdict(ClipScore("genpolicy-tiny", checkpoint)) and scorer._clip is None
-    assert scorer.to("cpu") is scorer and scorer._clip is None
+    assert asdict(scorer) == asdict(ClipScore("genpolicy-tiny", checkpoint))
+    assert scorer._clip is None
+    assert scorer.to("cpu") is scorer
+    assert scorer._clip is None
     score(scorer, pictures(3))
     weights = scorer._clip
     scorer.load()
@@ -191,7 +195,8 @@ def test_the_activation_is_the_tags(checkpoint, monkeypatch):
     quick = ClipScore(model="genpolicy-tiny", pretrained="quick")
     quick.load()
     names = {type(module).__name__ for module in quick._clip.modules()}
-    assert "QuickGELU" in names and "GELU" not in names
+    assert "QuickGELU" in names
+    assert "GELU" not in names
 
 
 def test_missing_package_is_one_sentence(monkeypatch):
@@ -222,7 +227,7 @@ def test_wrong_names_bring_the_nearest(settings, message):
 
 def test_is_found_by_its_file_name_and_takes_its_settings_from_yaml():
     assert leaf("rewards", "clip_score") is ClipScore
-    assert make("rewards", {"name": "clip_score", "weight": 2, "scale": 2.5}) == ClipScore(scale=2.5)
+    assert make("rewards", {"name": "clip_score", "scale": 2.5}) == ClipScore(scale=2.5)
     with pytest.raises(ConfigError, match="micro_batch is 0"):
         make("rewards", {"name": "clip_score", "micro_batch": 0})
 

@@ -31,7 +31,8 @@ def test_size_is_that_of_the_file_on_disk_in_decimal_kilobytes(pictures, tmp_pat
     path = tmp_path / "picture.jpg"
     size = jpeg_incompressibility(pictures, CONTEXT)
     expected = torch.tensor([file_bytes(picture, path) for picture in pictures]) / 1000
-    assert size.dtype == torch.float32 and size.shape == (3,)
+    assert size.dtype == torch.float32
+    assert size.shape == (3,)
     assert torch.equal(size, expected)
     # the known-wrong variants: another quality, binary kilobytes
     other = torch.tensor([file_bytes(picture, path, quality=75) for picture in pictures]) / 1000

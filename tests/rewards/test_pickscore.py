@@ -1,13 +1,12 @@
 """PickScore on a tiny CLIPModel and CLIPProcessor, saved to disk and loaded as a user would load them."""
 
-import sys
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from genpolicy.config import ConfigError, leaf
+from genpolicy.reward import Context
 from genpolicy.rewards.pickscore import PickScore
 
 transformers = pytest.importorskip("transformers")
@@ -74,7 +73,7 @@ def library(folder, images, prompts=PROMPTS):
 
 
 def score(scorer, outputs, prompts=PROMPTS):
-    return scorer(outputs, SimpleNamespace(prompts=prompts))
+    return scorer(outputs, Context(prompts=prompts))
 
 
 def test_equals_the_models_own_logits(scorer, folder):
@@ -85,7 +84,8 @@ def test_equals_the_models_own_logits(scorer, folder):
         image = model.get_image_features(inputs["pixel_values"]).pooler_output
         text = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
     result = score(scorer, images)
-    assert result.shape == (3,) and result.dtype == torch.float32
+    assert result.shape == (3,)
+    assert result.dtype == torch.float32
     torch.testing.assert_close(result, truth, rtol=0, atol=1e-4)  # of about 90
     # the known-wrong variants: embeddings of any length, no temperature
     assert not torch.isclose(result, model.logit_scale.exp() * (image * text).sum(-1), rtol=1e-2).any()
@@ -127,7 +127,8 @@ def test_a_video_scores_the_mean_of_its_frames(scorer):
 def test_gradient_flows_to_the_pictures_and_only_there(scorer):
     images = pictures(3, 48, 48).requires_grad_()
     score(scorer, images).sum().backward()
-    assert images.grad.isfinite().all() and (images.grad.flatten(1).norm(dim=1) > 0).all()
+    assert images.grad.isfinite().all()
+    assert (images.grad.flatten(1).norm(dim=1) > 0).all()
     assert all(weight.grad is None for weight in scorer._clip.parameters())
 
 
@@ -139,11 +140,14 @@ def test_long_prompts_are_cut_at_the_models_context(scorer):
 def test_loads_in_fp32_at_the_first_call_and_moves(folder, tmp_path):
     transformers.CLIPModel.from_pretrained(folder).half().save_pretrained(tmp_path)
     scorer = PickScore(model=str(tmp_path), processor=folder)
-    assert scorer._clip is None and scorer.to("cpu") is scorer and scorer._clip is None
+    assert scorer._clip is None
+    assert scorer.to("cpu") is scorer
+    assert scorer._clip is None
     score(scorer, pictures(3))
     weights = scorer._clip
     scorer.load()
-    assert scorer._clip is weights and weights.dtype == torch.float32
+    assert scorer._clip is weights
+    assert weights.dtype == torch.float32
     assert scorer.to("meta")._clip.device.type == "meta"
 
 
@@ -151,16 +155,12 @@ def test_missing_weights_are_refused_not_random(folder, tmp_path):
     model = transformers.CLIPModel.from_pretrained(folder)
     weights = {name: w for name, w in model.state_dict().items() if name != "visual_projection.weight"}
     model.save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(ValueError, match=r"lacks 1 weights, such as visual_projection\.weight"):
+    with pytest.raises(ConfigError, match=r"lacks 1 weights, such as visual_projection\.weight"):
         PickScore(model=str(tmp_path), processor=folder).load()
 
 
-def test_missing_package_is_one_sentence(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        ImportError, match=r"^pickscore needs transformers: pip install genpolicy\[rewards\]$"
-    ):
-        PickScore().load()
+def test_is_found_by_its_file_name():
+    assert leaf("rewards", "pickscore") is PickScore
 
 
 def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch, tmp_path):
