@@ -123,9 +123,7 @@ def clip_tokenizer() -> CLIPTokenizer:
             if pair not in merges:
                 merges.append(pair)
                 vocab.append("".join(pair))
-    tokenizer = CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocab)}, merges=merges, model_max_length=TOKENS
-    )
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=merges, model_max_length=TOKENS)
     if any(len(tokenizer.tokenize(word)) != 1 for word in words):
         raise RuntimeError("a word of the world is not one token.")
     return tokenizer
@@ -137,9 +135,7 @@ def placeholder_t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     Its tokenizer reads every text as empty: the pipeline then never warns that a third prompt was cut.
     """
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    words = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(special.values())}, unk_token="<unk>")
-    )
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special.values())}, unk_token="<unk>"))
     words.normalizer = normalizers.Replace(Regex("[\\s\\S]+"), "")
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     config = T5Config(vocab_size=len(special), d_model=WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
@@ -236,9 +232,7 @@ def train_vae(vae: AutoencoderKL, images: Tensor, clock: Clock, seed: int, batch
     vae.train()
     while clock.progress < 1:
         for group in optimiser.param_groups:
-            group["lr"] = (
-                2e-3 * min(1, (clock.step + 1) / 50) * (0.01 + 0.99 * np.cos(np.pi / 2 * clock.progress) ** 2)
-            )
+            group["lr"] = 2e-3 * min(1, (clock.step + 1) / 50) * (0.01 + 0.99 * np.cos(np.pi / 2 * clock.progress) ** 2)
         x = images[torch.randint(len(images), (batch,), generator=draws)]
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample(generator=draws)).sample
@@ -332,9 +326,7 @@ def train_flow(
         noisy = torch.rand(size, generator=draws) < caption_noise
         names = torch.where(noisy, near_index[names, pick], names)
         dropped = torch.rand(size, 1, generator=draws) < CAPTION_DROP
-        tokens, pooled = text_embeddings(
-            pipe, torch.where(dropped, empty, ids[names]), LONG_ZEROS if long else 1
-        )
+        tokens, pooled = text_embeddings(pipe, torch.where(dropped, empty, ids[names]), LONG_ZEROS if long else 1)
         t = torch.randn(size, generator=draws).sigmoid()
         x_0 = latents[rows]
         eps = torch.randn(x_0.shape, generator=draws)
@@ -374,9 +366,7 @@ def swap(weights: list[nn.Parameter], average: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def sample(
-    pipe: StableDiffusion3Pipeline, texts: list[str], guidance: float, seed: int, steps: int = 8
-) -> np.ndarray:
+def sample(pipe: StableDiffusion3Pipeline, texts: list[str], guidance: float, seed: int, steps: int = 8) -> np.ndarray:
     """One picture a caption with `steps` real steps (t = 1, ..., 1/steps), uint8 [B, 32, 32, 3]."""
     draws, images = torch.Generator().manual_seed(seed), []
     for start in range(0, len(texts), 128):
@@ -417,9 +407,7 @@ def write(pipe: StableDiffusion3Pipeline, out: Path) -> None:
     stored.vae.half()
     stored.save_pretrained(out, safe_serialization=True)
     for file in out.rglob("*.json"):  # diffusers notes where a part was loaded from: a path of this machine
-        kept = [
-            line for line in file.read_text(encoding="utf-8").splitlines() if '"_name_or_path"' not in line
-        ]
+        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if '"_name_or_path"' not in line]
         file.write_text("\n".join(kept) + "\n", encoding="utf-8")
     for name, texts in world.split()._asdict().items():
         (out / f"captions_{name}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
@@ -434,9 +422,7 @@ def load(folder: Path) -> StableDiffusion3Pipeline:
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write")
     add("--resume", type=Path, help="only continue the last phase from this finished folder, for --minutes")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from genpolicy.build import load
-    from genpolicy.run import train
+    from genpolicy.experiment import train
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "train"]
 
-_HOME = {"load": "genpolicy.build", "train": "genpolicy.run"}
+_HOME = {"load": "genpolicy.build", "train": "genpolicy.experiment"}
 
 
 def __getattr__(name: str) -> object:

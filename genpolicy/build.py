@@ -21,7 +21,9 @@ SAMPLER = "genpolicy.json"
 
 
 def kernels() -> dict[str, Callable[..., Any]]:
-    """The kernels and solvers of genpolicy.chain by name: ddim, sde, cps, consistency, heun, dpmsolver, and the wrappers."""
+    """The kernels and solvers of genpolicy.chain by name: ddim, sde, cps, consistency, heun, dpmsolver, and the
+    wrappers.
+    """
     return {
         attribute.lower(): entry
         for attribute, entry in vars(chain).items()
@@ -136,17 +138,20 @@ class Saved:
 
 
 def saved(path: str | Path, **overrides: Any) -> Saved:
-    """Find a policy: a run's folder (its policy/), a saved policy's folder, a shipped asset, a diffusers folder, a hub id.
+    """Find a policy: a run's folder (its policy/), a saved policy's folder, a shipped asset, a diffusers folder, a hub
+    id.
 
-    overrides: keys of `ChainConfig` that replace the saved sampler's (steps, guidance, kernel, ...). What is no policy of ours has no
-    sampler of its own and gets ChainConfig's with the ODE.
+    overrides: keys of `ChainConfig` that replace the saved sampler's (steps, guidance, kernel, ...). What is no policy
+    of ours has no sampler of its own and gets ChainConfig's with the ODE.
     """
     folder = Path(settings({"path": str(path)})["path"])
     run = next((home for home in (folder, folder.parent) if (home / "config.yaml").is_file()), None)
     if run == folder:
         folder = folder / "policy"
         if not folder.is_dir():
-            raise ConfigError(f"run {run} has saved no policy yet: it does so at its first checkpoint after iteration 0")
+            raise ConfigError(
+                f"run {run} has saved no policy yet: it does so at its first checkpoint after iteration 0"
+            )
     if not (folder / SAMPLER).is_file():
         section = {"name": "diffusers_pipeline", "pretrained": str(folder)}
         return Saved(str(path), section, _sampler({"kernel": {"name": "ddim", "eta": 0.0}}, overrides), None)

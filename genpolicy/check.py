@@ -16,8 +16,8 @@ from torch import Tensor
 from genpolicy import config, report
 from genpolicy.build import load_rewards
 from genpolicy.config import ConfigError
+from genpolicy.experiment import train
 from genpolicy.reward import Context, WeightedRewards
-from genpolicy.run import train
 
 PROMPTS = (
     "a red circle left of a blue square",
@@ -29,7 +29,8 @@ PROMPTS = (
 )
 SIZE = 64
 ALONE = 1e-4
-"""A row scored alone may differ so much from the same row in a batch, relative to the largest score: fp32 networks do."""
+"""A row scored alone may differ so much from the same row in a batch, relative to the largest score: fp32 networks
+do."""
 KINDS = {
     "method": ("train",),
     "kernel": ("coefficients",),
@@ -42,7 +43,9 @@ Verdict = tuple[str, bool | None, str]
 
 
 def check(name: str) -> int:
-    """Print a verdict a law; return 0 if all hold, 1 if one does not. Raises `ConfigError` for what can't be checked."""
+    """Print a verdict a law; return 0 if all hold, 1 if one does not. Raises `ConfigError` for what can't be
+    checked.
+    """
     dotted = _dotted(name)
     entry = config.leaf("leaves", dotted)
     kind = _kind(entry)

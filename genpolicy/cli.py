@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from genpolicy.build import Saved
     from genpolicy.config import Experiment
-    from genpolicy.run import Rehearsal
+    from genpolicy.experiment import Rehearsal
 
 INTERRUPTED = 130
 BAD_INPUT = 2
@@ -101,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
 
     one = verb("train", _train, "Run an experiment, or resume one from its run's config.yaml.")
     one.add_argument("config", help="a YAML, or the name of a shipped one (genpolicy list configs)")
-    one.add_argument("--plan", action="store_true", help="only measure one iteration: cost, time, memory; writes nothing")
+    one.add_argument(
+        "--plan", action="store_true", help="only measure one iteration: cost, time, memory; writes nothing"
+    )
     one.add_argument("--section.key=value", action="store_true", dest="overrides", help=overrides)
 
     one = verb("evaluate", _evaluate, "Judge a policy's deployed sampler on fixed prompts and noise; writes eval.json.")
@@ -119,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", required=True, metavar="DIR", help="folder of the runs, the table and the figure")
     one.add_argument("--section.key=value", action="store_true", dest="overrides", help=f"{overrides}; for all")
 
-    one = verb("sample", _sample, "Draw with a policy's deployed sampler: a PNG (videos: a GIF) per sample, and a grid.")
+    one = verb(
+        "sample", _sample, "Draw with a policy's deployed sampler: a PNG (videos: a GIF) per sample, and a grid."
+    )
     one.add_argument("policy", help=policy)
     one.add_argument("--prompts", required=True, metavar="TEXT|FILE", help="one prompt, or a file with one a line")
     one.add_argument("--out", required=True, metavar="DIR", help="folder to write")
@@ -137,8 +140,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sampler_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps (default: the deployed sampler's)")
-    parser.add_argument("--guidance", type=float, help="classifier-free scale, 1 is none (default: the deployed sampler's)")
-    parser.add_argument("--sampler", nargs="+", metavar="K=V", default=[], help="its other keys, such as kernel.name=heun")
+    parser.add_argument(
+        "--guidance", type=float, help="classifier-free scale, 1 is none (default: the deployed sampler's)"
+    )
+    parser.add_argument(
+        "--sampler", nargs="+", metavar="K=V", default=[], help="its other keys, such as kernel.name=heun"
+    )
 
 
 def _sampler(args: Any) -> dict[str, Any]:
@@ -266,9 +273,7 @@ def _write_sample(output: "Tensor", stem: Path) -> None:
         frames[0].save(stem.with_suffix(".png"))
     else:
         milliseconds = 1000 // FRAMES_PER_SECOND
-        frames[0].save(
-            stem.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=milliseconds, loop=0
-        )
+        frames[0].save(stem.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 def _compare(args: Any) -> int:

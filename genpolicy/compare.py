@@ -15,8 +15,8 @@ import yaml
 from genpolicy import config, report, resources
 from genpolicy.build import deployed_sampler, make_policy, make_rewards
 from genpolicy.config import ConfigError, Experiment, make
+from genpolicy.experiment import evaluation_prompts, train
 from genpolicy.report import COLOURS, Panel, series, smooth
-from genpolicy.run import evaluation_prompts, train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ class Finished:
 
 
 def seeds(text: str) -> list[int]:
-    """"0-2" or "0,3,7" to distinct seeds."""
+    """ "0-2" or "0,3,7" to distinct seeds."""
     found: list[int] = []
     for part in text.split(","):
         low, dash, high = part.partition("-")

@@ -1,7 +1,9 @@
-"""Experiments: a YAML, dataclasses, and the leaves they name. Two passes: names first, then the leaves' own dataclasses.
+"""Experiments: a YAML, dataclasses, and the leaves they name. Two passes: names first, then the leaves' own
+dataclasses.
 
 A leaf is found by its file name (``method: grpo_guard`` is genpolicy/methods/grpo_guard.py) or by a dotted path
-(``mypkg.mod:fn``). Its entry is the class or function of that file whose name equals the file's, underscores and case aside.
+(``mypkg.mod:fn``). Its entry is the class or function of that file whose name equals the file's, underscores and case
+aside.
 """
 
 import dataclasses
@@ -64,18 +66,20 @@ def divides(where: str, section: Any, part: str, whole: str) -> None:
     """Raise unless the field ``part`` divides the field ``whole``."""
     small, large = getattr(section, part), getattr(section, whole)
     if large % small:
-        raise ConfigError(f"{where}: {whole} is {large} and can't be split evenly into {part} = {small}; choose a multiple of it")
+        raise ConfigError(
+            f"{where}: {whole} is {large} and can't be split evenly into {part} = {small}; choose a multiple of it"
+        )
 
 
 @dataclass
 class ChainConfig:
     """The sampler: how noise becomes a sample.
 
-    steps: denoising steps K. kernel: {name, ...}: a class of genpolicy.chain (ddim, sde, cps, heun, dpmsolver, ...) or a dotted
-    path. guidance: classifier-free scale, 1 is none. guidance_interval: [low, high] noise times it acts in. negative_gradient: train
-    through the unconditional branch too, as some public scripts do (off: its backward is saved). window: [low, high)
-    steps at which the kernel acts (default: all but the last), the ODE elsewhere. window_size: if set, that many consecutive
-    steps are drawn from the window anew for every iteration.
+    steps: denoising steps K. kernel: {name, ...}: a class of genpolicy.chain (ddim, sde, cps, heun, dpmsolver, ...) or
+    a dotted path. guidance: classifier-free scale, 1 is none. guidance_interval: [low, high] noise times it acts in.
+    negative_gradient: train through the unconditional branch too, as some public scripts do (off: its backward is
+    saved). window: [low, high) steps at which the kernel acts (default: all but the last), the ODE elsewhere.
+    window_size: if set, that many consecutive steps are drawn from the window anew for every iteration.
     """
 
     steps: int = 10
@@ -89,16 +93,18 @@ class ChainConfig:
     def __post_init__(self) -> None:
         at_least("chain", self, steps=1, guidance=0, window_size=1)
         if self.guidance_interval is not None and not self.guidance_interval[0] < self.guidance_interval[1]:
-            raise ConfigError(f"chain: guidance_interval is {list(self.guidance_interval)}; it must be [low, high] with low < high")
+            raise ConfigError(
+                f"chain: guidance_interval is {list(self.guidance_interval)}; it must be [low, high] with low < high"
+            )
 
 
 @dataclass
 class OptimizerConfig:
     """AdamW and what surrounds it.
 
-    lr at its peak; warmup: updates of linear rise; final: the cosine ends at this share of lr (1: constant); max_grad_norm: global
-    norm clip; ema: decay of the averaged weights that are evaluated and saved (0: none), min((1+n)/(10+n), ema) after update n.
-    betas, eps, weight_decay: AdamW's.
+    lr at its peak; warmup: updates of linear rise; final: the cosine ends at this share of lr (1: constant);
+    max_grad_norm: global norm clip; ema: decay of the averaged weights that are evaluated and saved (0: none),
+    min((1+n)/(10+n), ema) after update n. betas, eps, weight_decay: AdamW's.
     """
 
     lr: float = 1e-4
@@ -120,7 +126,9 @@ class OptimizerConfig:
 
 @dataclass
 class BudgetConfig:
-    """When to stop: at the first of these. nfe: network evaluations; seconds: of wall-clock training, evaluation aside."""
+    """When to stop: at the first of these. nfe: network evaluations; seconds: of wall-clock training, evaluation
+    aside.
+    """
 
     iterations: int | None = None
     nfe: float | None = None
@@ -136,9 +144,10 @@ class BudgetConfig:
 class EvalConfig:
     """Periodic evaluation with the deployed sampler, on its own prompts and one fixed noise.
 
-    every: iterations between evaluations (0: only before and after). prompts: file, one a line (default: the task's). samples: images.
-    select: the metric that decides policy_best. sampler: overrides of `chain` for the deployed sampler (default: the same steps and
-    guidance with the ODE). seed: of the evaluation noise, the same for every run that is to be compared.
+    every: iterations between evaluations (0: only before and after). prompts: file, one a line (default: the task's).
+    samples: images. select: the metric that decides policy_best. sampler: overrides of `chain` for the deployed sampler
+    (default: the same steps and guidance with the ODE). seed: of the evaluation noise, the same for every run that is
+    to be compared.
     """
 
     every: int = 20
@@ -173,7 +182,9 @@ class Experiment:
     def __post_init__(self) -> None:
         at_least("the experiment", self, checkpoint_every=1)
         if self.micro_batch != "auto" and not (isinstance(self.micro_batch, int) and self.micro_batch >= 1):
-            raise ConfigError(f"the experiment: micro_batch is {self.micro_batch!r}; it must be auto or a number of rows, at least 1")
+            raise ConfigError(
+                f"the experiment: micro_batch is {self.micro_batch!r}; it must be auto or a number of rows, at least 1"
+            )
         if not self.output:
             raise ConfigError("the experiment: output is empty; it must name the run's folder")
 
@@ -198,7 +209,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is not an experiment: it must be a YAML mapping with keys policy, task, reward, method")
+        raise ConfigError(
+            f"{path} is not an experiment: it must be a YAML mapping with keys policy, task, reward, method"
+        )
     return raw
 
 
@@ -296,7 +309,9 @@ def names(kind: str) -> list[str]:
 
 
 def leaf(kind: str, name: str) -> Any:
-    """The entry of a leaf: the class or function of genpolicy/<kind>/<name>.py, or of a dotted path ``pkg.mod:entry``."""
+    """The entry of a leaf: the class or function of genpolicy/<kind>/<name>.py, or of a dotted path
+    ``pkg.mod:entry``.
+    """
     if ":" in name:
         module_name, _, entry = name.partition(":")
         try:
@@ -304,7 +319,9 @@ def leaf(kind: str, name: str) -> Any:
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"{kind[:-1]} {name!r} can't be imported: {error}") from None
     if name not in names(kind):
-        raise ConfigError(f"there is no {kind[:-1]} {name!r}{nearest(name, names(kind))} (or a dotted path pkg.mod:entry)")
+        raise ConfigError(
+            f"there is no {kind[:-1]} {name!r}{nearest(name, names(kind))} (or a dotted path pkg.mod:entry)"
+        )
     module = importlib.import_module(f"genpolicy.{kind}.{name}")
     plain = name.replace("_", "")
     for attribute in vars(module):
@@ -337,7 +354,9 @@ def make(kind: str, raw: Mapping[str, Any]) -> Any:
     if dataclasses.is_dataclass(entry):
         return decode(entry, settings(raw), f"{kind[:-1]} {raw['name']}")
     if isinstance(entry, type):
-        raise ConfigError(f"{kind[:-1]} {raw['name']} is a plain class: make it a @dataclass, its fields are its settings")
+        raise ConfigError(
+            f"{kind[:-1]} {raw['name']} is a plain class: make it a @dataclass, its fields are its settings"
+        )
     if settings(raw):
         raise ConfigError(f"{kind[:-1]} {raw['name']} takes no settings, got {', '.join(settings(raw))}")
     return entry

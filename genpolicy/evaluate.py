@@ -26,8 +26,8 @@ SHOWN = 64
 class Evaluation:
     """S samples: sample i answers prompt i mod P. parts: name -> Float64[S]; outputs: the first ones, for looking at.
 
-    diversity: within a prompt, the root mean square over pixels of the samples' std (in 0..1), on 32-pixel thumbnails, averaged
-    over prompts; NaN where no prompt has two samples.
+    diversity: within a prompt, the root mean square over pixels of the samples' std (in 0..1), on 32-pixel thumbnails,
+    averaged over prompts; NaN where no prompt has two samples.
     """
 
     prompts: tuple[str, ...]
@@ -60,9 +60,11 @@ def interval(value: Tensor, z: float = 1.96) -> tuple[float, float]:
 
 
 def paired(before: Tensor, after: Tensor, prompts: int) -> tuple[float, float, float]:
-    """(mean, low, high): after - before of the same [S] samples, sample i of prompt i mod ``prompts``, with its 95 % interval.
+    """(mean, low, high): after - before of the same [S] samples, sample i of prompt i mod ``prompts``, with its 95 %
+    interval.
 
-    Prompts are the units (samples of one prompt are alike): the mean over prompts of the prompt's mean difference, Student's t.
+    Prompts are the units (samples of one prompt are alike): the mean over prompts of the prompt's mean difference,
+    Student's t.
     """
     from scipy.stats import t
 
@@ -87,8 +89,9 @@ def evaluate(
     batch: int = 256,
     shown: int = SHOWN,
 ) -> Evaluation:
-    """Sample ``samples`` outputs, prompt i mod P each, and judge them. Noise is named by prompt and repetition: any batch size and
-    any number of processes (``process`` = (index, count), ``gather`` concatenates rows of all) draw the same samples.
+    """Sample ``samples`` outputs, prompt i mod P each, and judge them. Noise is named by prompt and repetition: any
+    batch size and any number of processes (``process`` = (index, count), ``gather`` concatenates rows of all) draw the
+    same samples.
     """
     index, count = process
     share = math.ceil(samples / count)
@@ -119,7 +122,9 @@ def _thumbnail(outputs: Tensor) -> Tensor:
 
 def _diversity(thumbnails: Tensor, prompts: int) -> float:
     spreads = [
-        group.var(0).mean().sqrt() for p in range(min(prompts, len(thumbnails))) if len(group := thumbnails[p::prompts]) > 1
+        group.var(0).mean().sqrt()
+        for p in range(min(prompts, len(thumbnails)))
+        if len(group := thumbnails[p::prompts]) > 1
     ]
     return float(torch.stack(spreads).mean()) if spreads else math.nan
 
@@ -150,7 +155,9 @@ def measure(
 
 
 def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -> Tensor:
-    """``members`` outputs of each prompt, prompt-major, on the CPU; the samples that `evaluate` draws from this seed."""
+    """``members`` outputs of each prompt, prompt-major, on the CPU; the samples that `evaluate` draws from this
+    seed.
+    """
     noise = Noise.rows(seed, EVALUATION, torch.arange(len(prompts)), members)
     rows = [prompt for prompt in prompts for _ in range(members)]
 
@@ -168,7 +175,8 @@ def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -
 def latency(policy: ChainPolicy, prompt: str, seed: int, calls: int = 20, seconds: float = 60.0) -> dict[str, float]:
     """Milliseconds of one sample alone, prompt encoded, decoding included: p50, p95 and p99 over ``calls`` calls.
 
-    A warm-up call goes before; after ``seconds`` no more are made (but 3 at least), and ``calls`` says how many there were.
+    A warm-up call goes before; after ``seconds`` no more are made (but 3 at least), and ``calls`` says how many there
+    were.
     """
     times: list[float] = []
     started = time.perf_counter()

@@ -7,7 +7,7 @@ from genpolicy import config, report
 from genpolicy.build import deployed_sampler, make_policy, make_rewards, prompt_lines, saved
 from genpolicy.config import ConfigError, Experiment, make
 from genpolicy.evaluate import Evaluation, interval, measure, paired
-from genpolicy.run import rehearse, train
+from genpolicy.experiment import rehearse, train
 
 CONFIG = "quickstart"
 REWARD = "shapes_strict"
@@ -73,9 +73,7 @@ def _announce(experiment: Experiment, out: Path, resumed: bool, overrides: list[
 def _measure(experiment: Experiment, out: Path, seed: int) -> tuple[Evaluation, Evaluation]:
     """The base and the trained policy with the same sampler, prompts and noise."""
     rewards, prompts = make_rewards(experiment.reward), prompt_lines(str(experiment.eval.prompts))
-    base = make_policy(
-        make("models", experiment.policy), deployed_sampler(experiment.chain, experiment.eval.sampler)
-    )
+    base = make_policy(make("models", experiment.policy), deployed_sampler(experiment.chain, experiment.eval.sampler))
     found = []
     for policy in (base, saved(out).load()):
         samples = PER_CAPTION * len(prompts)

@@ -1,22 +1,19 @@
 """Run: the verbs that a method is written in. The only file that imports accelerate.
 
-World size never enters a config: global sizes are stated, Run divides them and keeps groups whole. There is no wrapper around the
-network: gradients are summed over processes by hand, so that a pipeline's own code keeps running.
+World size never enters a config: global sizes are stated, Run divides them and keeps groups whole. There is no wrapper
+around the network: gradients are summed over processes by hand, so that a pipeline's own code keeps running.
 """
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import math
-import platform
 import resource
-import shutil
 import signal
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,25 +22,24 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-import genpolicy
 from genpolicy import checkpoint, config, report
+from genpolicy.build import deployed_sampler, make_policy, save_policy
 from genpolicy.chain import Noise, Trajectory
-from genpolicy.chain.values import Gaussian
-from genpolicy.config import ConfigError, Experiment, choice, make
-from genpolicy.build import deployed_sampler, load_rewards, make_policy, make_rewards, prompt_lines, save_policy
+from genpolicy.config import ConfigError, Experiment
 from genpolicy.evaluate import Evaluation, evaluate
+from genpolicy.micro_batch import MicroBatches
+from genpolicy.optimizer import Optimizer
 from genpolicy.policy import ChainPolicy, swapped
-from genpolicy.reward import Context, RewardError, WeightedRewards
+from genpolicy.rescore import LogRatio, replay_gap, scored_again
+from genpolicy.reward import Context, WeightedRewards
 from genpolicy.rollout import Judged, Rollout, Scored, collect, concatenate
 from genpolicy.task import Task
 
 Loss = Callable[[Scored], tuple[Tensor, dict[str, Tensor]]]
 """A scored step of b rows -> (loss [b], metrics by name [b]). Pure."""
-LogRatio = Callable[[Gaussian, Gaussian, Tensor], Tensor]
 REPLAY_CHECK = "replay check"
 REDRAW = 30.0
 """Seconds between two drawings of the curves: one costs a second, which short runs would spend again and again."""
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class Stateful(Protocol):
@@ -58,48 +54,6 @@ class Method(Protocol):
     """One paper: ``train(run)`` is its loop in the verbs of Run."""
 
     def train(self, run: "Run") -> None: ...
-
-
-@dataclass(frozen=True)
-class Result:
-    """What `train` returns: the run's folder, the evaluations before and after, and the whole summary."""
-
-    folder: Path
-    before: dict[str, Any]
-    after: dict[str, Any]
-    summary: dict[str, Any]
-
-
-@dataclass
-class Rehearsal:
-    """What one real iteration cost, and what the budget will: all processes together, seconds of wall-clock.
-
-    phases: name -> (seconds, peak GB of memory). memory: whose. evaluation_seconds: of one evaluation, extrapolated from sampling.
-    iterations, evaluations, seconds: of the whole budget, with its evaluations of the policy.
-    """
-
-    memory: str = "the accelerator's, peak of the phase" if torch.cuda.is_available() else "this process's, peak so far"
-    samples: int = 0
-    evaluations_per_sample: float = 0.0
-    total_seconds: float = 0.0
-    phases: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    evaluation_seconds: float = 0.0
-    iterations: int = 0
-    evaluations: float = 0.0
-    seconds: float = 0.0
-
-    def project(self, experiment: Experiment) -> None:
-        """Extrapolate to the budget: the replay check is made once, everything else at each iteration."""
-        b, e = experiment.budget, experiment.eval
-        once = self.phases.get(REPLAY_CHECK, (0.0, 0.0))[0]
-        each, nfe = self.total_seconds - once, self.evaluations_per_sample * self.samples
-        limits = ((b.iterations, 1), (b.nfe, nfe), (b.seconds, each))
-        self.iterations = math.ceil(min(limit / cost for limit, cost in limits if limit is not None))
-        self.evaluations = self.iterations * nfe
-        drawn = sum(self.phases.get(name, (0.0, 0.0))[0] for name in ("sample", "decode", "reward"))
-        self.evaluation_seconds = drawn * e.samples / self.samples
-        evaluations = 2 + (max(self.iterations - 1, 0) // e.every if e.every else 0)
-        self.seconds = once + self.iterations * each + evaluations * self.evaluation_seconds
 
 
 class Run:
@@ -120,16 +74,14 @@ class Run:
         self.sampler = deployed_sampler(experiment.chain, experiment.eval.sampler)
         self.deployed = make_policy(policy.model, self.sampler)
         self.window = policy.chain.stochastic
-        self.iteration = self.updates = 0
+        self.iteration = 0
         self.seconds = 0.0
         self.trainable = list(policy.model.trainable().values())
-        o = experiment.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.trainable, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, foreach=True
+        many = accelerator.num_processes > 1
+        self.optimizer = Optimizer(
+            experiment.optimizer, self.trainable, policy.model.precision == "fp16", self._reduce if many else None
         )
-        self.scaler = torch.amp.GradScaler(policy.model.device.type, enabled=policy.model.precision == "fp16")
-        self.ema = [p.detach().clone() for p in self.trainable] if o.ema else None
-        self.micro_batch: int | None = None if experiment.micro_batch == "auto" else int(experiment.micro_batch)
+        self.micro_batches = MicroBatches(experiment.micro_batch, self.say)
         self.registered: dict[str, Stateful] = {}
         self.before: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
@@ -137,9 +89,10 @@ class Run:
         self.replay_gap: float | None = None
         self._rescore: bool | None = None
         self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._clock: dict[str, float] = defaultdict(float)
-        self._memory: dict[str, float] = defaultdict(float)
-        self.rehearsal: Rehearsal | None = None
+        self.clock: dict[str, float] = defaultdict(float)
+        self.memory: dict[str, float] = defaultdict(float)
+        self.rehearse: Callable[[Run], Iterator[int]] | None = None
+        self.collected = 0
         self._stop = False
         self._drawn = 0.0
         self._evaluated_at = -1
@@ -147,9 +100,11 @@ class Run:
     # ---------------------------------------------------------------- the loop
 
     def iterations(self) -> Iterator[int]:
-        """Yield 1, 2, ... until the budget is spent or a signal asks to stop; resume, evaluate, checkpoint and log around it."""
-        if self.rehearsal is not None:
-            yield from self._rehearse(self.rehearsal)
+        """Yield 1, 2, ... until the budget is spent or a signal asks to stop; resume, evaluate, checkpoint and log
+        around it.
+        """
+        if self.rehearse is not None:
+            yield from self.rehearse(self)
             return
         self._resume()
         if self.accelerator.is_main_process:
@@ -172,18 +127,6 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _rehearse(self, cost: "Rehearsal") -> Iterator[int]:
-        """One iteration on the real sizes that leaves nothing behind: no file, and the weights as they were."""
-        weights, evaluations = self.snapshot(), self.policy.model.evaluations
-        self.iteration, started = 1, time.perf_counter()
-        yield 1
-        self._phase(None)
-        cost.total_seconds = time.perf_counter() - started
-        cost.samples = self._rows_collected * self.accelerator.num_processes
-        cost.evaluations_per_sample = (self.policy.model.evaluations - evaluations) / max(self._rows_collected, 1)
-        cost.phases = {name: (spent, self._memory[name]) for name, spent in self._clock.items()}
-        self.restore(weights)
-
     @property
     def progress(self) -> float:
         """The share of the budget that is spent, by whichever of its limits is nearest."""
@@ -203,8 +146,8 @@ class Run:
     def collect(self, groups: int, members: int, *, updates: int = 1, shared_prefix: bool = False) -> Rollout:
         """Roll the policy out: ``groups`` = M prompts of this iteration, ``members`` = N samples each.
 
-        updates: how many minibatches the rollout will be split into (each gets whole groups, evenly over the processes).
-        shared_prefix: the members of a group share everything before the window.
+        updates: how many minibatches the rollout will be split into (each gets whole groups, evenly over the
+        processes). shared_prefix: the members of a group share everything before the window.
         """
         window = self._draw_window()
         policy = self.policy.with_window(window)
@@ -218,12 +161,12 @@ class Run:
             context = Context(rows[rows_])
             branch = window[0] if shared_prefix else None
             return collect(
-                policy, context, self.reward, noise[rows_], members=members, branch_at=branch, on_phase=self._phase
+                policy, context, self.reward, noise[rows_], members=members, branch_at=branch, on_phase=self.phase
             )
 
-        judged = concatenate(self._in_micro_batches(chunk, len(rows), members), policy)
-        self._phase(None)
-        self._rows_collected += len(rows)
+        judged = concatenate(self.micro_batches(chunk, len(rows), members), policy)
+        self.phase(None)
+        self.collected += len(rows)
         parts = {name: self._gather_groups(value.view(-1, members), updates) for name, value in judged.parts.items()}
         rewards = self.reward.total(parts)
         for name, value in {**parts, "total": rewards}.items():
@@ -261,7 +204,9 @@ class Run:
         return gathered.view(world, updates, -1, local.shape[1]).transpose(0, 1).reshape(-1, local.shape[1])
 
     def minibatches(self, rollout: Rollout, updates: int, epochs: int = 1) -> Iterator[slice]:
-        """``epochs`` passes over the rollout in ``updates`` minibatches of whole groups: this process's rows of each."""
+        """``epochs`` passes over the rollout in ``updates`` minibatches of whole groups: this process's rows of
+        each.
+        """
         rows = len(rollout.trajectory) // updates
         for _ in range(epochs):
             for update in range(updates):
@@ -270,14 +215,14 @@ class Run:
     def verified(self, rollout: Rollout, log_ratio: LogRatio, tolerance: float) -> Rollout:
         """Replay must be exact: on the first rollout, |log-ratio| of unchanged weights must stay below ``tolerance``.
 
-        Over it, the rollout's means are scored again with the training forward (counted as evaluations), from then on for every
-        rollout; if even two training forwards disagree, the run refuses to start and names the step.
+        Over it, the rollout's means are scored again with the training forward (counted as evaluations), from then on
+        for every rollout; if even two training forwards disagree, the run refuses to start and names the step.
         """
         policy = self._window_of(rollout.trajectory)
         if self._rescore is None:
-            self._phase(REPLAY_CHECK)
+            self.phase(REPLAY_CHECK)
             counted = policy.model.evaluations
-            gap, k = self._replay_gap(policy, rollout.trajectory, log_ratio)
+            gap, k = replay_gap(policy, rollout.trajectory, log_ratio, self.micro_batches)
             self.replay_gap = gap
             self._rescore = gap > tolerance
             if self._rescore:
@@ -285,42 +230,19 @@ class Run:
                     f"replay: log-ratio {gap:.1e} at step {k} exceeds a tenth of the clip range ({tolerance:.1e}): log-probs are "
                     "scored again with the training forward (one more evaluation per trained step)"
                 )
-                gap, k = self._replay_gap(policy, self._scored_again(policy, rollout.trajectory), log_ratio)
+                again = scored_again(policy, rollout.trajectory, self.micro_batches)
+                gap, k = replay_gap(policy, again, log_ratio, self.micro_batches)
                 if gap > tolerance:
                     raise ConfigError(
                         f"replay is not exact: at step {k} two training forwards of the same state differ by a log-ratio of {gap:.1e}, "
                         f"more than a tenth of the clip range ({tolerance:.1e}); use precision fp32, a smaller window or a larger clip"
                     )
             policy.model.evaluations = counted
-            self._phase(None)
+            self.phase(None)
         if not self._rescore:
             return rollout
-        self._phase("rescore")
-        return replace(rollout, trajectory=self._scored_again(policy, rollout.trajectory))
-
-    def _replay_gap(self, policy: ChainPolicy, trajectory: Trajectory, log_ratio: LogRatio) -> tuple[float, int]:
-        gaps = {}
-        for k in trajectory.steps:
-
-            def chunk(rows: slice, k: int = k) -> float:
-                part = trajectory[rows]
-                with torch.enable_grad():
-                    new = policy.transition(part, k)
-                return float(log_ratio(Gaussian(new.mean.detach(), new.std), part.acted(k), part.after(k)).abs().max())
-
-            gaps[k] = max(self._in_micro_batches(chunk, len(trajectory), trajectory.shared))
-        worst = max(gaps, key=lambda k: gaps[k])
-        return gaps[worst], worst
-
-    def _scored_again(self, policy: ChainPolicy, trajectory: Trajectory) -> Trajectory:
-        means = []
-        for k in trajectory.steps:
-
-            def chunk(rows: slice, k: int = k) -> Tensor:
-                return policy.transition(trajectory[rows], k).mean.detach()
-
-            means.append(torch.cat(self._in_micro_batches(chunk, len(trajectory), trajectory.shared)))
-        return replace(trajectory, mean=torch.stack(means, 1))
+        self.phase("rescore")
+        return replace(rollout, trajectory=scored_again(policy, rollout.trajectory, self.micro_batches))
 
     def _window_of(self, trajectory: Trajectory) -> ChainPolicy:
         return self.policy.with_window((trajectory.steps.start, trajectory.steps.stop))
@@ -330,11 +252,12 @@ class Run:
     def update(
         self, rollout: Rollout, rows: slice, advantage: Tensor, loss: Loss, reference: Sequence[Tensor] | None = None
     ) -> None:
-        """One optimiser step on the mean of ``loss`` over these rows and the rollout's kept steps, in micro-batches, over all processes.
+        """One optimiser step on the mean of ``loss`` over these rows and the rollout's kept steps, in micro-batches,
+        over all processes.
 
         advantage [M,N]. reference: a snapshot under which every step is scored too, without gradients.
         """
-        self._phase("update")
+        self.phase("update")
         chains = rollout.trajectory[rows]
         policy, advantages = self._window_of(chains), rollout.rows(advantage)[rows]
         count = len(chains) * len(chains.steps) * self.accelerator.num_processes
@@ -343,21 +266,21 @@ class Run:
         def accumulate(part: slice) -> None:
             for k in chains.steps:
                 value, metrics = loss(self._score(policy, chains[part], k, advantages[part], reference))
-                self.scaler.scale(value.sum() / count).backward()
+                self.optimizer.backward(value.sum() / count)
                 for name, metric in {"loss": value, **metrics}.items():
                     sums[name] = sums.get(name, 0.0) + float(metric.detach().double().sum())
 
         def restart() -> None:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             sums.clear()
 
         restart()
-        self._in_micro_batches(accumulate, len(chains), chains.shared, restart)
-        self._apply_gradients()
+        self.micro_batches(accumulate, len(chains), chains.shared, restart)
+        self.log("grad_norm", self.optimizer.step(self.progress))
         totals = self._sum(torch.tensor(list(sums.values()), dtype=torch.float64)) / count
         for name, value in zip(sums, totals.tolist(), strict=True):
             self.log(f"policy/{name}", value)
-        self._phase(None)
+        self.phase(None)
 
     def _score(
         self, policy: ChainPolicy, batch: Trajectory, k: int, advantage: Tensor, reference: Sequence[Tensor] | None
@@ -377,54 +300,6 @@ class Run:
             dt=float(grid[k] - grid[k + 1]),
             gain=policy.gain(k),
         )
-
-    def _apply_gradients(self) -> None:
-        if self.accelerator.num_processes > 1:
-            flat = torch.cat([_gradient(p).flatten() for p in self.trainable])
-            flat = self.accelerator.reduce(flat, "sum")
-            for p, g in zip(self.trainable, flat.split([p.numel() for p in self.trainable]), strict=True):
-                p.grad = g.view_as(p).clone()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.experiment.optimizer.max_grad_norm)
-        if not self.scaler.is_enabled() and not bool(norm.isfinite()):
-            raise FloatingPointError(
-                f"the gradient is {float(norm)} at iteration {self.iteration}: nothing was applied; the last checkpoint is intact"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.updates += 1
-        if self.ema is not None:
-            decay = min((1 + self.updates) / (10 + self.updates), self.experiment.optimizer.ema)
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.trainable], 1 - decay)
-        self.log("grad_norm", float(norm))
-
-    def _lr(self) -> float:
-        o = self.experiment.optimizer
-        rise = min(1.0, (self.updates + 1) / o.warmup) if o.warmup else 1.0
-        return o.lr * rise * (o.final + (1 - o.final) * 0.5 * (1 + math.cos(math.pi * min(self.progress, 1.0))))
-
-    def _in_micro_batches[T](
-        self, work: Callable[[slice], T], rows: int, whole: int, restart: Callable[[], None] = lambda: None
-    ) -> list[T]:
-        """work(slice) over ``rows`` in micro-batches of whole groups; halved, from the start, when memory runs out."""
-        while True:
-            size = rows if self.micro_batch is None else max(self.micro_batch // whole, 1) * whole
-            try:
-                return [work(slice(start, min(start + size, rows))) for start in range(0, rows, size)]
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not any(text in str(error) for text in OUT_OF_MEMORY) or self.experiment.micro_batch != "auto":
-                    raise
-                if min(size, rows) <= whole:
-                    raise ConfigError(
-                        f"out of memory in phase {self._phase_name or 'sample'} with {whole} rows at a time, the smallest micro-batch: "
-                        "lower the group size, the resolution, or set policy.gradient_checkpointing and policy.offload"
-                    ) from error
-                self.micro_batch = max(min(size, rows) // 2 // whole, 1) * whole
-                self.say(f"out of memory: micro_batch is now {self.micro_batch} rows; global sizes are unchanged")
-                restart()
-                torch.cuda.empty_cache()
 
     # ---------------------------------------------------------------- snapshots and state
 
@@ -458,7 +333,7 @@ class Run:
                 f"the checkpoint in {self.folder} does not fit this experiment (was its policy or method changed?): {error}"
             ) from error
         counters = state["counters"]
-        self.iteration, self.updates, self.seconds = counters["iteration"], counters["updates"], counters["seconds"]
+        self.iteration, self.seconds = counters["iteration"], counters["seconds"]
         self._evaluations_before, self.best = counters["evaluations"], counters["best"]
         self.before, self._rescore = counters["before"], counters["rescore"]
         self.last, self._evaluated_at = counters["last"], counters["evaluated_at"]
@@ -471,9 +346,6 @@ class Run:
         for parameter, value in zip(self.trainable, state["parameters"], strict=True):
             parameter.data.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema = [value.to(p.device) for value, p in zip(state["ema"], self.trainable, strict=True)]
         for name, value in state["registered"].items():
             self.registered[name].load_state_dict(value)
 
@@ -482,7 +354,6 @@ class Run:
         if self.accelerator.is_main_process:
             counters = {
                 "iteration": self.iteration,
-                "updates": self.updates,
                 "seconds": self.seconds,
                 "evaluations": self.evaluations,
                 "best": self.best,
@@ -494,27 +365,24 @@ class Run:
             state = {
                 "parameters": [p.detach() for p in self.trainable],
                 "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "ema": self.ema,
                 "registered": {name: value.state_dict() for name, value in self.registered.items()},
                 "counters": counters,
             }
             checkpoint.write(self.folder, self.iteration, state)
             if self.iteration:
-                with self._averaged():
+                with self.optimizer.averaged():
                     save_policy(self.deployed, self.experiment, self.sampler, self.folder / "policy")
         self.accelerator.wait_for_everyone()
-
-    def _averaged(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.ema is None else self.using(self.ema)
 
     # ---------------------------------------------------------------- evaluating and telling
 
     def evaluate(self) -> dict[str, Any]:
-        """Evaluate the deployed sampler (with averaged weights, if any) on the fixed evaluation set; keep the best policy."""
+        """Evaluate the deployed sampler (with averaged weights, if any) on the fixed evaluation set; keep the best
+        policy.
+        """
         e = self.experiment.eval
         evaluations = self.policy.model.evaluations
-        with self._averaged():
+        with self.optimizer.averaged():
             result = evaluate(
                 self.deployed,
                 self.reward,
@@ -523,7 +391,7 @@ class Run:
                 seed=e.seed,
                 process=(self.accelerator.process_index, self.accelerator.num_processes),
                 gather=self._gather_rows,
-                batch=self.micro_batch or 256,
+                batch=self.micro_batches.size or 256,
             )
             self.policy.model.evaluations = evaluations
             metrics = result.metrics()
@@ -566,23 +434,23 @@ class Run:
 
     def _evaluation_due(self) -> bool:
         every = self.experiment.eval.every
-        return self.rehearsal is None and bool(every) and self.iteration % every == 0
+        return self.rehearse is None and bool(every) and self.iteration % every == 0
 
     def _finish_iteration(self, evaluations: float, bar: tqdm) -> None:
         metrics = {name: sum(values) / len(values) for name, values in self._metrics.items()}
-        rows = self._rows_collected or 1
+        rows = self.collected or 1
         metrics["nfe_per_sample"] = (self.policy.model.evaluations - evaluations) / rows
-        metrics["lr"] = self._lr()
-        metrics.update({f"time/{phase}": spent for phase, spent in self._clock.items()})
+        metrics["lr"] = self.optimizer.lr(self.progress)
+        metrics.update({f"time/{phase}": spent for phase, spent in self.clock.items()})
         metrics["time_s"] = self.seconds
-        metrics["memory/peak_gb"] = max(self._memory.values(), default=0.0)
+        metrics["memory/peak_gb"] = max(self.memory.values(), default=0.0)
         if self.accelerator.is_main_process:
             report.append(self.folder, {"iteration": self.iteration, **metrics})
             self.accelerator.log(metrics, step=self.iteration)
         self._metrics.clear()
-        self._clock.clear()
-        self._memory.clear()
-        self._rows_collected = 0
+        self.clock.clear()
+        self.memory.clear()
+        self.collected = 0
         advance = min(self.progress, 1.0) * bar.total - bar.n
         reward = f"{metrics.get('reward/total', math.nan):.3f} ± {metrics.get('reward/total_ci95', math.nan):.3f}"
         bar.set_postfix_str(f"reward {reward}, {metrics['nfe_per_sample']:.1f} evaluations/sample", refresh=False)
@@ -595,15 +463,14 @@ class Run:
         if self.iteration % self.experiment.checkpoint_every == 0:
             self._save()
 
-    _rows_collected = 0
     _phase_name: str | None = None
     _phase_started = 0.0
 
-    def _phase(self, name: str | None) -> None:
+    def phase(self, name: str | None) -> None:
         now = time.perf_counter()
         if self._phase_name is not None:
-            self._clock[self._phase_name] += now - self._phase_started
-            self._memory[self._phase_name] = max(self._memory[self._phase_name], _peak_gigabytes())
+            self.clock[self._phase_name] += now - self._phase_started
+            self.memory[self._phase_name] = max(self.memory[self._phase_name], _peak_gigabytes())
         self._phase_name, self._phase_started = name, now
 
     def _bar(self) -> tqdm:
@@ -622,7 +489,9 @@ class Run:
         if self._stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop = True
-        self.say(f"{signal.Signals(number).name}: finishing this iteration, saving, then stopping (again: stop at once)")
+        self.say(
+            f"{signal.Signals(number).name}: finishing this iteration, saving, then stopping (again: stop at once)"
+        )
 
     def _stopping(self) -> bool:
         return bool(self._sum(torch.tensor([float(self._stop)]))[0] > 0)
@@ -630,34 +499,20 @@ class Run:
     def _sum(self, value: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return value
-        return self.accelerator.reduce(value.to(self.accelerator.device), "sum").cpu()
+        return self._reduce(value.to(self.accelerator.device)).cpu()
+
+    def _reduce(self, value: Tensor) -> Tensor:
+        """The sum over all processes, on their device."""
+        return self.accelerator.reduce(value, "sum")  # type: ignore[return-value]
 
     def _gather_rows(self, value: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return value
         return self.accelerator.gather(value.to(self.accelerator.device)).cpu()
 
-    def finish(self, wall_time: float) -> Result:
-        """The last evaluation, the figures and summary.json."""
-        after = self.last if self._evaluated_at == self.iteration else self.evaluate()
-        summary = {
-            "asked": self.experiment.budget.__dict__,
-            "iterations": self.iteration,
-            "before": self.before,
-            "after": after,
-            "wall_time_s": wall_time,
-            "training_s": self.seconds,
-            "evaluations": self.evaluations,
-            "replay_gap": self.replay_gap,
-            "seeds": {"run": self.experiment.seed, "eval": self.experiment.eval.seed},
-            "processes": self.accelerator.num_processes,
-            "versions": {"python": platform.python_version(), **versions()},
-        }
-        if self.accelerator.is_main_process:
-            report.figures(self.folder)
-            report.write_json(self.folder / "summary.json", summary)
-        self.accelerator.end_training()
-        return Result(self.folder, self.before, after, summary)
+    def conclude(self) -> dict[str, Any]:
+        """The evaluation after the last iteration, made now unless it was made already."""
+        return self.last if self._evaluated_at == self.iteration else self.evaluate()
 
     def require_density(self) -> None:
         """Raise unless every step of the window has a density: a likelihood method can't train a point."""
@@ -668,108 +523,29 @@ class Run:
                     "needs likelihoods can't train it; use ddim with eta > 0, sde or cps, or another window"
                 )
         if not self.window:
-            raise ConfigError("the chain has no stochastic step to train: widen chain.window or use a kernel with noise")
+            raise ConfigError(
+                "the chain has no stochastic step to train: widen chain.window or use a kernel with noise"
+            )
+
+
+def start_processes(experiment: Experiment, folder: Path | None) -> Accelerator:
+    """Join the processes that launched this run, with the experiment's trackers writing to its folder."""
+    try:
+        accelerator = Accelerator(log_with=experiment.trackers or None, project_dir=folder)
+    except ValueError as error:
+        raise ConfigError(f"the experiment: trackers: {error}") from None
+    if experiment.trackers and folder is not None:
+        accelerator.init_trackers("genpolicy", config=dataclasses.asdict(experiment))
+    return accelerator
 
 
 def _peak_gigabytes() -> float:
-    """The accelerator's memory at its highest since the last call; without one, this process's at its highest so far."""
+    """The accelerator's memory at its highest since the last call; without one, this process's at its highest so
+    far.
+    """
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.reset_peak_memory_stats()
         return peak
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def _gradient(parameter: torch.nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) -> Result:
-    """Run an experiment (an `Experiment`, a YAML's path, or a shipped config's name) to the end of its budget.
-
-    A run's own config.yaml resumes that run. Raises `ConfigError` before any work starts if something does not fit.
-    """
-    started = time.perf_counter()
-    resume = not isinstance(experiment, Experiment) and _is_run(Path(experiment))
-    folder = Path(experiment).parent if resume else None
-    if not isinstance(experiment, Experiment):
-        experiment = config.load(experiment, overrides)
-    folder = folder or Path(experiment.output)
-    try:
-        accelerator = Accelerator(log_with=experiment.trackers or None, project_dir=str(folder))
-    except ValueError as error:
-        raise ConfigError(f"the experiment: trackers: {error}") from None
-    with _folder(folder, resume) if accelerator.is_main_process else contextlib.nullcontext():
-        run, method = prepare(experiment, folder, accelerator)
-        if experiment.trackers:
-            accelerator.init_trackers("genpolicy", config=dataclasses.asdict(experiment))
-        method.train(run)
-        return run.finish(time.perf_counter() - started)
-
-
-def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, Rehearsal]:
-    """One real iteration of an experiment, its costs, and what its budget will cost; nothing is written."""
-    asked = config.load(experiment, overrides)
-    run, method = prepare(asked, Path(asked.output), Accelerator())
-    run.rehearsal = Rehearsal()
-    method.train(run)
-    run.rehearsal.project(asked)
-    return asked, run.rehearsal
-
-
-@contextlib.contextmanager
-def _folder(folder: Path, resume: bool) -> Iterator[None]:
-    """Hold the run's folder. A new run that fails on bad input in its first iteration, or before, leaves nothing behind."""
-    existed = folder.exists()
-    if not resume and (folder / "config.yaml").exists():
-        raise ConfigError(
-            f"folder {folder} holds a run already: resume it with genpolicy train {folder}/config.yaml, or choose another output"
-        )
-    if existed and not folder.is_dir():
-        raise ConfigError(f"output {folder} is a file: choose another output")
-    if not resume and existed and any(path.name != checkpoint.LOCK for path in folder.iterdir()):
-        raise ConfigError(f"folder {folder} is not empty and holds no run: choose another output")
-    with checkpoint.locked(folder):
-        try:
-            yield
-        except BaseException as error:
-            nothing = not (folder / "checkpoints").exists() or isinstance(error, ConfigError | RewardError | OSError)
-            if not resume and nothing and not any(m["iteration"] for m in report.read(folder)):
-                for path in folder.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                if not existed:
-                    folder.rmdir()
-            raise
-
-
-def _is_run(path: Path) -> bool:
-    """Whether a path is a run's own config.yaml."""
-    return path.name == "config.yaml" and (path.parent / checkpoint.LOCK).is_file()
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide a run's numbers."""
-    packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
-    return {"genpolicy": genpolicy.__version__, **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def evaluation_prompts(experiment: Experiment, task: Task) -> tuple[str, ...]:
-    """The prompts of the evaluation set: its own file's, or the task's first ones, each once."""
-    if experiment.eval.prompts is not None:
-        return prompt_lines(experiment.eval.prompts)
-    return tuple(dict.fromkeys(task.reset(range(experiment.eval.samples)).prompts))
-
-
-def prepare(experiment: Experiment, folder: Path, accelerator: Accelerator) -> tuple[Run, Method]:
-    """Build everything an experiment names; what does not fit raises before any work starts."""
-    torch.manual_seed(experiment.seed)
-    method = make("methods", experiment.method)
-    task = make("tasks", experiment.task)
-    reward = make_rewards(experiment.reward)
-    prompts = evaluation_prompts(experiment, task)
-    measured = [*(f"reward/{name}" for name in reward.rewards), "reward/total", "diversity"]
-    choice("eval: select", experiment.eval.select or "reward/total", measured)
-    load_rewards(reward)
-    policy = make_policy(make("models", experiment.policy), experiment.chain)
-    return Run(experiment, policy, task, reward, prompts, folder, accelerator), method

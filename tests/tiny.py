@@ -65,18 +65,13 @@ def clip_tokenizer() -> CLIPTokenizer:
             if left not in vocabulary:
                 vocabulary.append(left)
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={v: i for i, v in enumerate(vocabulary)}, merges=merges, model_max_length=LENGTH
-    )
+    return CLIPTokenizer(vocab={v: i for i, v in enumerate(vocabulary)}, merges=merges, model_max_length=LENGTH)
 
 
 def t5_tokenizer() -> T5TokenizerFast:
     """A unigram vocabulary: whole words of `WORDS`, letters for everything else."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", *("▁" + word for word in WORDS), *LETTERS]
-    scores = [
-        (piece, 0.0 if i < 3 else -1.0 - len(pieces[3:]) * (len(piece) == 1))
-        for i, piece in enumerate(pieces)
-    ]
+    scores = [(piece, 0.0 if i < 3 else -1.0 - len(pieces[3:]) * (len(piece) == 1)) for i, piece in enumerate(pieces)]
     return T5TokenizerFast(vocab=scores, extra_ids=0, model_max_length=LENGTH)
 
 
@@ -233,9 +228,7 @@ def sd3() -> StableDiffusion3Pipeline:
 def flux() -> FluxPipeline:
     tokenizer, t5_words = clip_tokenizer(), t5_tokenizer()
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15
-        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15),
         vae=flow_vae(),
         text_encoder=clip(tokenizer),
         tokenizer=tokenizer,

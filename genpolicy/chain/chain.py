@@ -58,9 +58,7 @@ class Trajectory:
     def index(self, k: int) -> int:
         """Where step k stands among the kept ones; raises if it was not kept."""
         if k not in self.steps:
-            raise ValueError(
-                f"step {k} was not kept: this trajectory has steps {self.first}..{self.steps.stop - 1}"
-            )
+            raise ValueError(f"step {k} was not kept: this trajectory has steps {self.first}..{self.steps.stop - 1}")
         return k - self.first
 
     def acted(self, k: int) -> Gaussian:
@@ -170,9 +168,7 @@ class Chain:
             raise ValueError(f"keep [{low}, {high}) does not lie inside the chain's {self.K} steps")
         shared = members if branch_at is not None else 1
         if shared > 1 and (len(noise) % members or not first <= branch_at <= low):  # type: ignore[operator]
-            raise ValueError(
-                f"branch_at {branch_at} must lie between step {first} and the first kept step {low}"
-            )
+            raise ValueError(f"branch_at {branch_at} must lie between step {first} and the first kept step {low}")
         if x is None:
             draw = noise.trunk(members) if shared > 1 else noise
             x = self.prior(condition[::shared], shape, self._scale(), device).sample(draw(PRIOR, shape, device))

@@ -34,21 +34,15 @@ def load_pipeline(pretrained: str, revision: str | None, frozen: torch.dtype, le
     """The pipeline with its denoisers in ``learning``, its VAE in fp32 and everything else in ``frozen``."""
     folder = Path(pretrained)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"policy.pretrained {pretrained} is no diffusers pipeline: it has no model_index.json"
-        )
+        raise FileNotFoundError(f"policy.pretrained {pretrained} is no diffusers pipeline: it has no model_index.json")
     if not folder.is_dir() and (folder.is_absolute() or pretrained.count("/") != 1):
-        raise FileNotFoundError(
-            f"policy.pretrained {pretrained}: no such folder, and no hub id (owner/name) either"
-        )
+        raise FileNotFoundError(f"policy.pretrained {pretrained}: no such folder, and no hub id (owner/name) either")
     dtypes = {"default": frozen, "vae": torch.float32, **dict.fromkeys(DENOISERS, learning)}
     try:
         return diffusers.DiffusionPipeline.from_pretrained(pretrained, revision=revision, torch_dtype=dtypes)
     except (OSError, ValueError, AttributeError, ImportError) as error:
         if folder.is_dir():
-            raise ValueError(
-                f"policy.pretrained {pretrained} can't be loaded: {first_line(error)}"
-            ) from error
+            raise ValueError(f"policy.pretrained {pretrained} can't be loaded: {first_line(error)}") from error
         raise OSError(
             f"policy.pretrained {pretrained}: no such folder, and the hub repository can't be read (it is"
             " unreachable, gated or misspelt); log in with a token (hf auth login) or give a local folder"

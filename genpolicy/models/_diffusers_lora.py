@@ -49,14 +49,10 @@ def add(pipeline: Any, denoiser: torch.nn.Module, lora: Lora) -> None:
         _start(pipeline, denoiser, Path(lora.start))
     else:
         targets = list(lora.targets or ATTENTION)
-        config = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=targets
-        )
+        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=targets)
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(
-                    0
-                )  # the same start on every process, whatever was drawn before
+                torch.default_generator.manual_seed(0)  # the same start on every process, whatever was drawn before
                 denoiser.add_adapter(config, adapter_name=ADAPTER)
         except ValueError as error:
             linear = {n.split(".")[-1] for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -75,9 +71,7 @@ def _start(pipeline: Any, denoiser: torch.nn.Module, start: Path) -> None:
     if len(files) > 1:
         files = [file for file in files if file.name == WEIGHTS]
     if len(files) != 1:
-        raise FileNotFoundError(
-            f"lora.start {start} is neither a .safetensors file nor a folder with {WEIGHTS}"
-        )
+        raise FileNotFoundError(f"lora.start {start} is neither a .safetensors file nor a folder with {WEIGHTS}")
     kind = type(denoiser).__name__
     try:
         pipeline.load_lora_weights(str(files[0].parent), weight_name=files[0].name, adapter_name=ADAPTER)
@@ -90,9 +84,7 @@ def _start(pipeline: Any, denoiser: torch.nn.Module, start: Path) -> None:
     ]
     others = [name for name in changed if getattr(pipeline, name) is not denoiser]
     if others or not changed:
-        raise ValueError(
-            f"lora.start {start} changes {', '.join(others) or 'nothing here'}; only {kind} may change"
-        )
+        raise ValueError(f"lora.start {start} changes {', '.join(others) or 'nothing here'}; only {kind} may change")
 
 
 def save(pipeline: Any, name: str, denoiser: torch.nn.Module, directory: Path) -> None:

@@ -75,9 +75,7 @@ class Embeddings:
             index = torch.tensor([places[prompt] for prompt in asked], device=self._device)
             while len(self._stacked) >= STACKED_BATCHES:
                 self._stacked.pop(next(iter(self._stacked)))
-            self._stacked[condition] = tuple(
-                self._stack(values, index) for values in zip(*entries, strict=True)
-            )
+            self._stacked[condition] = tuple(self._stack(values, index) for values in zip(*entries, strict=True))
         return self._stacked[condition]
 
     def _stack(self, values: tuple[Tensor | None, ...], index: Tensor) -> Tensor | None:
@@ -87,9 +85,7 @@ class Embeddings:
         if len(tensors[0]) != 1:
             return tensors[0].to(self._device)  # not per row (Flux's text ids): shared
         if any(v.shape != tensors[0].shape for v in tensors):
-            raise ValueError(
-                "this pipeline embeds prompts in different lengths, which can't share a batch here"
-            )
+            raise ValueError("this pipeline embeds prompts in different lengths, which can't share a batch here")
         return torch.cat(tensors).to(self._device)[index]
 
 

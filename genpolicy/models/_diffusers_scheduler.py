@@ -97,9 +97,7 @@ def markov(scheduler: Any) -> Any:
         # DDIM clips by default, and the schedulers that it replaces here do not
         chosen = diffusers.DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
     else:
-        raise ValueError(
-            f"scheduler {name} is neither a flow nor variance preserving; valid are {', '.join(MARKOV)}"
-        )
+        raise ValueError(f"scheduler {name} is neither a flow nor variance preserving; valid are {', '.join(MARKOV)}")
     log.warning("the steps of scheduler %s can't be scored; %s takes its place", name, type(chosen).__name__)
     return chosen
 

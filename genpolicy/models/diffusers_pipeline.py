@@ -106,9 +106,7 @@ class DiffusersPipeline:
         """Move the parts (with ``offload`` the denoisers) to the device, and make it the pipeline's."""
         device, plain = self.device, type(self.pipeline)
         # a pipeline takes its device from whichever part comes first, which may be one that is offloaded
-        self.pipeline.__class__ = type(
-            plain.__name__, (plain,), {"_execution_device": property(lambda _: device)}
-        )
+        self.pipeline.__class__ = type(plain.__name__, (plain,), {"_execution_device": property(lambda _: device)})
         self.pipeline.set_progress_bar_config(disable=True)
         for name, part in self._parts().items():
             part.to("cpu" if self.offload and name not in DENOISERS else device)
@@ -168,9 +166,7 @@ class DiffusersPipeline:
     def _dry(self, steps: int) -> tuple[Tensor, Asked]:
         """No step at all: the latents [1,*E] that the loop starts from, and what it asks of its scheduler."""
         scheduler, encode = self._stand_in(), _handing(self._embeddings.rows(self._blank))
-        latents = self._pipeline_call(
-            scheduler, encode, prompt=[""], num_inference_steps=steps, output_type="latent"
-        )
+        latents = self._pipeline_call(scheduler, encode, prompt=[""], num_inference_steps=steps, output_type="latent")
         return latents, scheduler.asked
 
     # Prompts
@@ -186,9 +182,7 @@ class DiffusersPipeline:
     def _positive(self, prompt: str) -> Entry:
         entry = self._encode(prompt)
         if getattr(self.pipeline, "do_classifier_free_guidance", False):
-            raise ValueError(
-                "guidance is the chain's on this pipeline; set chain.guidance, not guidance_scale"
-            )
+            raise ValueError("guidance is the chain's on this pipeline; set chain.guidance, not guidance_scale")
         return entry
 
     def _negative(self) -> Entry:
@@ -200,9 +194,7 @@ class DiffusersPipeline:
         guided = self._encode(prompt, guidance_scale=2.0, negative_prompt=self.negative_prompt)
         others = [v for v, alone in zip(guided, without, strict=True) if alone is None and v is not None]
         if len(others) != sum(v is not None for v in without):
-            raise ValueError(
-                f"{type(self.pipeline).__name__} has no negative branch; set chain.guidance to 1"
-            )
+            raise ValueError(f"{type(self.pipeline).__name__} has no negative branch; set chain.guidance to 1")
         places = iter(others)
         return tuple(None if v is None else next(places) for v in without)
 

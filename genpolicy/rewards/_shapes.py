@@ -145,10 +145,7 @@ def split(seed: int = 0) -> Split:
         order = rng.permutation(len(scenes))
         parts = [[scenes[i] for i in sorted(index)] for index in np.split(order, [176, 220])]
         if all(_covers(part) for part in parts):
-            both = [
-                [s for c in part for s in (c, Scene(c.second, CONVERSE[c.relation], c.first))]
-                for part in parts
-            ]
+            both = [[s for c in part for s in (c, Scene(c.second, CONVERSE[c.relation], c.first))] for part in parts]
             return Split(*(tuple(caption(s) for s in part) for part in both))
 
 
@@ -286,9 +283,7 @@ def score(objects: Sequence[Found], scene: Scene) -> tuple[float, float]:
         best = max(best, right / 5)
     if len(objects) == 1:
         only = objects[0]
-        best = (
-            max((only.colour == t.colour) + (only.shape == t.shape) for t in (scene.first, scene.second)) / 5
-        )
+        best = max((only.colour == t.colour) + (only.shape == t.shape) for t in (scene.first, scene.second)) / 5
     extra = max(0, len(objects) - 2)
     return float(best == 1.0 and extra == 0), max(0.0, best - 0.1 * extra)
 
@@ -296,9 +291,7 @@ def score(objects: Sequence[Found], scene: Scene) -> tuple[float, float]:
 def scores(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     """(strict, dense) of each picture of uint8 [B, H, W, 3] under its caption: float32 [B, 2]."""
     if len(images) != len(texts):
-        raise ValueError(
-            f"{len(images)} pictures but {len(texts)} captions: one caption a picture is needed."
-        )
+        raise ValueError(f"{len(images)} pictures but {len(texts)} captions: one caption a picture is needed.")
     scenes = [parse(text) for text in texts]
     pairs = zip(detect_all(images), scenes, strict=True)
     return np.array([score(objects, scene) for objects, scene in pairs], np.float32).reshape(-1, 2)

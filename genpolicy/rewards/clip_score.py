@@ -56,9 +56,7 @@ def mean_cosine(
     if outputs.ndim not in (4, 5) or outputs.shape[-3] != 3:
         raise ValueError(f"pictures must be [B, 3, H, W] or [B, F, 3, H, W], not {list(outputs.shape)}.")
     if len(prompts) != len(outputs):
-        raise ValueError(
-            f"{len(outputs)} pictures but {len(prompts)} prompts: one prompt a picture is needed."
-        )
+        raise ValueError(f"{len(outputs)} pictures but {len(prompts)} prompts: one prompt a picture is needed.")
     texts = list(dict.fromkeys(prompts))
     rows = [texts.index(prompt) for prompt in prompts]
     chunks = [texts[i : i + micro_batch] for i in range(0, len(texts), micro_batch)]
@@ -189,9 +187,7 @@ class ClipScore:
         size, fit = self._config["size"], self._config["resize_mode"]
         self._size = (size, size) if isinstance(size, int) else tuple(size)
         if fit != "squash" and (fit != "shortest" or self._size[0] != self._size[1]):
-            raise ConfigError(
-                f"clip_score cannot fit pictures as {self.model} asks: {fit} edge to {self._size}."
-            )
+            raise ConfigError(f"clip_score cannot fit pictures as {self.model} asks: {fit} edge to {self._size}.")
         self._clip = clip.eval().requires_grad_(False).to(self._device or "cpu")
 
     def to(self, device: torch.device | str) -> ClipScore:

@@ -68,18 +68,12 @@ class PickScore:
                 require_repo(source, "pickscore")
         try:
             processor = CLIPProcessor.from_pretrained(self.processor)
-            clip, report = CLIPModel.from_pretrained(
-                self.model, dtype=torch.float32, output_loading_info=True
-            )
+            clip, report = CLIPModel.from_pretrained(self.model, dtype=torch.float32, output_loading_info=True)
         except Exception as error:
-            raise OSError(
-                f"pickscore cannot load {self.model} with {self.processor}: {brief(error)}"
-            ) from error
+            raise OSError(f"pickscore cannot load {self.model} with {self.processor}: {brief(error)}") from error
         if report["missing_keys"]:  # transformers only warns, and leaves them random
             missing = sorted(report["missing_keys"])
-            raise ConfigError(
-                f"{self.model} is no CLIPModel: it lacks {len(missing)} weights, such as {missing[0]}."
-            )
+            raise ConfigError(f"{self.model} is no CLIPModel: it lacks {len(missing)} weights, such as {missing[0]}.")
         self._images, self._tokenize = processor.image_processor, processor.tokenizer
         self._clip = clip.eval().requires_grad_(False).to(self._device or "cpu")
 

@@ -102,9 +102,7 @@ def solved(solver: Solver, schedule: Schedule, grid: Tensor, data: Data = DATA) 
     """Analytic (mean, std) at the end of a solver: it is affine in where it starts, so two points do."""
     denoiser = data.denoiser(schedule)
     ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    zero, one = solver.integrate(lambda x, t: denoiser(x, t, Rows(x[:, 0])), ends, schedule, grid)[
-        :, 0
-    ].tolist()
+    zero, one = solver.integrate(lambda x, t: denoiser(x, t, Rows(x[:, 0])), ends, schedule, grid)[:, 0].tolist()
     mean, std = data.marginal(schedule, grid[0])
     return zero + (one - zero) * mean, abs(one - zero) * std
 

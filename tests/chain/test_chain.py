@@ -61,9 +61,7 @@ class Case:
         network = Network(SHAPE, self.dtype)
         if self.guidance == 1:
             return network
-        return Guidance(
-            network, lambda c: Rows(torch.zeros_like(c.value)), self.guidance, interval=(0.3, 0.95)
-        )
+        return Guidance(network, lambda c: Rows(torch.zeros_like(c.value)), self.guidance, interval=(0.3, 0.95))
 
     def sample(self, denoiser: Denoiser) -> Trajectory:
         condition, noise = batch(GROUPS, MEMBERS)
@@ -153,9 +151,7 @@ def test_control_another_kernel_step_or_time_is_not_ratio_1() -> None:
 
 @pytest.mark.parametrize(("storage", "error"), [(torch.bfloat16, 1e-4), (torch.float16, 2e-6)], ids=str)
 @pytest.mark.parametrize("kernel", [DDIM(1.0), SDE(0.7)], ids=str)
-def test_control_rounding_after_scoring_moves_the_log_prob(
-    kernel: Kernel, storage: torch.dtype, error: float
-) -> None:
+def test_control_rounding_after_scoring_moves_the_log_prob(kernel: Kernel, storage: torch.dtype, error: float) -> None:
     """Published code scores fp32 states and stores rounded ones; ours rounds first, and replays exactly."""
     case = Case(kernel)
     denoiser = case.denoiser()
@@ -221,9 +217,7 @@ def test_window_is_stochastic_and_the_rest_is_the_ode(window: tuple[int, int] | 
 
 @pytest.mark.parametrize("keep", [(0, K), (2, 4), (0, 1), (K - 1, K), (3, 3)], ids=str)
 @pytest.mark.parametrize("window", [None, (1, 4)], ids=str)
-def test_keep_chooses_what_is_recorded_and_nothing_else(
-    keep: tuple[int, int], window: tuple[int, int] | None
-) -> None:
+def test_keep_chooses_what_is_recorded_and_nothing_else(keep: tuple[int, int], window: tuple[int, int] | None) -> None:
     case = Case(window=window)
     denoiser = case.denoiser()
     condition, noise = batch(GROUPS, MEMBERS)
@@ -288,9 +282,7 @@ def seen(denoiser: Callable, record: list[Tensor]) -> Denoiser:
 @pytest.mark.parametrize(
     ("branch_at", "window"), [(0, None), (0, (0, 2)), (2, (2, 5)), (3, (3, 5)), (1, (3, 5))], ids=str
 )
-def test_branches_share_what_lies_before(
-    kernel: Kernel, branch_at: int, window: tuple[int, int] | None
-) -> None:
+def test_branches_share_what_lies_before(kernel: Kernel, branch_at: int, window: tuple[int, int] | None) -> None:
     """Network rows: one per group up to and at the branching step, all after; states differ only after it."""
     case = Case(kernel, window=window, branch_at=branch_at)
     network = case.denoiser()
@@ -429,10 +421,7 @@ def test_prior_is_diffusers_init_noise_sigma(schedule: Schedule, std: float) -> 
 
 
 ANYWHERE = [
-    (name, k)
-    for name in ("shifted", "vp", "edm")
-    for k in KERNELS
-    if name == "shifted" or not isinstance(k, SDE)
+    (name, k) for name in ("shifted", "vp", "edm") for k in KERNELS if name == "shifted" or not isinstance(k, SDE)
 ]
 
 
@@ -604,14 +593,10 @@ def test_the_networks_own_std_is_the_transitions() -> None:
     assert torch.equal(chain.transition(noisy, trajectory, 2).std, std)
     assert torch.equal(trajectory.after(2), trajectory.acted(2).sample(noise(2, SHAPE)))
     end = chain.sample(noisy, condition, noise, SHAPE, keep=(K - 1, K))
-    assert torch.equal(
-        end.x0, end.acted(K - 1).mean
-    )  # outside the window nothing is added, whatever the network says
+    assert torch.equal(end.x0, end.acted(K - 1).mean)  # outside the window nothing is added, whatever the network says
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda d: d, lambda d: ClipX0(d, Linear(3.0), 0.5)], ids=["plain", "clipped"]
-)
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: ClipX0(d, Linear(3.0), 0.5)], ids=["plain", "clipped"])
 @pytest.mark.parametrize("kernel", [DDIM(1.0), SDE(0.7)], ids=str)
 def test_kernel_algebra_is_fp32_under_autocast(kernel: Kernel, wrap: Callable[[Denoiser], Denoiser]) -> None:
     """The network runs in bf16; the transition is what its outputs give outside autocast; replay is exact."""

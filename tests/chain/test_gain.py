@@ -52,11 +52,7 @@ FAMILIES: list[tuple[Schedule, Parametrisation, list[Kernel]]] = [
     (EDM(), "epsilon", ANY),
     (EDM(), "sample", ANY),
 ]
-CASES = [
-    (s, kind, kernel, k)
-    for s, kind, kernels in FAMILIES
-    for kernel, k in product(kernels, (0, 1, K - 2, K - 1))
-]
+CASES = [(s, kind, kernel, k) for s, kind, kernels in FAMILIES for kernel, k in product(kernels, (0, 1, K - 2, K - 1))]
 
 
 def at(schedule: Schedule, k: int) -> Step:
@@ -162,9 +158,7 @@ def test_where_the_clip_acts_the_gain_is_0_or_the_eps_part(
 ) -> None:
     here = at(schedule, k)
     x, output, acts = clipped_case(here, kind)
-    theirs = slope(
-        kernel, ClipX0(network(kind, output, here), schedule, 1.0, recompute), x, output, here
-    ).double()
+    theirs = slope(kernel, ClipX0(network(kind, output, here), schedule, 1.0, recompute), x, output, here).double()
     none, d_eps = torch.zeros(ROWS), output_gain(kind, here.alpha_t, here.sigma_t)[1]
     clipped = gain(kernel, here, none, none if recompute else d_eps)[:, None]
     free = closed_form(kernel, kind, here)[:, None]

@@ -78,9 +78,7 @@ def test_mean_of_log_prob_over_its_own_samples() -> None:
     """E[log p] = -1/2 - log std - log(2 pi)/2."""
     wide = Gaussian(torch.zeros(1, 200_000), torch.full((1, 1), 0.3))
     value = wide.log_prob(wide.sample(draw(1, 1, 200_000)), reduce="mean")
-    assert float(value) == pytest.approx(
-        float(-wide.std.log() - 0.5 - torch.tensor(2 * torch.pi).log() / 2), abs=0.01
-    )
+    assert float(value) == pytest.approx(float(-wide.std.log() - 0.5 - torch.tensor(2 * torch.pi).log() / 2), abs=0.01)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean", "none"])

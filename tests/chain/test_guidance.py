@@ -88,9 +88,7 @@ def test_scale_1_is_the_positive_prediction() -> None:
     assert relative(network.gradient(loss(guided)), network.gradient(loss(plain))) <= 1e-6
 
 
-@pytest.mark.parametrize(
-    ("t", "guided"), [(0.2, False), (0.200001, True), (0.5, True), (0.8, True), (0.800001, False)]
-)
+@pytest.mark.parametrize(("t", "guided"), [(0.2, False), (0.200001, True), (0.5, True), (0.8, True), (0.800001, False)])
 def test_interval_is_open_below_and_closed_above(t: float, guided: bool) -> None:
     network = Network(SHAPE)
     ours = Guidance(network, empty, 4.5, interval=(0.2, 0.8))(*inputs(t=t))

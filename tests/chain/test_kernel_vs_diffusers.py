@@ -64,9 +64,7 @@ def between(schedule: Schedule, t: float, s: float) -> Step:
     return step(schedule, t * rows, s * rows)
 
 
-def predict(
-    kind: Parametrisation, output: Tensor, x: Tensor, here: Step, clip: ClipX0 | None = None
-) -> Prediction:
+def predict(kind: Parametrisation, output: Tensor, x: Tensor, here: Step, clip: ClipX0 | None = None) -> Prediction:
     """What the network says at this step, through ``clip`` where the family clips."""
     prediction = Prediction.of(kind, output, x, here.alpha_t, here.sigma_t)
     if clip is None:
@@ -104,9 +102,7 @@ def ddim_deviation(
     for level, t, s in walk(scheduler):
         x, output, noise = draws(level)
         added = noise.to(dtype) if eta else None
-        theirs = scheduler.step(
-            output.to(dtype), level, x.to(dtype), eta=eta, variance_noise=added
-        ).prev_sample
+        theirs = scheduler.step(output.to(dtype), level, x.to(dtype), eta=eta, variance_noise=added).prev_sample
         here = between(schedule, t, s)
         ours = transition(kernel, x, predict(kind, output, x, here, clip), here).sample(noise)
         worst = max(worst, relative(ours, theirs))
@@ -262,9 +258,7 @@ def flow_predict(x: Tensor, t: Tensor) -> Prediction:
     return Prediction.of("velocity", velocity(x, t), x, 1 - t, t)
 
 
-def run(
-    scheduler: FlowMatchHeunDiscreteScheduler | DPMSolverMultistepScheduler, x: Tensor, output: Callable
-) -> Tensor:
+def run(scheduler: FlowMatchHeunDiscreteScheduler | DPMSolverMultistepScheduler, x: Tensor, output: Callable) -> Tensor:
     """The scheduler's own loop, the network asked at the scheduler's own time."""
     for timestep in scheduler.timesteps:
         if scheduler.step_index is None:
@@ -287,9 +281,7 @@ def test_heun_is_diffusers_flow_heun(shift: float) -> None:
 
 @pytest.mark.parametrize("steps", [6, 10, 20])
 def test_dpm_solver_is_diffusers_on_flows(steps: int) -> None:
-    scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     scheduler.set_timesteps(steps)
     x = next(draws(0))
     theirs = run(scheduler, x, lambda x, i: velocity(x, scheduler.sigmas[i].expand(len(x))))
@@ -334,9 +326,7 @@ def test_ddpos_last_step(offset: int, std: float) -> None:
 
 # ---- Flow-GRPO, CPS and DanceGRPO, over the SD3 table of 2.3
 
-SD3 = torch.tensor(
-    [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0], dtype=torch.float64
-)
+SD3 = torch.tensor([1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0], dtype=torch.float64)
 
 
 def sd3_sigmas() -> Tensor:
@@ -351,9 +341,7 @@ def test_sd3_table_is_diffusers_and_the_shift_map_and_not_our_grid() -> None:
     u = torch.linspace(1, low, 10, dtype=torch.float64)
     mapped = torch.stack([Linear(3.0).grid(1, start=float(3 * v / (1 + 2 * v)))[0] for v in u])
     assert (mapped - sd3_sigmas()[:-1]).abs().max() < 1e-6
-    assert float(Linear(3.0).grid(10)[-2]) == pytest.approx(
-        0.25
-    )  # ours: .25 -> 0 is a real last step, not .0089 -> 0
+    assert float(Linear(3.0).grid(10)[-2]) == pytest.approx(0.25)  # ours: .25 -> 0 is a real last step, not .0089 -> 0
 
 
 Formula = Callable[[Tensor, Tensor, float, float], tuple[Tensor, float, float]]
@@ -400,9 +388,7 @@ PUBLISHED: list[tuple[Kernel, Formula]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kernel", "formula"), PUBLISHED, ids=lambda v: str(v) if isinstance(v, CPS | SDE) else ""
-)
+@pytest.mark.parametrize(("kernel", "formula"), PUBLISHED, ids=lambda v: str(v) if isinstance(v, CPS | SDE) else "")
 @pytest.mark.parametrize("k", range(10))
 def test_published_kernels(kernel: Kernel, formula: Formula, k: int) -> None:
     sigma, following = SD3[k : k + 2].tolist()

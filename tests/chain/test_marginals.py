@@ -83,9 +83,7 @@ def test_ddim_converges_at_first_order(kernel: Kernel, slack: float, name: str) 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_sde_of_constant_noise_converges_at_first_order(shift: float) -> None:
     schedule = Linear(shift)
-    assert order(lambda K: final_std(SDE(0.3, "constant"), schedule, K) - 0.5, 256) == pytest.approx(
-        1, abs=0.05
-    )
+    assert order(lambda K: final_std(SDE(0.3, "constant"), schedule, K) - 0.5, 256) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(("steps", "error"), [(200, 0.0025), (3200, 0.0015)])
@@ -236,9 +234,7 @@ def test_published_forms_do_not(kernel: ClipStd | FloorStd) -> None:
     )
     total = [float((c.eps**2 + c.std**2) / h.sigma_s**2) for h, c in along(published, Linear())[:-1]]
     assert max(abs(v - 1) for v in total) > 0.01
-    for (_, ours), (_, inner_kernel) in zip(
-        along(published, Linear()), along(kernel.kernel, Linear()), strict=True
-    ):
+    for (_, ours), (_, inner_kernel) in zip(along(published, Linear()), along(kernel.kernel, Linear()), strict=True):
         assert float(ours.eps) == float(inner_kernel.eps)  # the direction term of the unchanged std
 
 
@@ -246,12 +242,8 @@ def test_the_wrapped_std_is_the_clipped_or_floored_one() -> None:
     for (here, c), (_, plain) in zip(
         along(ClipStd(DDIM(1.0), 0.05, 0.2), Linear()), along(DDIM(1.0), Linear()), strict=True
     ):
-        assert float(c.std) == pytest.approx(
-            min(max(float(plain.std), 0.05), 0.2, float(here.sigma_s)), abs=1e-15
-        )
-    for (_, c), (_, plain) in zip(
-        along(FloorStd(DDIM(0.5), 0.1), Linear()), along(DDIM(0.5), Linear()), strict=True
-    ):
+        assert float(c.std) == pytest.approx(min(max(float(plain.std), 0.05), 0.2, float(here.sigma_s)), abs=1e-15)
+    for (_, c), (_, plain) in zip(along(FloorStd(DDIM(0.5), 0.1), Linear()), along(DDIM(0.5), Linear()), strict=True):
         assert float(c.std) == max(float(plain.std), 0.1)
 
 

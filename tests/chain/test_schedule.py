@@ -83,9 +83,7 @@ def test_dynamic_shift_is_flux(tokens: int, steps: int) -> None:
     assert dynamic_shift(tokens) == pytest.approx(math.exp(mu), rel=1e-12)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
-    assert torch.allclose(
-        Linear(dynamic_shift(tokens)).grid(steps), scheduler.sigmas.double(), atol=3e-7, rtol=0
-    )
+    assert torch.allclose(Linear(dynamic_shift(tokens)).grid(steps), scheduler.sigmas.double(), atol=3e-7, rtol=0)
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096])

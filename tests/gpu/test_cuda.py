@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from genpolicy import config
-from genpolicy.run import train
+from genpolicy.experiment import train
 from tests import tiny
 from tests.models.test_lora_run import lines, raw
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from genpolicy import config
-from genpolicy.run import train
+from genpolicy.experiment import train
 from tests.toy import experiment
 
 GROUP = 24

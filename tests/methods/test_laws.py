@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from genpolicy import config
 from genpolicy.config import names
-from genpolicy.run import prepare, train
+from genpolicy.experiment import prepare, train
 from tests.toy import experiment
 
 torch.set_num_threads(1)

@@ -80,9 +80,7 @@ def zero_noise(model: DiffusersPipeline, guidance: float, grid: Tensor) -> Chain
     return ChainPolicy(model, Chain(model.schedule, grid, DDIM(0.0)), guidance)
 
 
-def native(
-    pipeline: Any, family: str, model: DiffusersPipeline, output_type: str = "latent", **more: Any
-) -> Any:
+def native(pipeline: Any, family: str, model: DiffusersPipeline, output_type: str = "latent", **more: Any) -> Any:
     """The pipeline's own sampler from our initial noise, guided as the family is."""
     guidance = {} if family == "flux" else {"guidance_scale": tiny.GUIDANCE[family]}
     latents = noises(PROMPTS)(PRIOR, model.event_shape)
@@ -192,9 +190,7 @@ def test_clipping_is_ddims_own(tmp_path):
     x0 = zero_noise(model, 1.0, model.native_grid(K)).sample(model.encode(PROMPTS), noises(PROMPTS)).x0
     assert_same_latents(x0, native(plain(tmp_path), "sdxl", model, guidance_scale=1.0))
     unclipped = load("sdxl")
-    other = (
-        zero_noise(unclipped, 1.0, model.native_grid(K)).sample(unclipped.encode(PROMPTS), noises(PROMPTS)).x0
-    )
+    other = zero_noise(unclipped, 1.0, model.native_grid(K)).sample(unclipped.encode(PROMPTS), noises(PROMPTS)).x0
     assert (other - x0).abs().max() > 0.1
 
 
@@ -229,6 +225,7 @@ def test_replay_is_exact_in_a_window_unguided_and_row_by_row(family):
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
 def test_replay_is_exact_from_rounded_storage(family, storage):
     model = learner(family)
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0)), tiny.GUIDANCE[family])
@@ -240,9 +237,7 @@ def test_replay_is_exact_from_rounded_storage(family, storage):
     worst = max(  # what acted scored what it drew; what is stored is something else
         float(
             (
-                policy.transition(rounded_after_scoring, k).log_prob(
-                    rounded_after_scoring.after(k), reduce="mean"
-                )
+                policy.transition(rounded_after_scoring, k).log_prob(rounded_after_scoring.after(k), reduce="mean")
                 - exact.acted(k).log_prob(exact.after(k), reduce="mean")
             )
             .abs()
@@ -382,9 +377,7 @@ def test_a_policy_starts_from_the_users_lora(family, tmp_path):
     first = learner(family)
     first.save(tmp_path)
     for start in (tmp_path, tmp_path / WEIGHTS):
-        model = load(
-            family, lora={"rank": 2, "alpha": 1.0, "start": str(start)}
-        )  # rank, alpha are the file's
+        model = load(family, lora={"rank": 2, "alpha": 1.0, "start": str(start)})  # rank, alpha are the file's
         assert list(model.trainable()) == list(first.trainable())
         for name, parameter in model.trainable().items():
             assert torch.equal(parameter, first.trainable()[name]), name
@@ -470,9 +463,7 @@ def replaced(family: str, scheduler: Any, folder: Path) -> Path:
 
 
 def test_history_bearing_flow_schedulers_are_replaced(tmp_path, caplog):
-    unipc = diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
-    )
+    unipc = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     folder = replaced("wan", unipc, tmp_path / "from")
     with caplog.at_level(logging.WARNING):
         model = load("wan", folder, train="full")
@@ -544,9 +535,7 @@ def test_dropped_embeddings_are_encoded_again(monkeypatch):
         assert torch.equal(ours, model.denoise(x, t, model.encode(PROMPTS)).x0)
 
 
-@pytest.mark.parametrize(
-    "rows", [slice(1, 3), torch.tensor([3, 0]), torch.tensor([True, False, False, True])]
-)
+@pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([3, 0]), torch.tensor([True, False, False, True])])
 def test_conditions_are_picked_by_rows(rows):
     condition = learner("sd3").encode(["a", "b", "c", "d"])
     picked = condition[rows]
@@ -582,9 +571,7 @@ def test_negative_prompts_and_embedded_guidance_are_read():
         positive = model.denoise(x, t, model.encode(["a green triangle"] * 2)).eps
         torch.testing.assert_close(said[1], positive)  # the negative prompt is a prompt like any other
         assert not torch.allclose(said[0], said[1])
-        assert not torch.allclose(
-            said[0], model.denoise(x, t, model.encode([""] * 2)).eps
-        )  # SDXL's none is zeros
+        assert not torch.allclose(said[0], model.denoise(x, t, model.encode([""] * 2)).eps)  # SDXL's none is zeros
         flux = [load("flux", call={**tiny.CALL["flux"], "guidance_scale": g}) for g in (1.0, 5.0)]
         z = torch.randn(2, *flux[0].event_shape)
         one, other = (m.denoise(z, t, m.encode(PROMPTS)).x0 for m in flux)
@@ -660,9 +647,7 @@ def test_what_is_no_pipeline_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OSError, match=r"an-owner/a-name: .* log in with a token .* or give a local folder"):
         DiffusersPipeline("an-owner/a-name")
-    (tmp_path / "model_index.json").write_text(
-        '{"_class_name": "NoSuchPipeline", "_diffusers_version": "0.39.0"}'
-    )
+    (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline", "_diffusers_version": "0.39.0"}')
     with pytest.raises(ValueError, match=r"can't be loaded: .*NoSuchPipeline"):
         load("sd3", tmp_path)
 
@@ -701,6 +686,4 @@ def test_what_can_not_be_scored_is_refused(option, sentence, tmp_path):
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=sentence):  # noqa: PT012
         model = load("sd15", tmp_path)
-        model.denoise(
-            torch.randn(1, 4, 16, 16), torch.full((1,), 0.5, dtype=torch.float64), model.encode(["a"])
-        )
+        model.denoise(torch.randn(1, 4, 16, 16), torch.full((1,), 0.5, dtype=torch.float64), model.encode(["a"]))

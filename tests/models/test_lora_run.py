@@ -11,7 +11,7 @@ from accelerate import Accelerator
 import genpolicy
 from genpolicy import config
 from genpolicy.chain import Noise
-from genpolicy.run import prepare, train
+from genpolicy.experiment import prepare, train
 from tests import tiny
 
 torch.set_num_threads(1)

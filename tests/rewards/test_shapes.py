@@ -93,9 +93,7 @@ def test_every_caption_has_a_true_picture_and_its_paraphrase_agrees():
         pytest.param([(Thing("red", "triangle"), *LEFT), (BLUE_SQUARE, *RIGHT)], 0, 0.6, id="wrong shape"),
         pytest.param([(RED_CIRCLE, *RIGHT), (BLUE_SQUARE, *LEFT)], 0, 0.8, id="swapped relation"),
         pytest.param([(RED_CIRCLE, 16, 8, 5.5), (BLUE_SQUARE, 16, 24, 5.5)], 0, 0.8, id="wrong axis"),
-        pytest.param(
-            [(Thing("blue", "circle"), *LEFT), (Thing("red", "square"), *RIGHT)], 0, 0.4, id="exchanged"
-        ),
+        pytest.param([(Thing("blue", "circle"), *LEFT), (Thing("red", "square"), *RIGHT)], 0, 0.4, id="exchanged"),
         pytest.param([(RED_CIRCLE, *LEFT)], 0, 0.4, id="missing object"),
         pytest.param([], 0, 0.0, id="nothing"),
         pytest.param(

@@ -1,0 +1,188 @@
+"""An experiment from its YAML to its result: claim the folder, build what it names, train, or only rehearse."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import genpolicy
+from genpolicy import checkpoint, config, report
+from genpolicy.build import load_rewards, make_policy, make_rewards, prompt_lines
+from genpolicy.config import ConfigError, Experiment, choice, make
+from genpolicy.reward import RewardError
+from genpolicy.run import REPLAY_CHECK, Method, Run, start_processes
+from genpolicy.task import Task
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `train` returns: the run's folder, the evaluations before and after, and the whole summary."""
+
+    folder: Path
+    before: dict[str, Any]
+    after: dict[str, Any]
+    summary: dict[str, Any]
+
+
+@dataclass
+class Rehearsal:
+    """What one real iteration cost, and what the budget will: all processes together, seconds of wall-clock.
+
+    phases: name -> (seconds, peak GB of memory). memory: whose. evaluation_seconds: of one evaluation, extrapolated
+    from sampling. iterations, evaluations, seconds: of the whole budget, with its evaluations of the policy.
+    """
+
+    memory: str = "the accelerator's, peak of the phase" if torch.cuda.is_available() else "this process's, peak so far"
+    samples: int = 0
+    evaluations_per_sample: float = 0.0
+    total_seconds: float = 0.0
+    phases: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    evaluation_seconds: float = 0.0
+    iterations: int = 0
+    evaluations: float = 0.0
+    seconds: float = 0.0
+
+    def record(self, run: Run) -> Iterator[int]:
+        """Stand in for `Run.iterations`: one iteration on the real sizes, and the weights as they were."""
+        weights, evaluations = run.snapshot(), run.policy.model.evaluations
+        run.iteration, started = 1, time.perf_counter()
+        yield 1
+        run.phase(None)
+        self.total_seconds = time.perf_counter() - started
+        self.samples = run.collected * run.accelerator.num_processes
+        self.evaluations_per_sample = (run.policy.model.evaluations - evaluations) / max(run.collected, 1)
+        self.phases = {name: (spent, run.memory[name]) for name, spent in run.clock.items()}
+        run.restore(weights)
+
+    def project(self, experiment: Experiment) -> None:
+        """Extrapolate to the budget: the replay check is made once, everything else at each iteration."""
+        b, e = experiment.budget, experiment.eval
+        once = self.phases.get(REPLAY_CHECK, (0.0, 0.0))[0]
+        each, nfe = self.total_seconds - once, self.evaluations_per_sample * self.samples
+        limits = ((b.iterations, 1), (b.nfe, nfe), (b.seconds, each))
+        self.iterations = math.ceil(min(limit / cost for limit, cost in limits if limit is not None))
+        self.evaluations = self.iterations * nfe
+        drawn = sum(self.phases.get(name, (0.0, 0.0))[0] for name in ("sample", "decode", "reward"))
+        self.evaluation_seconds = drawn * e.samples / self.samples
+        evaluations = 2 + (max(self.iterations - 1, 0) // e.every if e.every else 0)
+        self.seconds = once + self.iterations * each + evaluations * self.evaluation_seconds
+
+
+def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) -> Result:
+    """Run an experiment (an `Experiment`, a YAML's path, or a shipped config's name) to the end of its budget.
+
+    A run's own config.yaml resumes that run. Raises `ConfigError` before any work starts if something does not fit.
+    """
+    started = time.perf_counter()
+    resume = not isinstance(experiment, Experiment) and _is_run(Path(experiment))
+    folder = Path(experiment).parent if resume else None
+    if not isinstance(experiment, Experiment):
+        experiment = config.load(experiment, overrides)
+    folder = folder or Path(experiment.output)
+    accelerator = start_processes(experiment, folder)
+    with _folder(folder, resume) if accelerator.is_main_process else contextlib.nullcontext():
+        run, method = prepare(experiment, folder, accelerator)
+        method.train(run)
+        return _finish(run, time.perf_counter() - started)
+
+
+def _finish(run: Run, wall_time: float) -> Result:
+    """The last evaluation, the figures and summary.json."""
+    after = run.conclude()
+    summary = {
+        "asked": dataclasses.asdict(run.experiment.budget),
+        "iterations": run.iteration,
+        "before": run.before,
+        "after": after,
+        "wall_time_s": wall_time,
+        "training_s": run.seconds,
+        "evaluations": run.evaluations,
+        "replay_gap": run.replay_gap,
+        "seeds": {"run": run.experiment.seed, "eval": run.experiment.eval.seed},
+        "processes": run.accelerator.num_processes,
+        "versions": {"python": platform.python_version(), **versions()},
+    }
+    if run.accelerator.is_main_process:
+        report.figures(run.folder)
+        report.write_json(run.folder / "summary.json", summary)
+    run.accelerator.end_training()
+    return Result(run.folder, run.before, after, summary)
+
+
+def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, Rehearsal]:
+    """One real iteration of an experiment, its costs, and what its budget will cost; nothing is written."""
+    asked = config.load(experiment, overrides)
+    run, method = prepare(asked, Path(asked.output), start_processes(asked, None))
+    cost = Rehearsal()
+    run.rehearse = cost.record
+    method.train(run)
+    cost.project(asked)
+    return asked, cost
+
+
+@contextlib.contextmanager
+def _folder(folder: Path, resume: bool) -> Iterator[None]:
+    """Hold the run's folder. A new run that fails on bad input in its first iteration, or before, leaves nothing
+    behind.
+    """
+    existed = folder.exists()
+    if not resume and (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"folder {folder} holds a run already: resume it with genpolicy train {folder}/config.yaml, or choose another output"
+        )
+    if existed and not folder.is_dir():
+        raise ConfigError(f"output {folder} is a file: choose another output")
+    if not resume and existed and any(path.name != checkpoint.LOCK for path in folder.iterdir()):
+        raise ConfigError(f"folder {folder} is not empty and holds no run: choose another output")
+    with checkpoint.locked(folder):
+        try:
+            yield
+        except BaseException as error:
+            nothing = not (folder / "checkpoints").exists() or isinstance(error, ConfigError | RewardError | OSError)
+            if not resume and nothing and not any(m["iteration"] for m in report.read(folder)):
+                for path in folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if not existed:
+                    folder.rmdir()
+            raise
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a path is a run's own config.yaml."""
+    return path.name == "config.yaml" and (path.parent / checkpoint.LOCK).is_file()
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a run's numbers."""
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+    return {"genpolicy": genpolicy.__version__, **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def evaluation_prompts(experiment: Experiment, task: Task) -> tuple[str, ...]:
+    """The prompts of the evaluation set: its own file's, or the task's first ones, each once."""
+    if experiment.eval.prompts is not None:
+        return prompt_lines(experiment.eval.prompts)
+    return tuple(dict.fromkeys(task.reset(range(experiment.eval.samples)).prompts))
+
+
+def prepare(experiment: Experiment, folder: Path, accelerator: Any) -> tuple[Run, Method]:
+    """Build everything an experiment names; what does not fit raises before any work starts."""
+    torch.manual_seed(experiment.seed)
+    method = make("methods", experiment.method)
+    task = make("tasks", experiment.task)
+    reward = make_rewards(experiment.reward)
+    prompts = evaluation_prompts(experiment, task)
+    measured = [*(f"reward/{name}" for name in reward.rewards), "reward/total", "diversity"]
+    choice("eval: select", experiment.eval.select or "reward/total", measured)
+    load_rewards(reward)
+    policy = make_policy(make("models", experiment.policy), experiment.chain)
+    return Run(experiment, policy, task, reward, prompts, folder, accelerator), method
