@@ -53,7 +53,7 @@ class Finished:
 
 
 def seeds(text: str) -> list[int]:
-    """ "0-2" or "0,3,7" to distinct seeds."""
+    """Distinct seeds from "0-2" or "0,3,7"."""
     found: list[int] = []
     for part in text.split(","):
         low, dash, high = part.partition("-")
