@@ -80,11 +80,10 @@ def load_rewards(rewards: WeightedRewards) -> None:
 
 def make_policy(model: Model, sampler: ChainConfig) -> ChainPolicy:
     """A model with a sampler; a sampler that does not fit the model's schedule raises `ConfigError`."""
-    window = tuple(sampler.window) if sampler.window is not None else None
     try:
         grid = model.grid(sampler.steps)
-        built = Chain(model.schedule, grid, make_kernel(sampler.kernel), window=window)
-        interval = tuple(sampler.guidance_interval or (0.0, float("inf")))
+        built = Chain(model.schedule, grid, make_kernel(sampler.kernel), window=sampler.window)
+        interval = sampler.guidance_interval or (0.0, float("inf"))
         policy = ChainPolicy(model, built, sampler.guidance, interval, sampler.negative_gradient)
         for k in built.stochastic:
             policy.std(k)

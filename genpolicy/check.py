@@ -47,7 +47,7 @@ def check(name: str) -> int:
     checked.
     """
     dotted = _dotted(name)
-    entry = config.leaf("leaves", dotted)
+    entry = config.leaf("leafs", dotted)
     kind = _kind(entry)
     laws: dict[str, Callable[[str], Iterator[Verdict]]] = {"reward": _reward_laws, "method": _method_laws}
     if kind not in laws:
@@ -85,9 +85,11 @@ def _dotted(name: str) -> str:
 def _kind(entry: Any) -> str:
     """What a class or function is, by what it can do."""
     for kind, methods in KINDS.items():
-        if all(hasattr(entry, method) for method in methods):
+        if all(callable(getattr(entry, method, None)) for method in methods):
             return kind
     call = entry.__call__ if inspect.isclass(entry) else entry
+    if not callable(call):
+        raise ConfigError(f"{entry!r} is no leaf: it is neither a class nor a function")
     given = [p for p in inspect.signature(call).parameters.values() if p.name != "self"]
     if len([p for p in given if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]) == 2:
         return "reward"

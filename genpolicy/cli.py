@@ -162,12 +162,12 @@ def _sampler(args: Any) -> dict[str, Any]:
 
 
 def _train(args: Any) -> int:
-    from genpolicy import run
+    from genpolicy.experiment import rehearse, train
 
     if args.plan:
-        _print_plan(*run.rehearse(args.config, args.overrides))
+        _print_plan(*rehearse(args.config, args.overrides))
         return 0
-    result = run.train(args.config, args.overrides)
+    result = train(args.config, args.overrides)
     if os.environ.get("RANK", "0") == "0":
         print(f"{result.folder}: {_rewards(result.before, result.after)}")
     return 0

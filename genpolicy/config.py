@@ -278,7 +278,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     if typing.get_origin(hint) is dict and key in NAMED and isinstance(value, str):
         return {"name": value}
     if typing.get_origin(hint) is typing.Literal:
-        choice(f"{where}: {key}", value, kinds)
+        choice(f"{where}: {key}", value, [str(kind) for kind in kinds])
     if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
         value = int(value)  # 1e3
     try:
@@ -351,7 +351,7 @@ def make(kind: str, raw: Mapping[str, Any]) -> Any:
     if not isinstance(raw.get("name"), str):
         raise ConfigError(f"the {kind[:-1]} section needs a name; valid are {', '.join(names(kind))}")
     entry = leaf(kind, raw["name"])
-    if dataclasses.is_dataclass(entry):
+    if isinstance(entry, type) and dataclasses.is_dataclass(entry):
         return decode(entry, settings(raw), f"{kind[:-1]} {raw['name']}")
     if isinstance(entry, type):
         raise ConfigError(

@@ -99,7 +99,7 @@ def evaluate(
     outputs, parts, thumbnails = [], [], []
     for start in range(0, share, batch):
         chunk = torch.tensor(mine[start : start + batch])
-        context = Context([prompts[i % len(prompts)] for i in chunk.tolist()])
+        context = Context([str(prompts[i % len(prompts)]) for i in chunk.tolist()])
         noise = Noise(seed, EVALUATION, chunk % len(prompts), chunk // len(prompts))
         judged = collect(policy, context, reward, noise, members=1, keep=(0, 0))
         pixels = judged.outputs.float().cpu()
@@ -116,8 +116,8 @@ def evaluate(
 
 def _thumbnail(outputs: Tensor) -> Tensor:
     """[B,...,H,W] -> [B,D]: every frame and channel pooled to at most 32 x 32."""
-    size = [min(THUMBNAIL, side) for side in outputs.shape[-2:]]
-    return F.adaptive_avg_pool2d(outputs.flatten(1, -3), size).flatten(1)
+    height, width = (min(THUMBNAIL, side) for side in outputs.shape[-2:])
+    return F.adaptive_avg_pool2d(outputs.flatten(1, -3), (height, width)).flatten(1)
 
 
 def _diversity(thumbnails: Tensor, prompts: int) -> float:

@@ -83,9 +83,10 @@ def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) ->
     A run's own config.yaml resumes that run. Raises `ConfigError` before any work starts if something does not fit.
     """
     started = time.perf_counter()
-    resume = not isinstance(experiment, Experiment) and _is_run(Path(experiment))
-    folder = Path(experiment).parent if resume else None
+    resume, folder = False, None
     if not isinstance(experiment, Experiment):
+        resume = _is_run(Path(experiment))
+        folder = Path(experiment).parent if resume else None
         experiment = config.load(experiment, overrides)
     folder = folder or Path(experiment.output)
     accelerator = start_processes(experiment, folder)

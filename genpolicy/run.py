@@ -200,7 +200,7 @@ class Run:
         world = self.accelerator.num_processes
         if world == 1:
             return local
-        gathered = self.accelerator.gather(local.to(self.accelerator.device)).cpu()
+        gathered = self._gather_rows(local)
         return gathered.view(world, updates, -1, local.shape[1]).transpose(0, 1).reshape(-1, local.shape[1])
 
     def minibatches(self, rollout: Rollout, updates: int, epochs: int = 1) -> Iterator[slice]:
@@ -508,7 +508,8 @@ class Run:
     def _gather_rows(self, value: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return value
-        return self.accelerator.gather(value.to(self.accelerator.device)).cpu()
+        gathered: Tensor = self.accelerator.gather(value.to(self.accelerator.device))  # type: ignore[assignment]
+        return gathered.cpu()
 
     def conclude(self) -> dict[str, Any]:
         """The evaluation after the last iteration, made now unless it was made already."""
@@ -531,7 +532,7 @@ class Run:
 def start_processes(experiment: Experiment, folder: Path | None) -> Accelerator:
     """Join the processes that launched this run, with the experiment's trackers writing to its folder."""
     try:
-        accelerator = Accelerator(log_with=experiment.trackers or None, project_dir=folder)
+        accelerator = Accelerator(log_with=list(experiment.trackers) or None, project_dir=folder)
     except ValueError as error:
         raise ConfigError(f"the experiment: trackers: {error}") from None
     if experiment.trackers and folder is not None:

@@ -49,8 +49,8 @@ class Noise:
         """[B,*shape] fp32 standard normal for step ``k`` (``PRIOR`` for the start of the chain)."""
         draws = np.empty((len(self), *shape), dtype=np.float32)
         key = np.array([self.seed, self.iteration], dtype=np.int64).astype(np.uint64)
-        for row, (group, member) in enumerate(zip(self.group.tolist(), self.member.tolist(), strict=True)):
-            counter = np.array([0, member + 1, group, k + 1], dtype=np.int64).astype(np.uint64)
+        for row, (group, member) in enumerate(zip(self.group, self.member, strict=True)):
+            counter = np.array([0, int(member) + 1, int(group), k + 1], dtype=np.int64).astype(np.uint64)
             generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
             generator.standard_normal(dtype=np.float32, out=draws[row])
-        return torch.from_numpy(draws).to(device)
+        return torch.as_tensor(draws).to(device)

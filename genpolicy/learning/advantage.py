@@ -55,7 +55,7 @@ class PromptHistory:
         """rewards [M,N] with M prompts -> [M,N]; the rewards enter the history first."""
         rows: list[Tensor] = []
         for prompt, row in zip(prompts, rewards, strict=True):
-            self.history.setdefault(prompt, deque(maxlen=self.size)).extend(row.tolist())
+            self.history.setdefault(prompt, deque(maxlen=self.size)).extend(float(reward) for reward in row)
         for prompt, row in zip(prompts, rewards, strict=True):
             seen = torch.tensor(list(self.history[prompt]), dtype=rewards.dtype)
             pool = seen if len(seen) >= self.min_count else rewards
@@ -81,7 +81,8 @@ class Advantage:
         for what, value, valid in (("kind", kind, get_args(Kind)), ("combine", combine, get_args(Combine))):
             if value not in valid:
                 raise ValueError(f"advantage {what} is {value!r}; valid are {', '.join(valid)}")
-        self.kind, self.combine, self.bound = kind, combine, bound
+        self.kind: Kind = kind
+        self.combine, self.bound = combine, bound
         self.histories: dict[str, PromptHistory] = {}
 
     def __call__(self, parts: Mapping[str, Tensor], weights: Mapping[str, float], prompts: Sequence[str]) -> Tensor:

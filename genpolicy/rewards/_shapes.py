@@ -221,7 +221,7 @@ def detect_all(images: np.ndarray) -> list[list[Found]]:
 
     labels, total = np.zeros(colour.shape, np.int32), 0
     for index in range(1, len(_NAMES)):
-        part, found = ndimage.label(colour == index, _IN_PLANE)
+        part, found = ndimage.label(colour == index, _IN_PLANE)  # type: ignore[misc]  (scipy says int here)
         labels += np.where(part > 0, part + total, 0)
         total += found
     objects: list[list[Found]] = [[] for _ in range(count)]

@@ -101,8 +101,8 @@ def centre_crop(pictures: Tensor, size: tuple[int, int], rounded: Callable[[floa
 
 def normalise(pictures: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(pictures - mean) / std, channel by channel."""
-    mean, std = (pictures.new_tensor(values)[:, None, None] for values in (mean, std))
-    return (pictures - mean) / std
+    centre, scale = (pictures.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (pictures - centre) / scale
 
 
 def require_repo(repo: str, needed_by: str) -> None:

@@ -68,7 +68,9 @@ class PickScore:
                 require_repo(source, "pickscore")
         try:
             processor = CLIPProcessor.from_pretrained(self.processor)
-            clip, report = CLIPModel.from_pretrained(self.model, dtype=torch.float32, output_loading_info=True)
+            clip, report = CLIPModel.from_pretrained(  # type: ignore[misc]  (two values when asked for the report)
+                self.model, dtype=torch.float32, output_loading_info=True
+            )
         except Exception as error:
             raise OSError(f"pickscore cannot load {self.model} with {self.processor}: {brief(error)}") from error
         if report["missing_keys"]:  # transformers only warns, and leaves them random

@@ -108,7 +108,7 @@ def test_replay_in_splits(case: Case) -> None:
     """One group at a time (and one row at a time where no start is shared): <= 1e-5 in fp32."""
     denoiser = case.denoiser()
     trajectory = case.sample(denoiser)
-    for size in {MEMBERS, MEMBERS if trajectory.shared > 1 else 1, 2 * MEMBERS}:
+    for size in (MEMBERS if trajectory.shared > 1 else 1, 2 * MEMBERS):
         for start in range(0, len(trajectory), size):
             part = trajectory[start : start + size]
             for k in part.steps:
