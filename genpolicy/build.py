@@ -144,6 +144,8 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
     of ours has no sampler of its own and gets ChainConfig's with the ODE.
     """
     folder = Path(settings({"path": str(path)})["path"])
+    if not folder.is_dir() and (folder.is_absolute() or str(path).count("/") != 1):
+        raise ConfigError(f"{path}: no such folder, and no hub id (owner/name) either")
     run = next((home for home in (folder, folder.parent) if (home / "config.yaml").is_file()), None)
     if run == folder:
         folder = folder / "policy"

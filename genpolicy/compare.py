@@ -15,7 +15,7 @@ import yaml
 from genpolicy import config, report, resources
 from genpolicy.build import deployed_sampler, make_policy, make_rewards
 from genpolicy.config import ConfigError, Experiment, make
-from genpolicy.experiment import evaluation_prompts, train
+from genpolicy.experiment import evaluation_prompts, finished, train
 from genpolicy.report import COLOURS, Panel, series, smooth
 
 if TYPE_CHECKING:
@@ -76,12 +76,12 @@ def compare(configs: Sequence[str], over: Sequence[int], out: Path, overrides: S
         _require_same(_with(arm, seed, folder), folder)
     for place, (arm, seed, folder) in enumerate(asked, 1):
         print(f"[{place}/{len(asked)}] {arm.name}, seed {seed}: {folder}", file=sys.stderr)
-        if _finished(folder):
+        if finished(folder):
             continue
         resumable = (folder / "config.yaml").is_file()
         train(folder / "config.yaml" if resumable else _with(arm, seed, folder))
         gc.collect()  # one model at a time
-        if not _finished(folder):
+        if not finished(folder):
             print("stopped; the same command goes on from here", file=sys.stderr)
             return 0
     runs = [_read(arm.name, seed, folder) for arm, seed, folder in asked]
@@ -163,16 +163,6 @@ def _require_same(experiment: Experiment, folder: Path) -> None:
     if there != asked:
         place = _difference(there, asked)
         raise ConfigError(f"{folder} holds a run of another experiment, they differ{place}: choose another --out")
-
-
-def _finished(folder: Path) -> bool:
-    """Whether a run has spent its budget (a run that was stopped has a summary too)."""
-    file = folder / "summary.json"
-    if not file.is_file():
-        return False
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    spent = {"iterations": "iterations", "nfe": "evaluations", "seconds": "training_s"}
-    return any(limit and summary[spent[name]] >= limit for name, limit in summary["asked"].items())
 
 
 def _read(arm: str, seed: int, folder: Path) -> Finished:

@@ -142,13 +142,19 @@ def fitting[T](work: Callable[[int], T], batch: int = 256) -> T:
 
 
 def measure(
-    policy: ChainPolicy, reward: WeightedRewards, *, prompts: Sequence[str], samples: int, seed: int
+    policy: ChainPolicy,
+    reward: WeightedRewards,
+    *,
+    prompts: Sequence[str],
+    samples: int,
+    seed: int,
+    shown: int = SHOWN,
 ) -> tuple[Evaluation, float]:
     """`evaluate` in batches that fit, and the network evaluations per sample it took."""
 
     def work(batch: int) -> tuple[Evaluation, float]:
         before = policy.model.evaluations
-        found = evaluate(policy, reward, prompts=prompts, samples=samples, seed=seed, batch=batch)
+        found = evaluate(policy, reward, prompts=prompts, samples=samples, seed=seed, batch=batch, shown=shown)
         return found, (policy.model.evaluations - before) / samples
 
     return fitting(work)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import math
 import platform
 import shutil
@@ -160,6 +161,16 @@ def _folder(folder: Path, resume: bool) -> Iterator[None]:
 def _is_run(path: Path) -> bool:
     """Whether a path is a run's own config.yaml."""
     return path.name == "config.yaml" and (path.parent / checkpoint.LOCK).is_file()
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has spent its budget (one that was stopped has a summary too)."""
+    file = folder / "summary.json"
+    if not file.is_file():
+        return False
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    spent = {"iterations": "iterations", "nfe": "evaluations", "seconds": "training_s"}
+    return any(limit and summary[spent[name]] >= limit for name, limit in summary["asked"].items())
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from genpolicy import config, report
 from genpolicy.build import deployed_sampler, make_policy, make_rewards, prompt_lines, saved
 from genpolicy.config import ConfigError, Experiment, make
 from genpolicy.evaluate import Evaluation, interval, measure, paired
-from genpolicy.experiment import rehearse, train
+from genpolicy.experiment import finished, rehearse, train
 
 CONFIG = "quickstart"
 REWARD = "shapes_strict"
@@ -29,15 +29,15 @@ def quickstart(out: Path, seed: int) -> int:
     resumed = (out / "config.yaml").is_file()
     _announce(experiment, out, resumed, overrides)
     result = train(out / "config.yaml") if resumed else train(experiment)
-    if not (out / "policy").is_dir():
-        print("stopped before there was anything to measure; the same command goes on from here")
+    if not finished(out):
+        print("\nStopped; the same command goes on from here.")
         return 0
     print("\nMeasuring before and after on the held-out captions, with noise that nothing has used yet ...")
     before, after = _measure(experiment, out, FRESH + seed)
     _tell(before, after, out)
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{result.summary['training_s'] / 60:.1f} minutes of learning, {minutes:.1f} in all. Look at")
-    print(f"  {out / 'figures' / 'before_after.png'}   the first {SHOWN} captions, not chosen")
+    print(f"  {out / 'figures' / 'before_after.png'}   {SHOWN} captions at even steps through the list, not chosen")
     print(f"  {out / 'figures' / 'curves.png'}   what happened on the way")
     print(f'  genpolicy sample {out} --prompts "a red circle left of a blue square" --n 8 --out {out}/drawn')
     return 0
@@ -64,9 +64,9 @@ def _announce(experiment: Experiment, out: Path, resumed: bool, overrides: list[
         return
     cost = rehearse(CONFIG, overrides)[1]
     print(
-        f"{cost.iterations} iterations of {cost.samples} pictures, {cost.evaluations_per_sample:.0f} network evaluations "
-        f"each: about {cost.seconds / 60:.1f} minutes on this\nmachine. Everything is written to {out}. "
-        "Ctrl-C stops after the current iteration; the same command goes on.\n"
+        f"{cost.iterations} iterations of {cost.samples} pictures, {cost.evaluations_per_sample:.0f} network "
+        f"evaluations each: about {cost.seconds / 60:.1f} minutes on this machine.\n"
+        f"Everything is written to {out}. Ctrl-C stops after the current iteration; the same command goes on.\n"
     )
 
 
@@ -77,7 +77,8 @@ def _measure(experiment: Experiment, out: Path, seed: int) -> tuple[Evaluation, 
     found = []
     for policy in (base, saved(out).load()):
         samples = PER_CAPTION * len(prompts)
-        found.append(measure(policy, rewards, prompts=prompts, samples=samples, seed=seed)[0])
+        result, _ = measure(policy, rewards, prompts=prompts, samples=samples, seed=seed, shown=len(prompts))
+        found.append(result)
     return found[0], found[1]
 
 
@@ -95,10 +96,11 @@ def _tell(before: Evaluation, after: Evaluation, out: Path) -> None:
     change = after.diversity / before.diversity - 1
     print(f"Diversity within a caption: {before.diversity:.3f} before, {after.diversity:.3f} after ({change:+.0%})")
     report.write_json(out / "quickstart.json", numbers)
+    rows = [i * captions // SHOWN for i in range(SHOWN)]
     report.before_after(
-        before.outputs[:SHOWN],
-        after.outputs[:SHOWN],
-        before.prompts[:SHOWN],
+        before.outputs[rows],
+        after.outputs[rows],
+        [before.prompts[row] for row in rows],
         out / "figures" / "before_after.png",
-        (parts[0][:SHOWN], parts[1][:SHOWN]),
+        (parts[0][rows], parts[1][rows]),
     )

@@ -45,7 +45,7 @@ class Trajectory:
         """A stretch of rows; where a start is shared it must be whole groups."""
         start, stop, stride = rows.indices(len(self))
         if stride != 1 or start % self.shared or stop % self.shared:
-            raise ValueError(f"rows {start}:{stop}:{stride} cut a group of {self.shared} that shares its start")
+            raise ValueError(f"rows {start}:{stop}:{stride} skip rows or cut a group of {self.shared} that shares its start")
         return replace(
             self,
             condition=self.condition[rows],
@@ -105,9 +105,11 @@ class Chain:
             return range(0)
         return range(*self.window) if self.window is not None else range(self.K - 1)
 
-    def step(self, k: int, rows: int, device: torch.device | str = "cpu") -> Step:
-        """The coefficients of step k for a batch: from grid[k] to grid[k+1]."""
-        t, s = (self.grid[j].to(device).expand(rows, *self.grid[j].shape) for j in (k, k + 1))
+    def step(self, k: int, rows: int) -> Step:
+        """The coefficients of step k for a batch, from grid[k] to grid[k+1]: fp64 on the CPU, whatever device x is
+        on.
+        """
+        t, s = (self.grid[j].expand(rows, *self.grid[j].shape) for j in (k, k + 1))
         return step(self.schedule, t, s)
 
     def kernel_at(self, k: int) -> Kernel:
@@ -118,7 +120,7 @@ class Chain:
 
     def _act(self, denoiser: Denoiser, x: Tensor, k: int, condition: Condition) -> Gaussian:
         """The one place that acting and scoring both go through."""
-        here = self.step(k, len(x), x.device)
+        here = self.step(k, len(x))
         return transition(self.kernel_at(k), x, denoiser(x, here.t, condition), here)
 
     def transition(self, denoiser: Denoiser, trajectory: Trajectory, k: int) -> Gaussian:
@@ -179,7 +181,7 @@ class Chain:
         states: list[Tensor] = []
         acted: list[Gaussian] = []
         for k in range(first, self.K):
-            if low <= k <= high:
+            if low <= k < high:
                 x = x.to(storage).float()
             branching = shared > 1 and k == branch_at
             whole = shared == 1 or k > branch_at  # type: ignore[operator]

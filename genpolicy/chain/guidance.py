@@ -31,7 +31,7 @@ class Guidance:
         low, high = self.interval
         guided = (t > low) & (t <= high)
         positive = self.denoiser(x, t, condition)
-        if not bool(guided.any()):
+        if self.scale == 1.0 or not bool(guided.any()):
             return positive
         with torch.set_grad_enabled(self.negative_gradient and torch.is_grad_enabled()):
             negative = self.denoiser(x, t, self.negative(condition))

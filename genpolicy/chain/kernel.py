@@ -35,7 +35,7 @@ class Kernel(Protocol):
 
 
 def transition(kernel: Kernel, x: Tensor, prediction: Prediction, step: Step) -> Gaussian:
-    """The Gaussian over x_s, in fp32 whatever the network ran in. x [B,*E].
+    """The Gaussian over x_s, in at least fp32 whatever the network ran in. x [B,*E].
 
     Where the network says its own std (ReinFlow), that is the std of the transition.
     """

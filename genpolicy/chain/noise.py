@@ -48,7 +48,7 @@ class Noise:
     def __call__(self, k: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
         """[B,*shape] fp32 standard normal for step ``k`` (``PRIOR`` for the start of the chain)."""
         draws = np.empty((len(self), *shape), dtype=np.float32)
-        key = np.array([self.seed, self.iteration], dtype=np.int64).astype(np.uint64)
+        key = np.array([self.seed % 2**64, self.iteration % 2**64], dtype=np.uint64)
         for row, (group, member) in enumerate(zip(self.group, self.member, strict=True)):
             counter = np.array([0, int(member) + 1, int(group), k + 1], dtype=np.int64).astype(np.uint64)
             generator = np.random.Generator(np.random.Philox(key=key, counter=counter))

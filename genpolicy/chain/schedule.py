@@ -1,6 +1,7 @@
 """Noise schedules: alpha(t) and sigma(t) of x_t = alpha x_0 + sigma eps, and the grid of times a chain visits.
 
-One table is read by acting and by scoring. Coefficients are fp64 scalars per row; only what multiplies x is fp32.
+One table is read by acting and by scoring. Coefficients are fp64 scalars per row on the CPU (some devices have no
+fp64); only what multiplies x is fp32 and on its device.
 """
 
 import math
@@ -105,7 +106,7 @@ class VariancePreserving:
         top = levels if start is None else max(1, round(start * levels))
         if steps > top:
             raise ValueError(f"{steps} steps do not fit into the schedule's {top} levels")
-        return torch.linspace(top, 0, steps + 1, dtype=torch.float64).round() / levels
+        return torch.linspace(top, 0, steps + 1, dtype=torch.float64).round() / levels  # half to even at ties
 
 
 @dataclass(frozen=True)

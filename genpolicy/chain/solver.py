@@ -25,7 +25,7 @@ class Solver(Protocol):
 
 
 def _rows(time: Tensor, x: Tensor) -> Tensor:
-    return time.to(x.device).expand(len(x))
+    return time.expand(len(x))
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class DPMSolver:
     """DPM-Solver++(2M) (arXiv 2211.01095 alg. 2): second order, one evaluation a step, history of one prediction.
 
     With lambda = log(alpha/sigma), h = lambda_s - lambda_t, r = h_previous/h: x_s = (sigma_s/sigma_t) x - alpha_s
-    expm1(-h) [(1 + 1/(2r)) x0 - x0_previous/(2r)]; first and last steps are first order.
+    expm1(-h) [(1 + 1/(2r)) x0 - x0_previous/(2r)]; first order where h or h_previous is infinite: the first two steps
+    from alpha = 0, and a step to sigma = 0 (as diffusers does).
     """
 
     def integrate(self, predict: Predict, x: Tensor, schedule: Schedule, grid: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ Parametrisation = Literal["epsilon", "sample", "v_prediction", "velocity"]
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """Reshape a coefficient [B] (or [B,T] per token) so that it broadcasts over ``like`` [B,*E], in its dtype."""
-    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)).to(like.dtype)
+    """Reshape a coefficient [B] (or [B,T] per token) so that it broadcasts over ``like`` [B,*E], in its dtype, on its
+    device.
+    """
+    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)).to(like.dtype).to(like.device)
 
 
 def reduce_event(value: Tensor, reduce: Reduce, mask: Tensor | None = None) -> Tensor:
@@ -27,6 +29,8 @@ def reduce_event(value: Tensor, reduce: Reduce, mask: Tensor | None = None) -> T
         flat = value.flatten(1)
         return flat.sum(1) if reduce == "sum" else flat.mean(1)
     kept = mask.expand_as(value).flatten(1)
+    if not bool(kept.any(1).all()):
+        raise ValueError("a mask keeps no event dim of some row: there is nothing to reduce")
     total = torch.where(kept, value.flatten(1), 0.0).sum(1)
     return total if reduce == "sum" else total / kept.sum(1)
 
@@ -45,9 +49,6 @@ class Gaussian:
     def sample(self, noise: Tensor) -> Tensor:
         """x = mean + std * noise, [B,*E]."""
         return self.mean + self.std * noise
-
-    def __getitem__(self, rows: Tensor | slice) -> "Gaussian":
-        return Gaussian(self.mean[rows], self.std[rows])
 
     def log_prob(self, x: Tensor, *, reduce: Reduce, mask: Tensor | None = None) -> Tensor:
         """log N(x; mean, std^2) = -(x-mean)^2 / (2 std^2) - log std - log(2 pi)/2, reduced over E as asked.

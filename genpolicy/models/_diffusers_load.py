@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 """What pipelines call the networks that they denoise with."""
@@ -37,6 +38,8 @@ def load_pipeline(pretrained: str, revision: str | None, frozen: torch.dtype, le
         raise FileNotFoundError(f"policy.pretrained {pretrained} is no diffusers pipeline: it has no model_index.json")
     if not folder.is_dir() and (folder.is_absolute() or pretrained.count("/") != 1):
         raise FileNotFoundError(f"policy.pretrained {pretrained}: no such folder, and no hub id (owner/name) either")
+    for library in (diffusers, transformers):  # bars of loading and writing parts; those of downloads are the hub's
+        library.utils.logging.disable_progress_bar()
     dtypes = {"default": frozen, "vae": torch.float32, **dict.fromkeys(DENOISERS, learning)}
     try:
         return diffusers.DiffusionPipeline.from_pretrained(pretrained, revision=revision, torch_dtype=dtypes)

@@ -151,12 +151,3 @@ def test_reduce_has_no_default(score: str) -> None:
         getattr(p, score)(argument)
     with pytest.raises(ValueError, match="valid are 'sum', 'mean', 'none'"):
         getattr(p, score)(argument, reduce="average")
-
-
-def test_rows_of_a_gaussian() -> None:
-    p = gaussian("row")
-    assert torch.equal(p[1:].mean, p.mean[1:])
-    assert torch.equal(p[1:].std, p.std[1:])
-    some = p[torch.tensor([2, 0])]
-    x = draw(9, B, T, D)
-    assert torch.equal(some.log_prob(x[[2, 0]], reduce="sum"), p.log_prob(x, reduce="sum")[[2, 0]])
