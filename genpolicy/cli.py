@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from genpolicy.build import Saved
     from genpolicy.config import Experiment
     from genpolicy.experiment import Rehearsal
 
@@ -164,11 +165,14 @@ def _sampler(args: Any) -> dict[str, Any]:
 def _train(args: Any) -> int:
     from genpolicy.experiment import rehearse, train
 
+    main_process = os.environ.get("RANK", "0") == "0"
     if args.plan:
-        _print_plan(*rehearse(args.config, args.overrides))
+        plan = rehearse(args.config, args.overrides)
+        if main_process:
+            _print_plan(*plan)
         return 0
     result = train(args.config, args.overrides)
-    if os.environ.get("RANK", "0") == "0":
+    if main_process:
         print(f"{result.folder}: {_rewards(result.before, result.after)}")
     return 0
 
@@ -200,23 +204,13 @@ def _duration(seconds: float) -> str:
 def _evaluate(args: Any) -> int:
     from dataclasses import asdict
 
-    from genpolicy import build, config, report
+    from genpolicy import build, report
     from genpolicy.evaluate import latency, measure
 
     saved = build.saved(args.policy, **_sampler(args))
-    experiment = config.load(saved.run / "config.yaml") if saved.run is not None else None
-    if args.samples is not None and args.samples < 1:
-        raise config.ConfigError(f"--samples is {args.samples}; it must be at least 1")
-    names, prompts_file, defaults = args.reward, args.prompts, config.EvalConfig()
-    if experiment is not None:
-        prompts_file = prompts_file or experiment.eval.prompts or experiment.task.get("prompts")
-        defaults = experiment.eval
-    if prompts_file is None or (names is None and experiment is None):
-        raise config.ConfigError(f"{args.policy} comes from no run of ours: name its --prompts FILE and --reward NAME")
-    rewards = build.make_rewards(dict.fromkeys(names, 1.0) if names else experiment.reward)  # type: ignore[union-attr]
-    prompts = build.prompt_lines(prompts_file)
-    samples = args.samples or defaults.samples
-    seed = defaults.seed if args.seed is None else args.seed
+    raw_rewards, prompts, source, samples, seed = _evaluation_set(args, saved)
+    rewards = build.make_rewards(raw_rewards)
+    build.load_rewards(rewards)
     policy = saved.load()
     measured, per_sample = measure(policy, rewards, prompts=prompts, samples=samples, seed=seed)
     metrics = measured.metrics()
@@ -226,7 +220,7 @@ def _evaluate(args: Any) -> int:
         "ci95": {name.removeprefix("ci95/"): value for name, value in metrics.items() if name.startswith("ci95/")},
         "diversity": metrics["diversity"],
         "n": measured.samples,
-        "prompts": prompts_file,
+        "prompts": source,
         "seeds": {"eval": seed},
         "sampler": asdict(saved.sampler),
         "nfe_per_sample": per_sample,
@@ -238,6 +232,27 @@ def _evaluate(args: Any) -> int:
         print(f"{name:>24}  {found[f'reward/{name}']:8.4f}  [{low:.4f}, {high:.4f}]")
     print(f"{measured.samples} samples, {per_sample:.1f} evaluations each; {out / 'eval.json'}")
     return 0
+
+
+def _evaluation_set(args: Any, saved: "Saved") -> tuple[dict[str, Any], tuple[str, ...], str, int, int]:
+    """The rewards, the prompts and where they come from, the samples and the seed: the run's, or what was asked for."""
+    from genpolicy import build, config
+    from genpolicy.experiment import evaluation_prompts
+
+    if args.samples is not None and args.samples < 1:
+        raise config.ConfigError(f"--samples is {args.samples}; it must be at least 1")
+    rewards: dict[str, Any] = dict.fromkeys(args.reward or (), 1.0)
+    source, defaults = args.prompts, config.EvalConfig()
+    prompts = build.prompt_lines(source) if source is not None else ()
+    if saved.run is not None:
+        experiment = config.load(saved.run / "config.yaml")
+        rewards, defaults = rewards or experiment.reward, experiment.eval
+        prompts = prompts or evaluation_prompts(experiment, config.make("tasks", experiment.task))
+        source = source or defaults.prompts or str(experiment.task.get("prompts"))
+    if source is None or not rewards:
+        raise config.ConfigError(f"{args.policy} comes from no run of ours: name its --prompts FILE and --reward NAME")
+    seed = defaults.seed if args.seed is None else args.seed
+    return rewards, prompts, source, args.samples or defaults.samples, seed
 
 
 def _sample(args: Any) -> int:
@@ -258,7 +273,8 @@ def _sample(args: Any) -> int:
     for row, output in enumerate(outputs):
         _write_sample(output, out / f"{row // args.n:03d}_{row % args.n:02d}")
     report.grid(outputs, asked, out / "grid.png", columns=args.n if args.n > 1 else 8)
-    print(f"{len(outputs)} samples of {len(prompts)} prompts in {out}, all together in {out / 'grid.png'}")
+    count = f"{len(outputs)} sample{'s' * (len(outputs) > 1)}"
+    print(f"{count} of {len(prompts)} prompt{'s' * (len(prompts) > 1)} in {out}, all together in {out / 'grid.png'}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ import yaml
 from genpolicy import config, report, resources
 from genpolicy.build import deployed_sampler, make_policy, make_rewards
 from genpolicy.config import ConfigError, Experiment, make
-from genpolicy.experiment import evaluation_prompts, finished, train
+from genpolicy.experiment import evaluation_prompts, finished, spent, train
 from genpolicy.report import COLOURS, Panel, series, smooth
 
 if TYPE_CHECKING:
@@ -72,18 +73,20 @@ def compare(configs: Sequence[str], over: Sequence[int], out: Path, overrides: S
     arms = [Arm(_name(path), config.load(path, overrides)) for path in configs]
     _require_comparable(arms)
     asked = [(arm, seed, out / arm.name / f"seed-{seed}") for seed in over for arm in arms]
+    begun = {folder for _, _, folder in asked if (folder / "config.yaml").is_file()}
     for arm, seed, folder in asked:
         _require_same(_with(arm, seed, folder), folder)
     for place, (arm, seed, folder) in enumerate(asked, 1):
         print(f"[{place}/{len(asked)}] {arm.name}, seed {seed}: {folder}", file=sys.stderr)
         if finished(folder):
             continue
-        resumable = (folder / "config.yaml").is_file()
-        train(folder / "config.yaml" if resumable else _with(arm, seed, folder))
+        result = train(folder / "config.yaml" if folder in begun else _with(arm, seed, folder))
         gc.collect()  # one model at a time
-        if not finished(folder):
+        if not spent(result.summary):
             print("stopped; the same command goes on from here", file=sys.stderr)
             return 0
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     runs = [_read(arm.name, seed, folder) for arm, seed, folder in asked]
     table = summarise(runs)
     report.write_json(out / "compare.json", table)

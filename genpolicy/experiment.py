@@ -8,7 +8,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,13 +164,15 @@ def _is_run(path: Path) -> bool:
 
 
 def finished(folder: Path) -> bool:
-    """Whether a run has spent its budget (one that was stopped has a summary too)."""
+    """Whether the run in a folder has spent its budget (one that was stopped has a summary too)."""
     file = folder / "summary.json"
-    if not file.is_file():
-        return False
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    spent = {"iterations": "iterations", "nfe": "evaluations", "seconds": "training_s"}
-    return any(limit and summary[spent[name]] >= limit for name, limit in summary["asked"].items())
+    return file.is_file() and spent(json.loads(file.read_text(encoding="utf-8")))
+
+
+def spent(summary: Mapping[str, Any]) -> bool:
+    """Whether a run with this summary has spent its budget."""
+    done = {"iterations": "iterations", "nfe": "evaluations", "seconds": "training_s"}
+    return any(limit and summary[done[name]] >= limit for name, limit in summary["asked"].items())
 
 
 def versions() -> dict[str, str]:

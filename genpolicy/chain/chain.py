@@ -45,7 +45,9 @@ class Trajectory:
         """A stretch of rows; where a start is shared it must be whole groups."""
         start, stop, stride = rows.indices(len(self))
         if stride != 1 or start % self.shared or stop % self.shared:
-            raise ValueError(f"rows {start}:{stop}:{stride} skip rows or cut a group of {self.shared} that shares its start")
+            raise ValueError(
+                f"rows {start}:{stop}:{stride} skip rows or cut a group of {self.shared} that shares its start"
+            )
         return replace(
             self,
             condition=self.condition[rows],

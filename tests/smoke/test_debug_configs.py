@@ -1,0 +1,22 @@
+"""Every debug YAML runs through the CLI, and its policy can be drawn from."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from genpolicy import resources
+from genpolicy.cli import main
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in resources.configs() if name.startswith("debug/")))
+def test_debug_config_trains_and_draws(tmp_path: Path, name: str):
+    run = tmp_path / "run"
+    assert main(["train", name, f"--output={run}"]) == 0
+    assert json.loads((run / "summary.json").read_text())["iterations"] == 2
+    text = "a red circle left of a blue square"
+    assert main(["sample", str(run), "--prompts", text, "--out", str(tmp_path / "out"), "--n", "2"]) == 0
+    assert (tmp_path / "out" / "000_01.png").is_file()
