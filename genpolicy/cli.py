@@ -164,14 +164,17 @@ def _sampler(args: Any) -> dict[str, Any]:
 
 def _train(args: Any) -> int:
     from genpolicy.experiment import rehearse, train
+    from genpolicy.run import end_processes
 
     main_process = os.environ.get("RANK", "0") == "0"
     if args.plan:
         plan = rehearse(args.config, args.overrides)
+        end_processes()
         if main_process:
             _print_plan(*plan)
         return 0
     result = train(args.config, args.overrides)
+    end_processes()
     if main_process:
         print(f"{result.folder}: {_rewards(result.before, result.after)}")
     return 0
@@ -294,8 +297,11 @@ def _write_sample(output: "Tensor", stem: Path) -> None:
 
 def _compare(args: Any) -> int:
     from genpolicy.compare import compare, seeds
+    from genpolicy.run import end_processes
 
-    return compare(args.configs, seeds(args.seeds), Path(args.out), args.overrides)
+    code = compare(args.configs, seeds(args.seeds), Path(args.out), args.overrides)
+    end_processes()
+    return code
 
 
 def _quickstart(args: Any) -> int:

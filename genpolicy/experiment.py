@@ -57,11 +57,11 @@ class Rehearsal:
         weights, evaluations = run.snapshot(), run.policy.model.evaluations
         run.iteration, started = 1, time.perf_counter()
         yield 1
-        run.phase(None)
+        run.journal.phase(None)
         self.total_seconds = time.perf_counter() - started
-        self.samples = run.collected * run.accelerator.num_processes
-        self.evaluations_per_sample = (run.policy.model.evaluations - evaluations) / max(run.collected, 1)
-        self.phases = {name: (spent, run.memory[name]) for name, spent in run.clock.items()}
+        self.samples = run.journal.collected * run.processes.count
+        self.evaluations_per_sample = (run.policy.model.evaluations - evaluations) / max(run.journal.collected, 1)
+        self.phases = {name: (spent, run.journal.memory[name]) for name, spent in run.journal.clock.items()}
         run.restore(weights)
 
     def project(self, experiment: Experiment) -> None:
@@ -93,6 +93,8 @@ def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) ->
     accelerator = start_processes(experiment, folder)
     with _folder(folder, resume) if accelerator.is_main_process else contextlib.nullcontext():
         run, method = prepare(experiment, folder, accelerator)
+        if experiment.trackers:  # now, not before: they write into the folder
+            accelerator.init_trackers("genpolicy", config=dataclasses.asdict(experiment))
         method.train(run)
         return _finish(run, time.perf_counter() - started)
 
@@ -110,13 +112,14 @@ def _finish(run: Run, wall_time: float) -> Result:
         "evaluations": run.evaluations,
         "replay_gap": run.replay_gap,
         "seeds": {"run": run.experiment.seed, "eval": run.experiment.eval.seed},
-        "processes": run.accelerator.num_processes,
+        "processes": run.processes.count,
         "versions": {"python": platform.python_version(), **versions()},
     }
-    if run.accelerator.is_main_process:
+    if run.processes.main:
         report.figures(run.folder)
         report.write_json(run.folder / "summary.json", summary)
-    run.accelerator.end_training()
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
     return Result(run.folder, run.before, after, summary)
 
 

@@ -5,20 +5,17 @@ around the network: gradients are summed over processes by hand, so that a pipel
 """
 
 import contextlib
-import dataclasses
 import math
-import resource
 import signal
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,9 +24,11 @@ from genpolicy.build import deployed_sampler, make_policy, save_policy
 from genpolicy.chain import Noise, Trajectory
 from genpolicy.config import ConfigError, Experiment
 from genpolicy.evaluate import Evaluation, evaluate
+from genpolicy.journal import Journal
 from genpolicy.micro_batch import MicroBatches
 from genpolicy.optimizer import Optimizer
 from genpolicy.policy import ChainPolicy, swapped
+from genpolicy.processes import Processes
 from genpolicy.rescore import LogRatio, replay_gap, scored_again
 from genpolicy.reward import Context, WeightedRewards
 from genpolicy.rollout import Judged, Rollout, Scored, collect, concatenate
@@ -71,16 +70,15 @@ class Run:
     ) -> None:
         self.experiment, self.policy, self.task, self.reward = experiment, policy, task, reward
         self.eval_prompts, self.folder, self.accelerator = eval_prompts, folder, accelerator
+        self.processes = Processes(accelerator)
         self.sampler = deployed_sampler(experiment.chain, experiment.eval.sampler)
         self.deployed = make_policy(policy.model, self.sampler)
         self.window = policy.chain.stochastic
         self.iteration = 0
         self.seconds = 0.0
         self.trainable = list(policy.model.trainable().values())
-        many = accelerator.num_processes > 1
-        self.optimizer = Optimizer(
-            experiment.optimizer, self.trainable, policy.model.precision == "fp16", self._reduce if many else None
-        )
+        reduce = self.processes.reduce if self.processes.count > 1 else None
+        self.optimizer = Optimizer(experiment.optimizer, self.trainable, policy.model.precision == "fp16", reduce)
         self.micro_batches = MicroBatches(experiment.micro_batch, self.say)
         self.registered: dict[str, Stateful] = {}
         self.before: dict[str, Any] = {}
@@ -88,11 +86,8 @@ class Run:
         self.best = -math.inf
         self.replay_gap: float | None = None
         self._rescore: bool | None = None
-        self._metrics: dict[str, list[float]] = defaultdict(list)
-        self.clock: dict[str, float] = defaultdict(float)
-        self.memory: dict[str, float] = defaultdict(float)
+        self.journal = Journal()
         self.rehearse: Callable[[Run], Iterator[int]] | None = None
-        self.collected = 0
         self._stop = False
         self._drawn = 0.0
         self._evaluated_at = -1
@@ -107,7 +102,7 @@ class Run:
             yield from self.rehearse(self)
             return
         self._resume()
-        if self.accelerator.is_main_process:
+        if self.processes.main:
             (self.folder / "config.yaml").write_text(config.to_yaml(self.experiment))
         if self.iteration == 0 and not self.before:
             self.before = self.evaluate()
@@ -137,7 +132,7 @@ class Run:
     @property
     def evaluations(self) -> float:
         """Network evaluations of training so far, all processes together, in rows."""
-        return self._evaluations_before + self.policy.model.evaluations * self.accelerator.num_processes
+        return self._evaluations_before + self.policy.model.evaluations * self.processes.count
 
     _evaluations_before = 0.0
 
@@ -151,7 +146,7 @@ class Run:
         """
         window = self._draw_window()
         policy = self.policy.with_window(window)
-        local = self._local_groups(groups, updates)
+        local = self.processes.groups(groups, updates)
         base = (self.iteration - 1) * groups
         prompts = tuple(self.task.reset(range(base, base + groups)).prompts)
         rows = [prompts[g] for g in local.tolist() for _ in range(members)]
@@ -161,13 +156,21 @@ class Run:
             context = Context(rows[rows_])
             branch = window[0] if shared_prefix else None
             return collect(
-                policy, context, self.reward, noise[rows_], members=members, branch_at=branch, on_phase=self.phase
+                policy,
+                context,
+                self.reward,
+                noise[rows_],
+                members=members,
+                branch_at=branch,
+                on_phase=self.journal.phase,
             )
 
         judged = concatenate(self.micro_batches(chunk, len(rows), members), policy)
-        self.phase(None)
-        self.collected += len(rows)
-        parts = {name: self._gather_groups(value.view(-1, members), updates) for name, value in judged.parts.items()}
+        self.journal.phase(None)
+        self.journal.collected += len(rows)
+        parts = {
+            name: self.processes.gather_groups(value.view(-1, members), updates) for name, value in judged.parts.items()
+        }
         rewards = self.reward.total(parts)
         for name, value in {**parts, "total": rewards}.items():
             self.log(f"reward/{name}", value.mean().item())
@@ -186,23 +189,6 @@ class Run:
         start = low + min(int(uniform * (high - size - low + 1)), high - size - low)
         return start, start + size
 
-    def _local_groups(self, groups: int, updates: int) -> Tensor:
-        world = self.accelerator.num_processes
-        if groups % (updates * world):
-            raise ConfigError(
-                f"{groups} groups can't be split evenly into {updates} updates on {world} processes: "
-                f"the number of groups must be a multiple of {updates * world}"
-            )
-        return torch.arange(groups).view(updates, world, -1)[:, self.accelerator.process_index].flatten()
-
-    def _gather_groups(self, local: Tensor, updates: int) -> Tensor:
-        """[m,N] of this process to [M,N] of all, in the groups' global order."""
-        world = self.accelerator.num_processes
-        if world == 1:
-            return local
-        gathered = self._gather_rows(local)
-        return gathered.view(world, updates, -1, local.shape[1]).transpose(0, 1).reshape(-1, local.shape[1])
-
     def minibatches(self, rollout: Rollout, updates: int, epochs: int = 1) -> Iterator[slice]:
         """``epochs`` passes over the rollout in ``updates`` minibatches of whole groups: this process's rows of
         each.
@@ -220,7 +206,7 @@ class Run:
         """
         policy = self._window_of(rollout.trajectory)
         if self._rescore is None:
-            self.phase(REPLAY_CHECK)
+            self.journal.phase(REPLAY_CHECK)
             counted = policy.model.evaluations
             gap, k = replay_gap(policy, rollout.trajectory, log_ratio, self.micro_batches)
             self.replay_gap = gap
@@ -238,10 +224,10 @@ class Run:
                         f"more than a tenth of the clip range ({tolerance:.1e}); use precision fp32, a smaller window or a larger clip"
                     )
             policy.model.evaluations = counted
-            self.phase(None)
+            self.journal.phase(None)
         if not self._rescore:
             return rollout
-        self.phase("rescore")
+        self.journal.phase("rescore")
         return replace(rollout, trajectory=scored_again(policy, rollout.trajectory, self.micro_batches))
 
     def _window_of(self, trajectory: Trajectory) -> ChainPolicy:
@@ -257,10 +243,10 @@ class Run:
 
         advantage [M,N]. reference: a snapshot under which every step is scored too, without gradients.
         """
-        self.phase("update")
+        self.journal.phase("update")
         chains = rollout.trajectory[rows]
         policy, advantages = self._window_of(chains), rollout.rows(advantage)[rows]
-        count = len(chains) * len(chains.steps) * self.accelerator.num_processes
+        count = len(chains) * len(chains.steps) * self.processes.count
         sums: dict[str, float] = {}
 
         def accumulate(part: slice) -> None:
@@ -277,10 +263,10 @@ class Run:
         restart()
         self.micro_batches(accumulate, len(chains), chains.shared, restart)
         self.log("grad_norm", self.optimizer.step(self.progress))
-        totals = self._sum(torch.tensor(list(sums.values()), dtype=torch.float64)) / count
+        totals = self.processes.sum(torch.tensor(list(sums.values()), dtype=torch.float64)) / count
         for name, value in zip(sums, totals.tolist(), strict=True):
             self.log(f"policy/{name}", value)
-        self.phase(None)
+        self.journal.phase(None)
 
     def _score(
         self, policy: ChainPolicy, batch: Trajectory, k: int, advantage: Tensor, reference: Sequence[Tensor] | None
@@ -323,7 +309,7 @@ class Run:
     def _resume(self) -> None:
         state = checkpoint.latest(self.folder)
         if state is None:
-            if self.accelerator.is_main_process:
+            if self.processes.main:
                 report.truncate(self.folder, -1)
             return
         try:
@@ -337,9 +323,9 @@ class Run:
         self._evaluations_before, self.best = counters["evaluations"], counters["best"]
         self.before, self._rescore = counters["before"], counters["rescore"]
         self.last, self._evaluated_at = counters["last"], counters["evaluated_at"]
-        if self.accelerator.is_main_process:
+        if self.processes.main:
             report.truncate(self.folder, self.iteration)
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         self.say(f"resumed at iteration {self.iteration}")
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -351,7 +337,7 @@ class Run:
 
     def _save(self) -> None:
         """Checkpoint, and the policy as it stands, written atomically by the main process."""
-        if self.accelerator.is_main_process:
+        if self.processes.main:
             counters = {
                 "iteration": self.iteration,
                 "seconds": self.seconds,
@@ -372,7 +358,7 @@ class Run:
             if self.iteration:
                 with self.optimizer.averaged():
                     save_policy(self.deployed, self.experiment, self.sampler, self.folder / "policy")
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
 
     # ---------------------------------------------------------------- evaluating and telling
 
@@ -389,13 +375,13 @@ class Run:
                 prompts=self.eval_prompts,
                 samples=e.samples,
                 seed=e.seed,
-                process=(self.accelerator.process_index, self.accelerator.num_processes),
-                gather=self._gather_rows,
+                process=(self.processes.index, self.processes.count),
+                gather=self.processes.gather,
                 batch=self.micro_batches.size or 256,
             )
             self.policy.model.evaluations = evaluations
             metrics = result.metrics()
-            if self.accelerator.is_main_process:
+            if self.processes.main:
                 self._keep(result, metrics)
         self.last, self._evaluated_at = metrics, self.iteration
         return metrics
@@ -412,7 +398,7 @@ class Run:
 
     def show(self, rollout: Rollout, advantage: Tensor) -> None:
         """Where an evaluation is due, draw one group with its rewards and advantages [M,N]."""
-        if self._evaluation_due() and self.accelerator.is_main_process:
+        if self._evaluation_due() and self.processes.main:
             n = rollout.rewards.shape[1]
             group = int(rollout.local[0])
             report.group(
@@ -425,11 +411,11 @@ class Run:
 
     def log(self, name: str, value: float) -> None:
         """Add a number to this iteration's metrics; several in one iteration are averaged."""
-        self._metrics[name].append(value)
+        self.journal.log(name, value)
 
     def say(self, text: str) -> None:
         """One line to the person, above the progress bar."""
-        if self.accelerator.is_main_process:
+        if self.processes.main:
             tqdm.write(text, file=sys.stderr)
 
     def _evaluation_due(self) -> bool:
@@ -437,27 +423,21 @@ class Run:
         return self.rehearse is None and bool(every) and self.iteration % every == 0
 
     def _finish_iteration(self, evaluations: float, bar: tqdm) -> None:
-        metrics = {name: sum(values) / len(values) for name, values in self._metrics.items()}
-        rows = self.collected or 1
+        rows = self.journal.collected or 1
+        metrics = self.journal.close()
         metrics["nfe_per_sample"] = (self.policy.model.evaluations - evaluations) / rows
         metrics["lr"] = self.optimizer.lr(self.progress)
-        metrics.update({f"time/{phase}": spent for phase, spent in self.clock.items()})
         metrics["time_s"] = self.seconds
-        metrics["memory/peak_gb"] = max(self.memory.values(), default=0.0)
-        if self.accelerator.is_main_process:
+        if self.processes.main:
             report.append(self.folder, {"iteration": self.iteration, **metrics})
             self.accelerator.log(metrics, step=self.iteration)
-        self._metrics.clear()
-        self.clock.clear()
-        self.memory.clear()
-        self.collected = 0
         advance = min(self.progress, 1.0) * bar.total - bar.n
         reward = f"{metrics.get('reward/total', math.nan):.3f} ± {metrics.get('reward/total_ci95', math.nan):.3f}"
         bar.set_postfix_str(f"reward {reward}, {metrics['nfe_per_sample']:.1f} evaluations/sample", refresh=False)
         bar.update(advance)
         if self._evaluation_due() or self.progress >= 1:
             self.evaluate()
-            if self.accelerator.is_main_process and self.progress < 1 and time.monotonic() - self._drawn > REDRAW:
+            if self.processes.main and self.progress < 1 and time.monotonic() - self._drawn > REDRAW:
                 report.figures(self.folder)  # `finish` draws the last
                 self._drawn = time.monotonic()
         if self.iteration % self.experiment.checkpoint_every == 0:
@@ -466,13 +446,6 @@ class Run:
     _phase_name: str | None = None
     _phase_started = 0.0
 
-    def phase(self, name: str | None) -> None:
-        now = time.perf_counter()
-        if self._phase_name is not None:
-            self.clock[self._phase_name] += now - self._phase_started
-            self.memory[self._phase_name] = max(self.memory[self._phase_name], _peak_gigabytes())
-        self._phase_name, self._phase_started = name, now
-
     def _bar(self) -> tqdm:
         total = self.experiment.budget.iterations or 100
         return tqdm(
@@ -480,7 +453,7 @@ class Run:
             initial=min(self.progress, 1.0) * total,
             desc=str(self.experiment.method["name"]),
             unit="it" if self.experiment.budget.iterations else "%",
-            disable=not self.accelerator.is_main_process,
+            disable=not self.processes.main,
             bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n:.0f}/{total} [{elapsed}<{remaining}] {postfix}",
             file=sys.stderr,
         )
@@ -494,22 +467,7 @@ class Run:
         )
 
     def _stopping(self) -> bool:
-        return bool(self._sum(torch.tensor([float(self._stop)]))[0] > 0)
-
-    def _sum(self, value: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return value
-        return self._reduce(value.to(self.accelerator.device)).cpu()
-
-    def _reduce(self, value: Tensor) -> Tensor:
-        """The sum over all processes, on their device."""
-        return self.accelerator.reduce(value, "sum")  # type: ignore[return-value]
-
-    def _gather_rows(self, value: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return value
-        gathered: Tensor = self.accelerator.gather(value.to(self.accelerator.device))  # type: ignore[assignment]
-        return gathered.cpu()
+        return bool(self.processes.sum(torch.tensor([float(self._stop)]))[0] > 0)
 
     def conclude(self) -> dict[str, Any]:
         """The evaluation after the last iteration, made now unless it was made already."""
@@ -530,23 +488,13 @@ class Run:
 
 
 def start_processes(experiment: Experiment, folder: Path | None) -> Accelerator:
-    """Join the processes that launched this run, with the experiment's trackers writing to its folder."""
+    """Join the processes that launched this run; its trackers will write to ``folder``."""
     try:
-        accelerator = Accelerator(log_with=list(experiment.trackers) or None, project_dir=folder)
+        return Accelerator(log_with=list(experiment.trackers) or None, project_dir=folder)
     except ValueError as error:
         raise ConfigError(f"the experiment: trackers: {error}") from None
-    if experiment.trackers and folder is not None:
-        accelerator.init_trackers("genpolicy", config=dataclasses.asdict(experiment))
-    return accelerator
 
 
-def _peak_gigabytes() -> float:
-    """The accelerator's memory at its highest since the last call; without one, this process's at its highest so
-    far.
-    """
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+def end_processes() -> None:
+    """Leave them: at the end of a program, not of a run, after which another may follow (`genpolicy compare`)."""
+    PartialState().destroy_process_group()

@@ -1,0 +1,55 @@
+"""What one iteration adds up to: numbers by name, seconds and memory by phase, rows collected."""
+
+import resource
+import sys
+import time
+from collections import defaultdict
+
+import torch
+
+
+class Journal:
+    """Numbers of the iteration that is running; `close` returns them and begins the next page."""
+
+    def __init__(self) -> None:
+        self._phase: str | None = None
+        self._since = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.numbers: dict[str, list[float]] = defaultdict(list)
+        self.clock: dict[str, float] = defaultdict(float)
+        self.memory: dict[str, float] = defaultdict(float)
+        self.collected = 0
+
+    def log(self, name: str, value: float) -> None:
+        """Add a number; several of one name are averaged."""
+        self.numbers[name].append(value)
+
+    def phase(self, name: str | None) -> None:
+        """From now on this is what time is spent on (None: nothing that is counted)."""
+        now = time.perf_counter()
+        if self._phase is not None:
+            self.clock[self._phase] += now - self._since
+            self.memory[self._phase] = max(self.memory[self._phase], _peak_gigabytes())
+        self._phase, self._since = name, now
+
+    def close(self) -> dict[str, float]:
+        """The averages, time/PHASE in seconds, memory/peak_gb; and a new page."""
+        metrics = {name: sum(values) / len(values) for name, values in self.numbers.items()}
+        metrics |= {f"time/{phase}": spent for phase, spent in self.clock.items()}
+        metrics["memory/peak_gb"] = max(self.memory.values(), default=0.0)
+        self._begin()
+        return metrics
+
+
+def _peak_gigabytes() -> float:
+    """The accelerator's memory at its highest since the last call; without one, this process's at its highest so
+    far.
+    """
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
