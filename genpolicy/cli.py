@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0, help="of the run (default: %(default)s)")
 
     one = verb("train", _train, "Run an experiment, or resume one from its run's config.yaml.")
+    one.usage = "genpolicy train CONFIG [--section.key=value ...] [--plan]"
     one.add_argument("config", help="a YAML, or the name of a shipped one (genpolicy list configs)")
     one.add_argument(
         "--plan", action="store_true", help="only measure one iteration: cost, time, memory; writes nothing"
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     _sampler_options(one)
 
     one = verb("compare", _compare, "Train several experiments from one start, at equal budget, over several seeds.")
+    one.usage = "genpolicy compare CONFIG CONFIG ... --out DIR [--seeds S] [--section.key=value ...]"
     one.add_argument("configs", nargs="+", metavar="CONFIG", help="YAMLs, or names of shipped ones")
     one.add_argument("--seeds", default="0-2", help="such as 0-2 or 0,3,7 (default: %(default)s)")
     one.add_argument("--out", required=True, metavar="DIR", help="folder of the runs, the table and the figure")
