@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,12 @@ CHECKOUT = Path(__file__).parents[2]
 TIMES = ("time", "lr_time", "memory")
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
 def launch(arguments, processes=1, wait=True):
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true",
@@ -32,7 +39,7 @@ def launch(arguments, processes=1, wait=True):
         "--nproc_per_node",
         str(processes),
         "--master_port",
-        str(random.randint(20_000, 60_000)),
+        str(free_port()),
     ]
     command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "genpolicy", "train", *arguments]
     process = subprocess.Popen(
