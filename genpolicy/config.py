@@ -173,6 +173,7 @@ class Experiment:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(iterations=100))
     eval: EvalConfig = field(default_factory=EvalConfig)
+    threads: int | None = None  # CPU threads of a process; small networks are fastest on 1 (default: torch's)
     micro_batch: int | str = "auto"  # rows of one forward and backward; auto: all, halved when memory runs out
     checkpoint_every: int = 20  # iterations between checkpoints
     trackers: list[str] = field(default_factory=list)  # accelerate's: tensorboard, wandb, ...
@@ -180,7 +181,7 @@ class Experiment:
     output: str = "runs/experiment"
 
     def __post_init__(self) -> None:
-        at_least("the experiment", self, checkpoint_every=1)
+        at_least("the experiment", self, checkpoint_every=1, threads=1)
         if self.micro_batch != "auto" and not (isinstance(self.micro_batch, int) and self.micro_batch >= 1):
             raise ConfigError(
                 f"the experiment: micro_batch is {self.micro_batch!r}; it must be auto or a number of rows, at least 1"

@@ -194,6 +194,8 @@ def evaluation_prompts(experiment: Experiment, task: Task) -> tuple[str, ...]:
 def prepare(experiment: Experiment, folder: Path, accelerator: Any) -> tuple[Run, Method]:
     """Build everything an experiment names; what does not fit raises before any work starts."""
     torch.manual_seed(experiment.seed)
+    if experiment.threads is not None:
+        torch.set_num_threads(experiment.threads)
     method = make("methods", experiment.method)
     task = make("tasks", experiment.task)
     reward = make_rewards(experiment.reward)
