@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genpolicy.chain import Noise
+from genpolicy.micro_batch import MicroBatches
 from genpolicy.policy import ChainPolicy
 from genpolicy.reward import Context, WeightedRewards
-from genpolicy.rollout import collect
+from genpolicy.rollout import Judged, collect
 
 EVALUATION = -1
 """The ``iteration`` of evaluation noise: training never draws from it."""
 THUMBNAIL = 32
+BLOCK = 256
+"""Rows that are sampled at once where memory allows."""
 SHOWN = 64
 """Outputs that an evaluation keeps for looking at."""
 
@@ -86,7 +89,7 @@ def evaluate(
     seed: int,
     process: tuple[int, int] = (0, 1),
     gather: Callable[[Tensor], Tensor] = lambda value: value,
-    batch: int = 256,
+    micro_batches: MicroBatches | None = None,
     shown: int = SHOWN,
 ) -> Evaluation:
     """Sample ``samples`` outputs, prompt i mod P each, and judge them. Noise is named by prompt and repetition: any
@@ -97,16 +100,24 @@ def evaluate(
     share = math.ceil(samples / count)
     mine = [min(i, samples - 1) for i in range(index * share, (index + 1) * share)]
     outputs, parts, thumbnails = [], [], []
-    for start in range(0, share, batch):
-        chunk = torch.tensor(mine[start : start + batch])
-        context = Context([str(prompts[i % len(prompts)]) for i in chunk.tolist()])
-        noise = Noise(seed, EVALUATION, chunk % len(prompts), chunk // len(prompts))
-        judged = collect(policy, context, reward, noise, members=1, keep=(0, 0))
-        pixels = judged.outputs.float().cpu()
-        thumbnails.append(_thumbnail(pixels))
-        parts.append({**judged.parts, "total": reward.total(judged.parts)})
-        if sum(map(len, outputs)) < shown:
-            outputs.append(pixels)
+
+    def judge(rows: Tensor) -> Judged:
+        context = Context([str(prompts[i % len(prompts)]) for i in rows.tolist()])
+        noise = Noise(seed, EVALUATION, rows % len(prompts), rows // len(prompts))
+        return collect(policy, context, reward, noise, members=1, keep=(0, 0))
+
+    fits = micro_batches or MicroBatches("auto", lambda text: None)
+    for block in torch.tensor(mine).split(BLOCK):
+        counted = policy.model.evaluations
+
+        def restart(counted: float = counted) -> None:
+            policy.model.evaluations = counted
+
+        for judged in fits(lambda part, block=block: judge(block[part]), len(block), restart=restart):
+            thumbnails.append(_thumbnail(judged.outputs))
+            parts.append({**judged.parts, "total": reward.total(judged.parts)})
+            if sum(map(len, outputs)) < shown:
+                outputs.append(judged.outputs)
     names = list(parts[0])
     gathered = {name: gather(torch.cat([p[name] for p in parts]))[:samples] for name in names}
     asked = tuple(prompts[i % len(prompts)] for i in range(samples))
@@ -129,18 +140,6 @@ def _diversity(thumbnails: Tensor, prompts: int) -> float:
     return float(torch.stack(spreads).mean()) if spreads else math.nan
 
 
-def fitting[T](work: Callable[[int], T], batch: int = 256) -> T:
-    """work(batch), again with half the batch whenever the accelerator's memory does not suffice."""
-    while True:
-        try:
-            return work(batch)
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-            batch //= 2
-            torch.cuda.empty_cache()
-
-
 def measure(
     policy: ChainPolicy,
     reward: WeightedRewards,
@@ -150,14 +149,10 @@ def measure(
     seed: int,
     shown: int = SHOWN,
 ) -> tuple[Evaluation, float]:
-    """`evaluate` in batches that fit, and the network evaluations per sample it took."""
-
-    def work(batch: int) -> tuple[Evaluation, float]:
-        before = policy.model.evaluations
-        found = evaluate(policy, reward, prompts=prompts, samples=samples, seed=seed, batch=batch, shown=shown)
-        return found, (policy.model.evaluations - before) / samples
-
-    return fitting(work)
+    """`evaluate`, and the network evaluations per sample it took."""
+    before = policy.model.evaluations
+    found = evaluate(policy, reward, prompts=prompts, samples=samples, seed=seed, shown=shown)
+    return found, (policy.model.evaluations - before) / samples
 
 
 def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -> Tensor:
@@ -172,10 +167,13 @@ def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -
         with torch.no_grad():
             return policy.model.decode(trajectory.x0).float().cpu()
 
-    def work(batch: int) -> Tensor:
-        return torch.cat([one(slice(start, start + batch)) for start in range(0, len(rows), batch)])
-
-    return fitting(work)
+    fits = MicroBatches("auto", lambda text: None)
+    starts = range(0, len(rows), BLOCK)
+    blocks = [slice(start, min(start + BLOCK, len(rows))) for start in starts]
+    drawn = [
+        fits(lambda part, b=b: one(slice(b.start + part.start, b.start + part.stop)), b.stop - b.start) for b in blocks
+    ]
+    return torch.cat([chunk for block in drawn for chunk in block])
 
 
 def latency(policy: ChainPolicy, prompt: str, seed: int, calls: int = 20, seconds: float = 60.0) -> dict[str, float]:

@@ -94,7 +94,7 @@ def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) ->
     with _folder(folder, resume) if accelerator.is_main_process else contextlib.nullcontext():
         run, method = prepare(experiment, folder, accelerator)
         if experiment.trackers:  # now, not before: they write into the folder
-            accelerator.init_trackers("genpolicy", config=dataclasses.asdict(experiment))
+            accelerator.init_trackers("genpolicy", config={"experiment": config.to_yaml(experiment)})
         method.train(run)
         return _finish(run, time.perf_counter() - started)
 

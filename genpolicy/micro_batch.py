@@ -31,7 +31,10 @@ class MicroBatches:
             try:
                 return [work(slice(start, min(start + size, rows))) for start in range(0, rows, size)]
             except RuntimeError as error:
-                if not self.auto or not any(text in str(error) for text in OUT_OF_MEMORY):
+                exhausted = isinstance(error, torch.OutOfMemoryError) or any(
+                    text in str(error) for text in OUT_OF_MEMORY
+                )
+                if not (self.auto and exhausted):
                     raise
                 if min(size, rows) <= whole:
                     raise ConfigError(

@@ -92,6 +92,9 @@ class Optimizer:
         """The inverse of `state_dict`."""
         self.updates = state["updates"]
         self.adamw.load_state_dict(state["adamw"])
+        o = self.settings
+        for group in self.adamw.param_groups:  # what was asked for now, not what the checkpoint was made with
+            group.update(betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema = [value.to(p.device) for value, p in zip(state["ema"], self.parameters, strict=True)]

@@ -41,12 +41,10 @@ class Processes:
         return value if self.count == 1 else self.accelerator.gather(value.to(self.accelerator.device)).cpu()
 
     def reduce(self, value: Tensor) -> Tensor:
-        """The sum over all processes, on their device."""
-        return value if self.count == 1 else self.accelerator.reduce(value, "sum")
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes, on the CPU."""
-        return value if self.count == 1 else self.reduce(value.to(self.accelerator.device)).cpu()
+        """The sum over all processes, on the value's device."""
+        if self.count == 1:
+            return value
+        return self.accelerator.reduce(value.to(self.accelerator.device), "sum").to(value.device)
 
     def wait(self) -> None:
         """Go on together."""

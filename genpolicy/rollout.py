@@ -84,7 +84,8 @@ def collect(
     with torch.no_grad():
         outputs = policy.model.decode(trajectory.x0)
     on_phase("reward")
-    return Judged(trajectory, context, outputs, reward.parts(outputs, context))
+    parts = reward.parts(outputs, context)
+    return Judged(trajectory, context, outputs.float().cpu(), parts)
 
 
 def concatenate(judged: list[Judged], policy: ChainPolicy) -> Judged:

@@ -75,7 +75,7 @@ class Run:
         self.deployed = make_policy(policy.model, self.sampler)
         self.window = policy.chain.stochastic
         self.iteration = 0
-        self.seconds = 0.0
+        self.seconds = self.evaluations = 0.0  # of training so far; evaluations of all processes together, in rows
         self.trainable = list(policy.model.trainable().values())
         reduce = self.processes.reduce if self.processes.count > 1 else None
         self.optimizer = Optimizer(experiment.optimizer, self.trainable, policy.model.precision == "fp16", reduce)
@@ -111,12 +111,11 @@ class Run:
         try:
             with self._bar() as bar:
                 while self.progress < 1 and not self._stopping():
-                    started = time.perf_counter()
-                    evaluations = self.policy.model.evaluations
+                    started, counted = time.perf_counter(), self.policy.model.evaluations
                     self.iteration += 1
                     yield self.iteration
-                    self.seconds += time.perf_counter() - started
-                    self._finish_iteration(evaluations, bar)
+                    self._account(time.perf_counter() - started, self.policy.model.evaluations - counted)
+                    self._finish_iteration(self.policy.model.evaluations - counted, bar)
             self._save()
         finally:
             for number, handler in handlers.items():
@@ -129,12 +128,14 @@ class Run:
         spent = ((self.iteration, b.iterations), (self.evaluations, b.nfe), (self.seconds, b.seconds))
         return max((done / limit for done, limit in spent if limit), default=0.0)
 
-    @property
-    def evaluations(self) -> float:
-        """Network evaluations of training so far, all processes together, in rows."""
-        return self._evaluations_before + self.policy.model.evaluations * self.processes.count
-
-    _evaluations_before = 0.0
+    def _account(self, seconds: float, evaluations: float) -> None:
+        """Add an iteration's cost: the main process's clock and everybody's evaluations, the same numbers on every process,
+        because budget and learning rate follow from them.
+        """
+        cost = torch.tensor([seconds if self.processes.main else 0.0, evaluations], dtype=torch.float64)
+        spent, evaluated = self.processes.reduce(cost).tolist()
+        self.seconds += spent
+        self.evaluations += evaluated
 
     # ---------------------------------------------------------------- collecting
 
@@ -165,7 +166,12 @@ class Run:
                 on_phase=self.journal.phase,
             )
 
-        judged = concatenate(self.micro_batches(chunk, len(rows), members), policy)
+        counted = policy.model.evaluations
+
+        def restart() -> None:
+            policy.model.evaluations = counted
+
+        judged = concatenate(self.micro_batches(chunk, len(rows), members, restart), policy)
         self.journal.phase(None)
         self.journal.collected += len(rows)
         parts = {
@@ -208,7 +214,7 @@ class Run:
         if self._rescore is None:
             self.journal.phase(REPLAY_CHECK)
             counted = policy.model.evaluations
-            gap, k = replay_gap(policy, rollout.trajectory, log_ratio, self.micro_batches)
+            gap, k = self._replay_gap(policy, rollout.trajectory, log_ratio)
             self.replay_gap = gap
             self._rescore = gap > tolerance
             if self._rescore:
@@ -217,7 +223,7 @@ class Run:
                     "scored again with the training forward (one more evaluation per trained step)"
                 )
                 again = scored_again(policy, rollout.trajectory, self.micro_batches)
-                gap, k = replay_gap(policy, again, log_ratio, self.micro_batches)
+                gap, k = self._replay_gap(policy, again, log_ratio)
                 if gap > tolerance:
                     raise ConfigError(
                         f"replay is not exact: at step {k} two training forwards of the same state differ by a log-ratio of {gap:.1e}, "
@@ -229,6 +235,13 @@ class Run:
             return rollout
         self.journal.phase("rescore")
         return replace(rollout, trajectory=scored_again(policy, rollout.trajectory, self.micro_batches))
+
+    def _replay_gap(self, policy: ChainPolicy, trajectory: Trajectory, log_ratio: LogRatio) -> tuple[float, int]:
+        """The gap of whichever process finds the largest: all must decide alike."""
+        gap, k = replay_gap(policy, trajectory, log_ratio, self.micro_batches)
+        found = self.processes.gather(torch.tensor([[gap, float(k)]], dtype=torch.float64))
+        worst = found[found[:, 0].argmax()]
+        return float(worst[0]), int(worst[1])
 
     def _window_of(self, trajectory: Trajectory) -> ChainPolicy:
         return self.policy.with_window((trajectory.steps.start, trajectory.steps.stop))
@@ -256,14 +269,18 @@ class Run:
                 for name, metric in {"loss": value, **metrics}.items():
                     sums[name] = sums.get(name, 0.0) + float(metric.detach().double().sum())
 
+        counted = policy.model.evaluations
+
         def restart() -> None:
             self.optimizer.zero_grad()
             sums.clear()
+            policy.model.evaluations = counted
 
         restart()
         self.micro_batches(accumulate, len(chains), chains.shared, restart)
+        self.log("lr", self.optimizer.lr(self.progress))
         self.log("grad_norm", self.optimizer.step(self.progress))
-        totals = self.processes.sum(torch.tensor(list(sums.values()), dtype=torch.float64)) / count
+        totals = self.processes.reduce(torch.tensor(list(sums.values()), dtype=torch.float64)) / count
         for name, value in zip(sums, totals.tolist(), strict=True):
             self.log(f"policy/{name}", value)
         self.journal.phase(None)
@@ -320,8 +337,9 @@ class Run:
             ) from error
         counters = state["counters"]
         self.iteration, self.seconds = counters["iteration"], counters["seconds"]
-        self._evaluations_before, self.best = counters["evaluations"], counters["best"]
+        self.evaluations, self.best = counters["evaluations"], counters["best"]
         self.before, self._rescore = counters["before"], counters["rescore"]
+        self.replay_gap = counters["replay_gap"]
         self.last, self._evaluated_at = counters["last"], counters["evaluated_at"]
         if self.processes.main:
             report.truncate(self.folder, self.iteration)
@@ -347,6 +365,7 @@ class Run:
                 "last": self.last,
                 "evaluated_at": self._evaluated_at,
                 "rescore": self._rescore,
+                "replay_gap": self.replay_gap,
             }
             state = {
                 "parameters": [p.detach() for p in self.trainable],
@@ -377,7 +396,7 @@ class Run:
                 seed=e.seed,
                 process=(self.processes.index, self.processes.count),
                 gather=self.processes.gather,
-                batch=self.micro_batches.size or 256,
+                micro_batches=self.micro_batches,
             )
             self.policy.model.evaluations = evaluations
             metrics = result.metrics()
@@ -425,8 +444,7 @@ class Run:
     def _finish_iteration(self, evaluations: float, bar: tqdm) -> None:
         rows = self.journal.collected or 1
         metrics = self.journal.close()
-        metrics["nfe_per_sample"] = (self.policy.model.evaluations - evaluations) / rows
-        metrics["lr"] = self.optimizer.lr(self.progress)
+        metrics["nfe_per_sample"] = evaluations / rows
         metrics["time_s"] = self.seconds
         if self.processes.main:
             report.append(self.folder, {"iteration": self.iteration, **metrics})
@@ -443,9 +461,6 @@ class Run:
         if self.iteration % self.experiment.checkpoint_every == 0:
             self._save()
 
-    _phase_name: str | None = None
-    _phase_started = 0.0
-
     def _bar(self) -> tqdm:
         total = self.experiment.budget.iterations or 100
         return tqdm(
@@ -459,7 +474,7 @@ class Run:
         )
 
     def _request_stop(self, number: int, _frame: Any) -> None:
-        if self._stop and number == signal.SIGINT:
+        if self._stop:
             raise KeyboardInterrupt
         self._stop = True
         self.say(
@@ -467,11 +482,11 @@ class Run:
         )
 
     def _stopping(self) -> bool:
-        return bool(self.processes.sum(torch.tensor([float(self._stop)]))[0] > 0)
+        return bool(self.processes.reduce(torch.tensor([float(self._stop)]))[0] > 0)
 
     def conclude(self) -> dict[str, Any]:
-        """The evaluation after the last iteration, made now unless it was made already."""
-        return self.last if self._evaluated_at == self.iteration else self.evaluate()
+        """The last evaluation: of the end, or, where a signal stopped the run, the one before (the run will go on from there)."""
+        return self.last if self._evaluated_at == self.iteration or self.progress < 1 else self.evaluate()
 
     def require_density(self) -> None:
         """Raise unless every step of the window has a density: a likelihood method can't train a point."""

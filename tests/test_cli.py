@@ -16,6 +16,7 @@ from genpolicy.build import make_rewards, saved
 from genpolicy.cli import main
 from genpolicy.config import ConfigError
 from genpolicy.evaluate import EVALUATION, draw, evaluate, measure, paired
+from genpolicy.micro_batch import MicroBatches
 from tests.toy import PROMPTS, experiment
 
 torch.set_num_threads(1)
@@ -194,7 +195,10 @@ def test_evaluate_as_asked(run: Path, tmp_path: Path):
 def test_evaluation_is_that_of_any_batch(run: Path):
     policy, rewards = saved(run).load(), make_rewards({"tests.toy:brightness": 1.0})
     results = [
-        evaluate(policy, rewards, prompts=PROMPTS, samples=10, seed=3, batch=batch).parts["total"] for batch in (10, 3)
+        evaluate(policy, rewards, prompts=PROMPTS, samples=10, seed=3, micro_batches=MicroBatches(size, print)).parts[
+            "total"
+        ]
+        for size in (10, 3)
     ]
     assert torch.allclose(*results, atol=1e-6)
 
