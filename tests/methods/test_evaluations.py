@@ -1,5 +1,7 @@
-"""Network evaluations per sample (F, a backward priced as a forward): what is published, and what our exact savings
-leave of it."""
+"""Network evaluations per sample (F, a backward priced as a forward), as published and as ours.
+
+Ours: no backward through the negative branch, a window of steps, a prefix that a group shares.
+"""
 
 import json
 
@@ -41,6 +43,11 @@ def test_unconditional_branch_outside_the_graph(tmp_path):
 
 def test_without_a_kl_there_is_no_reference_pass(tmp_path):
     assert measured(tmp_path, GUIDED) == 47
+
+
+def test_the_whole_chain_unguided_and_without_kl(tmp_path):
+    """10 + 9 * 2 = 28."""
+    assert measured(tmp_path, SD3) == 28
 
 
 def test_guidance_free_window_of_two(tmp_path):
