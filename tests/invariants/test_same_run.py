@@ -151,9 +151,10 @@ def test_two_processes_equal_one_after_a_hundred_updates(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_four_processes_resumes_on_two(tmp_path):
+    shared = {**HUNDRED, "method": {**HUNDRED["method"], "groups": 16}}
     four, mixed = (
-        write(tmp_path / "four", **HUNDRED),
-        write(tmp_path / "mixed", **{**HUNDRED, "budget": {"iterations": 10}}),
+        write(tmp_path / "four", **shared),
+        write(tmp_path / "mixed", **{**shared, "budget": {"iterations": 10}}),
     )
     launch([str(four)], 4)
     launch([str(mixed)], 4)
