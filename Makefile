@@ -22,7 +22,7 @@ unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 help:  ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-quickstart: $(CORE)  ## both worlds on the embedded models, minutes on a CPU
+quickstart: $(CORE)  ## the embedded model learns by reinforcement what its prompts say; minutes on a CPU
 	$(BIN)/genpolicy quickstart
 
 test: $(DEV)  ## the tests but the slow ones and those for a GPU (WORKERS=processes)
