@@ -54,7 +54,7 @@ class Gaussian:
         """log N(x; mean, std^2) = -(x-mean)^2 / (2 std^2) - log std - log(2 pi)/2, reduced over E as asked.
 
         ``reduce`` has no default on purpose: clip ranges only mean something beside it ("mean": 1e-6..1e-3 on images,
-        "sum": .1...3).
+        "sum": 0.1..0.3).
         """
         std = self._density_std(mask)
         difference = _keep(x - self.mean, mask)

@@ -32,7 +32,7 @@ class FlowGRPO:
 
     groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps per pass over a
     rollout (2). epochs: passes (1). clip: eps, unitless, read beside ``reduce`` (1e-4 with "mean"). reduce: of the
-    log-ratio over event dims; "mean" as in every public repository, "sum" is the textbook likelihood (clip .1....3).
+    log-ratio over event dims; "mean" as in every public repository, "sum" is the textbook likelihood (clip 0.1 to 0.3).
     advantage: "all" (global_std), "group", "none", "leave_one_out", "prompt_history"; combine: "sum" or "z_sum" of
     several rewards (see `Advantage`). advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at step 0
     (.04 GenEval and OCR, .01 PickScore, 0 in the Fast configs). kl_form: "true", or "published" (times dt). weight: of
