@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +14,6 @@ from genpolicy.config import ConfigError, leaf, make
 from genpolicy.reward import Context
 from genpolicy.rewards.clip_score import ClipScore, mean_cosine
 
-open_clip = pytest.importorskip("open_clip")
 torch.set_num_threads(1)
 
 TINY = {

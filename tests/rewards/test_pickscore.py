@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from genpolicy.config import ConfigError, leaf
 from genpolicy.reward import Context
 from genpolicy.rewards.pickscore import PickScore
 
-transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
 
 PROMPTS = ("a red cat", "a dog and a cat", "red")
