@@ -14,7 +14,7 @@ from genpolicy.chain import Noise
 from genpolicy.micro_batch import MicroBatches
 from genpolicy.policy import ChainPolicy
 from genpolicy.reward import Context, WeightedRewards
-from genpolicy.rollout import Judged, collect
+from genpolicy.rollout import Judged, collect, recount
 
 EVALUATION = -1
 """The ``iteration`` of evaluation noise: training never draws from it."""
@@ -108,12 +108,7 @@ def evaluate(
 
     fits = micro_batches or MicroBatches("auto", lambda text: None)
     for block in torch.tensor(mine).split(BLOCK):
-        counted = policy.model.evaluations
-
-        def restart(counted: float = counted) -> None:
-            policy.model.evaluations = counted
-
-        for judged in fits(lambda part, block=block: judge(block[part]), len(block), restart=restart):
+        for judged in fits(lambda part, block=block: judge(block[part]), len(block), restart=recount(policy)):
             thumbnails.append(_thumbnail(judged.outputs))
             parts.append({**judged.parts, "total": reward.total(judged.parts)})
             if sum(map(len, outputs)) < shown:

@@ -88,6 +88,16 @@ def collect(
     return Judged(trajectory, context, outputs.float().cpu(), parts)
 
 
+def recount(policy: ChainPolicy) -> Callable[[], None]:
+    """What to call before work begins again: evaluations since now are forgotten, because aborted work does not count."""
+    counted = policy.model.evaluations
+
+    def restart() -> None:
+        policy.model.evaluations = counted
+
+    return restart
+
+
 def concatenate(judged: list[Judged], policy: ChainPolicy) -> Judged:
     """Chunks of rows sampled one after the other, as one."""
     if len(judged) == 1:

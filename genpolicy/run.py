@@ -31,7 +31,7 @@ from genpolicy.policy import ChainPolicy, swapped
 from genpolicy.processes import Processes
 from genpolicy.rescore import LogRatio, replay_gap, scored_again
 from genpolicy.reward import Context, WeightedRewards
-from genpolicy.rollout import Judged, Rollout, Scored, collect, concatenate
+from genpolicy.rollout import Judged, Rollout, Scored, collect, concatenate, recount
 from genpolicy.task import Task
 
 Loss = Callable[[Scored], tuple[Tensor, dict[str, Tensor]]]
@@ -166,12 +166,7 @@ class Run:
                 on_phase=self.journal.phase,
             )
 
-        counted = policy.model.evaluations
-
-        def restart() -> None:
-            policy.model.evaluations = counted
-
-        judged = concatenate(self.micro_batches(chunk, len(rows), members, restart), policy)
+        judged = concatenate(self.micro_batches(chunk, len(rows), members, recount(policy)), policy)
         self.journal.phase(None)
         self.journal.collected += len(rows)
         parts = {
@@ -269,12 +264,12 @@ class Run:
                 for name, metric in {"loss": value, **metrics}.items():
                     sums[name] = sums.get(name, 0.0) + float(metric.detach().double().sum())
 
-        counted = policy.model.evaluations
+        forget = recount(policy)
 
         def restart() -> None:
             self.optimizer.zero_grad()
             sums.clear()
-            policy.model.evaluations = counted
+            forget()
 
         restart()
         self.micro_batches(accumulate, len(chains), chains.shared, restart)
