@@ -19,6 +19,7 @@ from genpolicy.chain import DDIM, Chain, Noise, Trajectory
 from genpolicy.chain.noise import PRIOR
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
 from genpolicy.policy import ChainPolicy
+from genpolicy.task import Context
 from tests import tiny
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle", "a yellow square"]
@@ -42,7 +43,7 @@ def policy(folder: Path, family: str, **settings: Any) -> ChainPolicy:
 
 def sample(policy: ChainPolicy, **options: Any) -> Trajectory:
     noise = Noise.rows(0, 0, torch.arange(len(PROMPTS)), 1)
-    return policy.sample(policy.model.encode(PROMPTS), noise, **options)
+    return policy.sample(policy.model.encode(Context(PROMPTS)), noise, **options)
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from genpolicy import config, report
 from genpolicy.build import load_rewards
 from genpolicy.config import ConfigError
 from genpolicy.experiment import train
-from genpolicy.reward import Context, WeightedRewards
+from genpolicy.reward import WeightedRewards
+from genpolicy.task import Context
 
 PROMPTS = (
     "a red circle left of a blue square",

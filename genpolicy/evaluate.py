@@ -13,8 +13,9 @@ from torch import Tensor
 from genpolicy.chain import Noise
 from genpolicy.micro_batch import MicroBatches
 from genpolicy.policy import ChainPolicy
-from genpolicy.reward import Context, WeightedRewards
+from genpolicy.reward import WeightedRewards
 from genpolicy.rollout import Judged, collect, recount
+from genpolicy.task import Context
 
 EVALUATION = -1
 """The ``iteration`` of evaluation noise: training never draws from it."""
@@ -158,7 +159,7 @@ def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -
     rows = [prompt for prompt in prompts for _ in range(members)]
 
     def one(part: slice) -> Tensor:
-        trajectory = policy.sample(policy.model.encode(rows[part]), noise[part], keep=(0, 0))
+        trajectory = policy.sample(policy.model.encode(Context(rows[part])), noise[part], keep=(0, 0))
         with torch.no_grad():
             return policy.model.decode(trajectory.x0).float().cpu()
 

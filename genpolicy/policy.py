@@ -1,6 +1,6 @@
 """The contracts of a policy: `Model`, a family of networks, and `ChainPolicy`, a model with its sampler."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,16 +9,18 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from genpolicy.chain import Chain, Condition, Guidance, Noise, Prediction, Trajectory
+from genpolicy.chain import Chain, ClipX0, Condition, Guidance, Noise, Prediction, Trajectory
 from genpolicy.chain.kernel import gain
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Denoiser, Gaussian, Parametrisation, expand, output_gain, reduce_event
+from genpolicy.task import Context, Dataset
 
 
 class Model(Protocol):
     """A family of networks behind one meaning: encode, denoise, decode. Everything here is what `ChainPolicy` needs.
 
     schedule, parametrisation: how the network's output is read. event_shape: E of one sample as the chain sees it.
+    clip: (bound, recompute_eps) of the predicted x0 (see `ClipX0`), None where the family does not clip.
     evaluations: network evaluations so far, in rows; a row whose evaluation is differentiated counts twice (its forward
     and its backward: the notes' "F per sample", with a backward priced as a forward).
     """
@@ -26,6 +28,7 @@ class Model(Protocol):
     schedule: Schedule
     parametrisation: Parametrisation
     event_shape: tuple[int, ...]
+    clip: tuple[float, bool] | None
     device: torch.device
     precision: Literal["fp32", "bf16", "fp16"]
     evaluations: float
@@ -34,8 +37,8 @@ class Model(Protocol):
         """The family's own K+1 decreasing noise times, ending at 0 (fp64)."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Condition of B rows, encoded once per distinct prompt and cached."""
+    def encode(self, context: Context) -> Condition:
+        """Condition of B rows: prompts once per distinct one and cached, observations normalised and encoded."""
         ...
 
     def negative(self, condition: Condition) -> Condition:
@@ -43,11 +46,21 @@ class Model(Protocol):
         ...
 
     def denoise(self, x: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        """One unguided network evaluation, counted. x [B,*E] fp32, t [B] (or [B,T]) -> Prediction in fp32."""
+        """One unguided, unclipped network evaluation, counted. x [B,*E] fp32, t [B] (or [B,T]) -> Prediction, fp32."""
+        ...
+
+    def scored(self, value: Tensor) -> Tensor:
+        """The dims of [B,*E] that likelihoods count: all but those that no parameter acts through (padding)."""
+        ...
+
+    def features(self, condition: Condition) -> Tensor:
+        """What a critic sees of the condition, Float[B,F], detached."""
         ...
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Samples [B,*E] to outputs (images Float[B,3,H,W] in [0,1], videos Float[B,F,3,H,W])."""
+        """Samples [B,*E] to outputs: images Float[B,3,H,W] in [0,1], videos Float[B,F,3,H,W], or the chunk of actions
+        that is executed, Float[B,T,D] in the environment's units.
+        """
         ...
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -56,6 +69,35 @@ class Model(Protocol):
 
     def save(self, directory: Path) -> None:
         """Write the policy in its ecosystem's own format."""
+        ...
+
+
+class ControlModel(Model, Protocol):
+    """A model whose samples are chunks of actions.
+
+    pretrained: None for one that is still to be given its shapes and statistics by `initialise`. history: observation
+    frames it sees. shapes: of the observations it needs, by LeRobot's names. action_dim: D of the environment.
+    executed: how many of a chunk's actions are carried out, T of `decode`. horizon: offsets, relative to the current
+    frame, of the actions that one event holds.
+    """
+
+    pretrained: str | None
+    history: int
+    shapes: Mapping[str, tuple[int, ...]]
+    action_dim: int
+    executed: int
+    horizon: range
+
+    def initialise(self, dataset: Dataset) -> None:
+        """Draw fresh weights for the dataset's shapes, and take its statistics for normalisation."""
+        ...
+
+    def event(self, actions: Tensor) -> Tensor:
+        """Actions Float[B,T,D] in the environment's units, at the offsets ``horizon``, as the chain's x0 [B,*E]."""
+        ...
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """Noise times to train at, [B], from uniform numbers in [0,1): the family's own training distribution."""
         ...
 
 
@@ -75,12 +117,14 @@ class ChainPolicy:
 
     @property
     def denoiser(self) -> Denoiser:
-        """The denoiser that acts *and* is scored: the model, guided where the sampler says so."""
-        if self.guidance == 1.0:
-            return self.model.denoise
-        return Guidance(
-            self.model.denoise, self.model.negative, self.guidance, self.guidance_interval, self.negative_gradient
-        )
+        """The denoiser that acts *and* is scored: the model, clipped and guided where family and sampler say so."""
+        denoise = self.model.denoise
+        if self.model.clip is not None:
+            denoise = ClipX0(denoise, self.model.schedule, *self.model.clip)
+        if self.guidance != 1.0:
+            negative, interval = self.model.negative, self.guidance_interval
+            denoise = Guidance(denoise, negative, self.guidance, interval, self.negative_gradient)
+        return denoise
 
     def with_window(self, window: tuple[int, int] | None) -> "ChainPolicy":
         """The same policy whose kernel acts inside another window of steps."""

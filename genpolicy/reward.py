@@ -1,26 +1,14 @@
 """Rewards: any callable (outputs, context) -> Float[B]; a plain function is a Reward. Sums keep their parts by name."""
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Context:
-    """What a reward may know beside the outputs: the B prompts (or instructions) they answer."""
-
-    prompts: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, rows: slice) -> "Context":
-        return Context(self.prompts[rows])
-
+from genpolicy.task import Context
 
 Reward = Callable[[Tensor, Context], Tensor]
 """(outputs, context of B rows) -> Float[B], larger is better."""

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from genpolicy.chain import Gaussian, Noise, Trajectory
 from genpolicy.policy import ChainPolicy
-from genpolicy.reward import Context, WeightedRewards
+from genpolicy.reward import WeightedRewards
+from genpolicy.task import Context
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def collect(
     ``on_phase`` is told "sample", "decode", "reward" as each begins (timing, moving models in turn).
     """
     on_phase("sample")
-    condition = policy.model.encode(context.prompts)
+    condition = policy.model.encode(context)
     trajectory = policy.sample(condition, noise, members=members, branch_at=branch_at, keep=keep, storage=storage)
     on_phase("decode")
     with torch.no_grad():
@@ -106,7 +107,7 @@ def concatenate(judged: list[Judged], policy: ChainPolicy) -> Judged:
     first = judged[0].trajectory
     trajectory = replace(
         first,
-        condition=policy.model.encode(prompts),
+        condition=policy.model.encode(Context(prompts)),
         **{name: torch.cat([getattr(j.trajectory, name) for j in judged]) for name in ("x", "mean", "std", "x0")},
     )
     parts = {name: torch.cat([j.parts[name] for j in judged]) for name in judged[0].parts}

@@ -30,9 +30,9 @@ from genpolicy.optimizer import Optimizer
 from genpolicy.policy import ChainPolicy, swapped
 from genpolicy.processes import Processes
 from genpolicy.rescore import LogRatio, replay_gap, scored_again
-from genpolicy.reward import Context, WeightedRewards
+from genpolicy.reward import WeightedRewards
 from genpolicy.rollout import Judged, Rollout, Scored, collect, concatenate, recount
-from genpolicy.task import Task
+from genpolicy.task import Context, Task
 
 Loss = Callable[[Scored], tuple[Tensor, dict[str, Tensor]]]
 """A scored step of b rows -> (loss [b], metrics by name [b]). Pure."""

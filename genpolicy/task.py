@@ -1,9 +1,41 @@
-"""Tasks: what a policy is asked to do. A prompt is a task of horizon 1, judged by the run's reward alone."""
+"""Tasks: what a policy is asked to do. A prompt is a task of horizon 1; an environment is one of many decisions."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from genpolicy.reward import Context
+import torch
+from torch import Tensor
+
+Observation = Mapping[str, Tensor]
+"""LeRobot's names ("observation.state", "observation.images.top", ...) -> Float[B,history,*shape], the oldest frame
+first; images are [C,H,W] in [0,1]."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What B rows are asked: their prompts (for robots: instructions), and what the robot sees."""
+
+    prompts: Sequence[str]
+    observation: Observation = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Context":
+        if isinstance(rows, slice):
+            prompts: Sequence[str] = self.prompts[rows]
+        else:
+            prompts = [self.prompts[row] for row in rows.tolist()]
+        return Context(prompts, {name: value[rows] for name, value in self.observation.items()})
+
+    @classmethod
+    def cat(cls, contexts: Sequence["Context"]) -> "Context":
+        """The rows of several contexts, one after the other."""
+        prompts = [prompt for context in contexts for prompt in context.prompts]
+        names = contexts[0].observation
+        return cls(prompts, {name: torch.cat([c.observation[name] for c in contexts]) for name in names})
 
 
 class Task(Protocol):
@@ -12,6 +44,109 @@ class Task(Protocol):
     def reset(self, episodes: range) -> Context:
         """Begin the given episodes: their prompts, one row each."""
         ...
+
+
+@dataclass(frozen=True)
+class TaskStep:
+    """What one decision (a chunk of up to T actions) did in n environments.
+
+    context: what is seen after it, n rows; where the episode ended, its final observation. rewards [n,T]: of each
+    environment step, 0 after the end. executed [n]: how many of the T actions were taken. terminated [n]: the episode
+    ended by itself (nothing comes after); truncated [n]: it was cut by the time limit (never both). success [n]:
+    the task's own verdict so far.
+    """
+
+    context: Context
+    rewards: Tensor
+    executed: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    success: Tensor
+
+
+class Environments(Protocol):
+    """Environments side by side in numbered slots, each in its own episode."""
+
+    count: int
+
+    def reset(self, slots: Sequence[int], seeds: Sequence[int]) -> Context:
+        """Begin an episode in each of the slots; the same seed is the same episode, whatever ran in the slot before."""
+        ...
+
+    def step(self, slots: Sequence[int], actions: Tensor) -> TaskStep:
+        """Take the actions Float[n,T,D] of the n slots, each until its chunk or its episode ends."""
+        ...
+
+    def render(self, slot: int) -> Any:
+        """What a camera sees, uint8 [H,W,3]; raises `RenderError` with one sentence where there is none."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One episode of somebody who knows the task, L steps: observation name -> [L,*shape] (what was seen before each
+    action), actions [L,D] as executed, rewards [L], and whether it succeeded. All fp32 on the CPU.
+    """
+
+    observation: Mapping[str, Tensor]
+    actions: Tensor
+    rewards: Tensor
+    success: bool
+
+
+class ControlTask(Protocol):
+    """A task of many decisions: environments that a policy acts in.
+
+    shapes: of what is seen, by LeRobot's names. action_dim: D. limit: environment steps after which an episode is cut.
+    fps: environment steps a second of the robot's time. instruction: what is asked, in words.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    action_dim: int
+    limit: int
+    fps: int
+    instruction: str
+
+    def environments(self, count: int, history: int) -> Environments:
+        """``count`` environments whose observations carry the last ``history`` frames (the first one repeated)."""
+        ...
+
+    def demonstrate(self, seed: int, noise: float) -> Demonstration:
+        """An expert's episode from this reset seed, with Gaussian ``noise`` (std) on its actions. Raises `ValueError`
+        with one sentence where the task has no expert.
+        """
+        ...
+
+
+class Dataset(Protocol):
+    """Recorded episodes, frame by frame.
+
+    shapes: of the observations and of "action". stats: name -> {min, max, mean, std, q01, q99} Float[*shape].
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    stats: Mapping[str, Mapping[str, Tensor]]
+    fps: int
+
+    def __len__(self) -> int:
+        """The number of frames."""
+        ...
+
+    def rows(self, index: Tensor, history: int, actions: range) -> tuple[Context, Tensor, Tensor]:
+        """The frames ``index`` [B] with their last ``history`` observations, the actions [B,T,D] at the offsets
+        ``actions`` (relative to the frame), and which of those lie outside the episode, bool [B,T] (there the nearest
+        action inside is repeated).
+        """
+        ...
+
+
+def is_control(task: Any) -> bool:
+    """Whether a task has environments to act in; otherwise it is prompts, judged by the run's reward."""
+    return hasattr(task, "environments")
 
 
 def read_prompts(path: str) -> tuple[str, ...]:

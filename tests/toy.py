@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.models.toy import Toy
-from genpolicy.reward import Context
+from genpolicy.task import Context
 
 ToyModel = Toy
 """``policy: {name: "tests.toy:ToyModel"}``, the same as ``policy: toy``."""

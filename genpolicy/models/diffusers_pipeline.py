@@ -8,7 +8,7 @@ all. Guidance is the chain's: the pipeline itself runs unguided.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from genpolicy.chain import ClipX0, Prediction
+from genpolicy.chain import Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
 from genpolicy.models import _diffusers_lora as lora_files
@@ -25,6 +25,7 @@ from genpolicy.models._diffusers_load import DENOISERS, check_call, default_devi
 from genpolicy.models._diffusers_lora import Lora
 from genpolicy.models._diffusers_prompts import Embeddings, Entry, Prompts
 from genpolicy.models._diffusers_scheduler import Asked, OneStep, Times, markov
+from genpolicy.task import Context
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECODED_ELEMENTS = 2**17
@@ -93,7 +94,7 @@ class DiffusersPipeline:
         home = torch.device("cpu") if self.offload else self.device
         self._embeddings = Embeddings(self._positive, self._negative, self.device, home)
         try:
-            self._blank = self.encode([self.negative_prompt or ""])
+            self._blank = self._embeddings.encode([self.negative_prompt or ""])
             latents, asked = self._dry(1)
         except (ValueError, TypeError) as error:
             raise ValueError(f"policy.call {self.call} does not fit {kind}: {error}") from error
@@ -101,6 +102,7 @@ class DiffusersPipeline:
         self._times = replace(self._times, mu=asked[1].get("mu"))
         self.schedule: Schedule = self._times.schedule()
         self.parametrisation: Parametrisation = self._times.parametrisation
+        self.clip: tuple[float, bool] | None = self._times.clip
 
     def _place(self) -> None:
         """Move the parts (with ``offload`` the denoisers) to the device, and make it the pipeline's."""
@@ -171,9 +173,9 @@ class DiffusersPipeline:
 
     # Prompts
 
-    def encode(self, prompts: Sequence[str]) -> Prompts:
-        """[B] prompts; each distinct one goes through the pipeline's own ``encode_prompt`` once, alone."""
-        return self._embeddings.encode(prompts)
+    def encode(self, context: Context) -> Prompts:
+        """B prompts; each distinct one goes through the pipeline's own ``encode_prompt`` once, alone."""
+        return self._embeddings.encode(context.prompts)
 
     def negative(self, condition: Prompts) -> Prompts:
         """The same rows with the negative prompt's embeddings."""
@@ -224,12 +226,6 @@ class DiffusersPipeline:
 
     def denoise(self, x: Tensor, t: Tensor, condition: Prompts) -> Prediction:
         """One unguided network evaluation of x [B,*E] at t [B], counted."""
-        if self._times.clip is None:
-            return self._predict(x, t, condition)
-        bound, recompute = self._times.clip
-        return ClipX0(self._predict, self.schedule, bound, recompute)(x, t, condition)
-
-    def _predict(self, x: Tensor, t: Tensor, condition: Prompts) -> Prediction:
         output = self._network(x, t, condition)
         if output.shape != x.shape:
             raise ValueError(
@@ -274,6 +270,15 @@ class DiffusersPipeline:
             self._pipeline_call(scheduler, encode, prompt=[""] * len(x), latents=x, output_type="latent")
         assert scheduler.output is not None
         return scheduler.output
+
+    def scored(self, value: Tensor) -> Tensor:
+        """Every latent dim counts."""
+        return value
+
+    def features(self, condition: Prompts) -> Tensor:
+        """The mean over tokens of the prompt's embedding, Float[B,F]."""
+        embedding = next(v for v in self._embeddings.rows(condition) if v is not None and v.is_floating_point())
+        return embedding.detach().float().flatten(1, -2).mean(1) if embedding.ndim > 2 else embedding.detach().float()
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:

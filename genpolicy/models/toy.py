@@ -5,7 +5,6 @@ network that starts near zero and learns the rest. Prompts are bags of words wit
 fixed linear map of its latents.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from genpolicy.chain import Linear, Prediction, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation, expand
+from genpolicy.task import Context
 
 WEIGHTS = "toy.safetensors"
 WORD = 8
@@ -47,6 +47,7 @@ class Toy:
     def __post_init__(self) -> None:
         self.device = torch.device("cpu")
         self.precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+        self.clip: tuple[float, bool] | None = None
         self.evaluations = 0.0
         self.event_shape: tuple[int, ...] = (2, 4, 4) if self.frames is None else (2, self.frames, 4, 4)
         flow = self.family == "flow"
@@ -76,9 +77,9 @@ class Toy:
         """The schedule's own K+1 noise times."""
         return self.schedule.grid(steps)
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
+    def encode(self, context: Context) -> Tensor:
         """[B,WORD]: the mean of the words' vectors, zeros for an empty prompt."""
-        return torch.stack([_meaning(prompt) for prompt in prompts])
+        return torch.stack([_meaning(prompt) for prompt in context.prompts])
 
     def negative(self, condition: Tensor) -> Tensor:
         """The empty prompt's zeros."""
@@ -93,6 +94,14 @@ class Toy:
         output = expand(known / (alpha**2 + sigma**2), x) * x + learned
         self.evaluations += len(x) * (2 if output.requires_grad else 1)
         return Prediction.of(self.parametrisation, output, x, alpha, sigma)
+
+    def scored(self, value: Tensor) -> Tensor:
+        """Every dim counts."""
+        return value
+
+    def features(self, condition: Tensor) -> Tensor:
+        """The prompt's vector."""
+        return condition
 
     def decode(self, x0: Tensor) -> Tensor:
         """Each latent pixel as 2 x 2 pixels, grey plus `MIX` of its channels: [B,(F,)3,8,8] in [0, 1]."""

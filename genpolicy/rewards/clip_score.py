@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from genpolicy.config import ConfigError, at_least, choice
-from genpolicy.reward import Context
+from genpolicy.task import Context
 
 
 def mean_cosine(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from genpolicy.reward import Context
 from genpolicy.rewards._jpeg import kilobytes
+from genpolicy.task import Context
 
 
 def jpeg_incompressibility(outputs: Tensor, context: Context) -> Tensor:

@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Tensor
 
 from genpolicy.config import ConfigError, at_least
-from genpolicy.reward import Context
 from genpolicy.rewards.clip_score import (
     brief,
     centre_crop,
@@ -34,6 +33,7 @@ from genpolicy.rewards.clip_score import (
     resize,
     shortest_edge,
 )
+from genpolicy.task import Context
 
 
 @dataclass

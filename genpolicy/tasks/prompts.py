@@ -5,8 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from genpolicy.reward import Context
-from genpolicy.task import read_prompts
+from genpolicy.task import Context, read_prompts
 
 
 @dataclass

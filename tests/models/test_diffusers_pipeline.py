@@ -21,6 +21,7 @@ from genpolicy.chain.noise import PRIOR
 from genpolicy.models._diffusers_lora import WEIGHTS
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
 from genpolicy.policy import ChainPolicy, swapped
+from genpolicy.task import Context
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -121,7 +122,7 @@ def kernels(family: str) -> list[Kernel]:
 def test_zero_noise_is_the_pipelines_own_sampler(family):
     model, pipeline = load(family, train="full"), plain(saved(family))
     policy = zero_noise(model, tiny.GUIDANCE[family], model.native_grid(K))
-    x0 = policy.sample(model.encode(PROMPTS), noises(PROMPTS)).x0
+    x0 = policy.sample(model.encode(Context(PROMPTS)), noises(PROMPTS)).x0
     assert_same_latents(x0, native(pipeline, family, model))
 
 
@@ -187,10 +188,12 @@ def test_clipping_is_ddims_own(tmp_path):
     )
     pipeline.save_pretrained(tmp_path)
     model = load("sdxl", tmp_path)
-    x0 = zero_noise(model, 1.0, model.native_grid(K)).sample(model.encode(PROMPTS), noises(PROMPTS)).x0
+    x0 = zero_noise(model, 1.0, model.native_grid(K)).sample(model.encode(Context(PROMPTS)), noises(PROMPTS)).x0
     assert_same_latents(x0, native(plain(tmp_path), "sdxl", model, guidance_scale=1.0))
     unclipped = load("sdxl")
-    other = zero_noise(unclipped, 1.0, model.native_grid(K)).sample(unclipped.encode(PROMPTS), noises(PROMPTS)).x0
+    other = (
+        zero_noise(unclipped, 1.0, model.native_grid(K)).sample(unclipped.encode(Context(PROMPTS)), noises(PROMPTS)).x0
+    )
     assert (other - x0).abs().max() > 0.1
 
 
@@ -202,7 +205,7 @@ def test_replay_is_exact(family, i):
     model, kernel = learner(family), kernels(family)[i]
     guidance = tiny.GUIDANCE[family] if family != "flux" else 2.0
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), kernel), guidance)
-    condition = model.encode(GROUPED)
+    condition = model.encode(Context(GROUPED))
     trajectory = policy.sample(condition, noises(GROUPED, 2), branch_at=0, members=2)
     assert trajectory.shared == 2
     assert list(trajectory.steps) == [0, 1, 2]
@@ -217,7 +220,7 @@ def test_replay_is_exact(family, i):
 def test_replay_is_exact_in_a_window_unguided_and_row_by_row(family):
     model = learner(family)
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0), window=(1, 3)))
-    trajectory = policy.sample(model.encode(GROUPED), noises(GROUPED, 2))
+    trajectory = policy.sample(model.encode(Context(GROUPED)), noises(GROUPED, 2))
     assert list(trajectory.steps) == [1, 2]
     assert deviation(policy, trajectory) <= 1e-6
     assert split_deviation(policy, trajectory, 1) <= 1e-5
@@ -229,10 +232,10 @@ def test_replay_is_exact_in_a_window_unguided_and_row_by_row(family):
 def test_replay_is_exact_from_rounded_storage(family, storage):
     model = learner(family)
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0)), tiny.GUIDANCE[family])
-    trajectory = policy.sample(model.encode(PROMPTS), noises(PROMPTS), storage=storage)
+    trajectory = policy.sample(model.encode(Context(PROMPTS)), noises(PROMPTS), storage=storage)
     assert torch.equal(trajectory.x, trajectory.x.to(storage).float())
     assert deviation(policy, trajectory) <= 1e-6
-    exact = policy.sample(model.encode(PROMPTS), noises(PROMPTS))
+    exact = policy.sample(model.encode(Context(PROMPTS)), noises(PROMPTS))
     rounded_after_scoring = replace(exact, x=exact.x.to(storage).float())
     worst = max(  # what acted scored what it drew; what is stored is something else
         float(
@@ -255,12 +258,12 @@ def test_replay_is_exact_with_a_bf16_network(family):
     frozen = [p for p in model.denoiser.parameters() if not p.requires_grad]
     assert torch.bfloat16 in {p.dtype for p in frozen}
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0)), tiny.GUIDANCE[family])
-    trajectory = policy.sample(model.encode(PROMPTS), noises(PROMPTS))
+    trajectory = policy.sample(model.encode(Context(PROMPTS)), noises(PROMPTS))
     assert trajectory.x.dtype == trajectory.mean.dtype == torch.float32
     assert trajectory.x0.isfinite().all()
     assert deviation(policy, trajectory) <= 1e-6
     fp32 = ChainPolicy(learner(family), policy.chain, tiny.GUIDANCE[family])
-    close = fp32.sample(fp32.model.encode(PROMPTS), noises(PROMPTS)).x0
+    close = fp32.sample(fp32.model.encode(Context(PROMPTS)), noises(PROMPTS)).x0
     assert (trajectory.x0 - close).abs().mean() < 0.1 * close.std()
 
 
@@ -268,7 +271,7 @@ def test_replay_is_exact_with_a_bf16_network(family):
 def test_gradients_reach_every_parameter_at_every_step(family):
     model = learner(family)
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0)), tiny.GUIDANCE[family])
-    trajectory = policy.sample(model.encode(PROMPTS), noises(PROMPTS))
+    trajectory = policy.sample(model.encode(Context(PROMPTS)), noises(PROMPTS))
     parameters = model.trainable()
     dead = {name for name in parameters if name.startswith(DEAD.get(family, ("-",)))}
     for k in trajectory.steps:
@@ -295,7 +298,7 @@ def test_replay_grid(family, train, precision):
     model = load(family, train=train, precision=precision)
     if train == "lora":
         stir(model)
-    condition, noise = model.encode(GROUPED), noises(GROUPED, 2)
+    condition, noise = model.encode(Context(GROUPED)), noises(GROUPED, 2)
     for kernel in kernels(family):
         for guidance, window, branch_at, storage in SCENES:
             policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), kernel, window), guidance)
@@ -313,7 +316,7 @@ def test_replay_grid(family, train, precision):
 def test_rows_of_different_times_are_one_call(family):
     model = learner(family)
     times = model.grid(K)[[1, 3, 2]]
-    x, condition = torch.randn(3, *model.event_shape), model.encode([*PROMPTS, PROMPTS[0]])
+    x, condition = torch.randn(3, *model.event_shape), model.encode(Context([*PROMPTS, PROMPTS[0]]))
     with torch.no_grad():
         model.denoise(x, times, condition)  # the first such call tries it out, uncounted
         forwards = []
@@ -336,7 +339,7 @@ def test_families_that_read_one_time_are_grouped(option, tmp_path):
     tiny.wan(**(two if option == "boundary_ratio" else {"expand_timesteps": True})).save_pretrained(tmp_path)
     model = load("wan", tmp_path)
     times = torch.tensor([0.9, 0.2, 0.9, 0.3], dtype=torch.float64)
-    x, condition = torch.randn(4, *model.event_shape), model.encode(GROUPED)
+    x, condition = torch.randn(4, *model.event_shape), model.encode(Context(GROUPED))
     forwards = []
     with torch.no_grad():
         model.denoise(x, times, condition)
@@ -357,7 +360,7 @@ def test_families_that_read_one_time_are_grouped(option, tmp_path):
 def test_a_saved_lora_is_the_same_policy_in_plain_diffusers(family, tmp_path):
     model = learner(family)
     policy = zero_noise(model, tiny.GUIDANCE[family], model.native_grid(K))
-    x0 = policy.sample(model.encode(PROMPTS), noises(PROMPTS)).x0
+    x0 = policy.sample(model.encode(Context(PROMPTS)), noises(PROMPTS)).x0
     model.save(tmp_path)
     fresh = plain(saved(family))
     base = native(fresh, family, model)
@@ -383,11 +386,11 @@ def test_a_policy_starts_from_the_users_lora(family, tmp_path):
             assert torch.equal(parameter, first.trainable()[name]), name
     x, t = torch.randn(2, *model.event_shape), model.grid(K)[1].expand(2)
     with torch.no_grad():
-        started = model.denoise(x, t, model.encode(PROMPTS))
-        expected = first.denoise(x, t, first.encode(PROMPTS))
+        started = model.denoise(x, t, model.encode(Context(PROMPTS)))
+        expected = first.denoise(x, t, first.encode(Context(PROMPTS)))
         assert torch.equal(started.x0, expected.x0)
         model.denoiser.disable_adapters()
-        assert not torch.allclose(model.denoise(x, t, model.encode(PROMPTS)).x0, started.x0)
+        assert not torch.allclose(model.denoise(x, t, model.encode(Context(PROMPTS))).x0, started.x0)
 
 
 def test_a_fresh_lora_starts_the_same_whatever_was_drawn_before():
@@ -403,7 +406,7 @@ def test_a_fresh_lora_starts_the_same_whatever_was_drawn_before():
 def test_a_reference_is_other_values_in_the_same_parameters():
     model = learner("sd3")
     parameters = list(model.trainable().values())
-    x, t, condition = torch.randn(2, *model.event_shape), model.grid(K)[1].expand(2), model.encode(PROMPTS)
+    x, t, condition = torch.randn(2, *model.event_shape), model.grid(K)[1].expand(2), model.encode(Context(PROMPTS))
     with torch.no_grad():
         policy = model.denoise(x, t, condition).x0
         with swapped(parameters, [torch.zeros_like(p) for p in parameters]):
@@ -422,7 +425,7 @@ def test_full_saves_a_whole_pipeline(family, tmp_path):
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.mul_(1.01)
-    x0 = zero_noise(model, 1.0, model.native_grid(K)).sample(model.encode(PROMPTS), noises(PROMPTS)).x0
+    x0 = zero_noise(model, 1.0, model.native_grid(K)).sample(model.encode(Context(PROMPTS)), noises(PROMPTS)).x0
     model.save(tmp_path)
     again = plain(tmp_path)
     assert type(again) is type(plain(saved(family)))
@@ -445,7 +448,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         model = stir(load("sd3", gradient_checkpointing=checkpointing))
         assert not any(module.training for module in model.denoiser.modules())
         x = torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0))
-        loss = model.denoise(x, model.grid(K)[1].expand(2), model.encode(PROMPTS)).x0.square().mean()
+        loss = model.denoise(x, model.grid(K)[1].expand(2), model.encode(Context(PROMPTS))).x0.square().mean()
         gradients.append(torch.autograd.grad(loss, list(model.trainable().values())))
         assert model.evaluations == 4
     for one, other in zip(*gradients, strict=True):
@@ -517,12 +520,12 @@ def test_prompts_are_encoded_once(family, monkeypatch):
 
     monkeypatch.setattr(type(model.pipeline), "encode_prompt", counted)
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0)), guidance=2.0)
-    condition = model.encode([*GROUPED, "a green triangle"])
+    condition = model.encode(Context([*GROUPED, "a green triangle"]))
     assert len(calls) == 3
     trajectory = policy.sample(condition, noises(condition.prompts))
     policy.transition(trajectory, 1)
     model.decode(trajectory.x0)
-    assert model.encode(PROMPTS).prompts == tuple(PROMPTS)
+    assert model.encode(Context(PROMPTS)).prompts == tuple(PROMPTS)
     assert len(calls) == (3 if family == "flux" else 4)  # and the negative, once for all
 
 
@@ -531,13 +534,13 @@ def test_dropped_embeddings_are_encoded_again(monkeypatch):
     few, model = load("sd3"), learner("sd3")
     x, t = torch.randn(2, *model.event_shape), model.grid(K)[1].expand(2)
     with torch.no_grad(), swapped([*few.trainable().values()], [p.data for p in model.trainable().values()]):
-        ours = few.denoise(x, t, few.encode(PROMPTS)).x0
-        assert torch.equal(ours, model.denoise(x, t, model.encode(PROMPTS)).x0)
+        ours = few.denoise(x, t, few.encode(Context(PROMPTS))).x0
+        assert torch.equal(ours, model.denoise(x, t, model.encode(Context(PROMPTS))).x0)
 
 
 @pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([3, 0]), torch.tensor([True, False, False, True])])
 def test_conditions_are_picked_by_rows(rows):
-    condition = learner("sd3").encode(["a", "b", "c", "d"])
+    condition = learner("sd3").encode(Context(["a", "b", "c", "d"]))
     picked = condition[rows]
     assert len(picked) == 2
     assert learner("sd3").negative(condition)[rows].negative
@@ -550,7 +553,7 @@ def test_evaluations_are_counted(family):
     model = learner(family)
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0)), guidance=2.0)
     model.evaluations = 0.0
-    trajectory = policy.sample(model.encode(GROUPED), noises(GROUPED, 2), branch_at=0, members=2)
+    trajectory = policy.sample(model.encode(Context(GROUPED)), noises(GROUPED, 2), branch_at=0, members=2)
     assert model.evaluations == 2 * (2 + 3 * 4)  # the shared first step once a group; two branches
     model.evaluations = 0.0
     policy.transition(trajectory, 1)
@@ -567,21 +570,23 @@ def test_negative_prompts_and_embedded_guidance_are_read():
     with torch.no_grad():
         for negative in (None, "a green triangle"):
             model = load("sdxl", negative_prompt=negative)
-            said.append(model.denoise(x, t, model.negative(model.encode(PROMPTS))).eps)
-        positive = model.denoise(x, t, model.encode(["a green triangle"] * 2)).eps
+            said.append(model.denoise(x, t, model.negative(model.encode(Context(PROMPTS)))).eps)
+        positive = model.denoise(x, t, model.encode(Context(["a green triangle"] * 2))).eps
         torch.testing.assert_close(said[1], positive)  # the negative prompt is a prompt like any other
         assert not torch.allclose(said[0], said[1])
-        assert not torch.allclose(said[0], model.denoise(x, t, model.encode([""] * 2)).eps)  # SDXL's none is zeros
+        assert not torch.allclose(
+            said[0], model.denoise(x, t, model.encode(Context([""] * 2))).eps
+        )  # SDXL's none is zeros
         flux = [load("flux", call={**tiny.CALL["flux"], "guidance_scale": g}) for g in (1.0, 5.0)]
         z = torch.randn(2, *flux[0].event_shape)
-        one, other = (m.denoise(z, t, m.encode(PROMPTS)).x0 for m in flux)
+        one, other = (m.denoise(z, t, m.encode(Context(PROMPTS))).x0 for m in flux)
         assert not torch.allclose(one, other)
 
 
 def test_offload_changes_nothing_but_the_place():
     model, other = stir(load("sd3", offload=True)), learner("sd3")
     policies = [ChainPolicy(m, Chain(m.schedule, m.grid(K), DDIM(1.0)), 2.0) for m in (model, other)]
-    one, two = (p.sample(p.model.encode(PROMPTS), noises(PROMPTS)).x0 for p in policies)
+    one, two = (p.sample(p.model.encode(Context(PROMPTS)), noises(PROMPTS)).x0 for p in policies)
     assert torch.equal(one, two)
     assert torch.equal(model.decode(one), other.decode(two))
 
@@ -686,4 +691,6 @@ def test_what_can_not_be_scored_is_refused(option, sentence, tmp_path):
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=sentence):  # noqa: PT012
         model = load("sd15", tmp_path)
-        model.denoise(torch.randn(1, 4, 16, 16), torch.full((1,), 0.5, dtype=torch.float64), model.encode(["a"]))
+        model.denoise(
+            torch.randn(1, 4, 16, 16), torch.full((1,), 0.5, dtype=torch.float64), model.encode(Context(["a"]))
+        )

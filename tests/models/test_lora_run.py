@@ -12,6 +12,7 @@ import genpolicy
 from genpolicy import config
 from genpolicy.chain import Noise
 from genpolicy.experiment import prepare, train
+from genpolicy.task import Context
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -96,7 +97,7 @@ def test_saved_lora_draws_our_images_in_plain_diffusers(pipeline, trained):
     policy = genpolicy.load(trained.folder)
     noise = Noise.rows(5, 0, torch.arange(2), 1)
     prompts = ["a red circle", "a blue square"]
-    ours = policy.sample(policy.model.encode(prompts), noise).x0
+    ours = policy.sample(policy.model.encode(Context(prompts)), noise).x0
     pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():

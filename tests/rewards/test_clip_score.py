@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from genpolicy.config import ConfigError, leaf, make
-from genpolicy.reward import Context
 from genpolicy.rewards.clip_score import ClipScore, mean_cosine
+from genpolicy.task import Context
 
 torch.set_num_threads(1)
 

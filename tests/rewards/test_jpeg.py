@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from genpolicy.reward import Context, RewardError
+from genpolicy.reward import RewardError
 from genpolicy.rewards.jpeg_compressibility import jpeg_compressibility
 from genpolicy.rewards.jpeg_incompressibility import jpeg_incompressibility
+from genpolicy.task import Context
 
 CONTEXT = Context(prompts=("",) * 3)
 

@@ -7,8 +7,8 @@ import transformers
 from PIL import Image
 
 from genpolicy.config import ConfigError, leaf
-from genpolicy.reward import Context
 from genpolicy.rewards.pickscore import PickScore
+from genpolicy.task import Context
 
 torch.set_num_threads(1)
 
