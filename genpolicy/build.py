@@ -12,10 +12,12 @@ from typing import Any
 from genpolicy import chain
 from genpolicy.chain import Chain
 from genpolicy.config import ChainConfig, ConfigError, Experiment, decode, leaf, make, nearest, settings
-from genpolicy.policy import ChainPolicy, Model
+from genpolicy.policy import Base, ChainPolicy, ControlModel, Model, swapped
 from genpolicy.reward import WeightedRewards
-from genpolicy.task import read_prompts
+from genpolicy.task import ControlTask, Dataset, read_prompts
 
+BASE = "base"
+"""In a saved policy's folder: the frozen network of the noisier part of its chain, if it has one."""
 SAMPLER = "genpolicy.json"
 """Beside a saved policy: how to load it again, and the sampler that it is deployed with."""
 
@@ -78,6 +80,29 @@ def load_rewards(rewards: WeightedRewards) -> None:
             raise ConfigError(str(error)) from None
 
 
+def control_model(section: Mapping[str, Any], task: ControlTask, data: Dataset | None) -> ControlModel:
+    """A model for a task of many decisions, given its shapes and statistics by the data set where it is new. Raises
+    `ConfigError` where model and task do not fit.
+    """
+    model = make("models", section)
+    if not hasattr(model, "executed"):
+        raise ConfigError(f"model {section['name']} has no actions: it can't act in a task of environments")
+    if model.pretrained is None:
+        if data is None:
+            raise ConfigError(
+                "policy.pretrained is not set: a new policy needs the data section, which gives it shapes"
+            )
+        model.initialise(data)
+    for name, shape in model.shapes.items():
+        seen = tuple(task.shapes[name]) if name in task.shapes else None
+        if seen != tuple(shape):
+            has = ", ".join(f"{n} {tuple(s)}" for n, s in task.shapes.items()) if seen is None else f"shape {seen}"
+            raise ConfigError(f"the policy needs {name} of shape {tuple(shape)}; the task has {has}")
+    if model.action_dim != task.action_dim:
+        raise ConfigError(f"the policy gives actions of {model.action_dim} dims; the task takes {task.action_dim}")
+    return model
+
+
 def make_policy(model: Model, sampler: ChainConfig) -> ChainPolicy:
     """A model with a sampler; a sampler that does not fit the model's schedule raises `ConfigError`."""
     try:
@@ -98,10 +123,15 @@ def make_policy(model: Model, sampler: ChainConfig) -> ChainPolicy:
     return policy
 
 
-def deployed_sampler(rollout: ChainConfig, overrides: Mapping[str, Any]) -> ChainConfig:
-    """The sampler that is evaluated and saved: the rollout's steps and guidance with the ODE, unless overridden."""
-    ode = replace(rollout, kernel={"name": "ddim", "eta": 0.0}, window=None, window_size=None)
-    return decode(ChainConfig, {**dataclasses.asdict(ode), **overrides}, "eval: sampler")
+def deployed_sampler(rollout: ChainConfig, overrides: Mapping[str, Any], control: bool = False) -> ChainConfig:
+    """The sampler that is evaluated and saved: the rollout's steps and guidance, unless overridden; pictures with the ODE,
+    which keeps their diversity, actions (``control``) with the mean of the kernel that they were trained with.
+    """
+    if control:
+        default = replace(rollout, kernel={"name": "mean", "kernel": rollout.kernel}, window_size=None)
+    else:
+        default = replace(rollout, kernel={"name": "ddim", "eta": 0.0}, window=None, window_size=None)
+    return decode(ChainConfig, {**dataclasses.asdict(default), **overrides}, "eval: sampler")
 
 
 def save_policy(policy: ChainPolicy, experiment: Experiment, sampler: ChainConfig, folder: Path) -> None:
@@ -110,7 +140,12 @@ def save_policy(policy: ChainPolicy, experiment: Experiment, sampler: ChainConfi
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     policy.model.save(staged)
-    description = {"policy": experiment.policy, "chain": dataclasses.asdict(sampler)}
+    description: dict[str, Any] = {"policy": experiment.policy, "chain": dataclasses.asdict(sampler)}
+    if policy.base is not None:
+        description["base_above"] = policy.base.above
+        (staged / BASE).mkdir()
+        with swapped(list(policy.model.trainable().values()), policy.base.weights):
+            policy.model.save(staged / BASE)
     (staged / SAMPLER).write_text(json.dumps(description, indent=1) + "\n")
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
@@ -124,16 +159,25 @@ def save_policy(policy: ChainPolicy, experiment: Experiment, sampler: ChainConfi
 
 @dataclass(frozen=True)
 class Saved:
-    """A policy on disk or on the hub: where, its policy section, its deployed sampler, and the run that made it."""
+    """A policy on disk or on the hub: where, its policy section, its deployed sampler, and the run that made it.
+
+    base: the folder of the frozen network of its chain's noisier part, and the noise time above which it acts.
+    """
 
     where: str
     policy: dict[str, Any]
     sampler: ChainConfig
     run: Path | None
+    base: tuple[str, float] | None = None
 
     def load(self) -> ChainPolicy:
         """The policy with its sampler."""
-        return make_policy(make("models", self.policy), self.sampler)
+        policy = make_policy(make("models", self.policy), self.sampler)
+        if self.base is None:
+            return policy
+        folder, above = self.base
+        frozen = make("models", {**self.policy, "pretrained": folder}).trainable().values()
+        return replace(policy, base=Base([value.detach() for value in frozen], above))
 
 
 def saved(path: str | Path, **overrides: Any) -> Saved:
@@ -165,7 +209,9 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
         section["lora"] = {**(section.get("lora") or {}), "start": str(folder)}
     else:
         section["pretrained"] = str(folder)
-    return Saved(str(folder), section, _sampler(sampler, overrides), run)
+    above = description.get("base_above")
+    base = None if above is None else (str(folder / BASE), float(above))
+    return Saved(str(folder), section, _sampler(sampler, overrides), run, base)
 
 
 def _sampler(own: Mapping[str, Any], overrides: Mapping[str, Any]) -> ChainConfig:

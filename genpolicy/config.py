@@ -24,9 +24,9 @@ import yaml
 
 from genpolicy import resources
 
-KINDS = ("methods", "models", "rewards", "tasks")
+KINDS = ("methods", "models", "rewards", "tasks", "datasets")
 SHIPPED = ("assets/", "configs/", "robots/")
-NAMED = ("policy", "task", "method", "kernel")
+NAMED = ("policy", "task", "method", "kernel", "data")
 """Sections that name a leaf: a bare name means its defaults."""
 
 
@@ -60,6 +60,14 @@ def positive(where: str, section: Any, *names: str) -> None:
         value = getattr(section, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{where}: {name} is {value}; it must be above 0")
+
+
+def share(where: str, section: Any, *names: str) -> None:
+    """Raise unless every named field of ``section`` lies in [0, 1]."""
+    for name in names:
+        value = getattr(section, name)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{where}: {name} is {value}; it must lie in [0, 1]")
 
 
 def divides(where: str, section: Any, part: str, whole: str) -> None:
@@ -126,39 +134,44 @@ class OptimizerConfig:
 
 @dataclass
 class BudgetConfig:
-    """When to stop: at the first of these. nfe: network evaluations; seconds: of wall-clock training, evaluation
-    aside.
+    """When to stop: at the first of these. nfe: network evaluations; env_decisions, env_steps: decisions and steps in
+    environments; seconds: of wall-clock training, evaluation aside.
     """
 
     iterations: int | None = None
     nfe: float | None = None
+    env_decisions: float | None = None
+    env_steps: float | None = None
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        positive("budget", self, "iterations", "nfe", "seconds")
-        if self.iterations is None and self.nfe is None and self.seconds is None:
-            raise ConfigError("budget sets no limit; give iterations, nfe or seconds")
+        limits = [f.name for f in dataclasses.fields(self)]
+        positive("budget", self, *limits)
+        if all(getattr(self, name) is None for name in limits):
+            raise ConfigError(f"budget sets no limit; give one of {', '.join(limits)}")
 
 
 @dataclass
 class EvalConfig:
-    """Periodic evaluation with the deployed sampler, on its own prompts and one fixed noise.
+    """Periodic evaluation with the deployed sampler, on its own prompts (or starts) and one fixed noise.
 
     every: iterations between evaluations (0: only before and after). prompts: file, one a line (default: the task's).
-    samples: images. select: the metric that decides policy_best. sampler: overrides of `chain` for the deployed sampler
-    (default: the same steps and guidance with the ODE). seed: of the evaluation noise, the same for every run that is
-    to be compared.
+    samples: images. episodes: in environments. select: the metric that decides policy_best. sampler: overrides of
+    `chain` for the deployed sampler (default: the same steps and guidance, on prompts with the ODE, in environments with
+    the mean of the kernel, see `Mean`). seed: of the evaluation noise, and the first of the environments' reset seeds,
+    the same for every run that is to be compared.
     """
 
     every: int = 20
     prompts: str | None = None
     samples: int = 256
+    episodes: int = 100
     select: str | None = None
     sampler: dict[str, Any] = field(default_factory=dict)
     seed: int = 1_000_003
 
     def __post_init__(self) -> None:
-        at_least("eval", self, every=0, samples=1)
+        at_least("eval", self, every=0, samples=1, episodes=1)
 
 
 @dataclass
@@ -167,13 +180,15 @@ class Experiment:
 
     policy: dict[str, Any]
     task: dict[str, Any]
-    reward: dict[str, Any]
     method: dict[str, Any]
+    reward: dict[str, Any] = field(default_factory=dict)  # of prompts; environments bring their own
+    data: dict[str, Any] | None = None  # recorded episodes to learn from
     chain: ChainConfig = field(default_factory=ChainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(iterations=100))
     eval: EvalConfig = field(default_factory=EvalConfig)
     threads: int | None = None  # CPU threads of a process; small networks are fastest on 1 (default: torch's)
+    environments: int = 20  # side by side, in each process
     micro_batch: int | str = "auto"  # rows of one forward and backward; auto: all, halved when memory runs out
     checkpoint_every: int = 20  # iterations between checkpoints
     trackers: list[str] = field(default_factory=list)  # accelerate's: tensorboard, wandb, ...
@@ -181,7 +196,7 @@ class Experiment:
     output: str = "runs/experiment"
 
     def __post_init__(self) -> None:
-        at_least("the experiment", self, checkpoint_every=1, threads=1)
+        at_least("the experiment", self, checkpoint_every=1, threads=1, environments=1)
         if self.micro_batch != "auto" and not (isinstance(self.micro_batch, int) and self.micro_batch >= 1):
             raise ConfigError(
                 f"the experiment: micro_batch is {self.micro_batch!r}; it must be auto or a number of rows, at least 1"
@@ -210,9 +225,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(
-            f"{path} is not an experiment: it must be a YAML mapping with keys policy, task, reward, method"
-        )
+        raise ConfigError(f"{path} is not an experiment: it must be a YAML mapping with keys policy, task, method")
     return raw
 
 

@@ -17,11 +17,12 @@ import torch
 
 import genpolicy
 from genpolicy import checkpoint, config, report
-from genpolicy.build import load_rewards, make_policy, make_rewards, prompt_lines
+from genpolicy.build import control_model, load_rewards, make_policy, make_rewards, prompt_lines
 from genpolicy.config import ConfigError, Experiment, choice, make
+from genpolicy.exam import ControlExam, Exam, PromptExam
 from genpolicy.reward import RewardError
 from genpolicy.run import REPLAY_CHECK, Method, Run, start_processes
-from genpolicy.task import Task
+from genpolicy.task import Task, is_control
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Rehearsal:
     memory: str = "the accelerator's, peak of the phase" if torch.cuda.is_available() else "this process's, peak so far"
     samples: int = 0
     evaluations_per_sample: float = 0.0
+    env_steps: float = 0.0
     total_seconds: float = 0.0
     phases: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     evaluation_seconds: float = 0.0
@@ -60,6 +62,7 @@ class Rehearsal:
         run.journal.phase(None)
         self.total_seconds = time.perf_counter() - started
         self.samples = run.journal.collected * run.processes.count
+        self.env_steps = run.journal.env_steps * run.processes.count
         self.evaluations_per_sample = (run.policy.model.evaluations - evaluations) / max(run.journal.collected, 1)
         self.phases = {name: (spent, run.journal.memory[name]) for name, spent in run.journal.clock.items()}
         run.restore(weights)
@@ -69,7 +72,8 @@ class Rehearsal:
         b, e = experiment.budget, experiment.eval
         once = self.phases.get(REPLAY_CHECK, (0.0, 0.0))[0]
         each, nfe = self.total_seconds - once, self.evaluations_per_sample * self.samples
-        limits = ((b.iterations, 1), (b.nfe, nfe), (b.seconds, each))
+        limits = [(b.iterations, 1), (b.nfe, nfe), (b.seconds, each), (b.env_decisions, self.samples)]
+        limits.append((b.env_steps, self.env_steps or math.inf))
         self.iterations = math.ceil(min(limit / cost for limit, cost in limits if limit is not None))
         self.evaluations = self.iterations * nfe
         drawn = sum(self.phases.get(name, (0.0, 0.0))[0] for name in ("sample", "decode", "reward"))
@@ -110,6 +114,8 @@ def _finish(run: Run, wall_time: float) -> Result:
         "wall_time_s": wall_time,
         "training_s": run.seconds,
         "evaluations": run.evaluations,
+        "env_decisions": run.env_decisions,
+        "env_steps": run.env_steps,
         "replay_gap": run.replay_gap,
         "seeds": {"run": run.experiment.seed, "eval": run.experiment.eval.seed},
         "processes": run.processes.count,
@@ -174,8 +180,11 @@ def finished(folder: Path) -> bool:
 
 def spent(summary: Mapping[str, Any]) -> bool:
     """Whether a run with this summary has spent its budget."""
-    done = {"iterations": "iterations", "nfe": "evaluations", "seconds": "training_s"}
-    return any(limit and summary[done[name]] >= limit for name, limit in summary["asked"].items())
+    done = {
+        "nfe": "evaluations",
+        "seconds": "training_s",
+    }  # the others are called in the summary what the budget calls them
+    return any(limit and summary[done.get(name, name)] >= limit for name, limit in summary["asked"].items())
 
 
 def versions() -> dict[str, str]:
@@ -198,10 +207,20 @@ def prepare(experiment: Experiment, folder: Path, accelerator: Any) -> tuple[Run
         torch.set_num_threads(experiment.threads)
     method = make("methods", experiment.method)
     task = make("tasks", experiment.task)
-    reward = make_rewards(experiment.reward)
-    prompts = evaluation_prompts(experiment, task)
-    measured = [*(f"reward/{name}" for name in reward.rewards), "reward/total", "diversity"]
-    choice("eval: select", experiment.eval.select or "reward/total", measured)
-    load_rewards(reward)
-    policy = make_policy(make("models", experiment.policy), experiment.chain)
-    return Run(experiment, policy, task, reward, prompts, folder, accelerator), method
+    data = make("datasets", experiment.data) if experiment.data is not None else None
+    if is_control(task):
+        model = control_model(experiment.policy, task, data)
+        environments = task.environments(experiment.environments, model.history)
+        exam: Exam = ControlExam(environments, task.has_success, experiment.eval)
+        parts: dict[str, Any] = {"environments": environments, "data": data}
+        if experiment.reward:
+            raise ConfigError(f"task {experiment.task['name']} brings its own reward: leave the reward section out")
+    else:
+        reward = make_rewards(experiment.reward)
+        exam = PromptExam(reward, evaluation_prompts(experiment, task), experiment.eval)
+        parts = {"reward": reward}
+        load_rewards(reward)
+        model = make("models", experiment.policy)
+    choice("eval: select", experiment.eval.select or exam.measured[0], exam.measured)
+    policy = make_policy(model, experiment.chain)
+    return Run(experiment, policy, task, exam, folder, accelerator, **parts), method

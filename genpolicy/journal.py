@@ -20,7 +20,7 @@ class Journal:
         self.numbers: dict[str, list[float]] = defaultdict(list)
         self.clock: dict[str, float] = defaultdict(float)
         self.memory: dict[str, float] = defaultdict(float)
-        self.collected = 0
+        self.collected, self.env_steps = 0, 0.0
 
     def log(self, name: str, value: float) -> None:
         """Add a number; several of one name are averaged."""

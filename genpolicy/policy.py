@@ -1,6 +1,6 @@
 """The contracts of a policy: `Model`, a family of networks, and `ChainPolicy`, a model with its sampler."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genpolicy.chain import Chain, ClipX0, Condition, Guidance, Noise, Prediction, Trajectory
 from genpolicy.chain.kernel import gain
-from genpolicy.chain.schedule import Schedule
+from genpolicy.chain.schedule import Schedule, Step
 from genpolicy.chain.values import Denoiser, Gaussian, Parametrisation, expand, output_gain, reduce_event
 from genpolicy.task import Context, Dataset
 
@@ -50,7 +50,9 @@ class Model(Protocol):
         ...
 
     def scored(self, value: Tensor) -> Tensor:
-        """The dims of [B,*E] that likelihoods count: all but those that no parameter acts through (padding)."""
+        """The dims of [B,*E] (or of what broadcasts to it) that likelihoods count: all but those that no parameter acts
+        through (padding).
+        """
         ...
 
     def features(self, condition: Condition) -> Tensor:
@@ -96,9 +98,29 @@ class ControlModel(Model, Protocol):
         """Actions Float[B,T,D] in the environment's units, at the offsets ``horizon``, as the chain's x0 [B,*E]."""
         ...
 
-    def times(self, uniform: Tensor) -> Tensor:
-        """Noise times to train at, [B], from uniform numbers in [0,1): the family's own training distribution."""
+    def event_mask(self, pad: Tensor) -> Tensor | None:
+        """The dims of an event that a supervised loss counts, bool, broadcastable to [B,*E] (None: all), where ``pad``
+        bool[B,T] says which actions lie outside their episode: what the family's own training does.
+        """
         ...
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """Noise times to train at, [B] fp64, from uniform numbers in [0,1): the family's own training distribution."""
+        ...
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen network for the noisier part of a chain: values of the model's trainable parameters, used at noise times
+    above ``above`` (DPPO's steps before the last K').
+    """
+
+    weights: Sequence[Tensor]
+    above: float
+
+
+StdOf = Callable[[Tensor, Tensor], Tensor]
+"""(t [B], features [B,F]) -> std [B,*E]: noise that is learned beside the network (ReinFlow)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +128,8 @@ class ChainPolicy:
     """A model and the sampler that acts: a chain with its guidance. The sampler is part of the policy.
 
     guidance: classifier-free scale, 1 is none (one evaluation a step). guidance_interval: (low, high] in noise time.
-    negative_gradient: differentiate the unconditional branch too (see `Guidance`).
+    negative_gradient: differentiate the unconditional branch too (see `Guidance`). base: who denoises the noisier part,
+    if not the network that learns. std_of: what replaces the kernel's std, if the noise is learned.
     """
 
     model: Model
@@ -114,6 +137,8 @@ class ChainPolicy:
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, float("inf"))
     negative_gradient: bool = False
+    base: Base | None = None
+    std_of: StdOf | None = None
 
     @property
     def denoiser(self) -> Denoiser:
@@ -124,6 +149,10 @@ class ChainPolicy:
         if self.guidance != 1.0:
             negative, interval = self.model.negative, self.guidance_interval
             denoise = Guidance(denoise, negative, self.guidance, interval, self.negative_gradient)
+        if self.base is not None:
+            denoise = _Handover(denoise, list(self.model.trainable().values()), self.base)
+        if self.std_of is not None:
+            denoise = _LearnedStd(denoise, self.model.features, self.std_of)
         return denoise
 
     def with_window(self, window: tuple[int, int] | None) -> "ChainPolicy":
@@ -136,33 +165,36 @@ class ChainPolicy:
             self.denoiser, condition, noise, self.model.event_shape, device=self.model.device, **options
         )
 
-    def transition(self, trajectory: Trajectory, k: int) -> Gaussian:
+    def transition(self, trajectory: Trajectory, k: int | Tensor) -> Gaussian:
         """`Chain.transition` with this policy's denoiser."""
         return self.chain.transition(self.denoiser, trajectory, k)
 
-    def gain(self, k: int) -> float:
-        """d mean / d (guided) network output at step k: the scalar kappa_k by which the step amplifies the network."""
-        step = self.chain.step(k, 1)
+    def gain(self, k: int | Tensor) -> Tensor:
+        """d mean / d (guided) network output at step k, [1] (or at each of steps k [b]): the scalar kappa_k by which the step
+        amplifies the network.
+        """
+        step = self._step(k)
         d_x0, d_eps = output_gain(self.model.parametrisation, step.alpha_t, step.sigma_t)
-        return float(gain(self.chain.kernel_at(k), step, d_x0, d_eps)[0])
+        return gain(self.chain.kernel_at(k), step, d_x0, d_eps).float()
 
-    def std(self, k: int) -> float:
-        """The total std of step k."""
-        return float(self.chain.kernel_at(k).coefficients(self.chain.step(k, 1)).std[0])
+    def std(self, k: int | Tensor) -> Tensor:
+        """The total std of step k, [1], or of each of steps k, [b]."""
+        return self.chain.kernel_at(k).coefficients(self._step(k)).std.float()
+
+    def _step(self, k: int | Tensor) -> Step:
+        return self.chain.step(k, 1 if isinstance(k, int) else len(k))
+
+    def scored(self, gaussian: Gaussian) -> Gaussian:
+        """A Gaussian over the dims that likelihoods count."""
+        return Gaussian(self.model.scored(gaussian.mean), self.model.scored(gaussian.std))
 
     def supervised_loss(
-        self,
-        condition: Condition,
-        event: Tensor,
-        t: Tensor,
-        noise: Tensor,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
+        self, condition: Condition, event: Tensor, t: Tensor, noise: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """Mean over B of weight * mean over E of (output - target)^2 at x_t = alpha x_0 + sigma eps.
+        """mean over E of (output - target)^2 at x_t = alpha x_0 + sigma eps, for each row: [B].
 
         In terms of the prediction: output error = d_output/d_x0 (x0_hat - x_0), so one formula serves every
-        parametrisation. event, noise [B,*E]; t [B] noise times; weight [B]; mask bool, broadcastable to [B,*E].
+        parametrisation. event, noise [B,*E]; t [B] noise times; mask bool, broadcastable to [B,*E].
         """
         schedule, kind = self.model.schedule, self.model.parametrisation
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -173,8 +205,35 @@ class ChainPolicy:
             error = (prediction.eps - noise) / expand(d_eps, event)
         else:
             error = (prediction.x0 - event) / expand(d_x0, event)
-        loss = reduce_event(error**2, "mean", mask)
-        return (loss if weight is None else loss * weight).mean()
+        return reduce_event(error**2, "mean", mask)
+
+
+@dataclass(frozen=True)
+class _Handover:
+    """The base at noise times above its own, the learning network below."""
+
+    denoiser: Denoiser
+    parameters: Sequence[torch.nn.Parameter]
+    base: Base
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        if float(t.min()) <= self.base.above:
+            return self.denoiser(x, t, condition)
+        with torch.no_grad(), swapped(self.parameters, self.base.weights):
+            return self.denoiser(x, t, condition)
+
+
+@dataclass(frozen=True)
+class _LearnedStd:
+    """The same prediction with a std of its own."""
+
+    denoiser: Denoiser
+    features: Callable[[Condition], Tensor]
+    std_of: StdOf
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        prediction = self.denoiser(x, t, condition)
+        return replace(prediction, std=self.std_of(t, self.features(condition)).view_as(x))
 
 
 @contextmanager

@@ -27,7 +27,8 @@ def replay_gap(
             part = trajectory[rows]
             with torch.enable_grad():
                 new = policy.transition(part, k)
-            return float(log_ratio(Gaussian(new.mean.detach(), new.std), part.acted(k), part.after(k)).abs().max())
+            now, acted = policy.scored(Gaussian(new.mean.detach(), new.std)), policy.scored(part.acted(k))
+            return float(log_ratio(now, acted, policy.model.scored(part.after(k))).abs().max())
 
         gaps[k] = max(micro_batches(gap, len(trajectory), trajectory.shared))
     worst = max(gaps, key=lambda k: gaps[k])

@@ -9,11 +9,12 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
@@ -22,17 +23,18 @@ from tqdm import tqdm
 from genpolicy import checkpoint, config, report
 from genpolicy.build import deployed_sampler, make_policy, save_policy
 from genpolicy.chain import Noise, Trajectory
-from genpolicy.config import ConfigError, Experiment
-from genpolicy.evaluate import Evaluation, evaluate
+from genpolicy.config import ConfigError, Experiment, OptimizerConfig
+from genpolicy.episodes import reset_seed
+from genpolicy.exam import Exam
 from genpolicy.journal import Journal
 from genpolicy.micro_batch import MicroBatches
 from genpolicy.optimizer import Optimizer
-from genpolicy.policy import ChainPolicy, swapped
+from genpolicy.policy import Base, ChainPolicy, swapped
 from genpolicy.processes import Processes
 from genpolicy.rescore import LogRatio, replay_gap, scored_again
 from genpolicy.reward import WeightedRewards
-from genpolicy.rollout import Judged, Rollout, Scored, collect, concatenate, recount
-from genpolicy.task import Context, Task
+from genpolicy.rollout import Batch, Judged, Rollout, Scored, collect, concatenate, live, recount, single
+from genpolicy.task import Context, ControlTask, Dataset, Environments, Task, is_control
 
 Loss = Callable[[Scored], tuple[Tensor, dict[str, Tensor]]]
 """A scored step of b rows -> (loss [b], metrics by name [b]). Pure."""
@@ -46,7 +48,7 @@ class Stateful(Protocol):
 
     def state_dict(self) -> Any: ...
 
-    def load_state_dict(self, state: Any) -> None: ...
+    def load_state_dict(self, state: Any, /) -> Any: ...
 
 
 class Method(Protocol):
@@ -56,26 +58,34 @@ class Method(Protocol):
 
 
 class Run:
-    """The state of one training run: policy, task, reward, optimiser, counters, folder."""
+    """The state of one training run: policy, task, optimiser, counters, folder.
+
+    reward: of prompts. environments: of a control task. data: the recorded episodes, if the experiment names some.
+    """
 
     def __init__(
         self,
         experiment: Experiment,
         policy: ChainPolicy,
-        task: Task,
-        reward: WeightedRewards,
-        eval_prompts: Sequence[str],
+        task: Task | ControlTask,
+        exam: Exam,
         folder: Path,
         accelerator: Accelerator,
+        *,
+        reward: WeightedRewards | None = None,
+        environments: Environments | None = None,
+        data: Dataset | None = None,
     ) -> None:
-        self.experiment, self.policy, self.task, self.reward = experiment, policy, task, reward
-        self.eval_prompts, self.folder, self.accelerator = eval_prompts, folder, accelerator
+        self.experiment, self.policy, self.task, self.exam = experiment, policy, task, exam
+        self.reward, self.environments, self.data = reward, environments, data
+        self.folder, self.accelerator = folder, accelerator
         self.processes = Processes(accelerator)
-        self.sampler = deployed_sampler(experiment.chain, experiment.eval.sampler)
+        self.sampler = deployed_sampler(experiment.chain, experiment.eval.sampler, is_control(task))
         self.deployed = make_policy(policy.model, self.sampler)
         self.window = policy.chain.stochastic
         self.iteration = 0
-        self.seconds = self.evaluations = 0.0  # of training so far; evaluations of all processes together, in rows
+        # of training so far; evaluations, decisions and steps of environments of all processes together
+        self.seconds = self.evaluations = self.env_decisions = self.env_steps = 0.0
         self.trainable = list(policy.model.trainable().values())
         reduce = self.processes.reduce if self.processes.count > 1 else None
         self.optimizer = Optimizer(experiment.optimizer, self.trainable, policy.model.precision == "fp16", reduce)
@@ -125,41 +135,73 @@ class Run:
     def progress(self) -> float:
         """The share of the budget that is spent, by whichever of its limits is nearest."""
         b = self.experiment.budget
-        spent = ((self.iteration, b.iterations), (self.evaluations, b.nfe), (self.seconds, b.seconds))
-        return max((done / limit for done, limit in spent if limit), default=0.0)
+        spent = {"iterations": self.iteration, "nfe": self.evaluations, "env_decisions": self.env_decisions}
+        spent |= {"env_steps": self.env_steps, "seconds": self.seconds}
+        limits = {name: getattr(b, name) for name in spent}
+        return max((spent[name] / limit for name, limit in limits.items() if limit), default=0.0)
 
     def _account(self, seconds: float, evaluations: float) -> None:
         """Add an iteration's cost: the main process's clock and everybody's evaluations, the same numbers on every process,
         because budget and learning rate follow from them.
         """
-        cost = torch.tensor([seconds if self.processes.main else 0.0, evaluations], dtype=torch.float64)
-        spent, evaluated = self.processes.reduce(cost).tolist()
-        self.seconds += spent
-        self.evaluations += evaluated
+        decisions = self.journal.collected if self.journal.env_steps else 0
+        mine = [seconds if self.processes.main else 0.0, evaluations, decisions, self.journal.env_steps]
+        spent = self.processes.reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
+        self.seconds += spent[0]
+        self.evaluations += spent[1]
+        self.env_decisions += spent[2]
+        self.env_steps += spent[3]
 
     # ---------------------------------------------------------------- collecting
 
     def collect(self, groups: int, members: int, *, updates: int = 1, shared_prefix: bool = False) -> Rollout:
-        """Roll the policy out: ``groups`` = M prompts of this iteration, ``members`` = N samples each.
+        """Roll the policy out: ``groups`` = M prompts or start states of this iteration, ``members`` = N samples or episodes
+        each.
 
         updates: how many minibatches the rollout will be split into (each gets whole groups, evenly over the
-        processes). shared_prefix: the members of a group share everything before the window.
+        processes). shared_prefix: the members of a group share everything before the window (prompts only).
         """
         window = self._draw_window()
         policy = self.policy.with_window(window)
         local = self.processes.groups(groups, updates)
-        base = (self.iteration - 1) * groups
-        prompts = tuple(self.task.reset(range(base, base + groups)).prompts)
-        rows = [prompts[g] for g in local.tolist() for _ in range(members)]
         noise = Noise.rows(self.experiment.seed, self.iteration, local, members)
+        if self.environments is not None:
+            if shared_prefix:
+                raise ConfigError("shared_prefix is for prompts: the episodes of a group see different states")
+            rollout = self._live(policy, groups, members, local, noise, updates)
+        else:
+            rollout = self._collect(
+                policy, groups, members, local, noise, updates, window[0] if shared_prefix else None
+            )
+        for name, value in {**rollout.parts, "total": rollout.rewards}.items():
+            self.log(f"reward/{name}", value.mean().item())
+        rewards = rollout.rewards
+        self.log("reward/total_ci95", 1.96 * rewards.mean(1).std().item() / math.sqrt(max(groups, 2)))
+        self.log("reward/group_std_zero", (rewards.std(1, correction=0) == 0).double().mean().item())
+        return rollout
+
+    def _collect(
+        self,
+        policy: ChainPolicy,
+        groups: int,
+        members: int,
+        local: Tensor,
+        noise: Noise,
+        updates: int,
+        branch: int | None,
+    ) -> Rollout:
+        """Samples of prompts, judged by the rewards."""
+        assert self.reward is not None
+        reward, task = self.reward, cast(Task, self.task)
+        base = (self.iteration - 1) * groups
+        prompts = tuple(task.reset(range(base, base + groups)).prompts)
+        rows = [prompts[g] for g in local.tolist() for _ in range(members)]
 
         def chunk(rows_: slice) -> Judged:
-            context = Context(rows[rows_])
-            branch = window[0] if shared_prefix else None
             return collect(
                 policy,
-                context,
-                self.reward,
+                Context(rows[rows_]),
+                reward,
                 noise[rows_],
                 members=members,
                 branch_at=branch,
@@ -169,15 +211,44 @@ class Run:
         judged = concatenate(self.micro_batches(chunk, len(rows), members, recount(policy)), policy)
         self.journal.phase(None)
         self.journal.collected += len(rows)
-        parts = {
-            name: self.processes.gather_groups(value.view(-1, members), updates) for name, value in judged.parts.items()
-        }
-        rewards = self.reward.total(parts)
-        for name, value in {**parts, "total": rewards}.items():
-            self.log(f"reward/{name}", value.mean().item())
-        self.log("reward/total_ci95", 1.96 * rewards.mean(1).std().item() / math.sqrt(max(groups, 2)))
-        self.log("reward/group_std_zero", (rewards.std(1, correction=0) == 0).double().mean().item())
-        return Rollout(judged.trajectory, judged.context, judged.outputs, parts, rewards, prompts, local)
+        parts = self._of_all(judged.parts, members, updates)
+        place = (local[:, None] * members + torch.arange(members)).flatten()
+        decisions = single(reward.total(judged.parts), judged.context, place, groups * members)
+        rewards = reward.total(parts)
+        chains, outputs = judged.trajectory, judged.outputs
+        return Rollout(chains, judged.context, outputs, parts, reward.weights, rewards, prompts, local, decisions)
+
+    def _live(
+        self, policy: ChainPolicy, groups: int, members: int, local: Tensor, noise: Noise, updates: int
+    ) -> Rollout:
+        """Episodes in environments; the members of a group begin in the same state."""
+        assert self.environments is not None
+        seeds = [reset_seed(self.experiment.seed, self.iteration, g) for g in local.tolist() for _ in range(members)]
+        lived = live(policy, self.environments, seeds, noise, on_phase=self.journal.phase)
+        self.journal.phase(None)
+        self.journal.collected += len(lived.trajectory)
+        self.journal.env_steps += float(lived.parts["length"].sum())
+        mine = torch.zeros(len(seeds), dtype=torch.long).index_add(
+            0, lived.decisions.episode, torch.ones_like(lived.decisions.episode)
+        )
+        found = self._of_all({**lived.parts, "decisions": mine}, members, updates)
+        begins = found.pop("decisions").flatten().cumsum(0).roll(1)
+        total, begins[0] = int(begins[0]), 0
+        own = begins.view(groups, members)[local].flatten()
+        first = mine.cumsum(0) - mine
+        within = torch.arange(len(lived.trajectory)) - first[lived.decisions.episode]
+        decisions = replace(lived.decisions, place=own[lived.decisions.episode] + within, total=total)
+        for name in ("success", "length"):
+            self.log(f"episode/{name}", found.pop(name).mean().item())
+        prompts = tuple(f"start {reset_seed(self.experiment.seed, self.iteration, g)}" for g in range(groups))
+        chains, outputs = lived.trajectory, lived.outputs
+        return Rollout(
+            chains, lived.context, outputs, found, {"return": 1.0}, found["return"], prompts, local, decisions
+        )
+
+    def _of_all(self, parts: Mapping[str, Tensor], members: int, updates: int) -> dict[str, Tensor]:
+        """This process's values by name [m*N] to everybody's [M,N]."""
+        return {name: self.processes.gather_groups(value.view(-1, members), updates) for name, value in parts.items()}
 
     def _draw_window(self) -> tuple[int, int]:
         """This iteration's window of steps: a pure function of seed and iteration."""
@@ -190,14 +261,51 @@ class Run:
         start = low + min(int(uniform * (high - size - low + 1)), high - size - low)
         return start, start + size
 
-    def minibatches(self, rollout: Rollout, updates: int, epochs: int = 1) -> Iterator[slice]:
-        """``epochs`` passes over the rollout in ``updates`` minibatches of whole groups: this process's rows of
-        each.
+    def minibatches(self, rollout: Rollout, updates: int, epochs: int = 1) -> Iterator[Batch]:
+        """``epochs`` passes over the rollout's rows in ``updates`` minibatches, all kept steps of each row together: whole
+        groups of prompts in their order, decisions of episodes at random.
         """
+        if rollout.ragged:
+            for epoch in range(epochs):
+                yield from (Batch(drawn) for drawn in self._shuffled(rollout, 1, updates, epoch))
+            return
         rows = len(rollout.trajectory) // updates
         for _ in range(epochs):
             for update in range(updates):
-                yield slice(update * rows, (update + 1) * rows)
+                yield Batch(slice(update * rows, (update + 1) * rows))
+
+    def pairs(self, rollout: Rollout, updates: int, epoch: int) -> Iterator[Batch]:
+        """A pass over the (row, kept step) pairs in ``updates`` minibatches, in an order that is the epoch's own."""
+        steps = len(rollout.trajectory.steps)
+        for drawn in self._shuffled(rollout, steps, updates, epoch):
+            yield Batch(drawn // steps, drawn % steps + rollout.trajectory.first)
+
+    def chains(self, rollout: Rollout, updates: int, epoch: int) -> Iterator[Batch]:
+        """A pass over the rows in ``updates`` minibatches, in an order that is the epoch's own; a row's kept steps stand one
+        after the other and are scored in one evaluation, for a loss that needs the likelihood of whole chains.
+        """
+        steps = torch.tensor(list(rollout.trajectory.steps))
+        for drawn in self._shuffled(rollout, 1, updates, epoch):
+            yield Batch(drawn.repeat_interleave(len(steps)), steps.repeat(len(drawn)), len(steps))
+
+    def normalised(self, values: Tensor) -> Tensor:
+        """(values - mean) / std over the rows [R] of all processes."""
+        sums = torch.stack([torch.ones_like(values), values, values**2]).double().sum(1)
+        count, first, second = self.processes.reduce(sums).tolist()
+        mean = first / count
+        return (values - mean) / (max(second / count - mean**2, 0.0) ** 0.5 + 1e-8)
+
+    def _shuffled(self, rollout: Rollout, each: int, updates: int, epoch: int) -> Iterator[Tensor]:
+        """This process's share of minibatches of all processes' rows times ``each``: a pure function of the run's seed,
+        iteration and epoch, whatever the number of processes.
+        """
+        place = (rollout.decisions.place[:, None] * each + torch.arange(each)).flatten()
+        total = rollout.decisions.total * each
+        key = [self.experiment.seed, self.iteration, epoch, each]
+        rank = torch.from_numpy(np.random.default_rng(key).permutation(total))[place]
+        order = rank.argsort()
+        update = rank[order] * updates // total
+        yield from (order[update == u] for u in range(updates))
 
     def verified(self, rollout: Rollout, log_ratio: LogRatio, tolerance: float) -> Rollout:
         """Replay must be exact: on the first rollout, |log-ratio| of unchanged weights must stay below ``tolerance``.
@@ -244,21 +352,30 @@ class Run:
     # ---------------------------------------------------------------- updating
 
     def update(
-        self, rollout: Rollout, rows: slice, advantage: Tensor, loss: Loss, reference: Sequence[Tensor] | None = None
-    ) -> None:
-        """One optimiser step on the mean of ``loss`` over these rows and the rollout's kept steps, in micro-batches,
-        over all processes.
+        self,
+        rollout: Rollout,
+        batch: Batch,
+        advantage: Tensor,
+        loss: Loss,
+        reference: Sequence[Tensor] | None = None,
+        also: Sequence[Optimizer] = (),
+    ) -> dict[str, float]:
+        """One optimiser step on the mean of ``loss`` over these rows and steps, in micro-batches, over all processes;
+        returns the means of the loss and its metrics.
 
-        advantage [M,N]. reference: a snapshot under which every step is scored too, without gradients.
+        advantage: of episodes [M,N], or of this process's rows [R]. reference: a snapshot under which every step is
+        scored too, without gradients. also: optimisers of other parts that the loss reaches, stepped together.
         """
         self.journal.phase("update")
-        chains = rollout.trajectory[rows]
-        policy, advantages = self._window_of(chains), rollout.rows(advantage)[rows]
-        count = len(chains) * len(chains.steps) * self.processes.count
+        rows = advantage.float() if advantage.ndim == 1 else rollout.rows(advantage)
+        chains, advantages = rollout.trajectory[batch.rows], rows[batch.rows]
+        policy = self._window_of(rollout.trajectory)
+        steps = list(chains.steps) if batch.k is None else [batch.k]
         sums: dict[str, float] = {}
 
         def accumulate(part: slice) -> None:
-            for k in chains.steps:
+            for k in steps:
+                k = k if isinstance(k, int) else k[part]
                 value, metrics = loss(self._score(policy, chains[part], k, advantages[part], reference))
                 self.optimizer.backward(value.sum() / count)
                 for name, metric in {"loss": value, **metrics}.items():
@@ -267,36 +384,86 @@ class Run:
         forget = recount(policy)
 
         def restart() -> None:
-            self.optimizer.zero_grad()
+            for optimizer in (self.optimizer, *also):
+                optimizer.zero_grad()
             sums.clear()
             forget()
 
         restart()
-        self.micro_batches(accumulate, len(chains), chains.shared, restart)
+        count = self._count(len(chains) * len(steps))
+        self.micro_batches(accumulate, len(chains), chains.shared * batch.whole, restart)
         self.log("lr", self.optimizer.lr(self.progress))
         self.log("grad_norm", self.optimizer.step(self.progress))
+        for optimizer in also:
+            optimizer.step(self.progress)
         totals = self.processes.reduce(torch.tensor(list(sums.values()), dtype=torch.float64)) / count
-        for name, value in zip(sums, totals.tolist(), strict=True):
+        means = dict(zip(sums, totals.tolist(), strict=True))
+        for name, value in means.items():
             self.log(f"policy/{name}", value)
         self.journal.phase(None)
+        return means
+
+    def descend(
+        self, losses: Callable[[slice], Tensor], rows: int, name: str, optimizer: Optimizer | None = None
+    ) -> None:
+        """One step of ``optimizer`` (the policy's by default) on the mean of ``losses(rows) -> [b]`` over this process's
+        ``rows`` and everybody else's, in micro-batches; logged as NAME/loss.
+        """
+        self.journal.phase(f"update {name}" if optimizer else "update")
+        optimizer = optimizer or self.optimizer
+        count, total = self._count(rows), 0.0
+        forget = recount(self.policy)
+
+        def accumulate(part: slice) -> None:
+            nonlocal total
+            value = losses(part).sum()
+            optimizer.backward(value / count)
+            total += float(value.detach())
+
+        def restart() -> None:
+            nonlocal total
+            optimizer.zero_grad()
+            total = 0.0
+            forget()
+
+        restart()
+        self.micro_batches(accumulate, rows, restart=restart)
+        self.log(f"{name}/grad_norm", optimizer.step(self.progress))
+        self.log(f"{name}/loss", float(self.processes.reduce(torch.tensor([total], dtype=torch.float64))) / count)
+        self.journal.phase(None)
+
+    def _count(self, rows: int) -> int:
+        return int(self.processes.reduce(torch.tensor([rows], dtype=torch.float64)))
+
+    def learner(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerConfig) -> Optimizer:
+        """An optimiser of its own for a critic or another part beside the policy; `register` it."""
+        reduce = self.processes.reduce if self.processes.count > 1 else None
+        return Optimizer(settings, list(parameters), False, reduce)
 
     def _score(
-        self, policy: ChainPolicy, batch: Trajectory, k: int, advantage: Tensor, reference: Sequence[Tensor] | None
+        self,
+        policy: ChainPolicy,
+        batch: Trajectory,
+        k: int | Tensor,
+        advantage: Tensor,
+        reference: Sequence[Tensor] | None,
     ) -> Scored:
         anchor = None
         if reference is not None:
             with torch.no_grad(), self.using(reference):
-                anchor = policy.transition(batch, k)
-        grid = policy.chain.grid
+                anchor = policy.scored(policy.transition(batch, k))
+        grid, device = policy.chain.grid, batch.x0.device
         return Scored(
-            new=policy.transition(batch, k),
-            old=batch.acted(k),
+            new=policy.scored(policy.transition(batch, k)),
+            old=policy.scored(batch.acted(k)),
             reference=anchor,
-            x=batch.after(k),
+            x=policy.model.scored(batch.after(k)),
             advantage=advantage,
-            std=policy.std(k),
-            dt=float(grid[k] - grid[k + 1]),
-            gain=policy.gain(k),
+            std=policy.std(k).to(device),
+            dt=(grid[k] - grid[k + 1]).float().to(device),
+            gain=policy.gain(k).to(device),
+            index=k - batch.first,
+            steps=len(batch.steps),
         )
 
     # ---------------------------------------------------------------- snapshots and state
@@ -333,6 +500,7 @@ class Run:
         counters = state["counters"]
         self.iteration, self.seconds = counters["iteration"], counters["seconds"]
         self.evaluations, self.best = counters["evaluations"], counters["best"]
+        self.env_decisions, self.env_steps = counters["env_decisions"], counters["env_steps"]
         self.before, self._rescore = counters["before"], counters["rescore"]
         self.replay_gap = counters["replay_gap"]
         self.last, self._evaluated_at = counters["last"], counters["evaluated_at"]
@@ -355,6 +523,8 @@ class Run:
                 "iteration": self.iteration,
                 "seconds": self.seconds,
                 "evaluations": self.evaluations,
+                "env_decisions": self.env_decisions,
+                "env_steps": self.env_steps,
                 "best": self.best,
                 "before": self.before,
                 "last": self.last,
@@ -377,42 +547,31 @@ class Run:
     # ---------------------------------------------------------------- evaluating and telling
 
     def evaluate(self) -> dict[str, Any]:
-        """Evaluate the deployed sampler (with averaged weights, if any) on the fixed evaluation set; keep the best
+        """Examine the deployed sampler (with averaged weights, if any) on the fixed evaluation set; keep the best
         policy.
         """
-        e = self.experiment.eval
         evaluations = self.policy.model.evaluations
         with self.optimizer.averaged():
-            result = evaluate(
-                self.deployed,
-                self.reward,
-                prompts=self.eval_prompts,
-                samples=e.samples,
-                seed=e.seed,
-                process=(self.processes.index, self.processes.count),
-                gather=self.processes.gather,
-                micro_batches=self.micro_batches,
-            )
+            folder = self.folder / "samples" / str(self.iteration)
+            metrics = self.exam(self.deployed, self.processes, self.micro_batches, folder)
             self.policy.model.evaluations = evaluations
-            metrics = result.metrics()
             if self.processes.main:
-                self._keep(result, metrics)
+                self._keep(metrics)
         self.last, self._evaluated_at = metrics, self.iteration
         return metrics
 
-    def _keep(self, result: Evaluation, metrics: dict[str, Any]) -> None:
-        select = self.experiment.eval.select or "reward/total"
-        report.grid(result.outputs, result.prompts, self.folder / "samples" / str(self.iteration) / "grid.png")
+    def _keep(self, metrics: dict[str, Any]) -> None:
+        select = self.experiment.eval.select or self.exam.measured[0]
         report.append(self.folder, {"iteration": self.iteration, **{f"eval/{k}": v for k, v in metrics.items()}})
         if self.iteration and metrics[select] > self.best:
             self.best = metrics[select]
             save_policy(self.deployed, self.experiment, self.sampler, self.folder / "policy_best")
-        shown = "  ".join(f"{k.removeprefix('reward/')} {v:.3f}" for k, v in metrics.items() if k.startswith("reward/"))
-        self.say(f"evaluation after {self.iteration} iterations ({result.samples} samples): {shown}")
+        shown = "  ".join(f"{name.removeprefix('reward/')} {metrics[name]:.3f}" for name in self.exam.measured)
+        self.say(f"evaluation after {self.iteration} iterations (n {metrics['n']}): {shown}")
 
     def show(self, rollout: Rollout, advantage: Tensor) -> None:
-        """Where an evaluation is due, draw one group with its rewards and advantages [M,N]."""
-        if self._evaluation_due() and self.processes.main:
+        """Where an evaluation is due, draw one group of pictures with its rewards and advantages [M,N]."""
+        if self._evaluation_due() and self.processes.main and self.environments is None:
             n = rollout.rewards.shape[1]
             group = int(rollout.local[0])
             report.group(
@@ -422,6 +581,10 @@ class Run:
                 advantage[group],
                 self.folder / "samples" / str(self.iteration) / "group.png",
             )
+
+    def seen(self, samples: int) -> None:
+        """Count the samples of an iteration that collects none itself."""
+        self.journal.collected += samples // self.processes.count
 
     def log(self, name: str, value: float) -> None:
         """Add a number to this iteration's metrics; several in one iteration are averaged."""
@@ -440,6 +603,8 @@ class Run:
         rows = self.journal.collected or 1
         metrics = self.journal.close()
         metrics["nfe_per_sample"] = evaluations / rows
+        if self.environments is not None:
+            metrics |= {"env_decisions": self.env_decisions, "env_steps": self.env_steps}
         metrics["time_s"] = self.seconds
         if self.processes.main:
             report.append(self.folder, {"iteration": self.iteration, **metrics})
@@ -483,10 +648,28 @@ class Run:
         """The last evaluation: of the end, or, where a signal stopped the run, the one before (the run will go on from there)."""
         return self.last if self._evaluated_at == self.iteration or self.progress < 1 else self.evaluate()
 
+    @property
+    def features(self) -> int:
+        """The length F of what a critic sees of an observation or a prompt."""
+        if self.environments is not None:
+            context = self.environments.reset([0], [0])
+        else:
+            context = cast(Task, self.task).reset(range(1))
+        with torch.no_grad():
+            return self.policy.model.features(self.policy.model.encode(context)).shape[1]
+
+    def freeze_base(self) -> None:
+        """Where the window begins inside the chain, leave what comes before it to the policy as it is now, for good. Call it
+        before `iterations`.
+        """
+        if self.window.start:
+            base = Base(self.snapshot(), float(self.policy.chain.grid[self.window.start]))
+            self.policy, self.deployed = replace(self.policy, base=base), replace(self.deployed, base=base)
+
     def require_density(self) -> None:
         """Raise unless every step of the window has a density: a likelihood method can't train a point."""
         for k in self.window:
-            if self.policy.std(k) == 0:
+            if float(self.policy.std(k)) == 0:
                 raise ConfigError(
                     f"step {k} of the window is deterministic (std 0) under kernel {self.experiment.chain.kernel}: a method that "
                     "needs likelihoods can't train it; use ddim with eta > 0, sde or cps, or another window"

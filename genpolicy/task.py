@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,11 +24,10 @@ class Context:
         return len(self.prompts)
 
     def __getitem__(self, rows: slice | Tensor) -> "Context":
-        if isinstance(rows, slice):
-            prompts: Sequence[str] = self.prompts[rows]
-        else:
-            prompts = [self.prompts[row] for row in rows.tolist()]
-        return Context(prompts, {name: value[rows] for name, value in self.observation.items()})
+        index = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+        return Context(
+            [self.prompts[row] for row in index], {name: value[rows] for name, value in self.observation.items()}
+        )
 
     @classmethod
     def cat(cls, contexts: Sequence["Context"]) -> "Context":
@@ -102,7 +101,8 @@ class ControlTask(Protocol):
     """A task of many decisions: environments that a policy acts in.
 
     shapes: of what is seen, by LeRobot's names. action_dim: D. limit: environment steps after which an episode is cut.
-    fps: environment steps a second of the robot's time. instruction: what is asked, in words.
+    fps: environment steps a second of the robot's time. instruction: what is asked, in words. has_success: whether the
+    task itself says what success is (else there are only returns).
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -110,6 +110,7 @@ class ControlTask(Protocol):
     limit: int
     fps: int
     instruction: str
+    has_success: bool
 
     def environments(self, count: int, history: int) -> Environments:
         """``count`` environments whose observations carry the last ``history`` frames (the first one repeated)."""
@@ -144,7 +145,7 @@ class Dataset(Protocol):
         ...
 
 
-def is_control(task: Any) -> bool:
+def is_control(task: Task | ControlTask) -> TypeGuard[ControlTask]:
     """Whether a task has environments to act in; otherwise it is prompts, judged by the run's reward."""
     return hasattr(task, "environments")
 

@@ -8,7 +8,7 @@ Legend (one meaning each, everywhere): **B** batch, **N** group members, **K** d
 
 from genpolicy.chain.chain import Chain, Trajectory
 from genpolicy.chain.guidance import ClipX0, Guidance
-from genpolicy.chain.kernel import CPS, DDIM, SDE, ClipStd, Consistency, FloorStd
+from genpolicy.chain.kernel import CPS, DDIM, SDE, ClipStd, Consistency, FloorStd, Mean
 from genpolicy.chain.noise import Noise
 from genpolicy.chain.prior import StandardNormal
 from genpolicy.chain.schedule import EDM, Linear, Step, VariancePreserving
@@ -31,6 +31,7 @@ __all__ = [
     "Guidance",
     "Heun",
     "Linear",
+    "Mean",
     "Noise",
     "Prediction",
     "StandardNormal",

@@ -41,12 +41,17 @@ class Trajectory:
         """The denoising indices k of the kept steps."""
         return range(self.first, self.first + self.mean.shape[1])
 
-    def __getitem__(self, rows: slice) -> "Trajectory":
-        """A stretch of rows; where a start is shared it must be whole groups."""
-        start, stop, stride = rows.indices(len(self))
-        if stride != 1 or start % self.shared or stop % self.shared:
+    def __getitem__(self, rows: slice | Tensor) -> "Trajectory":
+        """A stretch of rows, or the rows of an index [b]; where a start is shared it must be a stretch of whole groups."""
+        if isinstance(rows, slice):
+            start, stop, stride = rows.indices(len(self))
+            if stride != 1 or start % self.shared or stop % self.shared:
+                raise ValueError(
+                    f"rows {start}:{stop}:{stride} skip rows or cut a group of {self.shared} that shares its start"
+                )
+        elif self.shared > 1:
             raise ValueError(
-                f"rows {start}:{stop}:{stride} skip rows or cut a group of {self.shared} that shares its start"
+                f"an index may cut a group of {self.shared} that shares its start: give a stretch of groups"
             )
         return replace(
             self,
@@ -57,23 +62,27 @@ class Trajectory:
             x0=self.x0[rows],
         )
 
-    def index(self, k: int) -> int:
-        """Where step k stands among the kept ones; raises if it was not kept."""
-        if k not in self.steps:
-            raise ValueError(f"step {k} was not kept: this trajectory has steps {self.first}..{self.steps.stop - 1}")
-        return k - self.first
-
-    def acted(self, k: int) -> Gaussian:
+    def acted(self, k: int | Tensor) -> Gaussian:
         """The Gaussian that acted at step k."""
-        return Gaussian(self.mean[:, self.index(k)], self.std[:, self.index(k)])
+        return Gaussian(self._at(self.mean, k), self._at(self.std, k))
 
-    def before(self, k: int) -> Tensor:
-        """x before step k, [B,*E]: what the network saw."""
-        return self.x[:, self.index(k)]
+    def before(self, k: int | Tensor) -> Tensor:
+        """x before step k, [B,*E]: what the network saw. k may be each row's own, [B], here and below."""
+        return self._at(self.x, k)
 
-    def after(self, k: int) -> Tensor:
+    def after(self, k: int | Tensor) -> Tensor:
         """x after step k, [B,*E]: the sample that the Gaussian of step k is scored on."""
-        return self.x[:, self.index(k) + 1]
+        return self._at(self.x, k, 1)
+
+    def _at(self, kept: Tensor, k: int | Tensor, ahead: int = 0) -> Tensor:
+        low, high = (k, k) if isinstance(k, int) else (int(k.min()), int(k.max()))
+        if low not in self.steps or high not in self.steps:
+            missing = high if low in self.steps else low
+            raise ValueError(
+                f"step {missing} was not kept: this trajectory has steps {self.first}..{self.steps.stop - 1}"
+            )
+        place = k - self.first + ahead
+        return kept[:, place] if isinstance(place, int) else kept[torch.arange(len(self)), place]
 
 
 @dataclass(frozen=True)
@@ -107,33 +116,40 @@ class Chain:
             return range(0)
         return range(*self.window) if self.window is not None else range(self.K - 1)
 
-    def step(self, k: int, rows: int) -> Step:
-        """The coefficients of step k for a batch, from grid[k] to grid[k+1]: fp64 on the CPU, whatever device x is
-        on.
+    def step(self, k: int | Tensor, rows: int) -> Step:
+        """The coefficients of step k (of each row's own, if k is [rows]) for a batch, from grid[k] to grid[k+1]: fp64 on
+        the CPU, whatever device x is on.
         """
-        t, s = (self.grid[j].expand(rows, *self.grid[j].shape) for j in (k, k + 1))
+        if isinstance(k, int):
+            t, s = (self.grid[j].expand(rows, *self.grid[j].shape) for j in (k, k + 1))
+        else:
+            t, s = self.grid[k], self.grid[k + 1]
         return step(self.schedule, t, s)
 
-    def kernel_at(self, k: int) -> Kernel:
-        """The kernel that acts at step k: the ODE outside the window."""
+    def kernel_at(self, k: int | Tensor) -> Kernel:
+        """The kernel that acts at step k: the ODE outside the window. Steps [B] must lie all inside it, or all outside."""
         if isinstance(self.kernel, Solver):
             raise ValueError(f"{type(self.kernel).__name__} is a solver: it samples but has no transition to score")
-        return self.kernel if k in self.stochastic else ODE
+        inside = {step in self.stochastic for step in ([k] if isinstance(k, int) else k.unique().tolist())}
+        if len(inside) > 1:
+            raise ValueError("these steps lie partly inside and partly outside the stochastic window")
+        return self.kernel if inside == {True} else ODE
 
-    def _act(self, denoiser: Denoiser, x: Tensor, k: int, condition: Condition) -> Gaussian:
+    def _act(self, denoiser: Denoiser, x: Tensor, k: int | Tensor, condition: Condition) -> Gaussian:
         """The one place that acting and scoring both go through."""
         here = self.step(k, len(x))
         return transition(self.kernel_at(k), x, denoiser(x, here.t, condition), here)
 
-    def transition(self, denoiser: Denoiser, trajectory: Trajectory, k: int) -> Gaussian:
-        """Re-score stored step k: the Gaussian over x after it under ``denoiser``, with gradients if they are on.
+    def transition(self, denoiser: Denoiser, trajectory: Trajectory, k: int | Tensor) -> Gaussian:
+        """Re-score stored step k: the Gaussian over x after it under ``denoiser``, with gradients if they are on. k [B]
+        gives each row its own step.
 
         A start that a group shares is evaluated once per group (exact: the rows are equal).
         """
         if self.kernel_at(k) is ODE:
             raise ValueError(f"step {k} is a point (ODE or last step): it has no density and is never trained on")
         x, condition, shared = trajectory.before(k), trajectory.condition, trajectory.shared
-        if k == trajectory.first and shared > 1:
+        if shared > 1 and isinstance(k, int) and k == trajectory.first:
             gaussian = self._act(denoiser, x[::shared], k, condition[::shared])
             return Gaussian(*(v.repeat_interleave(shared, 0) for v in (gaussian.mean, gaussian.std)))
         return self._act(denoiser, x, k, condition)
@@ -194,7 +210,7 @@ class Chain:
             if low <= k < high:
                 states.append(x)
                 acted.append(gaussian)
-            if k in self.stochastic:
+            if k in self.stochastic and bool((gaussian.std > 0).any()):
                 rows = noise if whole or branching else noise.trunk(members)
                 x = gaussian.sample(rows(k, shape, device))
             else:

@@ -183,3 +183,19 @@ class FloorStd:
         std = self.std(step)
         mean = preserving(step, torch.minimum(std, step.sigma_s) if self.consistent else self.kernel.std(step))
         return Coefficients(mean.x, mean.x0, mean.eps, std)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of a kernel without its noise: std 0, the direction term as if the noise were drawn.
+
+    Reinforcement learning changes a network where the kernel that acts visits it. The ODE of the same network is another
+    process: it goes through states that were never trained. The mean stays where the training was, and it is narrower
+    than the data: right for actions, wrong for pictures.
+    """
+
+    kernel: Kernel
+
+    def coefficients(self, step: Step) -> Coefficients:
+        c = self.kernel.coefficients(step)
+        return Coefficients(c.x, c.x0, c.eps, torch.zeros_like(c.std))

@@ -3,7 +3,7 @@
 This is what makes one process equal two, any batch split equal another, and a resumed run equal an uninterrupted one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,16 +17,18 @@ TRUNK = -1
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard normal noise(seed, iteration, group, member, k), drawn per row.
+    """Standard normal noise(seed, iteration, group, member, decision, k), drawn per row.
 
-    group, member [B] name the rows. Philox is a counter-based generator: (seed, iteration) is its key and (member,
-    group, k) the upper three words of its counter, so that two different names can't share a stretch of the stream.
+    group, member [B] name the rows, and with environments so does the ``decision`` h of their episode. Philox is a
+    counter-based generator: (seed, iteration) is its key and (member, group, (h, k)) the upper three words of its
+    counter, so that two different names can't share a stretch of the stream.
     """
 
     seed: int
     iteration: int
     group: Tensor
     member: Tensor
+    decision: Tensor | None = None
 
     @classmethod
     def rows(cls, seed: int, iteration: int, groups: Tensor, members: int) -> "Noise":
@@ -38,19 +40,26 @@ class Noise:
         return len(self.group)
 
     def __getitem__(self, index: Tensor | slice) -> "Noise":
-        return Noise(self.seed, self.iteration, self.group[index], self.member[index])
+        decision = None if self.decision is None else self.decision[index]
+        return Noise(self.seed, self.iteration, self.group[index], self.member[index], decision)
+
+    def at(self, decision: Tensor) -> "Noise":
+        """The same rows at decision h [B] of their episodes."""
+        return replace(self, decision=decision)
 
     def trunk(self, members: int) -> "Noise":
         """One row per group of ``members`` consecutive rows, drawn independently of all of them: [B / members]."""
-        group = self.group[::members]
-        return Noise(self.seed, self.iteration, group, torch.full_like(group, TRUNK))
+        first = self[::members]
+        return replace(first, member=torch.full_like(first.group, TRUNK))
 
     def __call__(self, k: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
         """[B,*shape] fp32 standard normal for step ``k`` (``PRIOR`` for the start of the chain)."""
         draws = np.empty((len(self), *shape), dtype=np.float32)
         key = np.array([self.seed % 2**64, self.iteration % 2**64], dtype=np.uint64)
-        for row, (group, member) in enumerate(zip(self.group, self.member, strict=True)):
-            counter = np.array([0, int(member) + 1, int(group), k + 1], dtype=np.int64).astype(np.uint64)
+        decisions = [0] * len(self) if self.decision is None else self.decision.tolist()
+        names = zip(self.group.tolist(), self.member.tolist(), decisions, strict=True)
+        for row, (group, member, decision) in enumerate(names):
+            counter = np.array([0, member + 1, group, (decision << 32) + k + 1], dtype=np.int64).astype(np.uint64)
             generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
             generator.standard_normal(dtype=np.float32, out=draws[row])
         return torch.as_tensor(draws).to(device)

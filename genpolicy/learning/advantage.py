@@ -1,6 +1,7 @@
 """Advantages: from rewards to how much better than expected each row was. Pure functions on fp64 tensors.
 
-Rewards come as [M,N]: M groups of N members (one prompt, or one start state, each).
+Rewards of whole episodes come as [M,N]: M groups of N members (one prompt, or one start state, each); rewards of
+decisions as [R,T]: R decisions (rows) of up to T environment steps each.
 """
 
 from collections import deque
@@ -38,6 +39,42 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     if members < 2:
         raise ValueError("leave-one-out needs at least 2 members in a group")
     return (rewards - rewards.mean(1, keepdim=True)) * members / (members - 1)
+
+
+def discounted(rewards: Tensor, gamma: float) -> Tensor:
+    """sum_j gamma^j r_j of a decision's environment steps, [R,T] -> [R]."""
+    return rewards @ gamma ** torch.arange(rewards.shape[1], dtype=rewards.dtype)
+
+
+def gae(
+    rewards: Tensor,
+    executed: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    last: Tensor,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """Generalised advantage estimation (arXiv 1506.02438 eq. 16) over decisions of n_h environment steps each, [R]:
+
+        delta_h = sum_j gamma^j r_{h,j} + gamma^{n_h} V(s_{h+1}) (1 - terminated_h) - V(s_h)
+        A_h     = delta_h + gamma^{n_h} lam A_{h+1} (1 - last_h)
+
+    Rows are decisions, each episode's in order and together. rewards [R,T]; executed [R] = n_h; values [R] = V(s_h);
+    next_values [R] = V of what is seen after the decision, where the episode was cut its *final* observation, never the
+    first of the next one; terminated [R]: nothing comes after (no bootstrap); last [R]: the episode ended here, by
+    itself or cut (the trace ends).
+    """
+    discount = gamma ** executed.to(values.dtype)
+    delta = discounted(rewards.to(values.dtype), gamma) + discount * next_values * ~terminated - values
+    carry = discount * lam * ~last
+    advantage = torch.empty_like(delta)
+    following = 0.0
+    for row in reversed(range(len(delta))):
+        following = float(delta[row]) + float(carry[row]) * following
+        advantage[row] = following
+    return advantage
 
 
 class PromptHistory:

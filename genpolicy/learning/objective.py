@@ -51,8 +51,9 @@ class Surrogate:
     clipped: Tensor
 
 
-def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Surrogate:
-    """PPO (arXiv 1707.06347 eq. 7), per row: max(-A rho, -A clip(rho, 1-clip, 1+clip)); all [B].
+def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float | Tensor) -> Surrogate:
+    """PPO (arXiv 1707.06347 eq. 7), per row: max(-A rho, -A clip(rho, 1-clip, 1+clip)); all [B],
+    ``clip`` a number or [B].
 
     A row is clipped where its gradient is cut: rho > 1+clip with A > 0, or rho < 1-clip with A < 0. What ``clip`` means
     depends on the log-ratio's reduction over E: 1e-6..1e-3 for "mean" on images, 0.1..0.3 for "sum".

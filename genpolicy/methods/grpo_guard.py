@@ -67,10 +67,10 @@ class GRPOGuard:
         for _ in run.iterations():
             rollout = run.collect(self.groups, self.group, updates=self.updates, shared_prefix=self.shared_prefix)
             rollout = run.verified(rollout, self.log_ratio, self.clip / 10)
-            advantage = estimate(rollout.parts, run.reward.weights, rollout.prompts)
+            advantage = estimate(rollout.parts, rollout.weights, rollout.prompts)
             run.show(rollout, advantage)
-            for rows in run.minibatches(rollout, self.updates, self.epochs):
-                run.update(rollout, rows, advantage, self.loss, reference)
+            for batch in run.minibatches(rollout, self.updates, self.epochs):
+                run.update(rollout, batch, advantage, self.loss, reference)
 
     def log_ratio(self, new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:
         return guard_log_ratio(new, old, x, reduce=self.reduce)

@@ -1,0 +1,1 @@
+"""Data sets: recorded episodes, one file per format, found by file name."""

@@ -1,0 +1,39 @@
+"""LeRobot's data sets, imported when needed (it takes seconds) and without noise."""
+
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from genpolicy.config import ConfigError
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars of `datasets`, and not the traceback of pages that torchcodec prints where FFmpeg is missing (LeRobot
+    then decodes videos with PyAV).
+    """
+    datasets = _needed("datasets")
+    imports, barred = logging.getLogger("lerobot.utils.import_utils"), datasets.is_progress_bar_enabled()
+    level = imports.level
+    imports.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        imports.setLevel(level)
+        if barred:
+            datasets.enable_progress_bars()
+
+
+def arrow() -> Any:
+    """pyarrow with its parquet files."""
+    return _needed("pyarrow.parquet") and _needed("pyarrow")
+
+
+def _needed(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError("LeRobot data sets need lerobot: pip install genpolicy[robots]") from error

@@ -1,0 +1,81 @@
+"""Demonstrations as a LeRobotDataset (v3), written whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from genpolicy.datasets._lerobot_import import quiet
+from genpolicy.task import ControlTask, Demonstration
+
+MADE = "genpolicy.json"
+"""How the data set was made; beside LeRobot's own files in meta/, where it does not mind."""
+
+
+@contextmanager
+def recording(out: Path, task: ControlTask, made: Mapping[str, Any]) -> Iterator[Callable[[Demonstration], None]]:
+    """A data set being written: hand it episodes, one by one.
+
+    Leaving it renames the finished folder to ``out``; leaving by an exception removes everything. ``made`` is written
+    at the end as meta/genpolicy.json. Raises `FileExistsError` if ``out`` is there.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists already: choose another folder, or delete it")
+    staged = out.with_name(f".{out.name}.staged")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with quiet():
+            from lerobot.datasets.lerobot_dataset import LeRobotDataset as Theirs
+
+            writing = Theirs.create(
+                repo_id=f"local/{out.name}", fps=task.fps, features=_features(task), root=staged, use_videos=False
+            )
+            try:
+                yield lambda episode: _add(writing, episode, task.instruction)
+            finally:
+                writing.finalize()
+        (staged / "meta" / MADE).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        staged.rename(out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _features(task: ControlTask) -> dict[str, dict[str, Any]]:
+    features: dict[str, dict[str, Any]] = {
+        name: {"dtype": "image", "shape": shape, "names": ["channels", "height", "width"]}
+        if _is_picture(name)
+        else {"dtype": "float32", "shape": shape, "names": None}
+        for name, shape in task.shapes.items()
+    }
+    features["action"] = {"dtype": "float32", "shape": (task.action_dim,), "names": None}
+    features["next.reward"] = {"dtype": "float32", "shape": (1,), "names": None}
+    features["next.success"] = {"dtype": "bool", "shape": (1,), "names": None}
+    return features
+
+
+def _is_picture(name: str) -> bool:
+    return name.startswith("observation.image")
+
+
+def _add(writing: Any, episode: Demonstration, instruction: str) -> None:
+    """One episode; "next.success" comes true with the last action of one that succeeded."""
+    seen = {name: _frames(name, value) for name, value in episode.observation.items()}
+    actions, rewards = episode.actions.numpy(), episode.rewards.numpy()
+    for h in range(len(actions)):
+        success = np.array([episode.success and h == len(actions) - 1])
+        writing.add_frame(
+            {name: frames[h] for name, frames in seen.items()}
+            | {"action": actions[h], "next.reward": rewards[h : h + 1], "next.success": success, "task": instruction}
+        )
+    writing.save_episode()
+
+
+def _frames(name: str, value: Tensor) -> np.ndarray:
+    """Pictures in [0,1] as bytes, rounded: LeRobot would round down."""
+    return (value * 255).round().byte().numpy() if _is_picture(name) else value.numpy()

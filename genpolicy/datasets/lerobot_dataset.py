@@ -1,0 +1,238 @@
+"""A LeRobotDataset (v3): vectors are read into memory at once, pictures are decoded when a row asks for them.
+
+Vectors come straight from the parquet files, without importing lerobot; pictures come from LeRobot's own reader.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genpolicy.datasets._lerobot_import import arrow, quiet
+from genpolicy.task import Context
+
+INFO = "meta/info.json"
+CAMERA = ("image", "video")
+TEXT = ("string", "language")
+STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
+SUCCESS = "next.success"
+BOOKS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+"""What LeRobot adds to every data set."""
+
+
+@dataclass(eq=False)
+class LeRobotDataset:
+    """The frames of a data set's episodes, in order: the contract is `genpolicy.task.Dataset`.
+
+    root: the data set's folder. repo_id: its hub id instead (or where ``root`` is to be downloaded from).
+    episodes: those, or the first so many; default all. success_only: only episodes in which "next.success" came true
+    (the first so many are then counted among these).
+
+    columns: every vector feature, name -> fp32 [F,*shape] of the F frames, "action", "next.reward" and "next.success"
+    among them. episode [F]: the number of each frame's episode. stats: of exactly these episodes; of vectors over
+    all their frames, of pictures as LeRobot sampled them while recording.
+    """
+
+    root: str | None = None
+    repo_id: str | None = None
+    episodes: int | list[int] | None = None
+    success_only: bool = False
+
+    def __post_init__(self) -> None:
+        self._folder = self._find()
+        info = _info(self._folder)
+        features: Mapping[str, Any] = info["features"]
+        _check_whole(self._folder, info)
+        if "action" not in features:
+            raise ValueError(f"{self._folder} has no feature 'action'; it has {', '.join(features)}")
+        self.fps = int(info["fps"])
+        self.cameras = [name for name in features if features[name]["dtype"] in CAMERA]
+        vectors = [n for n in features if features[n]["dtype"] not in CAMERA + TEXT and n not in BOOKS]
+        table = _table(self._folder / "data", [*vectors, "index", "episode_index", "task_index"])
+        order = np.argsort(table["index"].to_numpy(), kind="stable")
+        episode = table["episode_index"].to_numpy()[order]
+        succeeded = table[SUCCESS].to_numpy()[order] if SUCCESS in vectors else None
+        self._place = order[np.isin(episode, self._chosen(episode, succeeded))]  # which rows of the files, in time
+        self.columns = {name: _tensor(table[name], features[name]["shape"], self._place) for name in vectors}
+        self.episode = torch.from_numpy(table["episode_index"].to_numpy()[self._place])
+        self._task = table["task_index"].to_numpy()[self._place]
+        lengths = self.episode.unique_consecutive(return_counts=True)[1]
+        self._last = (lengths.cumsum(0) - 1).repeat_interleave(lengths)
+        self._first = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        self._vectors = [name for name in vectors if name.startswith("observation.")]
+        self.shapes = {name: _shape(features[name]) for name in (*self._vectors, *self.cameras, "action")}
+        self.stats = {name: _statistics(self.columns[name]) for name in (*self._vectors, "action")}
+        self.stats |= self._picture_stats()
+
+    def __len__(self) -> int:
+        return len(self.episode)
+
+    def rows(self, index: Tensor, history: int, actions: range) -> tuple[Context, Tensor, Tensor]:
+        """See `genpolicy.task.Dataset`; pictures are [B,history,C,H,W] in [0,1]."""
+        first, last = self._first[index, None], self._last[index, None]
+        past = (index[:, None] + torch.arange(1 - history, 1)).clamp(first, last)
+        asked = index[:, None] + torch.tensor(actions)
+        observation = {name: self.columns[name][past] for name in self._vectors}
+        if self.cameras:
+            observation |= self._pictures(past)
+        prompts = [self._tasks[int(task)] for task in self._task[index.numpy()]]
+        pad = (asked < first) | (asked > last)
+        return Context(prompts, observation), self.columns["action"][asked.clamp(first, last)], pad
+
+    def _find(self) -> Path:
+        if self.root is None and self.repo_id is None:
+            raise ValueError("it needs root, a folder, or repo_id, a hub id")
+        if self.root is not None and (self.repo_id is None or (Path(self.root) / INFO).is_file()):
+            return Path(self.root)
+        with quiet():
+            from lerobot.datasets.lerobot_dataset import LeRobotDataset as Theirs
+
+            try:
+                return Theirs(str(self.repo_id), root=self.root).root
+            except Exception as error:  # LeRobot's, the hub's and the web client's share no class
+                raise OSError(
+                    f"{self.repo_id} can't be read from the hub (it is unreachable, gated, misspelt or no LeRobotDataset"
+                    " v3); log in with a token (hf auth login) or give root, a local folder"
+                ) from error
+
+    def _chosen(self, episode: np.ndarray, succeeded: np.ndarray | None) -> list[int]:
+        there = np.unique(episode).tolist()
+        kept = there
+        if self.success_only:
+            if succeeded is None:
+                raise ValueError(f"success_only needs the feature {SUCCESS!r}, which {self._folder} does not have")
+            kept = np.unique(episode[succeeded.astype(bool)]).tolist()
+        if isinstance(self.episodes, list):
+            for number in self.episodes:
+                if number not in there:
+                    raise ValueError(f"episodes has {number}; {self._folder} has episodes {there[0]} to {there[-1]}")
+            kept = [number for number in kept if number in self.episodes]
+        elif self.episodes is not None:
+            if not 1 <= self.episodes <= len(kept):
+                raise ValueError(f"episodes is {self.episodes}; {self._folder} has {len(kept)} to choose from")
+            kept = kept[: self.episodes]
+        if not kept:
+            raise ValueError(f"{self._folder}: no episode is left of {len(there)}; relax episodes or success_only")
+        return kept
+
+    @cached_property
+    def _tasks(self) -> dict[int, str]:
+        """LeRobot keeps the instructions as the index of a pandas table."""
+        import pandas
+
+        tasks = pandas.read_parquet(self._folder / "meta" / "tasks.parquet")
+        return {int(number): str(text) for text, number in tasks["task_index"].items()}
+
+    @cached_property
+    def _theirs(self) -> Any:
+        with quiet():
+            from lerobot.datasets.lerobot_dataset import LeRobotDataset as Theirs
+
+            return Theirs(self.repo_id or "local/dataset", root=self._folder)
+
+    def _pictures(self, frames: Tensor) -> dict[str, Tensor]:
+        """Frames [B,history] of every camera; each is decoded once, however many rows show it."""
+        distinct, where = frames.unique(return_inverse=True)
+        items = [self._theirs[int(place)] for place in self._place[distinct.numpy()]]
+        return {name: torch.stack([item[name] for item in items])[where] for name in self.cameras}
+
+    def _picture_stats(self) -> dict[str, dict[str, Tensor]]:
+        if not self.cameras:
+            return {}
+        names = [f"stats/{camera}/{kind}" for camera in self.cameras for kind in (*STATISTICS, "count")]
+        table = _table(self._folder / "meta" / "episodes", ["episode_index", *names])
+        with quiet():
+            from lerobot.datasets.compute_stats import aggregate_stats
+        chosen = set(self.episode.tolist())
+        episodes = [row for row in table.to_pylist() if row["episode_index"] in chosen]
+        stats = aggregate_stats(
+            [
+                {c: {k: np.array(row[f"stats/{c}/{k}"]) for k in (*STATISTICS, "count")} for c in self.cameras}
+                for row in episodes
+            ]
+        )
+        return {c: {kind: torch.from_numpy(stats[c][kind]).float() for kind in STATISTICS} for c in self.cameras}
+
+
+def _info(folder: Path) -> dict[str, Any]:
+    """meta/info.json of a v3 data set."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"root {folder} does not exist")
+    file = folder / INFO
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is no LeRobotDataset: it has no {INFO}")
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+        version = [info[key] for key in ("features", "fps", "total_frames", "total_episodes", "codebase_version")][-1]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not version.startswith("v3."):
+        raise ValueError(
+            f"{folder} is a LeRobotDataset of version {version}; convert it to v3.0 with"
+            " python -m lerobot.scripts.convert_dataset_v21_to_v30"
+        )
+    return info
+
+
+def _check_whole(folder: Path, info: Mapping[str, Any]) -> None:
+    """Raise unless every frame and episode is in files that were closed: parquet writes its footer last."""
+    for part, total in (("data", "total_frames"), ("meta/episodes", "total_episodes")):
+        counts = [_count(file) for file in _files(folder / part)]
+        if not counts or None in counts or sum(filter(None, counts)) != info[total]:
+            raise ValueError(
+                f"{folder} is incomplete: its recording was cut off before LeRobotDataset.finalize(), so that {part}"
+                f" can't be read as {info[total]} {total.removeprefix('total_')}; record it again"
+            )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*.parquet"))  # LeRobot's own order
+
+
+def _count(file: Path) -> int | None:
+    """Rows of a parquet file, None if it was never closed."""
+    try:
+        return arrow().parquet.read_metadata(file).num_rows
+    except arrow().ArrowInvalid:
+        return None
+
+
+def _table(folder: Path, columns: Sequence[str]) -> Any:
+    """These columns of all files as one pyarrow table. Raises with the names of those that are missing."""
+    parquet = arrow().parquet
+    files = _files(folder)
+    have = parquet.read_schema(files[0]).names
+    missing = [name for name in columns if name not in have]
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}")
+    return arrow().concat_tables(parquet.read_table(file, columns=list(columns)) for file in files)
+
+
+def _tensor(column: Any, shape: Iterable[int], rows: np.ndarray) -> Tensor:
+    """A column of numbers, or of (nested) lists of them, as fp32 [len(rows),*shape]."""
+    array = column.combine_chunks()
+    while hasattr(array, "storage") or hasattr(array, "flatten"):  # an extension type (a matrix), lists
+        array = array.storage if hasattr(array, "storage") else array.flatten()
+    values = array.to_numpy(zero_copy_only=False).astype(np.float32)
+    return torch.from_numpy(values.reshape(len(column), *shape)[rows])
+
+
+def _shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
+    """A feature's shape; of pictures [C,H,W], which is what LeRobot's reader returns however they were declared."""
+    shape = tuple(feature["shape"])
+    last = (feature.get("names") or [""])[-1] if feature["dtype"] in CAMERA else ""
+    return (shape[2], *shape[:2]) if last in ("channel", "channels") else shape
+
+
+def _statistics(values: Tensor) -> dict[str, Tensor]:
+    """Over the first dim of [F,*shape], computed in fp64; std is the population's, as LeRobot's."""
+    wide = values.double().numpy()
+    low, high = np.quantile(wide, [0.01, 0.99], axis=0)
+    found = (wide.min(0), wide.max(0), wide.mean(0), wide.std(0), low, high)
+    return {name: torch.as_tensor(value).float() for name, value in zip(STATISTICS, found, strict=True)}

@@ -1,0 +1,113 @@
+"""DPPO (arXiv 2409.00588): PPO over the two-level decision process of denoising inside an environment.
+
+Every denoising step of every decision is an action with a Gaussian likelihood; the environment's reward comes at the
+end of the chain. One state value per decision, generalised advantage estimation over decisions, and for denoising step
+i = 0 (noisiest) .. K'-1 of the window's K' steps
+
+    A_i   = gamma_den^(K'-1-i) A                                                  (noisy steps are discounted)
+    eps_i = e0 + (e1 - e0) (exp(rate i/(K'-1)) - 1) / (exp(rate) - 1)             (and clipped more tightly)
+    loss  = mean over random (decision, step) pairs of  max(-A_i rho_i, -A_i clip(rho_i, 1-eps_i, 1+eps_i))
+
+K' < K: set chain.window to the last K' steps; the others belong to the base policy, frozen, and take its ODE. Kernel:
+{name: floorstd, kernel: {name: ddim, eta: 1.0}, floor: 0.1} explores as published. A prompt is an episode of one
+decision: the same file then is PPO with a value of the prompt. With chain.window_size 1 one random step of an iteration
+is noisy and trained, the two-layer process of pi_RL (arXiv 2510.25889) that makes large flow policies affordable.
+
+Differs from the public code (irom-princeton/dppo): the trace ends where an episode is cut and bootstraps from its final
+observation (theirs runs on through the reset); K' = 1 is finite; the noise is not clamped at 3 std under an unclamped
+density; log-probabilities are not clamped at 2 (which zeroes gradients where std < .054); the direction term of the
+mean uses the floored std.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genpolicy.chain.values import Gaussian, Reduce
+from genpolicy.config import at_least, positive, share
+from genpolicy.decision_value import DecisionValue
+from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio
+from genpolicy.rollout import Rollout, Scored
+from genpolicy.run import Run
+
+
+@dataclass
+class DPPO:
+    """Hyper-parameters; sources are the repository's gym configurations (cfg/gym) unless said.
+
+    episodes: per iteration. gamma: per environment step (.99). lam: of GAE (.95). gamma_den: per denoising step (.99
+    gym, .9 furniture; 1 is no discount). clip, clip_first, clip_rate: e1, e0, rate (.01, .01, 3 with reduce "mean"; .2
+    with "sum", which is the textbook ratio). reduce: of the log-ratio over event dims. epochs: passes over the pairs
+    (5). minibatch: pairs of one update. target_kl: an epoch is the last when the mean of rho - 1 - log rho exceeds it
+    (1 there, which never acts; .1 here, measured on sums). critic_lr (1e-3), critic_epochs, critic_minibatch: of the
+    value. warm_up: iterations that train the value alone (0 to 2).
+    """
+
+    episodes: int = 48
+    gamma: float = 0.99
+    lam: float = 0.95
+    gamma_den: float = 0.99
+    clip: float = 0.2
+    clip_first: float | None = None
+    clip_rate: float = 3.0
+    reduce: Reduce = "sum"
+    epochs: int = 5
+    minibatch: int = 1024
+    target_kl: float | None = None
+    critic_lr: float = 1e-3
+    critic_epochs: int = 10
+    critic_minibatch: int = 256
+    warm_up: int = 2
+
+    def __post_init__(self) -> None:
+        least = {"episodes": 1, "epochs": 1, "minibatch": 1, "critic_epochs": 1, "critic_minibatch": 1, "warm_up": 0}
+        at_least("method dppo", self, **least)
+        positive("method dppo", self, "clip", "clip_first", "clip_rate", "target_kl", "critic_lr")
+        share("method dppo", self, "gamma", "lam", "gamma_den")
+
+    def train(self, run: Run) -> None:
+        run.require_density()
+        run.freeze_base()
+        value = DecisionValue(run, self.gamma, self.lam, self.critic_lr, self.critic_epochs, self.critic_minibatch)
+        for iteration in run.iterations():
+            rollout = run.collect(self.episodes, 1)
+            rollout = run.verified(rollout, self.log_ratio, self.clip / 10)
+            advantage, returns = value.advantage(rollout)
+            run.show(rollout, rollout.rewards)
+            if iteration > self.warm_up:
+                self.improve(run, rollout, run.normalised(advantage))
+            value.learn(rollout, returns)
+
+    def improve(self, run: Run, rollout: Rollout, advantage: Tensor) -> None:
+        """``epochs`` passes over all (decision, step) pairs in random minibatches."""
+        pairs = rollout.decisions.total * len(rollout.trajectory.steps)
+        updates = math.ceil(pairs / self.minibatch)
+        for epoch in range(self.epochs):
+            kl = [run.update(rollout, b, advantage, self.loss)["kl"] for b in run.pairs(rollout, updates, epoch)]
+            if self.target_kl is not None and sum(kl) / len(kl) > self.target_kl:
+                break
+
+    def log_ratio(self, new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:
+        return log_ratio(new, old, x, reduce=self.reduce)
+
+    def loss(self, step: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of b pairs, [b], and its metrics [b]."""
+        advantage = step.advantage * self.discount(step.index, step.steps)
+        log_rho = self.log_ratio(step.new, step.old, step.x)
+        surrogate = clipped_surrogate(log_rho, advantage, self.clip_range(step.index, step.steps))
+        metrics = clip_metrics(log_rho, advantage, surrogate)
+        metrics["kl"] = (log_rho.exp() - 1 - log_rho).detach()
+        return surrogate.loss, metrics
+
+    def discount(self, index: int | Tensor, steps: int) -> Tensor:
+        """gamma_den^(K'-1-i)."""
+        return self.gamma_den ** (steps - 1 - torch.as_tensor(index)).float()
+
+    def clip_range(self, index: int | Tensor, steps: int) -> Tensor:
+        """eps_i; e1 where there is one step only, or no e0."""
+        first = self.clip if self.clip_first is None or steps == 1 else self.clip_first
+        place = torch.as_tensor(index).float() / max(steps - 1, 1)
+        rise = torch.expm1(self.clip_rate * place) / math.expm1(self.clip_rate)
+        return first + (self.clip - first) * rise

@@ -1,0 +1,38 @@
+"""An expert's episode, noised and recorded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from genpolicy.task import Demonstration
+from genpolicy.tasks._slots import Frame, Simulation
+
+
+def record(
+    simulation: Simulation, expert: Callable[[Frame], np.ndarray], seed: int, limit: int, std: Any = 0.0
+) -> Demonstration:
+    """Play ``expert`` from this seed until success, the episode's end or ``limit`` steps.
+
+    Its action is clipped to the action space, given Gaussian noise of ``std`` (a number, or one an action dim; a pure
+    function of the seed), clipped again, and recorded as executed.
+    """
+    low, high = simulation.action_space.low, simulation.action_space.high
+    noise = np.random.Generator(np.random.Philox(key=seed))
+    frame, _ = simulation.reset(seed=seed)
+    frames, actions, rewards = [], [], []
+    over = success = False
+    while not over and not success and len(actions) < limit:
+        wanted = np.clip(expert(frame), low, high) + std * noise.standard_normal(low.shape)
+        frames.append(frame)
+        actions.append(wanted.clip(low, high).astype(np.float32))
+        frame, reward, terminated, truncated, info = simulation.step(actions[-1])
+        rewards.append(reward)
+        over, success = terminated or truncated, bool(info["success"])
+    return Demonstration(
+        {name: torch.from_numpy(np.array([seen[name] for seen in frames])) for name in frames[0]},
+        torch.from_numpy(np.array(actions)),
+        torch.tensor(rewards, dtype=torch.float32),
+        success,
+    )

@@ -1,0 +1,118 @@
+"""An object that lives in a process of its own and answers by messages."""
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import traceback
+import weakref
+from collections.abc import Callable
+from typing import IO, Any
+
+PATIENCE = 5.0
+"""Seconds that a worker has to end by itself before it is killed."""
+BEGIN = """
+import pickle, sys
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from genpolicy.tasks._workers import serve
+serve()
+"""
+
+
+class Worker:
+    """What ``make`` makes, in a process of its own that ends when this one does, whatever ends it.
+
+    The process is a fresh Python that reads pickles from a pipe until the pipe closes. Other than multiprocessing's, it
+    neither copies this process (its locks, its CUDA) nor runs the main script once more. ``make`` and all messages must
+    pickle, by names that can be imported.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        first = pickle.dumps(sys.path) + pickle.dumps(make)
+        self._process = subprocess.Popen([sys.executable, "-c", BEGIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.close = weakref.finalize(self, _stop, self._process)
+        self._send(first)
+
+    def ask(self, verb: str, *arguments: Any) -> Callable[[], Any]:
+        """Have a method called; the answer is waited for, or its exception raised, when the result is called."""
+        self._send(pickle.dumps((verb, arguments)))
+        return self.ready
+
+    def ready(self) -> Any:
+        """The oldest answer not yet taken; the first of all tells that ``make`` is done."""
+        try:
+            well, answer = pickle.load(_pipe(self._process.stdout))
+        except (EOFError, pickle.UnpicklingError):
+            raise self._gone() from None
+        if not well:
+            raise answer
+        return answer
+
+    def _send(self, message: bytes) -> None:
+        pipe = _pipe(self._process.stdin)
+        try:
+            pipe.write(message)
+            pipe.flush()
+        except BrokenPipeError:
+            raise self._gone() from None
+
+    def _gone(self) -> RuntimeError:
+        code = self._process.wait(PATIENCE)
+        return RuntimeError(f"a process that simulates environments has ended unexpectedly (exit code {code})")
+
+
+def serve() -> None:
+    """A worker's life: make the object, then call what is asked until there is no more to come."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # they are the parent's, which may finish its iteration first
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a simulation prints must not stand between the answers
+    made: list[Any] = []
+    _answer(answers, lambda: made.append(pickle.load(sys.stdin.buffer)()))
+    while made:
+        try:
+            verb, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            made.pop().close()
+        else:
+            _answer(answers, getattr(made[0], verb), *arguments)
+
+
+def _answer(pipe: IO[bytes], call: Callable[..., Any], *arguments: Any) -> None:
+    """Send (True, what the call returns) or (False, its exception, with the traceback as a note)."""
+    try:
+        message = pickle.dumps((True, call(*arguments)))
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        message = pickle.dumps((False, error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")))
+    with contextlib.suppress(BrokenPipeError):  # there is nobody left to tell, and the next read says so
+        pipe.write(message)
+        pipe.flush()
+
+
+def _travels(error: Exception) -> bool:
+    """Whether an exception survives pickling: not where it is built or filled in an unusual way."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    assert pipe is not None  # Popen was asked for both
+    return pipe
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        _pipe(process.stdin).close()
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    _pipe(process.stdout).close()

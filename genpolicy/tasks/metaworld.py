@@ -1,0 +1,68 @@
+"""MetaWorld v3 from its state: a Sawyer arm and 50 things to do on a table, each with a scripted expert.
+
+Every episode draws its own object and goal. A step is 1/80 s; an action is the hand's displacement (x, y, z, in
+hundredths of a metre) and the gripper's force, each in [-1, 1].
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Literal
+
+import numpy as np
+
+from genpolicy.config import at_least, choice
+from genpolicy.task import Demonstration
+from genpolicy.tasks._demonstrations import record
+from genpolicy.tasks._environments import Environments
+from genpolicy.tasks._sawyer import HAND, STATE, WORLD, Sawyer, catalogue
+from genpolicy.tasks._simulators import library
+from genpolicy.tasks._slots import Frame
+
+NOISE = np.array([1, 1, 1, 0.3])
+"""The share of a demonstration's noise that hand and gripper get: more on the gripper drops things."""
+
+
+@dataclass
+class MetaWorld:
+    """One of MetaWorld's tasks as a `genpolicy.task.ControlTask`.
+
+    env: its name, e.g. peg-insert-side-v3. reward: "sparse", 1 for the step that succeeds and 0 elsewhere, or "dense",
+    MetaWorld's own (0 to 10 a step). limit: environment steps of an episode; it also ends at success.
+    workers: processes that simulate; 0 is this one.
+    """
+
+    env: str
+    reward: Literal["sparse", "dense"] = "sparse"
+    limit: int = 150
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        choice("task metaworld: env", self.env, list(catalogue()))
+        choice("task metaworld: reward", self.reward, ("sparse", "dense"))
+        at_least("task metaworld", self, limit=1, workers=0)
+        self.shapes: Mapping[str, tuple[int, ...]] = {STATE: (HAND,), WORLD: (39 - HAND,)}
+        self.action_dim = 4
+        self.fps = 80
+        self.instruction = self.env.removesuffix("-v3").replace("-", " ")
+        self.has_success = True
+
+    def environments(self, count: int, history: int) -> Environments:
+        make = partial(Sawyer, self.env, self.reward)
+        return Environments(make, count, history, self.limit, self.instruction, self.workers)
+
+    def demonstrate(self, seed: int, noise: float) -> Demonstration:
+        """MetaWorld's script for this task, which reads the same 39 numbers; it does not always succeed."""
+        script = library("metaworld.policies", "task metaworld").ENV_POLICY_MAP[self.env]()
+
+        def expert(frame: Frame) -> np.ndarray:
+            return script.get_action(np.concatenate([frame[STATE], frame[WORLD]]).astype(np.float64))
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Constant", UserWarning)  # the scripts' gains are meant to be clipped
+            return record(self._stage, expert, seed, self.limit, noise * NOISE)
+
+    @cached_property
+    def _stage(self) -> Sawyer:
+        return Sawyer(self.env, self.reward)
