@@ -180,10 +180,8 @@ def finished(folder: Path) -> bool:
 
 def spent(summary: Mapping[str, Any]) -> bool:
     """Whether a run with this summary has spent its budget."""
-    done = {
-        "nfe": "evaluations",
-        "seconds": "training_s",
-    }  # the others are called in the summary what the budget calls them
+    # the other limits are called in the summary what the budget calls them
+    done: dict[str, str] = {"nfe": "evaluations", "seconds": "training_s"}
     return any(limit and summary[done.get(name, name)] >= limit for name, limit in summary["asked"].items())
 
 

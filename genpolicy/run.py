@@ -610,8 +610,11 @@ class Run:
             report.append(self.folder, {"iteration": self.iteration, **metrics})
             self.accelerator.log(metrics, step=self.iteration)
         advance = min(self.progress, 1.0) * bar.total - bar.n
-        reward = f"{metrics.get('reward/total', math.nan):.3f} ± {metrics.get('reward/total_ci95', math.nan):.3f}"
-        bar.set_postfix_str(f"reward {reward}, {metrics['nfe_per_sample']:.1f} evaluations/sample", refresh=False)
+        if "reward/total" in metrics:
+            shown = f"reward {metrics['reward/total']:.3f} ± {metrics['reward/total_ci95']:.3f}"
+        else:
+            shown = f"loss {next((v for name, v in metrics.items() if name.endswith('/loss')), math.nan):.4f}"
+        bar.set_postfix_str(f"{shown}, {metrics['nfe_per_sample']:.1f} evaluations/sample", refresh=False)
         bar.update(advance)
         if self._evaluation_due() or self.progress >= 1:
             self.evaluate()

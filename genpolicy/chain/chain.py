@@ -130,10 +130,11 @@ class Chain:
         """The kernel that acts at step k: the ODE outside the window. Steps [B] must lie all inside it, or all outside."""
         if isinstance(self.kernel, Solver):
             raise ValueError(f"{type(self.kernel).__name__} is a solver: it samples but has no transition to score")
-        inside = {step in self.stochastic for step in ([k] if isinstance(k, int) else k.unique().tolist())}
-        if len(inside) > 1:
+        steps = torch.as_tensor(k)
+        inside = (steps >= self.stochastic.start) & (steps < self.stochastic.stop)
+        if bool(inside.any()) and not bool(inside.all()):
             raise ValueError("these steps lie partly inside and partly outside the stochastic window")
-        return self.kernel if inside == {True} else ODE
+        return self.kernel if bool(inside.all()) else ODE
 
     def _act(self, denoiser: Denoiser, x: Tensor, k: int | Tensor, condition: Condition) -> Gaussian:
         """The one place that acting and scoring both go through."""

@@ -56,9 +56,9 @@ class Noise:
         """[B,*shape] fp32 standard normal for step ``k`` (``PRIOR`` for the start of the chain)."""
         draws = np.empty((len(self), *shape), dtype=np.float32)
         key = np.array([self.seed % 2**64, self.iteration % 2**64], dtype=np.uint64)
-        decisions = [0] * len(self) if self.decision is None else self.decision.tolist()
-        names = zip(self.group.tolist(), self.member.tolist(), decisions, strict=True)
-        for row, (group, member, decision) in enumerate(names):
+        decisions = torch.zeros_like(self.group) if self.decision is None else self.decision
+        for row, name in enumerate(zip(self.group, self.member, decisions, strict=True)):
+            group, member, decision = map(int, name)
             counter = np.array([0, member + 1, group, (decision << 32) + k + 1], dtype=np.int64).astype(np.uint64)
             generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
             generator.standard_normal(dtype=np.float32, out=draws[row])

@@ -8,12 +8,14 @@ denoising loss (arXiv 2006.11239 eq. 14; for robots 2303.04137) for every parame
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genpolicy.config import ConfigError, at_least
+from genpolicy.policy import ControlModel
 from genpolicy.run import Run
 
 
@@ -30,7 +32,7 @@ class BC:
     def train(self, run: Run) -> None:
         if run.data is None:
             raise ConfigError("method bc learns from recorded episodes: name them in the data section")
-        model, data = run.policy.model, run.data
+        model, data = cast(ControlModel, run.policy.model), run.data
         for iteration in run.iterations():
             for update in range(self.updates):
                 rows, uniform, noise = self._draw(run, len(data), [run.experiment.seed, iteration, update])

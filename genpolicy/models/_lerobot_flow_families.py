@@ -1,107 +1,85 @@
-"""What differs between SmolVLA, pi0 and pi0.5: a table of names, and where the state enters.
+"""What differs between SmolVLA, pi0 and pi0.5: names, the form of a mask, and where the robot's state enters.
 
-All three are a vision-language model whose keys and values (the prefix: images, instruction) an action expert attends to.
-The prefix does not depend on the noise: it is encoded once and read by every denoising step.
+All three are a vision-language model that reads images and instruction (the prefix), and an action expert that attends to
+its keys and values. The prefix does not depend on the noise.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
-from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor
-from transformers import DynamicCache
+
+from genpolicy.models._lerobot import STATE
+from genpolicy.models._lerobot_flow_prefix import Prefix
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family of LeRobot's flow policies.
+    """One of LeRobot's flow policies.
 
-    joint: name of the module that holds both networks. prefix: the modules that the prefix is computed with, all others
-    are the expert. images: name of the policy's method that prepares them. attention: what the joint module wants for
-    a mask. state: where the robot's state enters. pad_counts: whether the family learns the actions after an episode's
-    end (the last one repeated), as its own loss does.
+    joint: the module that holds both networks. prefix: how the names of the prefix's parameters begin, all others are the
+    expert's. images: the policy's method that prepares them. additive: masks are 0 and -inf [B,1,S,S], not bool [B,S,S].
+    state: where the robot's state enters. learns_pad: whether its own loss counts the actions after an episode's end.
     """
 
     joint: str
     prefix: tuple[str, ...]
     images: str
-    attention: Callable[[Tensor], Tensor]
+    additive: bool
     state: Literal["prefix", "suffix", "prompt"]
-    pad_counts: bool
+    learns_pad: bool
 
 
-SMOLVLA = Family(
-    joint="vlm_with_expert",
-    prefix=("vlm_with_expert.vlm.", "state_proj."),
-    images="prepare_images",
-    attention=lambda mask: mask,
-    state="prefix",
-    pad_counts=False,
-)
-PI0 = Family(
-    joint="paligemma_with_expert",
-    prefix=("paligemma_with_expert.paligemma.",),
-    images="_preprocess_images",
-    attention=prepare_attention_masks_4d,
-    state="suffix",
-    pad_counts=True,
-)
-PI05 = Family(
-    joint="paligemma_with_expert",
-    prefix=("paligemma_with_expert.paligemma.",),
-    images="_preprocess_images",
-    attention=prepare_attention_masks_4d,
-    state="prompt",
-    pad_counts=True,
-)
-FAMILIES = {"smolvla": SMOLVLA, "pi0": PI0, "pi05": PI05}
+FAMILIES = {
+    "smolvla": Family(
+        "vlm_with_expert", ("vlm_with_expert.vlm.", "state_proj."), "prepare_images", False, "prefix", False
+    ),
+    "pi0": Family(
+        "paligemma_with_expert", ("paligemma_with_expert.paligemma.",), "_preprocess_images", True, "suffix", True
+    ),
+    "pi05": Family(
+        "paligemma_with_expert", ("paligemma_with_expert.paligemma.",), "_preprocess_images", True, "prompt", True
+    ),
+}
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """What the expert attends to, B rows: keys and values of each layer [B,heads,S,dim], valid [B,S], and the last
-    hidden states [B,S,width]. ``mark`` identifies the weights it was computed with.
-    """
+def encode_prefix(policy: Any, family: Family, batch: Mapping[str, Tensor]) -> Prefix:
+    """Images, instruction and, in SmolVLA, the state through the vision-language model, as its own sampler does."""
+    from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
+    from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    valid: Tensor
-    hidden: Tensor
-    mark: Tensor
-
-    def __getitem__(self, rows: Tensor | slice) -> "Prefix":
-        layers = tuple((keys[rows], values[rows]) for keys, values in self.layers)
-        return Prefix(layers, self.valid[rows], self.hidden[rows], self.mark)
-
-
-def encode_prefix(policy: Any, family: Family, batch: dict[str, Tensor], mark: Tensor) -> Prefix:
-    """Images, instruction (and SmolVLA's state) through the vision-language model."""
-    model = policy.model
+    network, joint = policy.model, getattr(policy.model, family.joint)
     images, masks = getattr(policy, family.images)(batch)
     state = {"state": policy.prepare_state(batch)} if family.state == "prefix" else {}
-    tokens = (batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK])
-    embedded, valid, blocks = model.embed_prefix(images, masks, *tokens, **state)
-    (hidden, _), cache = getattr(model, family.joint).forward(
-        attention_mask=family.attention(make_att_2d_masks(valid, blocks)),
+    words = (batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK])
+    embedded, valid, blocks = network.embed_prefix(images, masks, *words, **state)
+    attends = make_att_2d_masks(valid, blocks)
+    if family.additive:
+        attends = prepare_attention_masks_4d(attends)
+        joint.paligemma.model.language_model.config._attn_implementation = "eager"
+    (hidden, _), cache = joint.forward(
+        attention_mask=attends,
         position_ids=torch.cumsum(valid, 1) - 1,
         past_key_values=None,
         inputs_embeds=[embedded, None],
         use_cache=True,
     )
-    layers = tuple((layer.keys, layer.values) for layer in cache.layers)
-    return Prefix(layers, valid, hidden, mark)
+    weight = valid.float()[..., None]
+    summary = (hidden.float() * weight).sum(1) / weight.sum(1)
+    return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), valid, summary)
 
 
-def velocity(policy: Any, family: Family, batch: dict[str, Tensor], prefix: Prefix, x: Tensor, t: Tensor) -> Tensor:
-    """One evaluation of the expert: v [B,T,max_action_dim] of x at t [B].
+def velocity(policy: Any, family: Family, prefix: Prefix, state: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """One evaluation of the expert: v [B,T,max_action_dim] at x, t [B] fp32.
 
-    The cache is made anew: SmolVLA appends the expert's keys to the one it is given, and what is cut off again later
-    would keep the graph of this evaluation alive for the next.
+    The cache is made anew each time: SmolVLA appends the expert's keys to the one it is given, and what it cuts off again
+    would keep this evaluation's graph alive in the next one.
     """
-    state = {"state": policy.prepare_state(batch)} if family.state == "suffix" else {}
-    cache = DynamicCache(prefix.layers)
+    from transformers import DynamicCache
+
+    enters = {"state": policy.prepare_state({STATE: state})} if family.state == "suffix" else {}
     return policy.model.denoise_step(
-        prefix_pad_masks=prefix.valid, past_key_values=cache, x_t=x, timestep=t, **state
+        prefix_pad_masks=prefix.valid, past_key_values=DynamicCache(prefix.layers), x_t=x, timestep=t, **enters
     )

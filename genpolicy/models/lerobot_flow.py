@@ -1,57 +1,57 @@
 """LeRobot's flow vision-language-action policies, SmolVLA, pi0 and pi0.5: encode, denoise, decode.
 
-Composition over the loaded policy, nothing of it is copied or subclassed: the vision-language model encodes what is seen
-and asked once, and one network evaluation is the action expert's ``denoise_step``. LeRobot's time is ours: 1 is noise, 0
-the actions, x_t = (1 - t) x_0 + t eps, and the network says v = eps - x_0.
+Composition over the loaded policy, nothing of it is copied or subclassed: what is seen and asked goes through the
+vision-language model once, and a network evaluation is the action expert's ``denoise_step``. LeRobot's time is ours: 1 is
+noise, 0 the actions, x_t = (1 - t) x_0 + t eps, and the network says v = eps - x_0.
 """
 
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
+from scipy.special import betaincinv
+from torch import Tensor
+from torch.nn import functional
 
+from genpolicy.chain import Linear, Prediction
+from genpolicy.chain.schedule import Schedule
+from genpolicy.chain.values import Parametrisation, expand
+from genpolicy.models import _lerobot as theirs
+from genpolicy.models._device import default_device
+from genpolicy.models._lerobot_flow_families import FAMILIES, encode_prefix, velocity
+from genpolicy.models._lerobot_flow_files import Files
+from genpolicy.models._lerobot_flow_prefix import Prefix, Seen
+from genpolicy.task import Context, Dataset
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
-EMPTY = IMAGES + "empty_camera"
-"""Cameras that a checkpoint has and no robot needs: LeRobot feeds them black."""
-
-
-@dataclass(eq=False)
-class Seen:
-    """What B rows see and are asked, as the policy's preprocessor made it, and its prefix once it was needed.
-
-    Rows that are picked take their part of the prefix along. It is large (SmolVLA 2 MB a row, pi0 15 MB, in bf16):
-    keep the context instead where conditions are kept for long.
-    """
-
-    batch: dict[str, Tensor]
-    prefix: Prefix | None = None
-
-    def __len__(self) -> int:
-        return len(next(iter(self.batch.values())))
-
-    def __getitem__(self, rows: Tensor | slice) -> "Seen":
-        batch = {name: value[rows] for name, value in self.batch.items()}
-        return Seen(batch, None if self.prefix is None else self.prefix[rows])
+EMPTY = "observation.images.empty_camera"
+"""How the cameras begin that a checkpoint has and no robot needs: LeRobot itself fills them in."""
+TIMES = {"beta_alpha": 1.5, "beta_beta": 1.0, "scale": 0.999, "offset": 0.001}
+"""Distribution of training times; SmolVLA's, which are not in its configuration, and pi's defaults."""
 
 
 @dataclass(eq=False)
 class LeRobotFlow:
-    """A SmolVLA, pi0 or pi0.5 checkpoint as a `genpolicy.policy.ControlModel`.
+    """A SmolVLA, pi0 or pi0.5 as a `genpolicy.policy.ControlModel`. The event is a chunk in the network's own dims.
 
-    pretrained: hub id or folder of a policy as LeRobot saves it; its config.json says which of the three it is.
-    base: the same, of a policy that is to learn another robot: weights are kept, shapes and statistics are the data
-        set's (`initialise`). Read only while ``pretrained`` is None.
+    pretrained: folder or hub id of a policy as LeRobot saves it; its config.json says which of the three it is.
+    base: the same, of one that is to learn another robot: its weights, with the data set's shapes and statistics
+        (`initialise`). Read only while ``pretrained`` is null.
     revision: the hub's branch, tag or commit.
-    tokenizer: hub id or folder in place of the one the checkpoint names (pi's is gated); of SmolVLA it must also have
-        the VLM's configuration and processor. A folder named vlm inside the checkpoint is found without it.
-    train: "expert" trains the action expert and freezes all that the prefix is computed with (SmolVLA's projection of
-        the state is part of that), so that one prefix serves every step and every update; "full" trains both, and
-        encodes the prefix anew wherever gradients are taken.
-    padding: networks act in max_action_dim dims, of which the robot has fewer. "zero": the others follow their exact
-        flow to 0, x_s = (s/t) x_t, which no parameter acts through. "network": they follow the network, which was never
-        told what to say there, as LeRobot's own samplers do.
-    precision: dtype that what is frozen is stored in, and that the networks run in (autocast). What learns is fp32, and
-        so is the kernel algebra.
-    device: None takes this process's accelerator if there is one.
+    tokenizer: folder or hub id in place of the tokenizer that the checkpoint names (pi's is gated); of SmolVLA it must
+        also have the VLM's configuration and processor.
+    train: "expert" trains the action expert and freezes all that the prefix is computed with (of SmolVLA the projection of
+        the state too), so that one prefix serves all steps and updates; "full" trains everything, and encodes the prefix
+        anew wherever a gradient is taken.
+    padding: the network has max_action_dim dims, of which the robot uses the first. "zero": the others follow their exact
+        flow to 0, x_s = (s/t) x_t, and no parameter acts through them. "network": they follow what the network says,
+        which LeRobot does not train, as in its own samplers.
+    keep: prefixes of a rollout's rows stay in memory for its updates (SmolVLA 2 MB a row, pi0 15 MB, in bf16); false
+        encodes them anew for every minibatch.
+    precision: dtype that what is frozen is stored in, and that the networks run in (autocast). What learns is fp32, and so
+        is the kernel algebra.
+    device: null takes this process's accelerator if there is one.
     """
 
     pretrained: str | None = None
@@ -60,161 +60,155 @@ class LeRobotFlow:
     tokenizer: str | None = None
     train: Literal["expert", "full"] = "expert"
     padding: Literal["zero", "network"] = "zero"
+    keep: bool = True
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Any = None
     shapes: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict)
     action_dim: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        for name, valid in (
-            ("train", ("expert", "full")),
-            ("padding", ("zero", "network")),
-            ("precision", tuple(PRECISIONS)),
-        ):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"policy.{name} is {getattr(self, name)!r}; valid are {', '.join(valid)}")
         source = self.pretrained or self.base
         if source is None:
-            raise ValueError("policy lerobot_flow needs pretrained, or base to clone a data set with: both are null")
+            raise ValueError(
+                "policy lerobot_flow needs pretrained, or base to begin from with a data set; both are null"
+            )
         self.device = default_device() if self.device is None else torch.device(self.device)
-        self._loaded = load(source, self.revision, self.tokenizer, self.device)
-        self.vla = self._loaded.policy.eval()  # while it learns too: replay must be exact
-        config = self.vla.config
+        self._files = Files.find(source, self.revision, self.tokenizer, self.device)
+        self.policy = self._files.policy()  # in eval mode while it learns too: replay must be exact
+        config = self.policy.config
         self._family = FAMILIES[config.type]
         self.schedule: Schedule = Linear()
         self.parametrisation: Parametrisation = "velocity"
         self.clip: tuple[float, bool] | None = None
         self.evaluations = 0.0
         self.history = 1
-        self.executed = config.n_action_steps
+        self.executed: int = config.n_action_steps
         self.horizon = range(config.chunk_size)
         self.event_shape: tuple[int, ...] = (config.chunk_size, config.max_action_dim)
         if self.pretrained is not None:
-            check_statistics(self._loaded, source)
-            self._settle()
+            self._adopt(self._files.processors(config))
 
     # Shapes, statistics, and what learns
 
     def initialise(self, dataset: Dataset) -> None:
-        """Take the data set's shapes, and its statistics for normalisation; the weights stay those of ``base``."""
-        names = [n for n in dataset.shapes if n.startswith(IMAGES)]
-        if STATE not in dataset.shapes or not names:
-            raise ValueError(f"lerobot_flow needs {STATE} and an image in the data set; it has {', '.join(dataset.shapes)}")
-        config = self.vla.config
-        for name, most in ((STATE, config.max_state_dim), (ACTION, config.max_action_dim)):
-            if dataset.shapes[name][0] > most:
-                raise ValueError(f"the data set's {name} has {dataset.shapes[name][0]} dims; {self.base} takes {most}")
-        self._loaded.fit({name: tuple(dataset.shapes[name]) for name in (*names, STATE)}, dataset.shapes[ACTION], dataset.stats)
-        self._settle()
+        """Take the data set's shapes and statistics; the weights stay those of ``base``."""
+        config, cameras = self.policy.config, [n for n in dataset.shapes if n.startswith(theirs.CAMERA)]
+        if theirs.STATE not in dataset.shapes or not cameras:
+            raise ValueError(
+                f"lerobot_flow needs {theirs.STATE} and a camera; the data set has {', '.join(dataset.shapes)}"
+            )
+        for name, most in ((theirs.STATE, config.max_state_dim), ("action", config.max_action_dim)):
+            (dim,) = dataset.shapes[name]
+            if dim > most:
+                raise ValueError(f"the data set's {name} has {dim} dims; policy.base {self.base} has room for {most}")
+        config.input_features = theirs.features(dataset.shapes, [*cameras, theirs.STATE])
+        config.output_features = theirs.features(dataset.shapes, ["action"])
+        self._adopt(self._files.new_processors(config, dataset))
 
-    def _settle(self) -> None:
-        """What follows from the features that the policy has now."""
-        config = self.vla.config
+    def _adopt(self, processors: theirs.Processors) -> None:
+        config = self.policy.config
+        self.processors = processors
         self.shapes = {n: tuple(f.shape) for n, f in config.input_features.items() if not n.startswith(EMPTY)}
-        self.action_dim = config.output_features[ACTION].shape[0]
+        (self.action_dim,) = config.output_features["action"].shape
         self._choose_what_learns()
 
     def _choose_what_learns(self) -> None:
-        """Of the part that is to learn, the parameters that a gradient reaches: a dry evaluation's graph names them.
+        """Of the part that is to learn, the parameters that a gradient reaches: those in the graph of a dry evaluation.
 
         Left out are heads and last layers that nothing reads; they stay in the checkpoint as they are.
         """
-        network, frozen = self.vla.model, PRECISIONS[self.precision]
+        network, frozen = self.policy.model, PRECISIONS[self.precision]
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(self.train == "full" or not name.startswith(self._family.prefix))
         self._note_prefix()
         blank = Context([""], {name: torch.zeros(1, 1, *shape) for name, shape in self.shapes.items()})
+        x, t = torch.zeros(1, *self.event_shape, device=self.device), torch.ones(1, device=self.device)
         with torch.enable_grad():
-            seen = self.encode(blank)
-            x, t = torch.zeros(1, *self.event_shape, device=self.device), torch.ones(1, device=self.device)
-            reached = leaves(velocity(self.vla, self._family, seen.batch, self._prefix(seen), x, t))
+            reached = leaves(self._velocity(x, t, self.encode(blank)))
         for parameter in network.parameters():
-            parameter.requires_grad_(parameter in reached)
-            parameter.data = parameter.data.to(torch.float32 if parameter in reached else frozen)
+            learns = parameter in reached
+            parameter.requires_grad_(learns).data = parameter.data.to(torch.float32 if learns else frozen)
         self._note_prefix()
 
     def _note_prefix(self) -> None:
         learning = self.trainable().items()
-        self._prefix_learns = [p for name, p in learning if name.startswith(self._family.prefix)]
+        self._learning_prefix = [p for name, p in learning if name.startswith(self._family.prefix)]
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The parameters that learn, by their names in the policy's network, in its order."""
-        return {name: p for name, p in self.vla.model.named_parameters() if p.requires_grad}
+        """What learns, by its name in the policy's network, in its order."""
+        return {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
 
     def save(self, directory: Path) -> None:
-        """A policy folder as LeRobot saves it, with its processors."""
-        self._loaded.save(directory)
+        """A folder that LeRobot's own tools load."""
+        self._files.save(self.policy, self.processors, directory)
 
     # What is seen and asked
 
     def encode(self, context: Context) -> Seen:
-        """The last frame and the instruction through the policy's own preprocessor; the prefix is not computed yet."""
+        """The last frame and the instruction through the policy's own preprocessor; the prefix waits until it is needed."""
         batch: dict[str, Any] = {"task": list(context.prompts)}
         for name, shape in self.shapes.items():
             frames = context.observation.get(name)
-            image = len(shape) == 3  # of any size: the policy resizes it
-            if frames is None or frames.ndim != 2 + len(shape) or (frames.shape[2:] != shape and not image):
+            if frames is None or frames.shape[1:] != (self.history, *shape):
                 got = "is missing" if frames is None else f"comes as {list(frames.shape[1:])}"
-                raise ValueError(f"observation {name} {got}; this policy needs {[1, *shape]} of every row")
+                raise ValueError(f"observation {name} {got}; this policy needs {[self.history, *shape]} of every row")
             batch[name] = frames[:, -1]
-        made = self._loaded.pre(batch)
-        return Seen({name: value for name, value in made.items() if name.startswith("observation.")})
+        with theirs.lerobot():
+            made = self.processors.pre(batch)
+        return Seen.all({n: v for n, v in made.items() if n.startswith("observation.")}, self.keep)
 
     def negative(self, condition: Seen) -> Seen:
-        """Raises: these policies have no unconditional branch."""
+        """Raises: it has no unconditional branch."""
         raise ValueError("policy lerobot_flow has no unconditional branch; set chain.guidance to 1")
 
     def _prefix(self, seen: Seen) -> Prefix:
-        """The prefix, computed once unless it learns: then anew for a gradient, and after every change of weights."""
-        if self._prefix_learns and torch.is_grad_enabled():
-            return encode_prefix(self.vla, self._family, seen.batch, torch.empty(0))
-        mark = torch.stack([p.detach().double().sum() for p in self._prefix_learns] or [torch.zeros(())])
-        if seen.prefix is None or not torch.equal(seen.prefix.mark, mark):
-            with torch.no_grad():
-                seen.prefix = encode_prefix(self.vla, self._family, seen.batch, mark)
-        return seen.prefix
+        """Stored, unless a gradient goes through it; where it learns, every change of its weights makes it anew."""
+        if self._learning_prefix and torch.is_grad_enabled():
+            return self._encode(seen.batch)
+        mark = torch.stack([p.detach().double().sum() for p in self._learning_prefix] or [torch.zeros(())])
+        return seen.store.prefix(seen.rows, self._encode, mark)
 
+    def _encode(self, batch: Any) -> Prefix:
+        with self._autocast():
+            return encode_prefix(self.policy, self._family, batch)
+
+    @torch.no_grad()
     def features(self, condition: Seen) -> Tensor:
-        """The mean of the prefix's last hidden states over its valid tokens, and the normalised state: [B,F]."""
-        with torch.no_grad(), self._autocast():
-            prefix = self._prefix(condition)
-        weight = prefix.valid.float()[..., None]
-        mean = (prefix.hidden.float() * weight).sum(1) / weight.sum(1)
-        return torch.cat([mean, condition.batch[STATE].float()], -1)
+        """The mean over the prefix's valid tokens of its last hidden states, and the normalised state: [B,F]."""
+        return torch.cat([self._prefix(condition).summary, condition.value(theirs.STATE).float()], -1)
 
     # The chain's view
 
     def grid(self, steps: int) -> Tensor:
-        """K uniform steps from 1 to 0, LeRobot's own."""
+        """K uniform steps from 1 to 0, which are LeRobot's own."""
         return self.schedule.grid(steps)
 
     def times(self, uniform: Tensor) -> Tensor:
-        """scale Beta(a, b) + offset through its quantile function; by default .999 u^(2/3) + .001."""
-        config = self.vla.config  # SmolVLA's are not in its configuration, and are pi's
-        a, b = (getattr(config, f"time_sampling_beta_{name}", value) for name, value in (("alpha", 1.5), ("beta", 1.0)))
-        quantile = torch.from_numpy(betaincinv(a, b, uniform.double().cpu().numpy())).to(uniform)
-        return getattr(config, "time_sampling_scale", 0.999) * quantile + getattr(config, "time_sampling_offset", 0.001)
+        """scale * Beta(a, b) + offset through its quantile function: .999 u^(2/3) + .001 unless configured otherwise."""
+        config = self.policy.config
+        a, b, scale, offset = (getattr(config, f"time_sampling_{name}", value) for name, value in TIMES.items())
+        return scale * torch.from_numpy(betaincinv(a, b, uniform.double().cpu().numpy())).to(uniform) + offset
 
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def _autocast(self) -> torch.autocast:
         dtype = PRECISIONS[self.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            yield
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _velocity(self, x: Tensor, t: Tensor, condition: Seen) -> Tensor:
+        prefix, state = self._prefix(condition), condition.value(theirs.STATE)
+        with self._autocast():
+            return velocity(self.policy, self._family, prefix, state, x, t.to(x))
 
     def denoise(self, x: Tensor, t: Tensor, condition: Seen) -> Prediction:
-        """One evaluation of the expert at x [B,T,max_action_dim], t [B], counted."""
-        with self._autocast():
-            time = t.to(x.device, torch.float32)
-            output = velocity(self.vla, self._family, condition.batch, self._prefix(condition), x, time)
+        """One evaluation of the expert on x [B,T,max_action_dim] at t [B], counted."""
+        output = self._velocity(x, t, condition)
         self.evaluations += len(x) * (2 if output.requires_grad else 1)
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        prediction = Prediction.of(self.parametrisation, output, x, alpha, sigma)
+        prediction = Prediction.of(self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t))
         if self.padding == "network" or self.action_dim == x.shape[-1]:
             return prediction
-        padded = x[..., self.action_dim :].float()  # x_0 is 0 there, so that all of x is noise
+        padded = x[..., self.action_dim :]  # x_0 is 0 there, and all of x is noise
         return Prediction(
             torch.cat([self.scored(prediction.x0), torch.zeros_like(padded)], -1),
-            torch.cat([self.scored(prediction.eps), padded / expand(sigma, padded)], -1),
+            torch.cat([self.scored(prediction.eps), padded / expand(self.schedule.sigma(t), padded)], -1),
         )
 
     def scored(self, value: Tensor) -> Tensor:
@@ -224,35 +218,34 @@ class LeRobotFlow:
     # Actions
 
     def event(self, actions: Tensor) -> Tensor:
-        """Actions [B,T,action_dim] normalised by the policy's own preprocessor, zeros in the padded dims."""
-        step = next(s for s in self._loaded.pre.steps if isinstance(s, NormalizerProcessorStep))
-        normalised = step(create_transition(action=actions.to(self.device)))[TransitionKey.ACTION]
-        return functional.pad(normalised, (0, self.event_shape[-1] - self.action_dim))
+        """Actions [B,T,action_dim] normalised as LeRobot does, and zeros in the padded dims."""
+        padded = self.event_shape[-1] - self.action_dim
+        return functional.pad(self.processors.event(actions.to(self.device)), (0, padded))
 
     def event_mask(self, pad: Tensor) -> Tensor:
-        """Which dims a supervised loss counts, bool [B,T,max_action_dim], given which actions lie outside the episode,
-        ``pad`` bool [B,T]. As in LeRobot's own losses: never padded dims; SmolVLA leaves those actions out too, pi0
-        and pi0.5 learn them.
+        """bool [B,T,max_action_dim]: padded dims never count. As in LeRobot's own losses, SmolVLA leaves actions outside the
+        episode out as well, pi0 and pi0.5 learn them.
         """
-        robot = torch.arange(self.event_shape[-1], device=pad.device) < self.action_dim
-        inside = torch.ones_like(pad) if self._family.pad_counts else ~pad
-        return inside[..., None] & robot
+        counts = torch.ones_like(pad) if self._family.learns_pad else ~pad
+        robot = torch.arange(self.event_shape[-1]) < self.action_dim
+        return counts.to(self.device)[..., None] & robot.to(self.device)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """The executed actions in the environment's units, by the policy's own postprocessor: [B,executed,action_dim]."""
-        return self._loaded.post(self.scored(x0)[:, : self.executed])
+        """The executed actions, [B,executed,action_dim] in the environment's units."""
+        return self.processors.actions(self.scored(x0)[:, : self.executed])
 
 
 def leaves(output: Tensor) -> set[Tensor]:
     """The parameters that a gradient of ``output`` reaches."""
     found: set[Tensor] = set()
     visited: set[Any] = set()
-    waiting = [output.grad_fn]
+    waiting: list[Any] = [output.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in visited:
             continue
         visited.add(node)
-        found.update([node.variable] if hasattr(node, "variable") else [])
+        if hasattr(node, "variable"):
+            found.add(node.variable)
         waiting += [before for before, _ in node.next_functions]
     return found

@@ -207,10 +207,6 @@ class MLP:
         """Actions [B,T,D] scaled so that the data's range is [-1, 1]."""
         return (actions.to(self.device) - self._stats["action.middle"]) / self._stats["action.reach"]
 
-    def event_mask(self, pad: Tensor) -> Tensor | None:
-        """All: past the end of an episode its last action is held."""
-        return None
-
     def decode(self, x0: Tensor) -> Tensor:
         """The inverse of `event`."""
         return x0 * self._stats["action.reach"] + self._stats["action.middle"]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from genpolicy.config import ConfigError, nearest
-from genpolicy.tasks._simulators import RenderError, library
+from genpolicy.tasks._simulators import RenderError, library, quiet
 
 WORLD, IMAGES = "observation.environment_state", "observation.images."
 NAMES = {"agent_pos": "observation.state", "environment_state": WORLD}
@@ -29,7 +29,8 @@ class Gym:
         self.spec = _spec(gymnasium, env)
         modes = {"render_mode": "rgb_array", **kwargs}
         try:
-            self._env = gymnasium.make(env, max_episode_steps=-1, disable_env_checker=True, **modes)
+            with quiet():
+                self._env = gymnasium.make(env, max_episode_steps=-1, disable_env_checker=True, **modes)
         except (TypeError, ValueError, gymnasium.error.Error) as error:
             raise ConfigError(f"{LEAF}: {env} can't be made with {dict(kwargs)}: {_brief(error)}") from error
         self.action_space = self._env.action_space

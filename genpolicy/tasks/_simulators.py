@@ -1,10 +1,12 @@
 """Simulators are brought in late, and so that they can draw without a screen."""
 
+import contextlib
 import ctypes.util
 import importlib
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 from genpolicy.config import ConfigError
@@ -18,17 +20,24 @@ def library(module: str, needed_by: str) -> ModuleType:
     """Import a module of the extra `robots`; where it is missing raise `ConfigError` with the command to run.
 
     Where there is no screen but EGL, MuJoCo is told to draw with it. It reads that once, when it is first imported, and
-    fails to import where EGL is named but missing. pygame's greeting and its warnings are left out.
+    fails to import where EGL is named but missing.
     """
     screen = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
     if sys.platform == "linux" and not screen and "MUJOCO_GL" not in os.environ and ctypes.util.find_library("EGL"):
         os.environ["MUJOCO_GL"] = "egl"
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+        with quiet():
             return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
             f"{needed_by} needs {module.partition('.')[0]}: pip install 'genpolicy[robots]' ({error})"
         ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without pygame's greeting and its warning of its own imports."""
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+        yield

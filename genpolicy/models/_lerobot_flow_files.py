@@ -1,0 +1,144 @@
+"""A flow policy's files: the policy and its processors from a folder or the hub, and back into a folder that moves.
+
+SmolVLA's configuration names the VLM that its tokenizer and processor come from, and every preprocessor names a tokenizer.
+Where such a name is a folder, what is in it is put beside the weights, in `SHIPPED`, and found there on another machine.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from draccus.utils import DecodingError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from genpolicy.models import _lerobot as theirs
+from genpolicy.models._lerobot_flow_families import FAMILIES
+from genpolicy.task import Dataset
+
+SHIPPED = "vlm"
+"""Folder inside a policy's: its tokenizer, of SmolVLA with the VLM's configuration and processor."""
+UNSUPPORTED = ("use_relative_actions", "adapt_to_pi_aloha", "use_peft")
+"""Settings that change what a chunk means, or what the weights are, behind the chain's back."""
+
+
+@dataclass
+class Files:
+    """Where a policy comes from. words: the tokenizer (of SmolVLA the VLM) to use instead of the one it names."""
+
+    folder: Path
+    words: str | None
+    device: torch.device
+
+    @classmethod
+    def find(cls, source: str, revision: str | None, tokenizer: str | None, device: torch.device) -> "Files":
+        """Raises with one sentence where there is no policy that lerobot_flow can be."""
+        folder = theirs.find(source, revision, tuple(FAMILIES))
+        settings = json.loads((folder / theirs.CONFIG).read_text())
+        for name in UNSUPPORTED:
+            if settings.get(name):
+                raise ValueError(
+                    f"policy.pretrained {source} was trained with {name}, which lerobot_flow can't undo; it needs"
+                    " absolute actions and whole weights"
+                )
+        shipped = folder / SHIPPED
+        return cls(folder, tokenizer or (str(shipped) if shipped.is_dir() else None), device)
+
+    def policy(self) -> Any:
+        """The policy in eval mode, verified. Its configuration is the file's; only while it is built, names are replaced,
+        nothing is compiled and no other weights are fetched first.
+        """
+        settings: dict[str, Any] = {"compile_model": False}
+        if json.loads((self.folder / theirs.CONFIG).read_text())["type"] == "smolvla":
+            settings["load_vlm_weights"] = False
+            if self.words is not None:
+                settings["vlm_model_name"] = self.words
+        with self._explained():
+            return theirs.load(self.folder, self.device, renamed, **settings)
+
+    def processors(self, config: Any) -> theirs.Processors:
+        """Those beside the policy."""
+        with self._explained():
+            processors = theirs.load_processors(config, self.folder, self.device, **self._tokenizer())
+        return self._named(processors)
+
+    def new_processors(self, config: Any, dataset: Dataset) -> theirs.Processors:
+        """Those beside the policy, with the statistics of a data set in place of their own."""
+        with theirs.lerobot(), self._explained():
+            from lerobot.policies.factory import make_pre_post_processors
+
+            features = {**config.input_features, **config.output_features}
+            names = [name for name in features if len(features[name].shape) == 1]
+            normal = {
+                "features": features,
+                "norm_map": config.normalization_mapping,
+                "stats": {name: theirs.steady(name, dataset.stats[name]) for name in names},
+            }
+            device = {"device_processor": {"device": str(self.device)}}
+            pre, post = make_pre_post_processors(
+                config,
+                pretrained_path=str(self.folder),
+                preprocessor_overrides={**device, "normalizer_processor": normal, **self._tokenizer()},
+                postprocessor_overrides={"unnormalizer_processor": normal},
+            )
+        processors = theirs.Processors(pre, post)
+        processors.require_statistics(str(self.folder))
+        return self._named(processors)
+
+    def _tokenizer(self) -> dict[str, Any]:
+        return {} if self.words is None else {"tokenizer_processor": {"tokenizer_name": self.words}}
+
+    def _named(self, processors: theirs.Processors) -> theirs.Processors:
+        """Saved again, they name the tokenizer that the file named."""
+        step, steps = tokenizer_step(processors), json.loads((self.folder / theirs.PREPROCESSOR).read_text())["steps"]
+        self.local = Path(step.tokenizer_name).is_dir()
+        (step.tokenizer_name,) = (
+            s["config"]["tokenizer_name"] for s in steps if s.get("registry_name") == "tokenizer_processor"
+        )
+        return processors
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What LeRobot and its libraries raise about files, as one sentence."""
+        try:
+            yield
+        except (SafetensorError, RuntimeError, DecodingError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"policy.pretrained {self.folder} is damaged: {' '.join(str(error).split())}") from error
+        except OSError as error:
+            raise ValueError(
+                f"policy.pretrained {self.folder}: the VLM or tokenizer it names can't be read; set policy.tokenizer to a"
+                f" local folder of it, or log in with a token (hf auth login): {str(error).strip().splitlines()[0]}"
+            ) from error
+
+    def save(self, policy: Any, processors: theirs.Processors, directory: Path) -> None:
+        """As LeRobot saves it, with the names it came with, and what they name beside it if that was a folder."""
+        policy.save_pretrained(directory)
+        processors.save(directory)
+        if not self.local:
+            return
+        if policy.config.type == "smolvla":
+            policy.model.vlm_with_expert.config.save_pretrained(directory / SHIPPED)
+            policy.model.vlm_with_expert.processor.save_pretrained(directory / SHIPPED)
+        else:
+            tokenizer_step(processors).input_tokenizer.save_pretrained(directory / SHIPPED)
+
+
+def tokenizer_step(processors: theirs.Processors) -> Any:
+    """The step that turns the instruction into tokens."""
+    from lerobot.processor import TokenizerProcessorStep
+
+    (step,) = (step for step in processors.pre.steps if isinstance(step, TokenizerProcessorStep))
+    return step
+
+
+def renamed(policy: Any, weights: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """A file's weights under the policy's names: those of the original pi checkpoints have others."""
+    rename = getattr(policy, "_fix_pytorch_state_dict_keys", lambda weights, _: weights)
+    fixed = rename(weights, policy.config)
+    return {name if name.startswith("model.") else f"model.{name}": value for name, value in fixed.items()}

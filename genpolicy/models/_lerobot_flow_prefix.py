@@ -1,0 +1,99 @@
+"""What B rows see and are asked, and its encoding, computed where and when it is needed and kept for the next time."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS = 64
+"""Rows that are encoded at once: a rollout has thousands, each with its images."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the expert attends to, B rows: keys and values of each layer [B,heads,S,dim]; valid, bool [B,S]; and the mean
+    of the last hidden states over the valid tokens [B,width].
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    valid: Tensor
+    summary: Tensor
+
+    def of(self, change: Callable[[Tensor], Tensor]) -> "Prefix":
+        """Every tensor changed in the same way."""
+        layers = tuple((change(keys), change(values)) for keys, values in self.layers)
+        return Prefix(layers, change(self.valid), change(self.summary))
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in one order."""
+        return [*(value for layer in self.layers for value in layer), self.valid, self.summary]
+
+
+class Store:
+    """R rows as the policy's preprocessor made them, and the prefixes of those that were needed so far.
+
+    ``mark`` says which weights they were computed with; where that changes, all are forgotten.
+    """
+
+    def __init__(self, batch: Mapping[str, Tensor]) -> None:
+        self.batch = batch
+        self.count = len(next(iter(batch.values())))
+        self._prefix: Prefix | None = None
+        self._known = torch.zeros(self.count, dtype=torch.bool)
+        self._mark: Tensor | None = None
+
+    @torch.no_grad()
+    def prefix(self, rows: Tensor, encode: Callable[[Mapping[str, Tensor]], Prefix], mark: Tensor) -> Prefix:
+        """The prefixes of ``rows`` [b]; what is missing is encoded, `ROWS` at a time."""
+        if self._mark is None or not torch.equal(mark, self._mark):
+            self._known[:], self._prefix, self._mark = False, None, mark
+        missing = rows[~self._known[rows]].unique()
+        for part in missing.split(ROWS) if len(missing) else ():
+            made = encode({name: value[part] for name, value in self.batch.items()})
+            if len(part) == self.count:
+                self._prefix = made
+            else:
+                if self._prefix is None:
+                    self._prefix = made.of(lambda value: value.new_empty(self.count, *value.shape[1:]))
+                for kept, value in zip(self._prefix.tensors(), made.tensors(), strict=True):
+                    kept[part] = value
+            self._known[part] = True
+        assert self._prefix is not None
+        everything = torch.equal(rows, torch.arange(self.count))
+        return self._prefix if everything else self._prefix.of(lambda value: value[rows])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Some rows of a store: the condition of a chain.
+
+    keep: picked rows look into the same store, so that a prefix that was computed once is found again; otherwise they
+    begin a store of their own.
+    """
+
+    store: Store
+    rows: Tensor
+    keep: bool
+
+    @classmethod
+    def all(cls, batch: Mapping[str, Tensor], keep: bool) -> "Seen":
+        """All rows of a batch."""
+        store = Store(batch)
+        return cls(store, torch.arange(store.count), keep)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Tensor | slice) -> "Seen":
+        picked = Seen(self.store, self.rows[rows], self.keep)
+        return picked if self.keep else Seen.all(picked.batch, keep=False)
+
+    def value(self, name: str) -> Tensor:
+        """One of the preprocessor's values, of these rows."""
+        return self.store.batch[name][self.rows]
+
+    @property
+    def batch(self) -> dict[str, Tensor]:
+        """The rows as the preprocessor made them."""
+        return {name: self.value(name) for name in self.store.batch}
