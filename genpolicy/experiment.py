@@ -99,8 +99,9 @@ def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) ->
         run, method = prepare(experiment, folder, accelerator)
         if experiment.trackers:  # now, not before: they write into the folder
             accelerator.init_trackers("genpolicy", config={"experiment": config.to_yaml(experiment)})
-        method.train(run)
-        return _finish(run, time.perf_counter() - started)
+        with run:
+            method.train(run)
+            return _finish(run, time.perf_counter() - started)
 
 
 def _finish(run: Run, wall_time: float) -> Result:
@@ -135,7 +136,8 @@ def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Exp
     run, method = prepare(asked, Path(asked.output), start_processes(asked, None))
     cost = Rehearsal()
     run.rehearse = cost.record
-    method.train(run)
+    with run:
+        method.train(run)
     cost.project(asked)
     return asked, cost
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -101,6 +101,13 @@ class Run:
         self._stop = False
         self._drawn = 0.0
         self._evaluated_at = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.environments is not None:
+            self.environments.close()
 
     # ---------------------------------------------------------------- the loop
 

@@ -5,6 +5,7 @@ Where such a name is a folder, what is in it is put beside the weights, in `SHIP
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Files:
             settings["load_vlm_weights"] = False
             if self.words is not None:
                 settings["vlm_model_name"] = self.words
-        with self._explained():
+        with self._explained(), _unwarned():
             return theirs.load(self.folder, self.device, renamed, **settings)
 
     def processors(self, config: Any) -> theirs.Processors:
@@ -110,10 +111,13 @@ class Files:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ValueError(f"policy.pretrained {self.folder} is damaged: {' '.join(str(error).split())}") from error
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__  # a step's error is wrapped
+            if not isinstance(cause, OSError):
+                raise
             raise ValueError(
                 f"policy.pretrained {self.folder}: the VLM or tokenizer it names can't be read; set policy.tokenizer to a"
-                f" local folder of it, or log in with a token (hf auth login): {str(error).strip().splitlines()[0]}"
+                f" local folder of it, or log in with a token (hf auth login): {str(cause).strip().splitlines()[0]}"
             ) from error
 
     def save(self, policy: Any, processors: theirs.Processors, directory: Path) -> None:
@@ -127,6 +131,17 @@ class Files:
             policy.model.vlm_with_expert.processor.save_pretrained(directory / SHIPPED)
         else:
             tokenizer_step(processors).input_tokenizer.save_pretrained(directory / SHIPPED)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """LeRobot warns of names that it then handles."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def tokenizer_step(processors: theirs.Processors) -> Any:

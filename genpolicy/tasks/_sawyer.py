@@ -59,7 +59,8 @@ class Sawyer:
             try:
                 self._renderer = mujoco.Renderer(self._world.model, PICTURE, PICTURE)
             except Exception as error:  # EGL's, GLFW's or OSMesa's
-                raise RenderError(f"MuJoCo can't draw here ({error}); set MUJOCO_GL to egl, glfw or osmesa") from error
+                why = " ".join(str(error).split())
+                raise RenderError(f"MuJoCo can't draw here: {why}; set MUJOCO_GL to egl, glfw or osmesa") from error
             self._camera = mujoco.MjvCamera()
             for setting, value in CAMERA.items():
                 setattr(self._camera, setting, value)

@@ -1,0 +1,77 @@
+"""Several processes in one: each is a thread, and their accelerators meet where real ones would."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PATIENCE = 20.0
+"""Seconds after which a peer that waits for others gives up: they do not call the same things."""
+
+
+class Meeting:
+    """Where ``count`` peers exchange values, all at once."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.barrier = threading.Barrier(count, timeout=PATIENCE)
+        self.values: list[Any] = [None] * count
+
+    def exchange(self, index: int, value: Tensor) -> list[Tensor]:
+        self.values[index] = value.clone()
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        if len({v.shape for v in values}) > 1:
+            raise RuntimeError(f"peers exchange different shapes: {[tuple(v.shape) for v in values]}")
+        return values
+
+
+class Peer:
+    """What `genpolicy.processes.Processes` needs of accelerate's Accelerator."""
+
+    trackers: Sequence[Any] = ()
+    device = torch.device("cpu")
+
+    def __init__(self, index: int, meeting: Meeting) -> None:
+        self.process_index, self.num_processes, self.meeting = index, meeting.count, meeting
+        self.is_main_process = index == 0
+
+    def gather(self, value: Tensor) -> Tensor:
+        return torch.cat(self.meeting.exchange(self.process_index, value))
+
+    def reduce(self, value: Tensor, how: str) -> Tensor:
+        assert how == "sum"
+        return torch.stack(self.meeting.exchange(self.process_index, value)).sum(0)
+
+    def wait_for_everyone(self) -> None:
+        self.meeting.exchange(self.process_index, torch.zeros(1))
+
+
+def peers(count: int) -> list[Peer]:
+    """``count`` accelerators that know each other."""
+    meeting = Meeting(count)
+    return [Peer(index, meeting) for index in range(count)]
+
+
+def together[T](works: Sequence[Callable[[], T]]) -> list[T]:
+    """What the works return, done at the same time; the first exception of one of them is raised."""
+    results: list[Any] = [None] * len(works)
+    failures: list[tuple[int, BaseException]] = []
+
+    def do(place: int) -> None:
+        try:
+            results[place] = works[place]()
+        except BaseException as error:
+            failures.append((isinstance(error, threading.BrokenBarrierError), error))
+
+    threads = [threading.Thread(target=do, args=(place,)) for place in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise min(failures, key=lambda failure: failure[0])[1]
+    return results
