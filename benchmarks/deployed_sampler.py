@@ -15,7 +15,7 @@ import torch
 
 from genpolicy import config
 from genpolicy.build import control_model, make_policy, saved
-from genpolicy.chain import DDIM, Chain, Mean, Noise
+from genpolicy.chain import DDIM, Mean, Noise
 from genpolicy.episodes import play
 from genpolicy.evaluate_control import evaluate_control
 from genpolicy.policy import ChainPolicy
@@ -84,8 +84,10 @@ def main() -> None:
             moved = (now - then).pow(2).mean().sqrt()
             print(f"  {k}    {spread:8.3f}    {moved:8.3f}")
         last = x[:, :, -1]
-        print(f"  action: spread {last.std(1).mean():.4f}, distance to the training kernel's mean action "
-              f"{(last.mean(1) - reference[:, :, -1].mean(1)).abs().mean():.4f}")
+        print(
+            f"  action: spread {last.std(1).mean():.4f}, distance to the training kernel's mean action "
+            f"{(last.mean(1) - reference[:, :, -1].mean(1)).abs().mean():.4f}"
+        )
     environments.close()
 
 
