@@ -21,7 +21,8 @@ import torch
 from genpolicy import config
 from genpolicy.experiment import prepare
 from genpolicy.learning.critic import StateValue
-from genpolicy.rollout import Batch, Rollout
+from genpolicy.minibatch import Batch
+from genpolicy.rollout import Rollout
 from genpolicy.run import Run, start_processes
 
 PAIRS, REPEATS, EPISODES = 5000, 7, 40

@@ -12,6 +12,7 @@ from typing import Any
 from genpolicy import chain
 from genpolicy.chain import Chain
 from genpolicy.config import ChainConfig, ConfigError, Experiment, decode, leaf, make, nearest, settings
+from genpolicy.foreign import foreign
 from genpolicy.policy import Base, ChainPolicy, ControlModel, Model, swapped
 from genpolicy.reward import WeightedRewards
 from genpolicy.task import ControlTask, Dataset, read_prompts
@@ -93,6 +94,12 @@ def control_model(section: Mapping[str, Any], task: ControlTask, data: Dataset |
                 "policy.pretrained is not set: a new policy needs the data section, which gives it shapes"
             )
         model.initialise(data)
+    require_fit(model, task)
+    return model
+
+
+def require_fit(model: ControlModel, task: ControlTask) -> None:
+    """Raise `ConfigError` where the task does not show what the model needs to see, or takes other actions."""
     for name, shape in model.shapes.items():
         seen = tuple(task.shapes[name]) if name in task.shapes else None
         if seen != tuple(shape):
@@ -100,7 +107,6 @@ def control_model(section: Mapping[str, Any], task: ControlTask, data: Dataset |
             raise ConfigError(f"the policy needs {name} of shape {tuple(shape)}; the task has {has}")
     if model.action_dim != task.action_dim:
         raise ConfigError(f"the policy gives actions of {model.action_dim} dims; the task takes {task.action_dim}")
-    return model
 
 
 def make_policy(model: Model, sampler: ChainConfig) -> ChainPolicy:
@@ -170,6 +176,11 @@ class Saved:
     run: Path | None
     base: tuple[str, float] | None = None
 
+    @property
+    def acts(self) -> bool:
+        """Whether its samples are chunks of actions (`ControlModel`)."""
+        return hasattr(leaf("models", self.policy["name"]), "event_mask")
+
     def load(self) -> ChainPolicy:
         """The policy with its sampler."""
         policy = make_policy(make("models", self.policy), self.sampler)
@@ -181,11 +192,11 @@ class Saved:
 
 
 def saved(path: str | Path, **overrides: Any) -> Saved:
-    """Find a policy: a run's folder (its policy/), a saved policy's folder, a shipped asset, a diffusers folder, a hub
-    id.
+    """Find a policy: a run's folder (its policy/), a saved policy's folder, a shipped asset, a diffusers or LeRobot
+    folder, a hub id.
 
     overrides: keys of `ChainConfig` that replace the saved sampler's (steps, guidance, kernel, ...). What is no policy
-    of ours has no sampler of its own and gets ChainConfig's with the ODE.
+    of ours comes with the sampler that `foreign` says.
     """
     folder = Path(settings({"path": str(path)})["path"])
     if not folder.is_dir() and (folder.is_absolute() or str(path).count("/") != 1):
@@ -198,8 +209,8 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
                 f"run {run} has saved no policy yet: it does so at its first checkpoint after iteration 0"
             )
     if not (folder / SAMPLER).is_file():
-        section = {"name": "diffusers_pipeline", "pretrained": str(folder)}
-        return Saved(str(path), section, _sampler({"kernel": {"name": "ddim", "eta": 0.0}}, overrides), None)
+        section, sampler = foreign(str(folder))
+        return Saved(str(path), section, resampled(sampler, overrides), None)
     try:
         description = json.loads((folder / SAMPLER).read_text())
         section, sampler = dict(description["policy"]), dict(description["chain"])
@@ -211,11 +222,15 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
         section["pretrained"] = str(folder)
     above = description.get("base_above")
     base = None if above is None else (str(folder / BASE), float(above))
-    return Saved(str(folder), section, _sampler(sampler, overrides), run, base)
+    return Saved(str(folder), section, resampled(sampler, overrides), run, base)
 
 
-def _sampler(own: Mapping[str, Any], overrides: Mapping[str, Any]) -> ChainConfig:
-    return decode(ChainConfig, {**own, **overrides}, "the sampler")
+def resampled(own: Mapping[str, Any], overrides: Mapping[str, Any]) -> ChainConfig:
+    """A sampler with some keys replaced; a window that was the whole chain stays the whole chain."""
+    merged = {**own, **overrides}
+    if "window" not in overrides and own.get("window") is not None and [*own["window"]] == [0, own.get("steps")]:
+        merged["window"] = [0, merged["steps"]]
+    return decode(ChainConfig, merged, "the sampler")
 
 
 def load(path: str | Path, **overrides: Any) -> ChainPolicy:

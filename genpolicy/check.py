@@ -36,6 +36,8 @@ KINDS = {
     "method": ("train",),
     "kernel": ("coefficients",),
     "task": ("reset",),
+    "task of environments": ("environments", "demonstrate"),
+    "data set": ("rows",),
     "model": ("encode", "denoise", "decode"),
 }
 
@@ -96,7 +98,7 @@ def _kind(entry: Any) -> str:
         return "reward"
     raise ConfigError(
         f"{getattr(entry, '__name__', entry)} is no leaf: a reward takes (outputs, context), a method has train(run), "
-        "a model encode, denoise and decode, a task reset, a kernel coefficients"
+        "a model encode, denoise and decode, a task reset or environments, a data set rows, a kernel coefficients"
     )
 
 

@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 BAD_INPUT = 2
-LISTED = ("methods", "models", "rewards", "tasks", "kernels", "configs")
+LISTED = ("methods", "models", "rewards", "tasks", "datasets", "kernels", "configs")
 FRAMES_PER_SECOND = 8
+OF_PICTURES = ("prompts", "samples", "reward", "guidance")
+OF_ACTIONS = ("episodes", "environments", "gifs", "samplers", "task")
+"""Options of evaluate that only mean something for policies that draw, and for policies that act."""
+NOISE = 0.1
+"""On what an expert does, unless it is asked for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = _parser()
         args, extra = parser.parse_known_args(argv)
-        if extra and not hasattr(args, "overrides"):
-            parser.error(f"{args.verb} does not take {extra[0]!r}; genpolicy {args.verb} --help shows what it does")
+        foreign = [word for word in extra if not word.startswith(args.keys)]
+        if foreign:
+            parser.error(f"{args.verb} does not take {foreign[0]!r}; genpolicy {args.verb} --help shows what it does")
         args.overrides = extra
         return args.run(args)
     except SystemExit as end:
@@ -87,19 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"genpolicy {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def verb(name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
+    def verb(name: str, run: Callable[[Any], int], text: str, keys: str | tuple[str, ...] = ()) -> Any:
         made = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, keys=keys)  # keys: how what it takes beside its options must begin
         return made
 
-    policy = "a run's folder, its policy/ or policy_best/, a diffusers folder or hub id"
+    policy = "a run's folder, its policy/ or policy_best/, a diffusers or LeRobot folder or hub id"
     overrides = "any key of the experiment, for example --optimizer.lr=1e-5"
 
     one = verb("quickstart", _quickstart, "Train the embedded shapes model with reinforcement and show what changed.")
     one.add_argument("--out", default="runs/quickstart", help="folder to write (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of the run (default: %(default)s)")
 
-    one = verb("train", _train, "Run an experiment, or resume one from its run's config.yaml.")
+    one = verb("train", _train, "Run an experiment, or resume one from its run's config.yaml.", keys="")
     one.usage = "genpolicy train CONFIG [--section.key=value ...] [--plan]"
     one.add_argument("config", help="a YAML, or the name of a shipped one (genpolicy list configs)")
     one.add_argument(
@@ -107,16 +113,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--section.key=value", action="store_true", dest="overrides", help=overrides)
 
-    one = verb("evaluate", _evaluate, "Judge a policy's deployed sampler on fixed prompts and noise; writes eval.json.")
+    text = "Judge a policy's deployed sampler on fixed prompts, or in episodes from fixed starts; writes eval.json."
+    one = verb("evaluate", _evaluate, text, keys="--task.")
+    one.usage = "genpolicy evaluate POLICY [options] [--task.key=value ...]"
     one.add_argument("policy", help=policy)
-    one.add_argument("--prompts", metavar="FILE", help="one prompt a line (default: the run's evaluation prompts)")
-    one.add_argument("--samples", type=int, metavar="N", help="samples in all (default: the run's)")
-    one.add_argument("--seed", type=int, help="of the noise (default: the run's evaluation noise)")
-    one.add_argument("--reward", nargs="+", metavar="NAME", help="rewards to measure (default: the run's)")
+    one.add_argument("--seed", type=int, help="of the noise and of the first start (default: the run's evaluation)")
     one.add_argument("--out", metavar="DIR", help="folder of eval.json (default: the policy's, else the current one)")
     _sampler_options(one)
+    drawn = one.add_argument_group("of policies that draw")
+    drawn.add_argument("--prompts", metavar="FILE", help="one prompt a line (default: the run's evaluation prompts)")
+    drawn.add_argument("--samples", type=int, metavar="N", help="samples in all (default: the run's)")
+    drawn.add_argument("--reward", nargs="+", metavar="NAME", help="rewards to measure (default: the run's)")
+    acted = one.add_argument_group("of policies that act")
+    acted.add_argument("--task", metavar="NAME|YAML", help="a task, or a YAML with one (default: the run's)")
+    acted.add_argument(
+        "--task.key=value", action="store_true", dest="overrides", help="its settings, as --task.env=assembly-v3"
+    )
+    acted.add_argument("--episodes", type=int, metavar="N", help="episodes to play (default: the run's)")
+    acted.add_argument("--environments", type=int, metavar="N", help="of them side by side (default: the run's)")
+    acted.add_argument(
+        "--samplers",
+        nargs="+",
+        metavar="NAME|K=V",
+        help="others to compare it with: ode, mean, stochastic, last_mean, native, or a key of the sampler (steps=1)",
+    )
+    acted.add_argument("--gifs", type=int, metavar="N", help="GIFs of so many successes and failures (default: 2)")
 
-    one = verb("compare", _compare, "Train several experiments from one start, at equal budget, over several seeds.")
+    text = "Record an expert's or a policy's episodes of a task as a data set."
+    one = verb("demonstrate", _demonstrate, text, keys="--task.")
+    one.usage = "genpolicy demonstrate TASK [--out DIR] [options] [--task.key=value ...]"
+    one.add_argument("task", metavar="NAME|YAML", help="a task, or a YAML with one, as of an experiment")
+    one.add_argument("--task.key=value", action="store_true", dest="overrides", help="its settings")
+    one.add_argument("--out", metavar="DIR", help="folder to write (default: where the YAML's data section looks)")
+    one.add_argument("--episodes", type=int, default=10, metavar="N", help="to record (default: %(default)s)")
+    one.add_argument("--noise", type=float, help=f"std, on the expert's actions (default: {NOISE})")
+    one.add_argument("--seed", type=int, default=10_000, help="of the first start (default: %(default)s)")
+    one.add_argument("--by", metavar="POLICY", help="who acts (default: the task's expert)")
+
+    text = "Train several experiments from one start, at equal budget, over several seeds."
+    one = verb("compare", _compare, text, keys="")
     one.usage = "genpolicy compare CONFIG CONFIG ... --out DIR [--seeds S] [--section.key=value ...]"
     one.add_argument("configs", nargs="+", metavar="CONFIG", help="YAMLs, or names of shipped ones")
     one.add_argument("--seeds", default="0-2", help="such as 0-2 or 0,3,7 (default: %(default)s)")
@@ -183,7 +218,8 @@ def _train(args: Any) -> int:
 
 
 def _rewards(before: dict[str, Any], after: dict[str, Any]) -> str:
-    names = [name for name in after if name.startswith("reward/") and name in before]
+    judged = ("success_rate", "return")
+    names = [name for name in after if (name.startswith("reward/") or name in judged) and name in before]
     return ", ".join(f"{name.removeprefix('reward/')} {before[name]:.3f} -> {after[name]:.3f}" for name in names)
 
 
@@ -191,12 +227,12 @@ def _print_plan(experiment: "Experiment", cost: "Rehearsal") -> None:
     from genpolicy.config import to_yaml
 
     print(to_yaml(experiment))
-    print(f"one real iteration: {cost.samples} samples, {cost.evaluations_per_sample:.1f} network evaluations each")
+    print(f"one real iteration: {cost.did}, {cost.evaluations_per_sample:.1f} network evaluations each")
     print(f"{'phase':>14} {'seconds':>9} {'peak GB':>8}")
     for phase, (seconds, gigabytes) in cost.phases.items():
         print(f"{phase:>14} {seconds:9.2f} {gigabytes:8.2f}")
     print(f"memory is {cost.memory}; the replay check is made once, at the first iteration")
-    print(f"one evaluation: {experiment.eval.samples} samples, about {_duration(cost.evaluation_seconds)}")
+    print(f"one evaluation: {cost.judged}, about {_duration(cost.evaluation_seconds)}")
     iterations = f"{cost.iterations} iterations, {cost.evaluations:.3g} network evaluations"
     print(f"the whole budget: {iterations}, about {_duration(cost.seconds)}, evaluation included")
 
@@ -210,9 +246,12 @@ def _evaluate(args: Any) -> int:
     from dataclasses import asdict
 
     from genpolicy import build, report
-    from genpolicy.evaluate import latency, measure
+    from genpolicy.evaluate import draw, latency, measure
 
     saved = build.saved(args.policy, **_sampler(args))
+    if saved.acts:
+        return _try(args, saved)
+    _refuse(args, OF_ACTIONS, f"{args.policy} draws: judge it with --prompts, --samples, --reward")
     raw_rewards, prompts, source, samples, seed = _evaluation_set(args, saved)
     rewards = build.make_rewards(raw_rewards)
     build.load_rewards(rewards)
@@ -229,13 +268,94 @@ def _evaluate(args: Any) -> int:
         "seeds": {"eval": seed},
         "sampler": asdict(saved.sampler),
         "nfe_per_sample": per_sample,
-        "latency_ms": latency(policy, prompts[0], seed),
+        "latency_ms": latency(lambda call: draw(policy, prompts[:1], 1, seed + call)),
     }
-    out = Path(args.out or (args.policy if saved.run is not None else "."))
+    out = _beside(args, saved)
     report.write_json(out / "eval.json", found)
     for name, (low, high) in found["ci95"].items():
         print(f"{name:>24}  {found[f'reward/{name}']:8.4f}  [{low:.4f}, {high:.4f}]")
     print(f"{measured.samples} samples, {per_sample:.1f} evaluations each; {out / 'eval.json'}")
+    return 0
+
+
+def _beside(args: Any, saved: "Saved") -> Path:
+    """The folder of eval.json."""
+    return Path(args.out or (args.policy if saved.run is not None else "."))
+
+
+def _refuse(args: Any, names: Sequence[str], why: str) -> None:
+    """Raise if one of these options was given."""
+    from genpolicy.config import ConfigError
+
+    given = [name for name in names if getattr(args, name) is not None]
+    if given or (args.overrides and "task" in names):
+        raise ConfigError(f"--{given[0] if given else 'task'} does not apply: {why}")
+
+
+def _try(args: Any, saved: "Saved") -> int:
+    """Evaluate a policy that acts."""
+    import torch
+
+    from genpolicy import config
+    from genpolicy.trial import Plan, trial
+
+    _refuse(args, OF_PICTURES, f"{args.policy} acts: judge it with --task, --episodes, --environments, --samplers")
+    run = config.load(saved.run / "config.yaml") if saved.run is not None else None
+    defaults, side_by_side = config.EvalConfig(), config.Experiment.environments
+    if run is not None:
+        defaults, side_by_side = run.eval, run.environments
+        if run.threads is not None:
+            torch.set_num_threads(run.threads)
+    task = _task(args, run.task if run is not None else {}, f"{args.policy} comes from no run of ours")
+    plan = Plan(
+        episodes=defaults.episodes if args.episodes is None else args.episodes,
+        seed=defaults.seed if args.seed is None else args.seed,
+        environments=side_by_side if args.environments is None else args.environments,
+        gifs=2 if args.gifs is None else args.gifs,
+    )
+    trial(saved, task, plan, args.samplers or (), _beside(args, saved))
+    return 0
+
+
+def _task(args: Any, default: dict[str, Any], why: str) -> dict[str, Any]:
+    """The task section that is asked for by name or in a YAML, or else the default one, with --task.key=value."""
+    from genpolicy import config
+
+    raw = {"task": _named(args.task)["task"] if args.task is not None else dict(default)}
+    for text in args.overrides:
+        config.override(raw, text)
+    if not raw["task"]:
+        raise config.ConfigError(f"{why}: name its --task, for example --task metaworld --task.env=assembly-v3")
+    return raw["task"]
+
+
+def _named(name: str) -> dict[str, Any]:
+    """A YAML with a task section, or the same of a task's bare name."""
+    from genpolicy import config, resources
+
+    tasks = config.names("tasks")
+    if ":" in name or name in tasks:
+        return {"task": {"name": name}}
+    if Path(name).suffix not in resources.SUFFIXES and name not in resources.configs():
+        raise config.ConfigError(f"there is no task {name!r}{config.nearest(name, tasks)}; or give a YAML with one")
+    raw = config.read_yaml(name)
+    if "task" not in raw:
+        raise config.ConfigError(f"{name} has no task section")
+    return raw if isinstance(raw["task"], dict) else {**raw, "task": {"name": raw["task"]}}
+
+
+def _demonstrate(args: Any) -> int:
+    from genpolicy.config import ConfigError
+    from genpolicy.demonstrate import demonstrate
+
+    task, data = _task(args, {}, ""), _named(args.task).get("data")
+    out = args.out or (data.get("root") if isinstance(data, dict) else None)
+    if out is None:
+        raise ConfigError(f"{args.task} does not say where its data set is: give --out DIR")
+    noise = args.noise if args.noise is not None else 0.0 if args.by is not None else NOISE
+    done = demonstrate(task, Path(out), episodes=args.episodes, noise=noise, seed=args.seed, policy=args.by)
+    kept = f"{done.episodes} episodes of {done.tried} tried, {done.successes} of them successful"
+    print(f"{out}: {kept}, {done.frames} frames")
     return 0
 
 
@@ -267,6 +387,8 @@ def _sample(args: Any) -> int:
     if args.n < 1:
         raise config.ConfigError(f"--n is {args.n}; it must be at least 1")
     saved = build.saved(args.policy, **_sampler(args))
+    if saved.acts:
+        raise config.ConfigError(f"{args.policy} acts, it does not draw: genpolicy evaluate plays and films it")
     is_file = Path(args.prompts).suffix == ".txt" or Path(args.prompts).is_file() or args.prompts.startswith("assets/")
     prompts = build.prompt_lines(args.prompts) if is_file else (args.prompts,)
     if not all(prompt.strip() for prompt in prompts):

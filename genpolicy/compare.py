@@ -14,16 +14,17 @@ import numpy as np
 import yaml
 
 from genpolicy import config, report, resources
-from genpolicy.build import deployed_sampler, make_policy, make_rewards
+from genpolicy.build import control_model, deployed_sampler, make_policy, make_rewards
 from genpolicy.config import ConfigError, Experiment, make
 from genpolicy.experiment import evaluation_prompts, finished, spent, train
-from genpolicy.report import COLOURS, Panel, series, smooth
+from genpolicy.report import COLOURS, EPISODES, Panel, series, smooth
+from genpolicy.task import is_control
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CLIPPED = ("policy/clip_fraction_positive", "policy/clip_fraction_negative")
-COSTS = ("nfe_per_sample", "evaluations", "iterations", "training_s", "wall_time_s")
+COSTS = ("nfe_per_sample", "evaluations", "env_decisions", "env_steps", "iterations", "training_s", "wall_time_s")
 
 
 @dataclass(frozen=True)
@@ -124,26 +125,39 @@ def _require_comparable(arms: Sequence[Arm]) -> None:
             if value != other:
                 place = _difference(other, value)
                 raise ConfigError(f"{first.name} and {arm.name} can't be compared: their {what} differs{place}")
-    model = make("models", first.experiment.policy)
+    task = make("tasks", first.experiment.task)
     for arm in arms:
-        make("methods", arm.experiment.method)
-        make_rewards(arm.experiment.reward)
-        make_policy(model, arm.experiment.chain)
+        e = arm.experiment
+        make("methods", e.method)
+        if is_control(task):
+            data = make("datasets", e.data) if e.data is not None else None
+            make_policy(control_model(e.policy, task, data), e.chain)
+        else:
+            make_rewards(e.reward)
+    if not is_control(task):
+        model = make("models", first.experiment.policy)
+        for arm in arms:
+            make_policy(model, arm.experiment.chain)
 
 
 def _shared(experiment: Experiment) -> dict[str, Any]:
-    """What must be the same for a comparison to mean anything."""
-    e = experiment.eval
-    return {
-        "start (the policy section)": experiment.policy,
-        "evaluation set": {
-            "prompts": evaluation_prompts(experiment, make("tasks", experiment.task)),
-            "samples": e.samples,
-            "seed": e.seed,
-        },
-        "evaluated sampler": asdict(deployed_sampler(experiment.chain, e.sampler)),
-        "budget": asdict(experiment.budget),
-    }
+    """What must be the same for a comparison to mean anything.
+
+    Where a policy acts it is deployed with the mean of the kernel that it was trained with: that may differ, but not
+    what a decision costs.
+    """
+    e, task = experiment.eval, make("tasks", experiment.task)
+    shared: dict[str, Any] = {"start (the policy section)": experiment.policy, "budget": asdict(experiment.budget)}
+    sampler = asdict(deployed_sampler(experiment.chain, e.sampler, is_control(task)))
+    if is_control(task):
+        shared["task"] = experiment.task
+        shared["evaluation set"] = {"episodes": e.episodes, "seed": e.seed}
+        shared["evaluated sampler"] = {"steps": sampler["steps"]}
+    else:
+        prompts = evaluation_prompts(experiment, task)
+        shared["evaluation set"] = {"prompts": prompts, "samples": e.samples, "seed": e.seed}
+        shared["evaluated sampler"] = sampler
+    return shared
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> str:
@@ -184,9 +198,12 @@ def summarise(runs: Sequence[Finished]) -> dict[str, Any]:
     """
     arms = list(dict.fromkeys(run.arm for run in runs))
     shared = [n for n in runs[0].summary["after"] if all(n in run.summary["after"] for run in runs)]
-    names = [name for name in shared if name.startswith("reward/") or name == "diversity"]
+    judged = [name for name in EPISODES if name in shared]
+    if all(run.summary["after"].get("return") == run.summary["after"].get("success_rate") for run in runs):
+        judged = [name for name in judged if name != "return"]  # 1 for a success and 0 otherwise says the same
+    names = judged + [name for name in shared if name.startswith("reward/") or name == "diversity"]
     weights = [run.experiment["reward"] for run in runs]
-    if any(weight != weights[0] for weight in weights) or len(weights[0]) == 1:
+    if "reward/total" in names and (any(weight != weights[0] for weight in weights) or len(weights[0]) == 1):
         names.remove("reward/total")
     table: dict[str, Any] = {"seeds": sorted({run.seed for run in runs}), "metrics": names, "arms": {}, "runs": []}
     for arm in arms:
@@ -257,12 +274,16 @@ def markdown(table: Mapping[str, Any]) -> str:
         CLIPPED[1]: "clipped, advantage < 0 (share of all rows)",
         "nfe_per_sample": "network evaluations per sample",
         "evaluations": "network evaluations in all",
+        "env_decisions": "decisions in environments",
+        "env_steps": "environment steps",
         "iterations": "iterations",
         "training_s": "training, s",
         "wall_time_s": "wall time, s",
     }
     for name, label in labels.items():
-        row(label, (_plus_minus(table["arms"][arm][name]) for arm in arms))
+        entries = [table["arms"][arm][name] for arm in arms]
+        if not name.startswith("env_") or any(entry["mean"] > 0 for entry in entries):
+            row(label, map(_plus_minus, entries))
     lines += ["", "Each run's own result [95 % interval over its samples]:", ""]
     for run in table["runs"]:
         shown = [
@@ -294,13 +315,14 @@ def _interval(entry: Mapping[str, Any]) -> str:
 
 
 def figure(runs: Sequence[Finished], table: Mapping[str, Any], path: Path) -> None:
-    """Evaluations, training rewards, clipped shares, and what the reward cost in diversity; one colour an arm."""
+    """Evaluations, training, clipped shares, and what the reward cost in diversity; one colour an arm."""
     arms = list(table["arms"])
     colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
-    by_time = not runs[0].summary["asked"]["iterations"]
+    xlabel = by_experience(runs[0].metrics)[1]
+    by_time = xlabel == "iteration" and not runs[0].summary["asked"]["iterations"]
     select = runs[0].experiment["eval"]["select"]
-    rewards = [name for name in table["metrics"] if name.startswith("reward/")]
-    rewards.sort(key=lambda name: name != select)
+    names = [name for name in table["metrics"] if name != "diversity"]
+    names.sort(key=lambda name: name != select)
     panels: list[Panel] = []
 
     def curves(key: str, thin: float, smoothed: bool) -> Any:
@@ -313,24 +335,30 @@ def figure(runs: Sequence[Finished], table: Mapping[str, Any], path: Path) -> No
                 x, y = (np.mean([line[i][:length] for line in lines], 0) for i in (0, 1))
                 marker = None if smoothed else "o"
                 axes.plot(x, y, color=colours[arm], linewidth=2, marker=marker, markersize=3.5, label=arm)
-            axes.set_xlabel("seconds of training" if by_time else "iteration", fontsize=8)
+            axes.set_xlabel("seconds of training" if by_time else xlabel, fontsize=8)
 
         return draw
 
-    for name in rewards:
-        panels.append((f"evaluation: {name.removeprefix('reward/')}", curves(f"eval/{name}", 0.8, smoothed=False)))
-    shown = "reward/total" if "reward/total" in rewards else rewards[0]
-    panels.append((f"training: {shown.removeprefix('reward/')} (running mean)", curves(shown, 0.8, smoothed=True)))
+    for name in names:
+        panels.append((f"evaluation: {_title(name)}", curves(f"eval/{name}", 0.8, smoothed=False)))
+    shown = "reward/total" if "reward/total" in names else names[0]
+    key = EPISODES[shown][1] if shown in EPISODES else shown
+    if all(len(series(run.metrics, key)[0]) for run in runs):
+        panels.append((f"training: {_title(shown)} (running mean)", curves(key, 0.8, smoothed=True)))
     if any(not math.isnan(table["arms"][arm][CLIPPED[0]]["mean"]) for arm in arms):
         panels.append(("clipped share of all rows", lambda axes: _bars(axes, table, colours)))
     if any(run.summary["after"].get("diversity") is not None for run in runs):
-        panels.append(("diversity and reward of each run", lambda axes: _scatter(axes, runs, rewards[0], colours)))
+        panels.append(("diversity and reward of each run", lambda axes: _scatter(axes, runs, names[0], colours)))
     count = len(table["seeds"])
     report.save_panels(panels, path, title=f"{' · '.join(arms)}: mean of {count} seeds thick, each seed thin")
 
 
+def _title(name: str) -> str:
+    return EPISODES[name][0] if name in EPISODES else name.removeprefix("reward/")
+
+
 def _line(run: Finished, key: str, by_time: bool, smoothed: bool) -> tuple[np.ndarray, np.ndarray]:
-    x, y = series(run.metrics, key)
+    x, y = series(run.metrics if by_time else by_experience(run.metrics)[0], key)
     if by_time:
         at = dict(zip(*series(run.metrics, "time_s"), strict=True))
         x = np.array([at.get(iteration, 0.0) for iteration in x])

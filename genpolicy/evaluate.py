@@ -172,19 +172,22 @@ def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -
     return torch.cat([chunk for block in drawn for chunk in block])
 
 
-def latency(policy: ChainPolicy, prompt: str, seed: int, calls: int = 20, seconds: float = 60.0) -> dict[str, float]:
-    """Milliseconds of one sample alone, prompt encoded, decoding included: p50, p95 and p99 over ``calls`` calls.
+def latency(
+    call: Callable[[int], object], calls: int = 20, warm_up: int = 1, seconds: float = 60.0
+) -> dict[str, float]:
+    """Milliseconds of ``call(number)``: p50, p95 and p99 over ``calls`` calls.
 
-    A warm-up call goes before; after ``seconds`` no more are made (but 3 at least), and ``calls`` says how many there
+    ``warm_up`` calls go before; after ``seconds`` no more are made (but 3 at least), and ``calls`` says how many there
     were.
     """
     times: list[float] = []
     started = time.perf_counter()
-    for call in range(calls + 1):
+    for number in range(warm_up + calls):
         begun = time.perf_counter()
-        draw(policy, [prompt], 1, seed + call)
+        call(number)
         times.append(1000 * (time.perf_counter() - begun))
-        if call >= 3 and time.perf_counter() - started > seconds:
+        if number >= warm_up + 2 and time.perf_counter() - started > seconds:
             break
-    found = torch.tensor(times[1:], dtype=torch.float64).quantile(torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64))
-    return {**dict(zip(("p50", "p95", "p99"), found.tolist(), strict=True)), "calls": len(times) - 1}
+    measured = torch.tensor(times[warm_up:], dtype=torch.float64)
+    found = measured.quantile(torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64))
+    return {**dict(zip(("p50", "p95", "p99"), found.tolist(), strict=True)), "calls": len(measured)}

@@ -39,14 +39,18 @@ class Result:
 class Rehearsal:
     """What one real iteration cost, and what the budget will: all processes together, seconds of wall-clock.
 
-    phases: name -> (seconds, peak GB of memory). memory: whose. evaluation_seconds: of one evaluation, extrapolated
-    from sampling. iterations, evaluations, seconds: of the whole budget, with its evaluations of the policy.
+    samples: of prompts, or decisions, or recorded frames that were learned from; ``did`` says it in words, and ``judged``
+    what an evaluation is of. phases: name -> (seconds, peak GB of memory). memory: whose. evaluation_seconds: of one
+    evaluation, extrapolated from sampling, or from a few episodes. iterations, evaluations, seconds: of the whole
+    budget, with its evaluations of the policy.
     """
 
     memory: str = "the accelerator's, peak of the phase" if torch.cuda.is_available() else "this process's, peak so far"
     samples: int = 0
     evaluations_per_sample: float = 0.0
     env_steps: float = 0.0
+    did: str = ""
+    judged: str = ""
     total_seconds: float = 0.0
     phases: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     evaluation_seconds: float = 0.0
@@ -66,6 +70,20 @@ class Rehearsal:
         self.evaluations_per_sample = (run.policy.model.evaluations - evaluations) / max(run.journal.collected, 1)
         self.phases = {name: (spent, run.journal.memory[name]) for name, spent in run.journal.clock.items()}
         run.restore(weights)
+        settings = run.experiment.eval
+        if isinstance(run.exam, ControlExam):
+            lived = f"{self.samples} decisions in {self.env_steps:.0f} environment steps"
+            self.did = lived if self.env_steps else f"{self.samples} recorded frames"
+            self.judged = f"{settings.episodes} episodes"
+            few = min(run.environments.count, settings.episodes)  # type: ignore[union-attr]  # the exam plays in them
+            exam = dataclasses.replace(run.exam, settings=dataclasses.replace(settings, episodes=few))
+            started = time.perf_counter()
+            exam(run.deployed, run.processes, run.micro_batches, run.folder)
+            self.evaluation_seconds = (time.perf_counter() - started) * settings.episodes / few
+        else:
+            self.did, self.judged = f"{self.samples} samples", f"{settings.samples} samples"
+            drawn = sum(self.phases.get(name, (0.0, 0.0))[0] for name in ("sample", "decode", "reward"))
+            self.evaluation_seconds = drawn * settings.samples / self.samples
 
     def project(self, experiment: Experiment) -> None:
         """Extrapolate to the budget: the replay check is made once, everything else at each iteration."""
@@ -76,8 +94,6 @@ class Rehearsal:
         limits.append((b.env_steps, self.env_steps or math.inf))
         self.iterations = math.ceil(min(limit / cost for limit, cost in limits if limit is not None))
         self.evaluations = self.iterations * nfe
-        drawn = sum(self.phases.get(name, (0.0, 0.0))[0] for name in ("sample", "decode", "reward"))
-        self.evaluation_seconds = drawn * e.samples / self.samples
         evaluations = 2 + (max(self.iterations - 1, 0) // e.every if e.every else 0)
         self.seconds = once + self.iterations * each + evaluations * self.evaluation_seconds
 

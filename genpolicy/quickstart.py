@@ -1,46 +1,72 @@
-"""`genpolicy quickstart`: the embedded model learns by reinforcement, and what changed is measured on fresh noise."""
+"""`genpolicy quickstart`: both worlds learn by reinforcement on the embedded models, and what changed is measured afresh."""
 
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from genpolicy import config, report
-from genpolicy.build import deployed_sampler, make_policy, make_rewards, prompt_lines, saved
+from genpolicy.build import control_model, deployed_sampler, make_policy, make_rewards, prompt_lines, saved
 from genpolicy.config import ConfigError, Experiment, make
 from genpolicy.evaluate import Evaluation, interval, measure, paired
-from genpolicy.experiment import finished, rehearse, train
+from genpolicy.evaluate_control import ControlEvaluation, evaluate_control
+from genpolicy.experiment import Rehearsal, finished, rehearse, train
+from genpolicy.film import side_by_side
+from genpolicy.policy import ChainPolicy
 
-CONFIG = "quickstart"
 REWARD = "shapes_strict"
 FRESH = 2_000_003
 """Plus the run's seed: the noise of the final measurement, which neither training nor its evaluations draw from."""
+FRESH_STARTS = 5_000_000
+"""Plus a thousand times the run's seed: the first reset seed of the robot's final measurement, used by nothing else."""
 PER_CAPTION = 6
 SHOWN = 24
+EPISODES = 300
 
 
-def quickstart(out: Path, seed: int) -> int:
-    """Train configs/quickstart.yaml into ``out`` (or go on with it), measure before and after, and say where all is.
+def quickstart(out: Path, seed: int, world: str) -> int:
+    """Both worlds side by side, each on a core of its own: pictures in this process, the robot in another; or one alone.
 
     Returns the exit code. Deterministic given the seed, times aside.
     """
-    started = time.perf_counter()
+    if world != "both":
+        return {"pictures": _pictures, "robot": _robot}[world](out, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "robot.log"
+    command = [sys.executable, "-m", "genpolicy", "quickstart", "--world", "robot"]
+    print(f"Two worlds, one method each, side by side. The robot's half writes to {log} meanwhile.\n")
+    with open(log, "w") as file:
+        robot = subprocess.Popen([*command, "--out", str(out / "robot"), "--seed", str(seed)], stdout=file, stderr=file)
+    try:
+        code = _pictures(out / "pictures", seed)
+        print("\n" + "-" * 80 + "\nThe robot:\n", flush=True)
+        code = robot.wait() or code
+    except BaseException:
+        robot.terminate()
+        robot.wait()
+        raise
+    print("\n".join(line for line in log.read_text().splitlines() if "\r" not in line and "it/s" not in line))
+    return code
+
+
+def _learn(name: str, out: Path, seed: int, announce: Callable[[Experiment, Rehearsal], None]) -> Experiment | None:
+    """Train a shipped configuration into ``out``, or go on with it; None where a signal stopped it."""
     overrides = [f"--seed={seed}", f"--output={out}"]
-    experiment = config.load(CONFIG, overrides)
+    experiment = config.load(name, overrides)
     _require_same(experiment, out)
     resumed = (out / "config.yaml").is_file()
-    _announce(experiment, out, resumed, overrides)
-    result = train(out / "config.yaml") if resumed else train(experiment)
+    if resumed:
+        print(f"Going on with the run in {out}.\n")
+    else:
+        announce(experiment, rehearse(name, overrides)[1])
+        print(f"Everything is written to {out}. Ctrl-C stops after the current iteration; the same command goes on.\n")
+    train(out / "config.yaml") if resumed else train(experiment)
     if not finished(out):
         print("\nStopped; the same command goes on from here.")
-        return 0
-    print("\nMeasuring before and after on the held-out captions, with noise that nothing has used yet ...")
-    before, after = _measure(experiment, out, FRESH + seed)
-    _tell(before, after, out)
-    minutes = (time.perf_counter() - started) / 60
-    print(f"\n{result.summary['training_s'] / 60:.1f} minutes of learning, {minutes:.1f} in all. Look at")
-    print(f"  {out / 'figures' / 'before_after.png'}   {SHOWN} captions at even steps through the list, not chosen")
-    print(f"  {out / 'figures' / 'curves.png'}   what happened on the way")
-    print(f'  genpolicy sample {out} --prompts "a red circle left of a blue square" --n 8 --out {out}/drawn')
-    return 0
+        return None
+    return experiment
 
 
 def _require_same(experiment: Experiment, out: Path) -> None:
@@ -49,7 +75,25 @@ def _require_same(experiment: Experiment, out: Path) -> None:
         raise ConfigError(f"{out} holds another run, or a quickstart with another seed: choose another --out")
 
 
-def _announce(experiment: Experiment, out: Path, resumed: bool, overrides: list[str]) -> None:
+# -- pictures -------------------------------------------------------------------------------------------------
+
+
+def _pictures(out: Path, seed: int) -> int:
+    started = time.perf_counter()
+    experiment = _learn("quickstart", out, seed, _announce_pictures)
+    if experiment is None:
+        return 0
+    print("\nMeasuring before and after on the held-out captions, with noise that nothing has used yet ...")
+    before, after = _measure(experiment, out, FRESH + seed)
+    _tell(before, after, out)
+    print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes in all. Look at")
+    print(f"  {out / 'figures' / 'before_after.png'}   {SHOWN} captions at even steps through the list, not chosen")
+    print(f"  {out / 'figures' / 'curves.png'}   what happened on the way")
+    print(f'  genpolicy sample {out} --prompts "a red circle left of a blue square" --n 8 --out {out}/drawn')
+    return 0
+
+
+def _announce_pictures(experiment: Experiment, cost: Rehearsal) -> None:
     """What will happen and how long it takes here, from one iteration that is measured and thrown away."""
     captions = len(prompt_lines(experiment.task["prompts"]))
     held_out = len(prompt_lines(str(experiment.eval.prompts)))
@@ -57,16 +101,9 @@ def _announce(experiment: Experiment, out: Path, resumed: bool, overrides: list[
         "A small Stable Diffusion 3 (assets/shapes-sd3) draws two coloured shapes from captions like\n"
         f'"a red circle left of a blue square". It has seen no picture of the {captions} captions it now practises on:\n'
         f"a program checks what it draws, and {experiment.method['name']} turns that into learning. {held_out} further\n"
-        "captions are kept out of everything and measure what it has learned.\n"
-    )
-    if resumed:
-        print(f"Going on with the run in {out}.\n")
-        return
-    cost = rehearse(CONFIG, overrides)[1]
-    print(
+        "captions are kept out of everything and measure what it has learned.\n\n"
         f"{cost.iterations} iterations of {cost.samples} pictures, {cost.evaluations_per_sample:.0f} network "
-        f"evaluations each: about {cost.seconds / 60:.1f} minutes on this machine.\n"
-        f"Everything is written to {out}. Ctrl-C stops after the current iteration; the same command goes on.\n"
+        f"evaluations each: about {cost.seconds / 60:.1f} minutes on this machine."
     )
 
 
@@ -104,3 +141,67 @@ def _tell(before: Evaluation, after: Evaluation, out: Path) -> None:
         out / "figures" / "before_after.png",
         (parts[0][rows], parts[1][rows]),
     )
+
+
+# -- a robot --------------------------------------------------------------------------------------------------
+
+
+def _robot(out: Path, seed: int) -> int:
+    started = time.perf_counter()
+    experiment = _learn("quickstart_robot", out, seed, _announce_robot)
+    if experiment is None:
+        return 0
+    print("\nMeasuring before and after on starts that nothing has used yet ...")
+    task = make("tasks", experiment.task)
+    clone = saved(experiment.policy["pretrained"])
+    sampler = deployed_sampler(experiment.chain, experiment.eval.sampler, control=True)
+    policies = {
+        "as cloned": clone.load(),
+        "as cloned, new sampler": make_policy(control_model(experiment.policy, task, None), sampler),
+        "after": saved(out).load(),
+    }
+    first = FRESH_STARTS + 1000 * seed
+    found = {name: _play(policy, task, experiment.environments, first) for name, policy in policies.items()}
+    _tell_robot(found, out, first)
+    print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes in all. Look at")
+    failed = found["as cloned"].success == 0
+    best = (failed & (found["after"].success == 1)).nonzero().flatten().tolist()
+    if best:
+        film = out / "figures" / "before_after.gif"
+        side_by_side((policies["as cloned"], policies["after"]), task, first + best[0], film)
+        print(f"  {film}   the first start at which the clone fails, before (left) and after")
+    print(f"  {out / 'figures' / 'curves.png'}   what happened on the way")
+    print(f"  genpolicy evaluate {out} --samplers mean ode stochastic   one network, three ways to sample it")
+    return 0
+
+
+def _announce_robot(experiment: Experiment, cost: Rehearsal) -> None:
+    print(
+        f"A robot arm in simulation, task {experiment.task['env']}. Its policy (assets/assembly-clone, 0.3 million weights, ten\n"
+        "denoising steps) was cloned from five demonstrations and succeeds about half the time. It is told nothing but\n"
+        f"success or failure, once an episode; {experiment.method['name']} takes it from there.\n\n"
+        f"{cost.iterations} iterations of about {cost.samples} decisions, {cost.evaluations_per_sample:.0f} network "
+        f"evaluations each: about {cost.seconds / 60:.1f} minutes on this machine."
+    )
+
+
+def _play(policy: ChainPolicy, task: Any, slots: int, first: int) -> ControlEvaluation:
+    environments = task.environments(slots, policy.model.history)
+    try:
+        return evaluate_control(policy, environments, episodes=EPISODES, seed=first)
+    finally:
+        environments.close()
+
+
+def _tell_robot(found: dict[str, ControlEvaluation], out: Path, first: int) -> None:
+    print(f"\nSuccess in {EPISODES} episodes from fresh starts [95 % interval]:")
+    numbers: dict[str, Any] = {"n": EPISODES, "first_seed": first}
+    for name, evaluation in found.items():
+        value, (low, high) = float(evaluation.success.mean()), interval(evaluation.success)
+        steps = float(evaluation.lengths.mean())
+        print(f"  {name:<24} {value:6.1%}   [{low:.1%}, {high:.1%}]   {steps:.0f} steps an episode")
+        numbers[name] = {"value": value, "ci95": [low, high], "length": steps}
+    difference, low, high = paired(found["as cloned"].success, found["after"].success, EPISODES)
+    print(f"  {'difference':<24} {100 * difference:+6.1f} points   [{100 * low:+.1f}, {100 * high:+.1f}], paired")
+    numbers["difference"] = {"value": difference, "ci95": [low, high]}
+    report.write_json(out / "quickstart.json", numbers)

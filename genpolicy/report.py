@@ -152,12 +152,12 @@ class _Cell:
 
 def _tiles(outputs: Tensor) -> list[Image.Image]:
     if outputs.ndim == 4:
-        return [_tile(picture) for picture in pixels(outputs)]
+        return [tile(picture) for picture in pixels(outputs)]
     shown = np.linspace(0, outputs.shape[1] - 1, min(FRAMES, outputs.shape[1])).round().astype(int).tolist()
-    return [_strip([_tile(frame) for frame in video]) for video in pixels(outputs[:, shown])]
+    return [_strip([tile(frame) for frame in video]) for video in pixels(outputs[:, shown])]
 
 
-def _tile(picture: np.ndarray) -> Image.Image:
+def tile(picture: np.ndarray) -> Image.Image:
     """A picture with its longer side between `SMALLEST` and `LARGEST`."""
     image, side = Image.fromarray(picture), max(picture.shape[:2])
     if side < SMALLEST:
@@ -176,7 +176,8 @@ def _strip(frames: Sequence[Image.Image]) -> Image.Image:
 
 
 @cache
-def _font() -> ImageFont.FreeTypeFont:
+def font() -> ImageFont.FreeTypeFont:
+    """The one font of all pictures."""
     import matplotlib
 
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", FONT)
@@ -184,21 +185,22 @@ def _font() -> ImageFont.FreeTypeFont:
 
 def _wrapped(text: str, width: int, most: int) -> list[str]:
     """``text`` in at most so many lines of ``width`` pixels; what does not fit ends in an ellipsis."""
-    font, lines = _font(), [""]
+    face, lines = font(), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
+        if face.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer
         else:
             lines.append(word)
     if len(lines) > most:
         lines = [*lines[: most - 1], f"{lines[most - 1]} …"]
-    return [_cut(line, width) for line in lines]
+    return [cut(line, width) for line in lines]
 
 
-def _cut(line: str, width: int) -> str:
+def cut(line: str, width: int) -> str:
+    """``line``, or as much of it and an ellipsis as fit into ``width`` pixels."""
     kept = line
-    while _font().getlength(kept) > width and len(kept) > 1:
+    while font().getlength(kept) > width and len(kept) > 1:
         kept = kept.rstrip("… ")[:-1] + "…"
     return kept
 
@@ -214,11 +216,11 @@ def _save(cells: Sequence[_Cell], columns: int, path: Path, title: str = "") -> 
     sheet = Image.new("RGB", (columns * width + GAP, math.ceil(len(cells) / columns) * height + top), "white")
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((GAP, GAP), _cut(title, sheet.width - 2 * GAP), fill="black", font=_font())
+        draw.text((GAP, GAP), cut(title, sheet.width - 2 * GAP), fill="black", font=font())
     for i, (cell, lines) in enumerate(zip(cells, texts, strict=True)):
         x, y = GAP + i % columns * width, top + i // columns * height
         for row, line in enumerate(lines):
-            draw.text((x, y + text_top + row * LINE), line, fill="black", font=_font())
+            draw.text((x, y + text_top + row * LINE), line, fill="black", font=font())
         for place, tile in enumerate(cell.tiles):
             sheet.paste(tile, (x, y))
             if cell.frames:
@@ -237,14 +239,24 @@ Panel = tuple[str, Callable[["Axes"], None]]
 
 def figures(folder: Path) -> None:
     """figures/curves.png from metrics.jsonl: what is learned, what the updates do, what it costs."""
-    metrics = read(folder)
-    save_panels(_panels(metrics), folder / "figures" / "curves.png", xlabel="iteration")
+    metrics, xlabel = by_experience(read(folder))
+    save_panels(_panels(metrics), folder / "figures" / "curves.png", xlabel=xlabel)
+
+
+def by_experience(metrics: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """The lines, and what "iteration" is in them: where a run learns in environments, their steps so far."""
+    steps = {0: 0.0, **{m["iteration"]: m["env_steps"] for m in metrics if "env_steps" in m}}
+    if not any(steps.values()):
+        return metrics, "iteration"
+    lines = [{**m, "iteration": steps[m["iteration"]]} for m in metrics if m["iteration"] in steps]
+    return lines, "environment steps"
 
 
 def save_panels(panels: Sequence[Panel], path: Path, title: str = "", xlabel: str = "") -> None:
     """One figure of small panels, in as many columns as leave the fewest places empty."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = len(panels) if len(panels) <= 4 else min((4, 3), key=lambda n: -len(panels) % n)
     rows = math.ceil(len(panels) / max(columns, 1))
@@ -255,6 +267,7 @@ def save_panels(panels: Sequence[Panel], path: Path, title: str = "", xlabel: st
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(xlabel, fontsize=8)
         axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
@@ -289,28 +302,57 @@ def curve(axes: "Axes", metrics: Sequence[Mapping[str, Any]], key: str, label: s
         axes.plot(x, smooth(y), color=colour, linewidth=1.6, label=label)
 
 
-def evaluation(axes: "Axes", metrics: Sequence[Mapping[str, Any]], name: str, label: str, colour: str) -> None:
-    """An evaluation's points, the one before training included, with their 95 % intervals."""
-    x, y = series(metrics, f"eval/reward/{name}")
-    band = series(metrics, f"eval/ci95/{name}")[1]
+def evaluation(axes: "Axes", metrics: Sequence[Mapping[str, Any]], key: str, label: str, colour: str) -> None:
+    """An evaluation's points, the one before training included, with their 95 % intervals where there are some."""
+    x, y = series(metrics, f"eval/{key}")
+    band = series(metrics, f"eval/ci95/{key.removeprefix('reward/')}")[1]
     if len(x):
         axes.plot(x, y, marker="o", markersize=3.5, color=colour, linewidth=1.6, label=label)
+    if len(band):
         axes.fill_between(x, band[:, 0], band[:, 1], color=colour, alpha=0.15, linewidth=0)
+
+
+EPISODES = {
+    "success_rate": ("success rate", "episode/success"),
+    "return": ("return", "reward/return"),
+    "length": ("environment steps of an episode", "episode/length"),
+}
+"""What an evaluation in environments measures: its title, and what the training sampler's is called."""
+PLAIN = {
+    "policy/kl": "KL, as the method defines it",
+    "grad_norm": "gradient norm before clipping",
+    "bc/loss": "denoising loss on recorded actions",
+    "critic/explained": "share of the returns' variance explained by the value",
+}
+"""What is one curve under a title."""
+
+
+def _learned(metrics: list[dict[str, Any]], keys: Mapping[str, None]) -> list[Panel]:
+    """A panel for everything that an evaluation measures: each reward, or success, return and length of episodes."""
+    names = [key.removeprefix("eval/") for key in keys if key.startswith("eval/reward/")]
+    if len(names) == 2:
+        names.remove("reward/total")  # one reward: its total says the same
+    episodes = [name for name in EPISODES if f"eval/{name}" in keys]
+    if "success_rate" in episodes and all(m.get("eval/return") == m.get("eval/success_rate") for m in metrics):
+        episodes.remove("return")  # 1 for a success and 0 otherwise says the same
+    panels: list[Panel] = []
+    for name in [*names, *episodes]:
+        title, training = EPISODES.get(name, (name.replace("reward/", "reward: "), name))
+
+        def both(axes: "Axes", name: str = name, training: str = training) -> None:
+            curve(axes, metrics, training, "training sampler", COLOURS[1])
+            banded = f"eval/ci95/{name.removeprefix('reward/')}" in keys
+            evaluation(axes, metrics, name, f"evaluation{', 95 % interval' * banded}", COLOURS[0])
+            if name == "success_rate":
+                axes.set_ylim(-0.02, 1.02)
+
+        panels.append((title, both))
+    return panels
 
 
 def _panels(metrics: list[dict[str, Any]]) -> list[Panel]:
     keys = {key: None for m in metrics for key in m if m[key] is not None}
-    panels: list[Panel] = []
-    names = [key.removeprefix("eval/reward/") for key in keys if key.startswith("eval/reward/")]
-    if len(names) == 2:
-        names.remove("total")  # one reward: its total says the same
-    for name in names:
-
-        def reward(axes: "Axes", name: str = name) -> None:
-            curve(axes, metrics, f"reward/{name}", "training sampler", COLOURS[1])
-            evaluation(axes, metrics, name, "evaluation, 95 % interval", COLOURS[0])
-
-        panels.append((f"reward: {name}", reward))
+    panels = _learned(metrics, keys)
     if "eval/diversity" in keys:
 
         def diversity(axes: "Axes") -> None:
@@ -333,13 +375,12 @@ def _panels(metrics: list[dict[str, Any]]) -> list[Panel]:
             axes.plot(x, np.sqrt(y), color=COLOURS[0], linewidth=1)
 
         panels.append(("log-ratio (root mean square)", log_ratio))
-    titles = {"policy/kl": "KL to the policy at step 0", "grad_norm": "gradient norm before clipping"}
-    for key in (key for key in titles if key in keys):
+    for key in (key for key in PLAIN if key in keys):
 
         def plain(axes: "Axes", key: str = key) -> None:
             curve(axes, metrics, key, "", COLOURS[0])
 
-        panels.append((titles[key], plain))
+        panels.append((PLAIN[key], plain))
     phases = [key for key in keys if key.startswith("time/")]
     if phases:
         panels.append(("seconds an iteration", lambda axes: _stack(axes, metrics, phases)))

@@ -63,18 +63,6 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows of a rollout to learn from: a stretch or an index [b], at all kept steps, or at ``k`` [b], each at its own.
-
-    whole: so many consecutive rows belong together (a chain's steps), and no micro-batch divides them.
-    """
-
-    rows: slice | Tensor
-    k: Tensor | None = None
-    whole: int = 1
-
-
-@dataclass(frozen=True)
 class Scored:
     """A stored step of b rows under the current weights: all that a loss on transitions needs.
 

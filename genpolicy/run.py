@@ -9,32 +9,32 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from genpolicy import checkpoint, config, report
+from genpolicy import checkpoint, config, minibatch, report
 from genpolicy.build import deployed_sampler, make_policy, save_policy
 from genpolicy.chain import Noise, Trajectory
+from genpolicy.collector import Collector
 from genpolicy.config import ConfigError, Experiment, OptimizerConfig
-from genpolicy.episodes import reset_seed
 from genpolicy.exam import Exam
 from genpolicy.journal import Journal
 from genpolicy.micro_batch import MicroBatches
+from genpolicy.minibatch import Batch
 from genpolicy.optimizer import Optimizer
 from genpolicy.policy import Base, ChainPolicy, swapped
 from genpolicy.processes import Processes
 from genpolicy.rescore import LogRatio, replay_gap, scored_again
 from genpolicy.reward import WeightedRewards
-from genpolicy.rollout import Batch, Judged, Rollout, Scored, collect, concatenate, live, recount, single
-from genpolicy.task import Context, ControlTask, Dataset, Environments, Task, is_control
+from genpolicy.rollout import Rollout, Scored, recount
+from genpolicy.task import ControlTask, Dataset, Environments, Task, is_control
 
 Loss = Callable[[Scored], tuple[Tensor, dict[str, Tensor]]]
 """A scored step of b rows -> (loss [b], metrics by name [b]). Pure."""
@@ -90,13 +90,16 @@ class Run:
         reduce = self.processes.reduce if self.processes.count > 1 else None
         self.optimizer = Optimizer(experiment.optimizer, self.trainable, policy.model.precision == "fp16", reduce)
         self.micro_batches = MicroBatches(experiment.micro_batch, self.say)
+        self.journal = Journal()
+        self.collector = Collector(
+            experiment.seed, task, reward, environments, self.processes, self.journal, self.micro_batches
+        )
         self.registered: dict[str, Stateful] = {}
         self.before: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
         self.best = -math.inf
         self.replay_gap: float | None = None
         self._rescore: bool | None = None
-        self.journal = Journal()
         self.rehearse: Callable[[Run], Iterator[int]] | None = None
         self._stop = False
         self._drawn = 0.0
@@ -170,92 +173,14 @@ class Run:
         """
         window = self._draw_window()
         policy = self.policy.with_window(window)
-        local = self.processes.groups(groups, updates)
-        noise = Noise.rows(self.experiment.seed, self.iteration, local, members)
-        if self.environments is not None:
-            if shared_prefix:
-                raise ConfigError("shared_prefix is for prompts: the episodes of a group see different states")
-            rollout = self._live(policy, groups, members, local, noise, updates)
-        else:
-            rollout = self._collect(
-                policy, groups, members, local, noise, updates, window[0] if shared_prefix else None
-            )
+        branch = window[0] if shared_prefix else None
+        rollout = self.collector(policy, self.iteration, groups, members, updates, branch)
         for name, value in {**rollout.parts, "total": rollout.rewards}.items():
             self.log(f"reward/{name}", value.mean().item())
         rewards = rollout.rewards
         self.log("reward/total_ci95", 1.96 * rewards.mean(1).std().item() / math.sqrt(max(groups, 2)))
         self.log("reward/group_std_zero", (rewards.std(1, correction=0) == 0).double().mean().item())
         return rollout
-
-    def _collect(
-        self,
-        policy: ChainPolicy,
-        groups: int,
-        members: int,
-        local: Tensor,
-        noise: Noise,
-        updates: int,
-        branch: int | None,
-    ) -> Rollout:
-        """Samples of prompts, judged by the rewards."""
-        assert self.reward is not None
-        reward, task = self.reward, cast(Task, self.task)
-        base = (self.iteration - 1) * groups
-        prompts = tuple(task.reset(range(base, base + groups)).prompts)
-        rows = [prompts[g] for g in local.tolist() for _ in range(members)]
-
-        def chunk(rows_: slice) -> Judged:
-            return collect(
-                policy,
-                Context(rows[rows_]),
-                reward,
-                noise[rows_],
-                members=members,
-                branch_at=branch,
-                on_phase=self.journal.phase,
-            )
-
-        judged = concatenate(self.micro_batches(chunk, len(rows), members, recount(policy)), policy)
-        self.journal.phase(None)
-        self.journal.collected += len(rows)
-        parts = self._of_all(judged.parts, members, updates)
-        place = (local[:, None] * members + torch.arange(members)).flatten()
-        decisions = single(reward.total(judged.parts), judged.context, place, groups * members)
-        rewards = reward.total(parts)
-        chains, outputs = judged.trajectory, judged.outputs
-        return Rollout(chains, judged.context, outputs, parts, reward.weights, rewards, prompts, local, decisions)
-
-    def _live(
-        self, policy: ChainPolicy, groups: int, members: int, local: Tensor, noise: Noise, updates: int
-    ) -> Rollout:
-        """Episodes in environments; the members of a group begin in the same state."""
-        assert self.environments is not None
-        seeds = [reset_seed(self.experiment.seed, self.iteration, g) for g in local.tolist() for _ in range(members)]
-        lived = live(policy, self.environments, seeds, noise, on_phase=self.journal.phase)
-        self.journal.phase(None)
-        self.journal.collected += len(lived.trajectory)
-        self.journal.env_steps += float(lived.parts["length"].sum())
-        mine = torch.zeros(len(seeds), dtype=torch.long).index_add(
-            0, lived.decisions.episode, torch.ones_like(lived.decisions.episode)
-        )
-        found = self._of_all({**lived.parts, "decisions": mine}, members, updates)
-        begins = found.pop("decisions").flatten().cumsum(0).roll(1)
-        total, begins[0] = int(begins[0]), 0
-        own = begins.view(groups, members)[local].flatten()
-        first = mine.cumsum(0) - mine
-        within = torch.arange(len(lived.trajectory)) - first[lived.decisions.episode]
-        decisions = replace(lived.decisions, place=own[lived.decisions.episode] + within, total=total)
-        for name in ("success", "length"):
-            self.log(f"episode/{name}", found.pop(name).mean().item())
-        prompts = tuple(f"start {reset_seed(self.experiment.seed, self.iteration, g)}" for g in range(groups))
-        chains, outputs = lived.trajectory, lived.outputs
-        return Rollout(
-            chains, lived.context, outputs, found, {"return": 1.0}, found["return"], prompts, local, decisions
-        )
-
-    def _of_all(self, parts: Mapping[str, Tensor], members: int, updates: int) -> dict[str, Tensor]:
-        """This process's values by name [m*N] to everybody's [M,N]."""
-        return {name: self.processes.gather_groups(value.view(-1, members), updates) for name, value in parts.items()}
 
     def _draw_window(self) -> tuple[int, int]:
         """This iteration's window of steps: a pure function of seed and iteration."""
@@ -269,31 +194,20 @@ class Run:
         return start, start + size
 
     def minibatches(self, rollout: Rollout, updates: int, epochs: int = 1) -> Iterator[Batch]:
-        """``epochs`` passes over the rollout's rows in ``updates`` minibatches, all kept steps of each row together: whole
-        groups of prompts in their order, decisions of episodes at random.
-        """
-        if rollout.ragged:
-            for epoch in range(epochs):
-                yield from (Batch(drawn) for drawn in self._shuffled(rollout, 1, updates, epoch))
-            return
-        rows = len(rollout.trajectory) // updates
-        for _ in range(epochs):
-            for update in range(updates):
-                yield Batch(slice(update * rows, (update + 1) * rows))
+        """`minibatch.rows`, ``epochs`` times."""
+        for epoch in range(epochs):
+            yield from minibatch.rows(rollout, updates, self._order(epoch))
 
     def pairs(self, rollout: Rollout, updates: int, epoch: int) -> Iterator[Batch]:
-        """A pass over the (row, kept step) pairs in ``updates`` minibatches, in an order that is the epoch's own."""
-        steps = len(rollout.trajectory.steps)
-        for drawn in self._shuffled(rollout, steps, updates, epoch):
-            yield Batch(drawn // steps, drawn % steps + rollout.trajectory.first)
+        """`minibatch.pairs` in an order that is the epoch's own."""
+        return minibatch.pairs(rollout, updates, self._order(epoch))
 
     def chains(self, rollout: Rollout, updates: int, epoch: int) -> Iterator[Batch]:
-        """A pass over the rows in ``updates`` minibatches, in an order that is the epoch's own; a row's kept steps stand one
-        after the other and are scored in one evaluation, for a loss that needs the likelihood of whole chains.
-        """
-        steps = torch.tensor(list(rollout.trajectory.steps))
-        for drawn in self._shuffled(rollout, 1, updates, epoch):
-            yield Batch(drawn.repeat_interleave(len(steps)), steps.repeat(len(drawn)), len(steps))
+        """`minibatch.chains` in an order that is the epoch's own."""
+        return minibatch.chains(rollout, updates, self._order(epoch))
+
+    def _order(self, epoch: int) -> list[int]:
+        return [self.experiment.seed, self.iteration, epoch]
 
     def normalised(self, values: Tensor) -> Tensor:
         """(values - mean) / std over the rows [R] of all processes."""
@@ -301,18 +215,6 @@ class Run:
         count, first, second = self.processes.reduce(sums).tolist()
         mean = first / count
         return (values - mean) / (max(second / count - mean**2, 0.0) ** 0.5 + 1e-8)
-
-    def _shuffled(self, rollout: Rollout, each: int, updates: int, epoch: int) -> Iterator[Tensor]:
-        """This process's share of minibatches of all processes' rows times ``each``: a pure function of the run's seed,
-        iteration and epoch, whatever the number of processes.
-        """
-        place = (rollout.decisions.place[:, None] * each + torch.arange(each)).flatten()
-        total = rollout.decisions.total * each
-        key = [self.experiment.seed, self.iteration, epoch, each]
-        rank = torch.from_numpy(np.random.default_rng(key).permutation(total))[place]
-        order = rank.argsort()
-        update = rank[order] * updates // total
-        yield from (order[update == u] for u in range(updates))
 
     def verified(self, rollout: Rollout, log_ratio: LogRatio, tolerance: float) -> Rollout:
         """Replay must be exact: on the first rollout, |log-ratio| of unchanged weights must stay below ``tolerance``.

@@ -56,16 +56,17 @@ def peers(count: int) -> list[Peer]:
     return [Peer(index, meeting) for index in range(count)]
 
 
-def together[T](works: Sequence[Callable[[], T]]) -> list[T]:
-    """What the works return, done at the same time; the first exception of one of them is raised."""
+def together[T](works: Sequence[Callable[[], T]], accelerators: Sequence[Peer]) -> list[T]:
+    """What the works of these peers return, done at the same time; the first exception of one of them is raised."""
     results: list[Any] = [None] * len(works)
-    failures: list[tuple[int, BaseException]] = []
+    failures: list[tuple[bool, BaseException]] = []
 
     def do(place: int) -> None:
         try:
             results[place] = works[place]()
         except BaseException as error:
             failures.append((isinstance(error, threading.BrokenBarrierError), error))
+            accelerators[place].meeting.barrier.abort()  # nobody waits for one who does not come
 
     threads = [threading.Thread(target=do, args=(place,)) for place in range(len(works))]
     for thread in threads:

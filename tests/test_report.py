@@ -116,7 +116,7 @@ def test_wrapping_ends_and_fits():
         for width in (40, 96, 400):
             wrapped = report._wrapped(text, width, 3)
             assert len(wrapped) <= 3
-            assert all(report._font().getlength(line) <= width for line in wrapped)
+            assert all(report.font().getlength(line) <= width for line in wrapped)
     assert report._wrapped("two words", 400, 3) == ["two words"]
 
 

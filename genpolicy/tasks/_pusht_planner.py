@@ -59,7 +59,7 @@ class Planner:
         self._corners = np.concatenate(self._parts)
         self._target = moved(self._corners, self._thought.goal_pose)
         self._radius = next(iter(self._thought.agent.shapes)).radius
-        self._size = world.action_space.high[0]
+        self._size = float(world.action_space.high[0])
 
     def __call__(self, _frame: Any) -> np.ndarray:
         """The next action."""

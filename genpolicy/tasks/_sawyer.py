@@ -45,16 +45,11 @@ class Sawyer:
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         observation, reward, _, _, info = self._world.step(action)
         success = bool(info["success"])
-        return (
-            _frame(observation),
-            float(success) if self._sparse else float(reward),
-            success,
-            False,
-            {"success": success},
-        )
+        reward = float(success if self._sparse else reward)
+        return _frame(observation), reward, success, False, {"success": success}
 
     def render(self) -> np.ndarray:
-        mujoco = library("mujoco", "task metaworld")
+        mujoco: Any = library("mujoco", "task metaworld")
         if self._renderer is None:
             try:
                 self._renderer = mujoco.Renderer(self._world.model, PICTURE, PICTURE)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes.util
+import functools
 import importlib
 import os
 import sys
@@ -22,8 +23,7 @@ def library(module: str, needed_by: str) -> ModuleType:
     Where there is no screen but EGL, MuJoCo is told to draw with it. It reads that once, when it is first imported, and
     fails to import where EGL is named but missing.
     """
-    screen = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
-    if sys.platform == "linux" and not screen and "MUJOCO_GL" not in os.environ and ctypes.util.find_library("EGL"):
+    if "MUJOCO_GL" not in os.environ and _only_egl():
         os.environ["MUJOCO_GL"] = "egl"
     try:
         with quiet():
@@ -32,6 +32,12 @@ def library(module: str, needed_by: str) -> ModuleType:
         raise ConfigError(
             f"{needed_by} needs {module.partition('.')[0]}: pip install 'genpolicy[robots]' ({error})"
         ) from error
+
+
+@functools.cache
+def _only_egl() -> bool:
+    screen = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    return sys.platform == "linux" and not screen and ctypes.util.find_library("EGL") is not None
 
 
 @contextlib.contextmanager

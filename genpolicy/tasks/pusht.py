@@ -6,11 +6,12 @@ than 95 % of the target is covered.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 from genpolicy.config import at_least, choice
 from genpolicy.task import Demonstration
+from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._environments import Environments
 from genpolicy.tasks._gym import IMAGES, WORLD
 from genpolicy.tasks._pusht import Pushing
@@ -45,4 +46,11 @@ class PushT:
         return Environments(make, count, history, self.limit, self.instruction, self.workers)
 
     def demonstrate(self, seed: int, noise: float) -> Demonstration:
-        raise ValueError("task pusht has no expert yet; give a recorded data set instead")
+        """A planner's episode, which simulates its pushes first; noise in pixels. It does not always succeed."""
+        from genpolicy.tasks._pusht_planner import Planner  # shapely and scipy are here only
+
+        return record(self._stage, Planner(self._stage.world, seed), seed, self.limit, noise)
+
+    @cached_property
+    def _stage(self) -> Pushing:
+        return Pushing(self.reward, self.pixels)

@@ -452,21 +452,17 @@ def test_a_saved_policy_moves_to_another_machine(family, tmp_path, monkeypatch):
             LeRobotFlow(str(tmp_path / "there"), device="cpu")
 
 
+STATISTICS = {"mean": 0.5, "std": 2.0, "q01": -1.0, "q99": 3.0}
+
+
 class Recorded:
     """A data set of another robot: 2 numbers of state, 3 of action, one camera."""
 
-    shapes = {
-        "observation.state": (2,),
-        "observation.images.front": (3, 24, 24),
-        "observation.environment_state": (9,),
-        "action": (3,),
-    }
-    stats = {
-        name: {
-            s: torch.full((dim,), v) for s, v in zip(("mean", "std", "q01", "q99"), (0.5, 2.0, -1.0, 3.0), strict=True)
-        }
-        for name, dim in (("observation.state", 2), ("action", 3))
-    }
+    def __init__(self, **shapes: tuple[int, ...] | None) -> None:
+        camera = {"observation.images.front": (3, 24, 24), "observation.environment_state": (9,)}
+        vectors = {"observation.state": (2,), "action": (3,)}
+        self.shapes = {name: shape for name, shape in {**vectors, **camera, **shapes}.items() if shape is not None}
+        self.stats = {n: {s: torch.full(vectors[n], v) for s, v in STATISTICS.items()} for n in vectors}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -475,7 +471,7 @@ def test_a_base_learns_another_robot(family, tmp_path):
     model = LeRobotFlow(base=str(tiny.saved(family)), device="cpu", **words)
     assert model.pretrained is None
     model.initialise(Recorded())
-    assert model.shapes == {n: Recorded.shapes[n] for n in ("observation.images.front", "observation.state")}
+    assert model.shapes == {"observation.images.front": (3, 24, 24), "observation.state": (2,)}
     assert model.action_dim == 3
     own = theirs(family)[0].state_dict()
     assert all(torch.equal(value, own[name]) for name, value in model.policy.state_dict().items())
@@ -560,11 +556,9 @@ def test_wrong_settings(tmp_path):
         model.encode(Context(PROMPTS, {**tiny.observation(ROWS), "observation.state": torch.zeros(ROWS, 2, 3)}))
     with pytest.raises(ValueError, match=r"set chain\.guidance to 1"):
         model.negative(model.encode(context()))
-    wide = Recorded()
-    wide.shapes = {**Recorded.shapes, "action": (6,)}
-    with pytest.raises(ValueError, match=r"action has 6 dims; .* has room for 5"):
-        LeRobotFlow(base=str(tiny.saved("smolvla")), device="cpu").initialise(wide)
-    blind = Recorded()
-    blind.shapes = {"observation.state": (2,), "action": (3,)}
-    with pytest.raises(ValueError, match="and a camera"):
-        LeRobotFlow(base=str(tiny.saved("smolvla")), device="cpu").initialise(blind)
+    for shapes, sentence in (
+        ({"action": (6,)}, r"action has 6 dims; .* has room for 5"),
+        ({"observation.images.front": None}, "needs observation.state and a camera; the data set has"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            LeRobotFlow(base=str(tiny.saved("smolvla")), device="cpu").initialise(Recorded(**shapes))

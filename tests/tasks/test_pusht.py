@@ -31,6 +31,31 @@ def test_success_is_coverage():
     assert stepped("sparse", 300)[1] == 0
 
 
+def test_coverage_is_gym_pushts():
+    simulation = Pushing("dense", pixels=False)
+    for seed in range(20):
+        simulation.reset(seed=seed)
+        simulation.world.block.position = 256 + seed, 256
+        theirs = type(simulation.world)._get_coverage(simulation.world)
+        assert 0 < theirs < 1
+        assert simulation._coverage() == pytest.approx(theirs, rel=1e-12)
+
+
+def test_a_demonstration_is_what_happened():
+    task = PushT()
+    shown, again = task.demonstrate(4, 2.0), task.demonstrate(4, 2.0)
+    assert torch.equal(shown.actions, again.actions)
+    assert torch.equal(shown.rewards, again.rewards)
+    assert shown.success
+    assert shown.rewards[-1] == 1
+    environments = task.environments(1, 1)
+    environments.reset([0], [4])
+    step = environments.step([0], shown.actions[None])
+    assert (step.executed.item(), step.terminated.item()) == (len(shown.actions), True)
+    assert torch.equal(step.rewards[0], shown.rewards)
+    environments.close()
+
+
 def test_what_is_seen():
     task = config.make("tasks", {"name": "pusht"})
     assert (task.action_dim, task.limit, task.fps) == (2, 300, 10)

@@ -1,0 +1,134 @@
+"""Collecting: an iteration's rollout, of prompts or of episodes, by however many processes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from genpolicy.chain import Noise
+from genpolicy.config import ConfigError
+from genpolicy.episodes import reset_seed
+from genpolicy.journal import Journal
+from genpolicy.micro_batch import MicroBatches
+from genpolicy.policy import ChainPolicy
+from genpolicy.processes import Processes
+from genpolicy.reward import WeightedRewards
+from genpolicy.rollout import Decisions, Judged, Lived, Rollout, collect, concatenate, live, recount, single
+from genpolicy.task import Context, ControlTask, Environments, Task
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Who is asked (task, with its environments where it has some), who judges (reward, of prompts), and who takes part."""
+
+    seed: int
+    task: Task | ControlTask
+    reward: WeightedRewards | None
+    environments: Environments | None
+    processes: Processes
+    journal: Journal
+    micro_batches: MicroBatches
+
+    def __call__(
+        self, policy: ChainPolicy, iteration: int, groups: int, members: int, updates: int, branch: int | None
+    ) -> Rollout:
+        """``groups`` = M prompts or start states of this iteration, ``members`` = N samples or episodes each; the minibatches
+        of ``updates`` get whole groups. branch: the step up to which a group's samples share their chain.
+        """
+        local = self.processes.groups(groups, updates)
+        noise = Noise.rows(self.seed, iteration, local, members)
+        if self.environments is None:
+            return self._prompts(policy, iteration, groups, members, local, noise, updates, branch)
+        if branch is not None:
+            raise ConfigError("shared_prefix is for prompts: the episodes of a group see different states")
+        return self._episodes(policy, self.environments, iteration, groups, members, local, noise, updates)
+
+    def _prompts(
+        self,
+        policy: ChainPolicy,
+        iteration: int,
+        groups: int,
+        members: int,
+        local: Tensor,
+        noise: Noise,
+        updates: int,
+        branch: int | None,
+    ) -> Rollout:
+        """Samples of prompts, judged by the rewards."""
+        reward, task = cast(WeightedRewards, self.reward), cast(Task, self.task)
+        base = (iteration - 1) * groups
+        prompts = tuple(task.reset(range(base, base + groups)).prompts)
+        asked = [prompts[g] for g in local.tolist() for _ in range(members)]
+
+        def chunk(rows: slice) -> Judged:
+            context, phase = Context(asked[rows]), self.journal.phase
+            return collect(policy, context, reward, noise[rows], members=members, branch_at=branch, on_phase=phase)
+
+        judged = concatenate(self.micro_batches(chunk, len(asked), members, recount(policy)), policy)
+        self.journal.phase(None)
+        self.journal.collected += len(asked)
+        parts = self._of_all(judged.parts, members, updates)
+        place = (local[:, None] * members + torch.arange(members)).flatten()
+        return Rollout(
+            judged.trajectory,
+            judged.context,
+            judged.outputs,
+            parts,
+            reward.weights,
+            reward.total(parts),
+            prompts,
+            local,
+            single(reward.total(judged.parts), judged.context, place, groups * members),
+        )
+
+    def _episodes(
+        self,
+        policy: ChainPolicy,
+        environments: Environments,
+        iteration: int,
+        groups: int,
+        members: int,
+        local: Tensor,
+        noise: Noise,
+        updates: int,
+    ) -> Rollout:
+        """Episodes in environments; the members of a group begin in the same state."""
+        starts = [reset_seed(self.seed, iteration, group) for group in range(groups)]
+        seeds = [starts[group] for group in local.tolist() for _ in range(members)]
+        lived = live(policy, environments, seeds, noise, on_phase=self.journal.phase)
+        self.journal.phase(None)
+        self.journal.collected += len(lived.trajectory)
+        self.journal.env_steps += float(lived.parts["length"].sum())
+        counts = lived.decisions.episode.bincount(minlength=len(seeds))
+        found = self._of_all({**lived.parts, "decisions": counts}, members, updates)
+        decisions = _placed(lived, counts, found.pop("decisions"), local)
+        for name in ("success", "length"):
+            self.journal.log(f"episode/{name}", found.pop(name).mean().item())
+        prompts = tuple(f"start {seed}" for seed in starts)
+        return Rollout(
+            lived.trajectory,
+            lived.context,
+            lived.outputs,
+            found,
+            {"return": 1.0},
+            found["return"],
+            prompts,
+            local,
+            decisions,
+        )
+
+    def _of_all(self, parts: Mapping[str, Tensor], members: int, updates: int) -> dict[str, Tensor]:
+        """This process's values by name [m*N] to everybody's [M,N]."""
+        return {name: self.processes.gather_groups(value.view(-1, members), updates) for name, value in parts.items()}
+
+
+def _placed(lived: Lived, counts: Tensor, everybody: Tensor, local: Tensor) -> Decisions:
+    """Decisions with their places among those of all processes: episode by episode, group-major. counts [m*N] of this
+    process's episodes, everybody [M,N] of all.
+    """
+    episode = lived.decisions.episode
+    begins = (everybody.flatten().cumsum(0) - everybody.flatten()).view_as(everybody)[local].flatten()
+    within = torch.arange(len(episode)) - (counts.cumsum(0) - counts)[episode]
+    return replace(lived.decisions, place=begins[episode] + within, total=int(everybody.sum()))

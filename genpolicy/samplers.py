@@ -1,0 +1,82 @@
+"""Other samplers of a policy that acts, by name: its score depends on them as much as on its weights."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from genpolicy import config
+from genpolicy.build import Saved, make_policy, resampled
+from genpolicy.config import ChainConfig, ConfigError, choice
+from genpolicy.foreign import native_sampler
+from genpolicy.policy import ChainPolicy
+
+DEPLOYED = "deployed"
+PRESETS = (DEPLOYED, "ode", "mean", "stochastic", "last_mean", "native")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A sampler by the name that it was asked for. ``native``: on the grid that the model's own library visits."""
+
+    name: str
+    sampler: ChainConfig
+    native: bool = False
+
+    def of(self, policy: ChainPolicy) -> ChainPolicy:
+        """The same model, and the same frozen base, with this sampler."""
+        made = replace(make_policy(policy.model, self.sampler), base=policy.base)
+        if self.native and hasattr(policy.model, "native_grid"):
+            grid = policy.model.native_grid(self.sampler.steps)  # type: ignore[attr-defined]
+            made = replace(made, chain=replace(made.chain, grid=grid))
+        return made
+
+    def description(self) -> dict[str, Any]:
+        """For eval.json."""
+        return asdict(self.sampler) | ({"grid": "native"} if self.native else {})
+
+
+def variants(asked: Sequence[str], found: Saved) -> list[Variant]:
+    """The deployed sampler, and the ones that are asked for, each once: names of `PRESETS`, or K=V of `ChainConfig`.
+
+    ode: no noise after the first. stochastic: the training kernel, in its whole window. last_mean: the same, its last step
+    without noise. mean: the training kernel's mean (`genpolicy.chain.Mean`). native: LeRobot's own, of a LeRobot policy.
+    K=V: the deployed one but for this key.
+    """
+    return [_variant(name, found) for name in dict.fromkeys([DEPLOYED, *asked])]
+
+
+def _variant(name: str, found: Saved) -> Variant:
+    deployed = found.sampler
+    if "=" in name:
+        asked: dict[str, Any] = {}
+        config.override(asked, f"--{name}")
+        return Variant(name, resampled(asdict(deployed), asked))
+    choice("--samplers: a sampler", name, PRESETS)
+    if name == DEPLOYED:
+        return Variant(name, deployed)
+    if name == "ode":
+        return Variant(name, replace(deployed, kernel={"name": "ddim", "eta": 0.0}, window=None, window_size=None))
+    if name == "native":
+        own = native_sampler(str(found.policy.get("pretrained")))
+        if own is None:
+            raise ConfigError(f"--samplers: native is LeRobot's own sampler, and {found.where} is no LeRobot policy")
+        return Variant(name, resampled(own, {}), native=True)
+    stochastic = replace(resampled(asdict(_trained(name, found)), {"steps": deployed.steps}), window_size=None)
+    if name == "mean":
+        return Variant(name, replace(stochastic, kernel={"name": "mean", "kernel": stochastic.kernel}))
+    if name == "last_mean":
+        low, high = stochastic.window or (0, deployed.steps)
+        return Variant(name, replace(stochastic, window=(low, max(min(high, deployed.steps - 1), low))))
+    return Variant(name, stochastic)
+
+
+def _trained(name: str, found: Saved) -> ChainConfig:
+    """The sampler that the policy was trained with: its run's, or the one whose mean is deployed."""
+    if found.run is not None:
+        return config.load(found.run / "config.yaml").chain
+    if found.sampler.kernel["name"] == "mean":
+        return replace(found.sampler, kernel=found.sampler.kernel["kernel"])
+    raise ConfigError(
+        f"--samplers: {name} needs the kernel that the policy was trained with, which {found.where} does not say; name"
+        " a run's folder, or give it as kernel.name=..."
+    )
