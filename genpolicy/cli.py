@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 BAD_INPUT = 2
 LISTED = ("methods", "models", "rewards", "tasks", "datasets", "kernels", "configs")
+WORLDS = ("both", "pictures", "robot")
 FRAMES_PER_SECOND = 8
 OF_PICTURES = ("prompts", "samples", "reward", "guidance")
 OF_ACTIONS = ("episodes", "environments", "gifs", "samplers", "task")
@@ -101,9 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     policy = "a run's folder, its policy/ or policy_best/, a diffusers or LeRobot folder or hub id"
     overrides = "any key of the experiment, for example --optimizer.lr=1e-5"
 
-    one = verb("quickstart", _quickstart, "Train the embedded shapes model with reinforcement and show what changed.")
+    one = verb("quickstart", _quickstart, "Train the embedded models with reinforcement and show what changed.")
     one.add_argument("--out", default="runs/quickstart", help="folder to write (default: %(default)s)")
-    one.add_argument("--seed", type=int, default=0, help="of the run (default: %(default)s)")
+    one.add_argument("--seed", type=int, default=0, help="of the runs (default: %(default)s)")
+    one.add_argument(
+        "--world", choices=WORLDS, default=WORLDS[0], metavar="WORLD", help=f"one of {', '.join(WORLDS)} (default: both)"
+    )
 
     one = verb("train", _train, "Run an experiment, or resume one from its run's config.yaml.", keys="")
     one.usage = "genpolicy train CONFIG [--section.key=value ...] [--plan]"
@@ -431,7 +435,7 @@ def _compare(args: Any) -> int:
 def _quickstart(args: Any) -> int:
     from genpolicy.quickstart import quickstart
 
-    return quickstart(Path(args.out), args.seed)
+    return quickstart(Path(args.out), args.seed, args.world)
 
 
 def _check(args: Any) -> int:

@@ -17,7 +17,7 @@ from genpolicy import config, report, resources
 from genpolicy.build import control_model, deployed_sampler, make_policy, make_rewards
 from genpolicy.config import ConfigError, Experiment, make
 from genpolicy.experiment import evaluation_prompts, finished, spent, train
-from genpolicy.report import COLOURS, EPISODES, Panel, series, smooth
+from genpolicy.report import COLOURS, EPISODES, Panel, by_experience, series, smooth
 from genpolicy.task import is_control
 
 if TYPE_CHECKING:

@@ -25,6 +25,10 @@ from genpolicy.run import REPLAY_CHECK, Method, Run, start_processes
 from genpolicy.task import Task, is_control
 
 
+REHEARSED = 1000
+"""The iteration that a rehearsal is: past any warm-up, which costs less than what follows."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What `train` returns: the run's folder, the evaluations before and after, and the whole summary."""
@@ -61,8 +65,8 @@ class Rehearsal:
     def record(self, run: Run) -> Iterator[int]:
         """Stand in for `Run.iterations`: one iteration on the real sizes, and the weights as they were."""
         weights, evaluations = run.snapshot(), run.policy.model.evaluations
-        run.iteration, started = 1, time.perf_counter()
-        yield 1
+        run.iteration, started = REHEARSED, time.perf_counter()
+        yield REHEARSED
         run.journal.phase(None)
         self.total_seconds = time.perf_counter() - started
         self.samples = run.journal.collected * run.processes.count

@@ -15,6 +15,7 @@ from genpolicy.evaluate_control import ControlEvaluation, evaluate_control
 from genpolicy.experiment import Rehearsal, finished, rehearse, train
 from genpolicy.film import side_by_side
 from genpolicy.policy import ChainPolicy
+from genpolicy.tasks._simulators import RenderError
 
 REWARD = "shapes_strict"
 FRESH = 2_000_003
@@ -168,8 +169,12 @@ def _robot(out: Path, seed: int) -> int:
     best = (failed & (found["after"].success == 1)).nonzero().flatten().tolist()
     if best:
         film = out / "figures" / "before_after.gif"
-        side_by_side((policies["as cloned"], policies["after"]), task, first + best[0], film)
-        print(f"  {film}   the first start at which the clone fails, before (left) and after")
+        pair = {"before": policies["as cloned"], "after": policies["after"]}
+        try:
+            side_by_side(pair, task, first, film, episode=best[0])
+            print(f"  {film}   the first start at which the clone fails, before (left) and after")
+        except RenderError as error:
+            print(f"  (no film: {error})")
     print(f"  {out / 'figures' / 'curves.png'}   what happened on the way")
     print(f"  genpolicy evaluate {out} --samplers mean ode stochastic   one network, three ways to sample it")
     return 0

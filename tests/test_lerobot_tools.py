@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,6 @@ from genpolicy.datasets.lerobot_dataset import LeRobotDataset
 from genpolicy.demonstrate import demonstrate
 from genpolicy.models.lerobot_diffusion import LeRobotDiffusion
 from genpolicy.policy import ChainPolicy
-from genpolicy.task import Context
 from genpolicy.tasks.metaworld import MetaWorld
 from tests.lerobot_tiny import SMALL, STATE, WORLD, saved
 
@@ -146,14 +144,14 @@ def test_lerobot_eval_runs_what_we_saved(installed: Path, policy_folder: Path, t
 
 
 @pytest.fixture
-def plugin(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def plugin(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """LeRobot's rollout, and the plugin that LeRobot itself found."""
     monkeypatch.syspath_prepend(str(installed))
     from lerobot.envs.configs import EnvConfig
     from lerobot.utils.import_utils import register_third_party_plugins
 
     register_third_party_plugins()
-    yield EnvConfig.get_choice_class("metaworld_state")
+    return EnvConfig.get_choice_class("metaworld_state")
 
 
 def by_lerobot(config: Any, folder: Path, seeds: list[int]) -> SimpleNamespace:

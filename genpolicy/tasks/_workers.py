@@ -55,11 +55,12 @@ class Worker:
         try:
             pipe.write(message)
             pipe.flush()
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # it is gone; it was gone before and the pipe is closed
             raise self._gone() from None
 
     def _gone(self) -> RuntimeError:
-        code = self._process.wait(PATIENCE)
+        self.close()
+        code = self._process.returncode
         return RuntimeError(f"a process that simulates environments has ended unexpectedly (exit code {code})")
 
 

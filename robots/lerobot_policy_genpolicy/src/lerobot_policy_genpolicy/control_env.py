@@ -5,6 +5,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+
 from genpolicy.task import ControlTask, TaskStep
 
 NAMES = {"observation.state": "agent_pos", "observation.environment_state": "environment_state"}

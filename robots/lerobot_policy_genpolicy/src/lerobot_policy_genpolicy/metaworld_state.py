@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium
-from genpolicy.tasks.metaworld import MetaWorld
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import FreezeAfterEpisodeEnd
 
+from genpolicy.tasks.metaworld import MetaWorld
 from lerobot_policy_genpolicy.control_env import NAMES, ControlEnv
 
 KINDS = {"agent_pos": FeatureType.STATE, "environment_state": FeatureType.ENV}
