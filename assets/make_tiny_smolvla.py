@@ -68,6 +68,7 @@ def write_vlm(folder: Path, *, image: int, patch: int, width: int, layers: int, 
             "num_attention_heads": 2,
             "image_size": image,
             "patch_size": patch,
+            "initializer_range": width**-0.5,
         },
         text_config={
             "model_type": "llama",
@@ -80,6 +81,7 @@ def write_vlm(folder: Path, *, image: int, patch: int, width: int, layers: int, 
             "vocab_size": len(words),
             "max_position_embeddings": 256,
             "pad_token_id": words.pad_token_id,
+            "initializer_range": width**-0.5,  # the usual .02 is for wide networks: small ones stay silent for long
         },
     )
     size = {"longest_edge": image}

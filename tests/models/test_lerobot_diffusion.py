@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +302,23 @@ def test_wrong_settings_are_told_in_one_sentence(tmp_path: Path) -> None:
         model.negative(condition)
     with pytest.raises(ValueError, match=rf"observation {WORLD} is missing; this policy needs \[2, 5\]"):
         model.encode(Context(context.prompts, {STATE: context.observation[STATE]}))
+
+
+def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(diffusion(STATE, WORLD), tmp_path / "policy")
+    asked: list[Any] = []
+
+    def download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    model = LeRobotDiffusion(pretrained="somebody/reach", revision="v2", device="cpu")
+    assert asked == [("somebody/reach", "v2")]
+    assert model.shapes == {STATE: (3,), WORLD: (5,)}
+
+
+def test_without_lerobot_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lerobot.policies.diffusion.configuration_diffusion", None)
+    with pytest.raises(ValueError, match=r"need lerobot .* pip install genpolicy\[robots\]"):
+        LeRobotDiffusion(device="cpu")
