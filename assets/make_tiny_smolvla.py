@@ -1,10 +1,31 @@
-"""A tiny SmolVLA of LeRobot's own class (stub: grows into the script that clones it)."""
+"""Clone a tiny SmolVLA on one CPU thread and write it as a LeRobot folder.
+
+    python assets/make_tiny_smolvla.py --out assets/point-smolvla
+
+A `SmolVLAPolicy` of LeRobot's own class with some 170 thousand parameters learns, from demonstrations of the task
+`point_instructions`, to go to the goal that the instruction names. A share of the demonstrations goes to another goal
+instead, as careless ones do: the clone can reach every goal and follows its instruction about as often as its
+teachers did. What the right goal is, a reward can tell it.
+
+The folder holds everything: weights, processors with their statistics, and in vlm/ the configuration, tokenizer and
+processor that SmolVLA builds its vision-language model from, under that relative name.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     PreTrainedTokenizerFast,
     SmolVLMConfig,
@@ -12,6 +33,17 @@ from transformers import (
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
 )
+
+from genpolicy.chain import DDIM, Chain
+from genpolicy.evaluate_control import evaluate_control
+from genpolicy.models.lerobot_flow import LeRobotFlow
+from genpolicy.policy import ChainPolicy
+from genpolicy.task import Context
+from genpolicy.tasks.point_instructions import CAMERA, PIXELS, STATE, PointInstructions
+
+CHUNK = 4  # actions of a chunk, all of them executed
+SEEDS = 1_000_000  # demonstrations begin from reset seeds from here on, far from those of training and evaluation
+STEPS = 5  # of the sampler
 
 WORDS = ("go", "to", "the", "red", "green", "blue", "yellow", "circle", "square", "triangle")
 SPECIAL = (
@@ -90,3 +122,151 @@ def write_vlm(folder: Path, *, image: int, patch: int, width: int, layers: int, 
     config.save_pretrained(folder)
     words.save_pretrained(folder)
     SmolVLMProcessor(images, words, videos, image_seq_len=(image // patch // 2) ** 2).save_pretrained(folder)
+
+
+@dataclass
+class Demonstrations:
+    """Frames of all episodes, one after the other: state [F,2], picture bytes [F,3,P,P], action [F,2], instruction, and
+    where each frame's episode ends.
+    """
+
+    state: Tensor
+    picture: Tensor
+    action: Tensor
+    asked: Sequence[str]
+    end: Tensor
+
+    @classmethod
+    def record(cls, task: PointInstructions, episodes: int, noise: float) -> Demonstrations:
+        """The task's expert, from the seeds `SEEDS`, `SEEDS` + 1, ..."""
+        shown = [task.demonstrate(SEEDS + e, noise) for e in range(episodes)]
+        lengths = torch.tensor([len(d.actions) for d in shown])
+        return cls(
+            torch.cat([d.observation[STATE] for d in shown]),
+            torch.cat([(d.observation[CAMERA] * 255).round().byte() for d in shown]),
+            torch.cat([d.actions for d in shown]),
+            [task.asked(SEEDS + e) for e, d in enumerate(shown) for _ in d.actions],
+            lengths.cumsum(0).repeat_interleave(lengths),
+        )
+
+    def rows(self, index: Tensor) -> tuple[Context, Tensor, Tensor]:
+        """What is seen at the frames ``index`` [B], the actions that follow [B,CHUNK,2], and which lie past the end."""
+        ahead = index[:, None] + torch.arange(CHUNK)
+        last = self.end[index][:, None] - 1
+        observation = {STATE: self.state[index][:, None], CAMERA: self.picture[index][:, None] / 255}
+        context = Context([self.asked[i] for i in index.tolist()], observation)
+        return context, self.action[ahead.minimum(last)], ahead > last
+
+
+def write_policy(folder: Path, data: Demonstrations, args: argparse.Namespace) -> None:
+    """A SmolVLA with random weights and the demonstrations' statistics, as LeRobot saves one."""
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+    from lerobot.processor import TokenizerProcessorStep
+
+    write_vlm(folder / "vlm", image=PIXELS, patch=args.patch, width=args.width, layers=args.layers)
+    picture, state = PolicyFeature(FeatureType.VISUAL, (3, PIXELS, PIXELS)), PolicyFeature(FeatureType.STATE, (2,))
+    config = SmolVLAConfig(
+        input_features={CAMERA: picture, STATE: state},
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (2,))},
+        vlm_model_name=str(folder / "vlm"),
+        num_vlm_layers=args.layers,
+        chunk_size=CHUNK,
+        n_action_steps=CHUNK,
+        max_state_dim=4,
+        max_action_dim=4,
+        resize_imgs_with_padding=(PIXELS, PIXELS),
+        tokenizer_max_length=16,
+        num_steps=STEPS,
+        push_to_hub=False,
+        device="cpu",
+    )
+    moments = {STATE: data.state, "action": data.action}
+    stats = {name: {"mean": value.mean(0), "std": value.std(0)} for name, value in moments.items()}
+    with contextlib.redirect_stdout(io.StringIO()):
+        policy = SmolVLAPolicy(config)
+        processors = make_pre_post_processors(config, dataset_stats=stats)
+    config.vlm_model_name = "vlm"
+    for step in processors[0].steps:
+        if isinstance(step, TokenizerProcessorStep):
+            step.tokenizer_name = "vlm"
+    policy.save_pretrained(folder)
+    for processor in processors:
+        processor.save_pretrained(folder)
+
+
+def clone(model: LeRobotFlow, data: Demonstrations, args: argparse.Namespace) -> ChainPolicy:
+    """Behaviour cloning with AdamW, a cosine and averaged weights."""
+    policy = ChainPolicy(model, Chain(model.schedule, model.grid(STEPS), DDIM(0.0)))
+    parameters = list(model.trainable().values())
+    averages = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=1e-4)
+    generator = torch.Generator().manual_seed(args.seed)
+    recent: list[float] = []
+    for step in range(args.steps):
+        index = torch.randint(len(data.state), (args.batch,), generator=generator)
+        context, actions, pad = data.rows(index)
+        event = model.event(actions)
+        t = model.times(torch.rand(args.batch, generator=generator, dtype=torch.float64))
+        noise = torch.randn(event.shape, generator=generator)
+        loss = policy.supervised_loss(model.encode(context), event, t, noise, model.event_mask(pad)).mean()
+        rate = args.lr * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * np.cos(np.pi / 2 * step / args.steps) ** 2)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 1 - min(args.ema, (1 + step) / (10 + step)))
+        recent.append(loss.item())
+        if (step + 1) % args.every == 0:
+            print(f"{time.process_time():6.0f} s  step {step + 1}: loss {np.mean(recent):.3f}", flush=True)
+            recent.clear()
+    for parameter, average in zip(parameters, averages, strict=True):
+        parameter.data = average
+    return policy
+
+
+def main() -> None:
+    """Record, build, clone, save, examine."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--episodes", type=int, default=4000, help="demonstrations")
+    add("--mistaken", type=float, default=0.45, help="share of them that go to another goal than they are asked for")
+    add("--noise", type=float, default=0.3, help="std of their actions")
+    add("--steps", type=int, default=3000, help="optimiser steps")
+    add("--batch", type=int, default=128, help="frames of one")
+    add("--lr", type=float, default=3e-3, help="learning rate at its peak")
+    add("--ema", type=float, default=0.995, help="decay of the averaged weights, a step")
+    add("--width", type=int, default=48, help="of the vision-language model")
+    add("--layers", type=int, default=2, help="of its language part, and of the action expert")
+    add("--patch", type=int, default=4, help="pixels of a patch's side")
+    add("--every", type=int, default=250, help="steps between lines")
+    add("--examine", type=int, default=400, help="episodes of the final examination")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"{args.out} exists already: choose another folder, or delete it")
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    task = PointInstructions(mistaken=args.mistaken)
+    data = Demonstrations.record(task, args.episodes, args.noise)
+    print(f"{time.process_time():6.0f} s  {args.episodes} demonstrations, {len(data.state)} frames", flush=True)
+    with tempfile.TemporaryDirectory() as staged:
+        write_policy(Path(staged), data, args)
+        model = LeRobotFlow(staged, train="full", device="cpu")
+        size = sum(p.numel() for p in model.policy.parameters())
+        print(f"{time.process_time():6.0f} s  {size} parameters", flush=True)
+        policy = clone(model, data, args)
+        model.save(args.out)
+    environments = task.environments(100, 1)
+    rates = evaluate_control(policy, environments, episodes=args.examine, seed=0).metrics()
+    print(f"{time.process_time():6.0f} s  success {rates['success_rate']:.3f}, of {args.examine} episodes")
+
+
+if __name__ == "__main__":
+    main()

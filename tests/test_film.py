@@ -40,7 +40,7 @@ def near(pixel: np.ndarray, colour: str) -> bool:
 
 
 def test_films_are_the_episodes_of_the_evaluation(policy: ChainPolicy):
-    task = Point(limit=30)
+    task = Point()
     environments = task.environments(6, 1)
     seen = evaluate_control(policy, environments, episodes=12, seed=SEED)
     chosen = [0, 3, 4, 7, 11]
