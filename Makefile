@@ -22,7 +22,7 @@ unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 help:  ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-quickstart: $(CORE)  ## the embedded model learns by reinforcement what its prompts say; minutes on a CPU
+quickstart: $(CORE)  ## a picture model and a robot policy, both embedded, learn by reinforcement; minutes on two CPU cores
 	$(BIN)/genpolicy quickstart
 
 test: $(DEV)  ## the tests but the slow ones and those for a GPU (WORKERS=processes)
@@ -86,7 +86,7 @@ $(CORE): pyproject.toml constraints.txt | $(UV)
 	@echo "Setting up .venv/ (some minutes the first time)"
 	@$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv \
 	  || $(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .venv
-	@$(INSTALL) --editable .
+	@$(INSTALL) --editable '.[simulation]'
 	@touch $@
 
 $(DEV): $(CORE)

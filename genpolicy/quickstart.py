@@ -1,5 +1,6 @@
 """`genpolicy quickstart`: both worlds learn by reinforcement on the embedded models, and what changed is measured afresh."""
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from genpolicy.film import side_by_side
 from genpolicy.policy import ChainPolicy
 from genpolicy.tasks._simulators import RenderError
 
+PICTURES, ROBOT = "quickstart", "quickstart_robot"
+"""The configurations of the two halves."""
 REWARD = "shapes_strict"
 FRESH = 2_000_003
 """Plus the run's seed: the noise of the final measurement, which neither training nor its evaluations draw from."""
@@ -33,13 +36,16 @@ def quickstart(out: Path, seed: int, world: str) -> int:
     Returns the exit code. Deterministic given the seed, times aside.
     """
     if world != "both":
-        return {"pictures": _pictures, "robot": _robot}[world](out, seed)
+        return {"pictures": _pictures, "robot": _robot}[world](out / world, seed)
+    if importlib.util.find_spec("metaworld") is None:
+        print('The robot\'s half needs a simulator: pip install "genpolicy[simulation]". Here is the other half.\n')
+        return _pictures(out / "pictures", seed)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "robot.log"
     command = [sys.executable, "-m", "genpolicy", "quickstart", "--world", "robot"]
     print(f"Two worlds, one method each, side by side. The robot's half writes to {log} meanwhile.\n")
     with open(log, "w") as file:
-        robot = subprocess.Popen([*command, "--out", str(out / "robot"), "--seed", str(seed)], stdout=file, stderr=file)
+        robot = subprocess.Popen([*command, "--out", str(out), "--seed", str(seed)], stdout=file, stderr=file)
     try:
         code = _pictures(out / "pictures", seed)
         print("\n" + "-" * 80 + "\nThe robot:\n", flush=True)
@@ -48,7 +54,7 @@ def quickstart(out: Path, seed: int, world: str) -> int:
         robot.terminate()
         robot.wait()
         raise
-    print("\n".join(line for line in log.read_text().splitlines() if "\r" not in line and "it/s" not in line))
+    print("\n".join(line for line in log.read_text().split("\n") if "\r" not in line))  # all but the progress bar
     return code
 
 
@@ -81,7 +87,7 @@ def _require_same(experiment: Experiment, out: Path) -> None:
 
 def _pictures(out: Path, seed: int) -> int:
     started = time.perf_counter()
-    experiment = _learn("quickstart", out, seed, _announce_pictures)
+    experiment = _learn(PICTURES, out, seed, _announce_pictures)
     if experiment is None:
         return 0
     print("\nMeasuring before and after on the held-out captions, with noise that nothing has used yet ...")
@@ -149,7 +155,7 @@ def _tell(before: Evaluation, after: Evaluation, out: Path) -> None:
 
 def _robot(out: Path, seed: int) -> int:
     started = time.perf_counter()
-    experiment = _learn("quickstart_robot", out, seed, _announce_robot)
+    experiment = _learn(ROBOT, out, seed, _announce_robot)
     if experiment is None:
         return 0
     print("\nMeasuring before and after on starts that nothing has used yet ...")
