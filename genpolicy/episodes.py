@@ -31,7 +31,7 @@ class Decision:
 
 def reset_seed(seed: int, iteration: int, group: int) -> int:
     """The seed from which every member of a group begins its episode: a pure function, 31 bits."""
-    return int(np.random.SeedSequence([seed, iteration + 1, group]).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence([seed % 2**64, iteration + 1, group]).generate_state(1)[0] >> 1)
 
 
 @torch.no_grad()

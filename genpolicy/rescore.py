@@ -27,7 +27,7 @@ def replay_gap(
             part = trajectory[rows]
             with torch.enable_grad():
                 new = policy.transition(part, k)
-            now, acted = policy.scored(Gaussian(new.mean.detach(), new.std)), policy.scored(part.acted(k))
+            now, acted = policy.scored(Gaussian(new.mean.detach(), new.std.detach())), policy.scored(part.acted(k))
             return float(log_ratio(now, acted, policy.model.scored(part.after(k))).abs().max())
 
         gaps[k] = max(micro_batches(gap, len(trajectory), trajectory.shared))

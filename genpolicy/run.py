@@ -207,7 +207,7 @@ class Run:
         return minibatch.chains(rollout, updates, self._order(epoch))
 
     def _order(self, epoch: int) -> list[int]:
-        return [self.experiment.seed, self.iteration, epoch]
+        return [self.experiment.seed % 2**64, self.iteration, epoch]
 
     def normalised(self, values: Tensor) -> Tensor:
         """(values - mean) / std over the rows [R] of all processes."""
@@ -276,7 +276,7 @@ class Run:
         scored too, without gradients. also: optimisers of other parts that the loss reaches, stepped together.
         """
         self.journal.phase("update")
-        rows = advantage.float() if advantage.ndim == 1 else rollout.rows(advantage)
+        rows = advantage.to(rollout.trajectory.x0) if advantage.ndim == 1 else rollout.rows(advantage)
         chains, advantages = rollout.trajectory[batch.rows], rows[batch.rows]
         policy = self._window_of(rollout.trajectory)
         steps = list(chains.steps) if batch.k is None else [batch.k]

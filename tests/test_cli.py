@@ -20,7 +20,7 @@ from genpolicy.micro_batch import MicroBatches
 from tests.toy import PROMPTS, experiment
 
 torch.set_num_threads(1)
-VERBS = ("quickstart", "train", "evaluate", "compare", "sample", "list", "check")
+VERBS = ("quickstart", "train", "evaluate", "demonstrate", "compare", "sample", "list", "check")
 
 
 def write(folder: Path, name: str = "experiment", **sections) -> str:
@@ -56,7 +56,8 @@ def test_help_and_list_import_nothing_heavy():
 import sys
 from genpolicy.cli import main
 assert main(["--help"]) == main(["train", "--help"]) == 0
-assert [main(["list", kind]) for kind in ("methods", "models", "rewards", "tasks", "configs")] == [0] * 5
+kinds = ("methods", "models", "rewards", "tasks", "datasets", "configs")
+assert [main(["list", kind]) for kind in kinds] == [0] * 6
 heavy = {"torch", "numpy", "diffusers", "transformers", "lerobot", "gymnasium", "matplotlib", "PIL"} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -73,6 +74,8 @@ assert not heavy, heavy
         ("models", "diffusers_pipeline", "Any diffusers pipeline"),
         ("rewards", "shapes_strict", "Strict score"),
         ("tasks", "prompts", "Prompts as a task"),
+        ("tasks", "metaworld", "MetaWorld v3 from its state"),
+        ("datasets", "lerobot_dataset", "A LeRobotDataset"),
         ("kernels", "sde", "The reverse SDE"),
         ("configs", "quickstart", "A small Stable Diffusion 3"),
     ],

@@ -1,4 +1,4 @@
-"""`evaluate` and `demonstrate` through the door, on the toy of control."""
+"""`evaluate`, `demonstrate` and `compare` through the door, on the toy of control."""
 
 import json
 from pathlib import Path
@@ -8,17 +8,16 @@ import pytest
 import torch
 import yaml
 
-from genpolicy import config
+from genpolicy import compare, config
 from genpolicy.build import saved
 from genpolicy.chain import DDIM, FloorStd, Mean
 from genpolicy.cli import main
 from genpolicy.evaluate import interval
 from genpolicy.evaluate_control import evaluate_control
 from genpolicy.experiment import train
-from genpolicy.samplers import PRESETS, variants
+from genpolicy.samplers import variants
 from genpolicy.tasks._simulators import RenderError
-from tests.lerobot_tiny import STATE, WORLD
-from tests.lerobot_tiny import saved as lerobot_saved
+from tests import lerobot_tiny as lerobot
 from tests.test_bad_inputs import complaint
 from tests.toy_control import Point, Walk, cloned, experiment
 
@@ -26,6 +25,11 @@ torch.set_num_threads(1)
 EPISODES = 10
 FEW = ["--episodes", str(EPISODES), "--gifs", "0"]
 METHOD = {"name": "dppo", "episodes": 10, "critic_epochs": 1, "epochs": 1, "warm_up": 0}
+
+
+@pytest.fixture(autouse=True)
+def _few_decisions_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genpolicy.trial.DECISIONS", 5)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +163,7 @@ def test_a_moved_policy_knows_its_kernel_from_its_mean(run: Path, tmp_path: Path
     try:
         alone = {v.name: v.sampler.kernel for v in variants(["stochastic"], saved(moved))}
         assert alone["stochastic"]["name"] == "floorstd"
-        with pytest.raises(config.ConfigError, match="which .* does not say"):
+        with pytest.raises(config.ConfigError, match="the kernel that the policy was trained with"):
             variants(["stochastic"], saved(moved, kernel={"name": "ddim", "eta": 0.0}))
     finally:
         moved.rename(run / "policy")
@@ -170,13 +174,14 @@ def test_a_moved_policy_knows_its_kernel_from_its_mean(run: Path, tmp_path: Path
 
 @pytest.mark.parametrize(("scheduler", "eta"), [("DDIM", 0.0), ("DDPM", 1.0)])
 def test_a_lerobot_folder_acts_with_its_own_sampler(tmp_path: Path, scheduler: str, eta: float):
-    folder = lerobot_saved(tmp_path, STATE, WORLD, noise_scheduler_type=scheduler, num_inference_steps=5)
+    settings = {"noise_scheduler_type": scheduler, "num_inference_steps": 5}
+    folder = lerobot.saved(lerobot.diffusion(lerobot.STATE, lerobot.WORLD, **settings), tmp_path)
     found = saved(folder)
     assert found.acts
     assert found.policy == {"name": "lerobot_diffusion", "pretrained": str(folder), "spacing": "lerobot"}
     assert (found.sampler.steps, found.sampler.kernel) == (5, {"name": "ddim", "eta": eta})
     policy = found.load()
-    deployed, ours, native = (v.of(policy).chain for v in variants(["steps=5", "native"], found))
+    deployed, native = (v.of(policy).chain for v in variants(["native"], found))
     assert torch.equal(deployed.grid, native.grid)
     policy.model.spacing = "trailing"  # the negative control: our own grid is another one
     _, ours, native = (v.of(policy).chain for v in variants(["steps=5", "native"], found))
@@ -247,7 +252,7 @@ def test_no_camera_no_gifs(run: Path, tmp_path: Path, capsys, monkeypatch):
         (["--task", "metawrld"], "there is no task 'metawrld'; did you mean metaworld"),
         (["--task", "nowhere.yaml"], "nowhere.yaml"),
         (["--task", "prompts", "--task.prompts=README.md"], "task prompts has no environments"),
-        (["--task", "tests.datasets.cart:Cart"], "the policy needs observation.state of shape (2,)"),
+        (["--task", "tests.datasets.cart:Cart"], "needs observation.environment_state of shape (2,); the task has"),
         (["--task.lmit=3"], "no key 'lmit'; did you mean limit"),
         (["--tusk.limit=3"], "evaluate does not take '--tusk.limit=3'"),
     ],
@@ -315,3 +320,65 @@ def test_demonstrate_where_a_yaml_says(tmp_path: Path, run: Path, capsys):
     capsys.readouterr()
     said = complaint(capsys, tmp_path / "set", "demonstrate", "tests.toy_control:Point")
     assert "does not say where its data set is: give --out DIR" in said
+
+
+# -- compare --------------------------------------------------------------------------------------------------
+
+SMALL = {"episodes": 6, "critic_epochs": 1, "epochs": 1, "warm_up": 0}
+ARMS = {"first": {"name": "dppo", **SMALL}, "second": {"name": "dppo", "clip": 0.05, **SMALL}}
+
+
+def arms(folder: Path, start: Path, **second: Any) -> list[str]:
+    """The YAMLs of two arms."""
+    sections = {"policy": {"name": "mlp", "pretrained": str(start)}, "data": None, "budget": {"env_steps": 100}}
+    for name, method in ARMS.items():
+        raw = experiment(folder, method=method, **{**sections, **(second if name == "second" else {})})
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+    return [str(folder / f"{name}.yaml") for name in ARMS]
+
+
+def test_compare_in_environments(run: Path, tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    assert main(["compare", *arms(tmp_path, run / "policy"), "--seeds", "0-1", "--out", str(out)]) == 0
+    table = json.loads((out / "compare.json").read_text())
+    assert table["metrics"] == ["success_rate", "return", "length"]
+    runs = {(r["arm"], r["seed"]): r["metrics"]["success_rate"] for r in table["runs"]}
+    entries = {arm: table["arms"][arm]["metrics"]["success_rate"] for arm in ARMS}
+    for arm, entry in entries.items():
+        assert entry["values"] == [runs[arm, seed]["value"] for seed in (0, 1)]
+        assert entry["before"] == entries["first"]["before"], "same start, same episodes, same deployed sampler"
+        assert table["arms"][arm]["env_steps"]["mean"] >= 100
+    pairs = [runs["second", seed]["value"] - runs["first", seed]["value"] for seed in (0, 1)]
+    difference = table["arms"]["second"]["difference"]["success_rate"]
+    assert difference["mean"] == pytest.approx(sum(pairs) / 2)
+    low, high = runs["first", 0]["ci95"]
+    assert low <= runs["first", 0]["value"] <= high
+    text = capsys.readouterr().out
+    assert "| eval/success_rate after |" in text
+    assert "| environment steps |" in text
+    assert (out / "compare.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"budget": {"env_steps": 200}}, "budget differs in env_steps"),
+        ({"task": {"name": "tests.toy_control:Point", "limit": 5}}, "task differs in limit"),
+        ({"eval": {"every": 0, "episodes": 9}}, "evaluation set differs in episodes (20 and 9)"),
+        ({"chain": {"steps": 5}}, "evaluated sampler differs in steps (4 and 5)"),
+        ({"policy": {"name": "mlp", "pretrained": None}}, "start (the policy section) differs"),
+    ],
+)
+def test_arms_in_environments_that_can_not_be_compared(
+    run: Path, tmp_path: Path, capsys, change: dict[str, Any], said: str
+):
+    out = tmp_path / "out"
+    paths = arms(tmp_path, run / "policy", **change)
+    assert said in complaint(capsys, out, "compare", *paths, "--out", str(out))
+
+
+def test_kernels_of_arms_in_environments_may_differ(run: Path, tmp_path: Path):
+    """Each is deployed with the mean of its own; on pictures the deployed samplers must be equal."""
+    kernel = {"name": "ddim", "eta": 1.0}
+    paths = arms(tmp_path, run / "policy", chain={"steps": 4, "kernel": kernel, "window": [0, 3]})
+    compare._require_comparable([compare.Arm(path, config.load(path)) for path in paths])

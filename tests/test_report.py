@@ -143,26 +143,84 @@ def test_panels_say_what_a_run_has():
         "seconds an iteration",
     ]
     kl = [{**line, "policy/kl": 0.1, "policy/log_ratio_square": 0.01} for line in run_metrics(20)]
-    assert {"KL to the policy at step 0", "log-ratio (root mean square)"} <= {title for title, _ in report._panels(kl)}
+    assert {"KL, as the method defines it", "log-ratio (root mean square)"} <= {title for title, _ in report._panels(kl)}
 
 
 def test_evaluation_includes_the_one_before_training():
     from matplotlib.figure import Figure
 
     axes = Figure().add_subplot()
-    report.evaluation(axes, run_metrics(20), "score", "evaluation", report.COLOURS[0])
+    report.evaluation(axes, run_metrics(20), "reward/score", "evaluation", report.COLOURS[0])
     assert axes.lines[0].get_xdata().tolist() == [0, 5, 10, 15, 20]
     low, high = (axes.collections[0].get_paths()[0].vertices[:, 1].__getattribute__(end)() for end in ("min", "max"))
     assert (low, high) == (-1.0, 3.0)
 
 
+def control_metrics(iterations: int, sparse: bool = True) -> list[dict]:
+    """Of a run in environments: each iteration takes 300 steps more than the one before."""
+    found: list[dict] = []
+    for i in range(iterations + 1):
+        if i:
+            steps, critic = 150.0 * i * (i + 1), {"critic/explained": 0.5, "critic/loss": 0.1}
+            episodes = {"episode/success": 0.01 * i, "episode/length": 90.0, "reward/return": 0.01 * i}
+            found.append({"iteration": i, "env_steps": steps, "time/sample": 1.0, **episodes, **critic})
+        if i % 5 == 0:
+            rate, band = 0.02 * i, [0.02 * i - 0.1, 0.02 * i + 0.1]
+            judged = {"eval/success_rate": rate, "eval/ci95/success_rate": band, "eval/length": 80.0, "eval/n": 9}
+            returns = {"eval/return": rate if sparse else 7.0 + i, "eval/ci95/return": band}
+            found.append({"iteration": i, **judged, **returns})
+    return found
+
+
+def test_panels_of_a_run_in_environments():
+    titles = [title for title, _ in report._panels(control_metrics(20))]
+    assert titles == [
+        "success rate",
+        "environment steps of an episode",
+        "share of the returns' variance explained by the value",
+        "seconds an iteration",
+    ]
+    dense = [title for title, _ in report._panels(control_metrics(20, sparse=False))]
+    assert dense[:3] == ["success rate", "return", "environment steps of an episode"]
+    unjudged = [{k: v for k, v in line.items() if "success" not in k} for line in control_metrics(20)]
+    assert next(title for title, _ in report._panels(unjudged)) == "return"
+
+
+def test_success_is_drawn_over_what_was_experienced():
+    from matplotlib.figure import Figure
+
+    lines, xlabel = report.by_experience(control_metrics(20))
+    assert xlabel == "environment steps"
+    axes = Figure().add_subplot()
+    dict(report._panels(lines))["success rate"](axes)
+    evaluated = next(line for line in axes.lines if line.get_label() == "evaluation, 95 % interval")
+    assert evaluated.get_xdata().tolist() == [0, 150 * 5 * 6, 150 * 10 * 11, 150 * 15 * 16, 150 * 20 * 21]
+    assert evaluated.get_ydata() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert any(line.get_label() == "training sampler" for line in axes.lines)
+    assert report.by_experience(run_metrics(20)) == (run_metrics(20), "iteration")
+    cloning = [{"iteration": i, "env_steps": 0.0, "bc/loss": 1.0} for i in (1, 2)]
+    assert report.by_experience(cloning) == (cloning, "iteration")
+
+
+def test_an_evaluation_without_an_interval_is_not_said_to_have_one():
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    dict(report._panels(control_metrics(20)))["environment steps of an episode"](axes)
+    assert [line.get_label() for line in axes.lines][1:] == ["training sampler", "evaluation"]
+    assert not axes.collections
+
+
 @pytest.mark.parametrize("iterations", [0, 1, 20])
 def test_curves_are_drawn(tmp_path, iterations):
-    for line in run_metrics(iterations):
-        report.append(tmp_path, line)
-    report.figures(tmp_path)
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["curves.png"]
-    assert min(Image.open(tmp_path / "figures" / "curves.png").size) > 100
+    for metrics in (run_metrics, control_metrics):
+        folder = tmp_path / metrics.__name__
+        folder.mkdir()
+        for line in metrics(iterations):
+            report.append(folder, line)
+        report.figures(folder)
+        assert [path.name for path in (folder / "figures").iterdir()] == ["curves.png"]
+        assert min(Image.open(folder / "figures" / "curves.png").size) > 100
 
 
 def test_a_run_without_lines_is_an_empty_figure(tmp_path):

@@ -58,7 +58,7 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float | Tensor
     A row is clipped where its gradient is cut: rho > 1+clip with A > 0, or rho < 1-clip with A < 0. What ``clip`` means
     depends on the log-ratio's reduction over E: 1e-6..1e-3 for "mean" on images, 0.1..0.3 for "sum".
     """
-    ratio, clip = log_ratio.exp(), torch.as_tensor(clip)
+    ratio, clip = log_ratio.exp(), torch.as_tensor(clip, device=log_ratio.device)
     bounded = ratio.clamp(1 - clip, 1 + clip)
     loss = torch.maximum(-advantage * ratio, -advantage * bounded)
     clipped = ((advantage > 0) & (ratio > 1 + clip)) | ((advantage < 0) & (ratio < 1 - clip))

@@ -35,7 +35,7 @@ class BC:
         model, data = cast(ControlModel, run.policy.model), run.data
         for iteration in run.iterations():
             for update in range(self.updates):
-                rows, uniform, noise = self._draw(run, len(data), [run.experiment.seed, iteration, update])
+                rows, uniform, noise = self._draw(run, len(data), [run.experiment.seed % 2**64, iteration, update])
                 t = model.times(uniform)
 
                 def losses(part: slice, rows: Tensor = rows, t: Tensor = t, noise: Tensor = noise) -> Tensor:

@@ -94,7 +94,7 @@ class DPPO:
 
     def loss(self, step: Scored) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of b pairs, [b], and its metrics [b]."""
-        advantage = step.advantage * self.discount(step.index, step.steps)
+        advantage = step.advantage * self.discount(step.index, step.steps).to(step.advantage)
         log_rho = self.log_ratio(step.new, step.old, step.x)
         surrogate = clipped_surrogate(log_rho, advantage, self.clip_range(step.index, step.steps))
         metrics = clip_metrics(log_rho, advantage, surrogate)

@@ -207,7 +207,7 @@ class LeRobotDiffusion:
 
     def event_mask(self, pad: Tensor) -> Tensor | None:
         """The actions inside the episode, if its config masks the others (do_mask_loss_for_padding)."""
-        return ~pad[..., None] if self.policy.config.do_mask_loss_for_padding else None
+        return ~pad[..., None].to(self.device) if self.policy.config.do_mask_loss_for_padding else None
 
     def decode(self, x0: Tensor) -> Tensor:
         """The executed actions, from the current frame's on, [B,executed,D] in the environment's units."""

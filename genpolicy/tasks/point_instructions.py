@@ -173,7 +173,7 @@ class PointInstructions:
     mistaken: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least("task point_instructions", self, goals=2, limit=1)
+        at_least("task point_instructions", self, goals=1, limit=1)
         share("task point_instructions", self, "mistaken")
         if self.goals > len(COLOURS):
             raise ConfigError(f"task point_instructions: goals is {self.goals}; there are {len(COLOURS)} colours")
@@ -194,8 +194,9 @@ class PointInstructions:
         """Straight to the goal at full speed; to another one in a share ``mistaken`` of the seeds."""
         draw = np.random.Generator(np.random.Philox(key=[seed, 1]))
         world, plane = scene(seed, self.goals), self.environments(1, 1)
-        wrong = draw.random() < self.mistaken
-        aim = (world.asked + draw.integers(1, self.goals)) % self.goals if wrong else world.asked
+        aim = world.asked
+        if draw.random() < self.mistaken and self.goals > 1:
+            aim = (aim + draw.integers(1, self.goals)) % self.goals
         seen, over = plane.reset([0], [seed]), False
         frames, actions, rewards, success = [], [], [], False
         while not over:

@@ -136,6 +136,7 @@ def test_demonstrations_succeed_unless_mistaken(noise):
     assert {n: tuple(v.shape[1:]) for n, v in first.observation.items()} == TASK.shapes
     begun = TASK.environments(1, 1).reset([0], [0])
     assert all(torch.equal(value[0], begun.observation[name][0, 0]) for name, value in first.observation.items())
+    assert PointInstructions(goals=1, mistaken=1.0).demonstrate(0, noise).success
     wrong = [PointInstructions(mistaken=0.4).demonstrate(seed, noise) for seed in range(300)]
     assert 0.5 < sum(d.success for d in wrong) / 300 < 0.7
     assert all(float(d.rewards.sum()) == d.success for d in wrong)
@@ -165,7 +166,7 @@ def test_thousands_of_steps_a_second():
 
 def test_wrong_settings_and_actions():
     for settings, sentence in (
-        ({"goals": 1}, "goals is 1; it must be at least 2"),
+        ({"goals": 0}, "goals is 0; it must be at least 1"),
         ({"goals": 5}, "goals is 5; there are 4 colours"),
         ({"limit": 0}, "limit is 0"),
         ({"mistaken": 1.5}, r"mistaken is 1.5; it must lie in \[0, 1\]"),
