@@ -24,7 +24,6 @@ from genpolicy.reward import RewardError
 from genpolicy.run import REPLAY_CHECK, Method, Run, start_processes
 from genpolicy.task import Task, is_control
 
-
 REHEARSED = 1000
 """The iteration that a rehearsal is: past any warm-up, which costs less than what follows."""
 

@@ -6,6 +6,7 @@ fp64); only what multiplies x is fp32 and on its device.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -88,10 +89,13 @@ class VariancePreserving:
     alpha_bar: Tensor
     final_alpha_bar: float = 1.0
 
-    def _alpha_bar(self, t: Tensor) -> Tensor:
+    @cached_property
+    def _table(self) -> Tensor:
         final = torch.tensor([self.final_alpha_bar], dtype=torch.float64)
-        table = torch.cat([final, self.alpha_bar.double().cpu()]).to(t.device)
-        return table[(t * len(self.alpha_bar)).round().long()]
+        return torch.cat([final, self.alpha_bar.double().cpu()])
+
+    def _alpha_bar(self, t: Tensor) -> Tensor:
+        return self._table.to(t.device)[(t * len(self.alpha_bar)).round().long()]
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._alpha_bar(t).sqrt()

@@ -1,7 +1,6 @@
 """A diffusers pipeline from a folder or the hub, and what can be said against its settings before it runs."""
 
 import difflib
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,6 @@ OURS = {
     **dict.fromkeys(("num_images_per_prompt", "num_videos_per_prompt"), "the method's group"),
 }
 """Arguments of a pipeline's call that are passed by the adapter, and what decides them."""
-
-
-def default_device() -> torch.device:
-    """This process's accelerator (torchrun's LOCAL_RANK says which), or the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None:
-        return torch.device("cpu")
-    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def load_pipeline(pretrained: str, revision: str | None, frozen: torch.dtype, learning: torch.dtype) -> Any:

@@ -21,7 +21,8 @@ from genpolicy.chain import Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
 from genpolicy.models import _diffusers_lora as lora_files
-from genpolicy.models._diffusers_load import DENOISERS, check_call, default_device, load_pipeline
+from genpolicy.models._device import default_device
+from genpolicy.models._diffusers_load import DENOISERS, check_call, load_pipeline
 from genpolicy.models._diffusers_lora import Lora
 from genpolicy.models._diffusers_prompts import Embeddings, Entry, Prompts
 from genpolicy.models._diffusers_scheduler import Asked, OneStep, Times, markov
