@@ -106,7 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", default="runs/quickstart", help="folder to write (default: %(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of the runs (default: %(default)s)")
     one.add_argument(
-        "--world", choices=WORLDS, default=WORLDS[0], metavar="WORLD", help=f"one of {', '.join(WORLDS)} (default: both)"
+        "--world",
+        choices=WORLDS,
+        default=WORLDS[0],
+        metavar="WORLD",
+        help=f"one of {', '.join(WORLDS)} (default: both)",
     )
 
     one = verb("train", _train, "Run an experiment, or resume one from its run's config.yaml.", keys="")

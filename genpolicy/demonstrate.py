@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from genpolicy.build import control_model, make_policy, saved
+from genpolicy.build import require_fit, saved
 from genpolicy.chain import Noise
 from genpolicy.config import ConfigError, leaf, make
 from genpolicy.episodes import play
@@ -90,7 +90,10 @@ def _by_expert(task: ControlTask, seeds: Sequence[int], noise: float) -> Iterato
 def _by_policy(task: ControlTask, seeds: Sequence[int], policy: str, seed: int) -> Iterator[Demonstration]:
     """The policy's episodes, in the order of their seeds."""
     found = saved(policy)
-    actor = make_policy(control_model(found.policy, task, None), found.sampler)
+    if not found.acts:
+        raise ConfigError(f"{policy} draws, it does not act: it can't demonstrate anything")
+    actor = found.load()
+    require_fit(actor.model, task)  # type: ignore[arg-type]  # it acts
     logs = [_Log() for _ in seeds]
 
     def watch(_slots: Sequence[int], playing: Sequence[int], seen: Context, action: Tensor, step: TaskStep) -> None:

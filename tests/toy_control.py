@@ -136,6 +136,16 @@ class Recorded:
         return Context(["walk to the goal"] * len(index), seen), self.values["action"][inside], wanted != inside
 
 
+@dataclass
+class Shuffled(Recorded):
+    """The same numbers, but that actions have nothing to do with what was seen."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        self.values["action"] = self.values["action"][order]
+
+
 def _statistics(value: Tensor) -> dict[str, Tensor]:
     quantiles = {name: value.quantile(q, 0) for name, q in (("q01", 0.01), ("q99", 0.99))}
     return {"min": value.amin(0), "max": value.amax(0), "mean": value.mean(0), "std": value.std(0), **quantiles}

@@ -1,7 +1,9 @@
 """A point on a plane that is told in words where to go: a robot's task of vision, language and action in microseconds.
 
-Coloured goals stand around the point; the instruction names one of them by colour and shape. An episode ends at whichever goal
-the point reaches first, and only the one that was named is rewarded. All of it is numpy, every slot at once.
+Coloured goals stand around the point, each colour in a quarter of its own; the instruction names one of them by colour and
+shape. An episode ends at whichever goal the point reaches first, and only the one that was named is rewarded. Words alone tell
+where to go: a network that starts from nothing learns that in seconds, what a picture shows it would take hours. All of it is
+numpy, every slot at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,12 +46,12 @@ class Scene(NamedTuple):
 
 
 def scene(seed: int, goals: int) -> Scene:
-    """The episode of a reset seed: goals of different colours, none before another as seen from the middle."""
+    """The episode of a reset seed: goals of different colours, each in its colour's quarter of the plane."""
     draw = np.random.Generator(np.random.Philox(key=seed))
     colours = tuple(draw.permutation(list(COLOURS))[:goals].tolist())
     shapes = tuple(draw.choice(SHAPES, goals).tolist())
-    turn = draw.uniform(0, 2 * np.pi)
-    angles = turn + 2 * np.pi / goals * (np.arange(goals) + draw.uniform(-0.15, 0.15, goals))
+    quarters = np.array([list(COLOURS).index(colour) for colour in colours])
+    angles = np.pi / 2 * (quarters + 0.5 + draw.uniform(-0.15, 0.15, goals))
     distance = draw.uniform(NEAR, FAR, goals)
     places = (distance * np.stack([np.cos(angles), np.sin(angles)])).T
     point = draw.uniform(-START, START, 2)

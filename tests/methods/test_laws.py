@@ -1,7 +1,7 @@
 """Laws of every method with likelihoods: what must hold whatever the method, parametrised over the files in
 methods/."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from genpolicy import config
 from genpolicy.config import names
 from genpolicy.experiment import prepare, train
-from tests.toy import experiment
+from genpolicy.minibatch import Batch
+from tests import toy, toy_control
 
 torch.set_num_threads(1)
 KERNELS = {
@@ -18,23 +19,86 @@ KERNELS = {
     "ddim": {"name": "ddim", "eta": 1.0},
     "cps": {"name": "cps", "a": 0.8},
 }
+ODE = {"name": "ddim", "eta": 0.0}
 CLIP = {"reduce": "sum", "clip": 0.2}
+METHODS = [name for name in names("methods") if hasattr(config.leaf("methods", name), "log_ratio")]
+"""Those that compare likelihoods; the others have no ratio."""
+GROUPED = [name for name in METHODS if "group" in {f.name for f in fields(config.leaf("methods", name))}]
+"""Those that compare the members of a group, and keep near a reference."""
+LEARNED = {"reinflow"}
+"""Those that bring their own noise: their kernel is the ODE."""
+WORLDS = {"prompts": toy.experiment, "control": toy_control.experiment}
 
 
-def prepared(tmp_path, method, **sections):
-    raw = experiment(tmp_path, **sections)
-    raw["method"] = {"name": method, "groups": 4, "group": 4, **CLIP, **raw["method"].get("extra", {})}
+def section(method, **sizes):
+    """A method's section with those of the sizes that it knows."""
+    known = {f.name for f in fields(config.leaf("methods", method))}
+    return {"name": method, **{name: value for name, value in {**CLIP, **sizes}.items() if name in known}}
+
+
+SMALL = {
+    "groups": 4,
+    "group": 4,
+    "episodes": 16,
+    "warm_up": 0,
+    "entropy": 0.0,
+    "epochs": 1,
+    "updates": 1,
+    "minibatch": 10**6,
+}
+
+
+def prepared(tmp_path, method, world="prompts", **sections):
+    raw = WORLDS[world](tmp_path, method=section(method, **SMALL), **sections)
+    if world == "control":
+        raw["policy"]["family"] = "flow"
     run, built = prepare(config.parse(raw), tmp_path / "run", Accelerator(cpu=True))
     run.iteration = 1
     return run, built
 
 
+def once(run, method, advantage=lambda value: value):
+    """One iteration of a method, without what a run does around it: the means of its updates of the policy. Its advantages
+    are changed by ``advantage``; the gradients of the last update stay with the parameters.
+    """
+    found, honest = [], run.update
+
+    def update(rollout, batch, values, *arguments, **options):
+        found.append(honest(rollout, batch, advantage(values), *arguments, **options))
+        return found[-1]
+
+    run.update, run.iterations = update, lambda: iter([1])
+    run.optimizer.settings = replace(run.optimizer.settings, lr=1e-12, weight_decay=0.0)
+    method.train(run)
+    assert found, "an iteration updates the policy"
+    return found
+
+
+def chain(method, kernel="ddim", **options):
+    return {"steps": 5, "kernel": ODE if method in LEARNED else KERNELS[kernel], "window": [1, 3], **options}
+
+
+def largest(run):
+    return max(float(p.grad.abs().max()) for p in run.trainable)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(
+    ("method", "kernel"), [(m, k) for m in METHODS for k in KERNELS if m not in LEARNED or k == "ddim"]
+)
+def test_the_first_pass_has_ratio_one_and_no_clipping(tmp_path, method, kernel, world):
+    run, built = prepared(tmp_path, method, world, chain=chain(method, kernel))
+    (first,) = once(run, built)
+    assert first["ratio_mean"] == pytest.approx(1.0, abs=1e-6 if world == "prompts" else 1e-4)
+    assert first["clip_fraction"] == 0
+    assert run.replay_gap < 1e-3
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("shared_prefix", [False, True])
-@pytest.mark.parametrize("method", names("methods"))
-def test_first_pass_has_ratio_one_and_no_clipping(tmp_path, method, kernel, shared_prefix):
-    run, built = prepared(tmp_path, method, chain={"steps": 5, "kernel": KERNELS[kernel], "window": [1, 3]})
-    rollout = run.collect(4, 4, shared_prefix=shared_prefix)
+@pytest.mark.parametrize("method", GROUPED)
+def test_a_shared_prefix_has_ratio_one_too(tmp_path, method, kernel):
+    run, built = prepared(tmp_path, method, chain=chain(method, kernel))
+    rollout = run.collect(4, 4, shared_prefix=True)
     chains, policy = rollout.trajectory, run.policy.with_window((1, 3))
     for k in chains.steps:
         new = policy.transition(chains, k)
@@ -45,19 +109,31 @@ def test_first_pass_has_ratio_one_and_no_clipping(tmp_path, method, kernel, shar
         assert (metrics["ratio_mean"] == 1).all()
 
 
-@pytest.mark.parametrize("method", names("methods"))
-def test_zero_advantage_gives_zero_gradient_and_a_real_one_does_not(tmp_path, method):
-    run, built = prepared(tmp_path, method)
-    rollout = run.collect(4, 4)
-    for advantage, moves in ((torch.zeros(4, 4), False), (torch.randn(4, 4), True)):
-        run.optimizer.zero_grad()
-        step = run._score(run.policy, rollout.trajectory, 1, rollout.rows(advantage), None)
-        built.loss(step)[0].sum().backward()
-        largest = max(float(p.grad.abs().max()) for p in run.trainable)
-        assert (largest > 0) == moves
+@pytest.mark.parametrize("method", METHODS)
+def test_control_after_an_update_the_ratio_is_not_one(tmp_path, method):
+    run, built = prepared(tmp_path, method, chain=chain(method))
+    built.epochs = 2
+    run.experiment.optimizer.lr = 0.05
+    found, honest = [], run.update
+    run.update = lambda *arguments, **options: found.append(honest(*arguments, **options)) or found[-1]
+    run.iterations = lambda: iter([1])
+    built.train(run)
+    assert found[0]["log_ratio_square"] < 1e-8 < found[-1]["log_ratio_square"]
+    assert found[-1]["clip_fraction"] > 0
 
 
-@pytest.mark.parametrize("method", names("methods"))
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_advantage_gives_zero_gradient_and_a_real_one_does_not(tmp_path, method, world):
+    for name, change in (("zero", torch.zeros_like), ("real", torch.randn_like)):
+        folder = tmp_path / name
+        folder.mkdir()
+        run, built = prepared(folder, method, world, chain=chain(method))
+        once(run, built, change)
+        assert (largest(run) > 0) == (name == "real")
+
+
+@pytest.mark.parametrize("method", GROUPED)
 def test_kl_to_the_start_is_zero_at_first_and_grows(tmp_path, method):
     run, built = prepared(tmp_path, method, chain={"steps": 5, "kernel": KERNELS["sde"]})
     built.beta = 0.1
@@ -65,41 +141,58 @@ def test_kl_to_the_start_is_zero_at_first_and_grows(tmp_path, method):
     advantage = torch.randn(4, 4)
     before = run._score(run.policy, rollout.trajectory, 1, rollout.rows(advantage), reference)
     assert built.loss(before)[1]["kl"].abs().max() == 0
-    run.update(rollout, slice(0, 16), advantage, built.loss, reference)
+    run.update(rollout, Batch(slice(0, 16)), advantage, built.loss, reference)
     after = run._score(run.policy, rollout.trajectory, 1, rollout.rows(advantage), reference)
     assert built.loss(after)[1]["kl"].min() > 0
 
 
-@pytest.mark.parametrize("method", names("methods"))
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_toy_with_one_right_answer_is_solved(tmp_path, method, kernel):
-    """Bright prompts want white, dark prompts black: the mean of the reward must rise from 0 to at least a third of its
-    maximum."""
-    raw = experiment(
+LEARNING = {
+    "groups": 8,
+    "group": 16,
+    "updates": 2,
+    "advantage": "group",
+    "episodes": 128,
+    "warm_up": 1,
+    "minibatch": 192,
+    "epochs": 1,
+    "critic_lr": 1e-2,
+    "std_low": 0.2,
+    "std_high": 0.5,
+    "entropy": 0.0,
+    "noise_lr": 1e-3,
+}
+
+
+def solved(tmp_path, method, kernel, iterations, **sections):
+    """Train on the toy: bright prompts want white, dark prompts black."""
+    window = {"window": [0, 4]} if method in LEARNED else {}
+    raw = toy.experiment(
         tmp_path,
-        chain={"steps": 4, "kernel": KERNELS[kernel]},
-        method={"name": method, "groups": 8, "group": 16, "updates": 2, "advantage": "group", **CLIP},
+        chain={"steps": 4, "kernel": ODE if method in LEARNED else KERNELS[kernel], **window},
+        method=section(method, **LEARNING),
         optimizer={"lr": 1e-2},
-        budget={"iterations": 60},
+        budget={"iterations": iterations},
         eval={"every": 0, "samples": 64},
+        **sections,
     )
-    result = train(config.parse(raw))
+    return train(config.parse(raw))
+
+
+@pytest.mark.parametrize(
+    ("method", "kernel"), [(m, k) for m in METHODS for k in KERNELS if m not in LEARNED or k == "ddim"]
+)
+def test_a_toy_with_one_right_answer_is_solved(tmp_path, method, kernel):
+    """The mean of the reward must rise from 0 to at least a third of its maximum."""
+    result = solved(tmp_path, method, kernel, 60 if method in GROUPED else 25)
     assert abs(result.before["reward/brightness"]) < 0.05
     assert result.after["reward/brightness"] > 0.15
 
 
-@pytest.mark.parametrize("method", names("methods"))
+@pytest.mark.parametrize("method", METHODS)
 def test_wrong_sign_fails_where_the_method_succeeds(tmp_path, method):
     """The negative control of the test above: with the reward's sign turned, the policy learns the opposite."""
-    raw = experiment(
-        tmp_path,
-        method={"name": method, "groups": 8, "group": 16, "advantage": "group", **CLIP},
-        reward={"tests.toy:brightness": -1.0},
-        optimizer={"lr": 1e-2},
-        budget={"iterations": 40},
-        eval={"every": 0, "samples": 64},
-    )
-    assert train(config.parse(raw)).after["reward/brightness"] < -0.1
+    result = solved(tmp_path, method, "ddim", 40 if method in GROUPED else 25, reward={"tests.toy:brightness": -1.0})
+    assert result.after["reward/brightness"] < -0.1
 
 
 @pytest.mark.parametrize(("method", "weight"), [("flow_grpo", "std/dt"), ("grpo_guard", "1/dt")])
@@ -117,7 +210,7 @@ def test_step_weights_reach_the_loss(tmp_path, method, weight):
 def test_minibatches_partition_the_rollout(tmp_path, updates, epochs):
     run, _ = prepared(tmp_path, "flow_grpo")
     rollout = run.collect(4, 4, updates=updates)
-    rows = [r for s in run.minibatches(rollout, updates, epochs) for r in range(s.start, s.stop)]
+    rows = [r for b in run.minibatches(rollout, updates, epochs) for r in range(16)[b.rows]]
     assert rows == list(range(16)) * epochs
 
 
@@ -128,7 +221,7 @@ def test_micro_batches_do_not_change_the_update(tmp_path):
         folder.mkdir()
         run, built = prepared(folder, "flow_grpo", micro_batch=micro_batch)
         rollout = run.collect(4, 4, shared_prefix=False)
-        run.update(rollout, slice(0, 16), torch.arange(16.0).view(4, 4) - 7.5, built.loss)
+        run.update(rollout, Batch(slice(0, 16)), torch.arange(16.0).view(4, 4) - 7.5, built.loss)
         runs.append([p.detach().clone() for p in run.trainable])
     for other in runs[1:]:
         assert max(float((a - b).abs().max()) for a, b in zip(runs[0], other, strict=True)) < 1e-6
@@ -143,7 +236,7 @@ def test_gradient_is_the_mean_over_rows_and_steps(tmp_path):
     expected = torch.autograd.grad(torch.stack(losses).mean(), run.trainable)
     norm = torch.stack([g.norm() for g in expected]).norm()
     expected = [g / max(1.0, float(norm)) for g in expected]
-    run.update(rollout, slice(0, 16), advantage, built.loss)
+    run.update(rollout, Batch(slice(0, 16)), advantage, built.loss)
     for parameter, gradient in zip(run.trainable, expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
 

@@ -349,21 +349,6 @@ def test_control_the_wrong_sign_makes_it_worse(tmp_path, slow, monkeypatch):
     assert result.after["return"] < result.before["return"]
 
 
-def test_it_improves_pictures_of_prompts(tmp_path):
-    """An episode of one decision, and features that are the prompt's."""
-    raw = toy.experiment(
-        tmp_path,
-        chain=ODE,
-        method={**LEARNING, "episodes": 128, "minibatch": 64, "epochs": 2},
-        optimizer={"lr": 1e-2},
-        budget={"iterations": 15},
-        eval={"every": 0, "samples": 64},
-    )
-    result = train(config.parse(raw))
-    assert abs(result.before["reward/brightness"]) < 0.05
-    assert result.after["reward/brightness"] > 0.1
-
-
 def test_a_chain_of_one_step(tmp_path, slow):
     raw = experiment(
         tmp_path,

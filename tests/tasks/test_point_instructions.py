@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from assets import make_tiny_smolvla
 from genpolicy import config
+from genpolicy.chain import DDIM, Chain
+from genpolicy.evaluate_control import evaluate_control
+from genpolicy.models.lerobot_flow import LeRobotFlow
+from genpolicy.policy import ChainPolicy
 from genpolicy.tasks.point_instructions import CAMERA, COLOURS, PIXELS, SPEED, STATE, PointInstructions, paint, scene
 
 TASK = PointInstructions()
@@ -140,6 +145,33 @@ def test_demonstrations_succeed_unless_mistaken(noise):
     wrong = [PointInstructions(mistaken=0.4).demonstrate(seed, noise) for seed in range(300)]
     assert 0.5 < sum(d.success for d in wrong) / 300 < 0.7
     assert all(float(d.rewards.sum()) == d.success for d in wrong)
+
+
+def test_a_tiny_smolvla_is_made_for_it(tmp_path, monkeypatch, capsys):
+    """The script that makes the embedded policy, with next to no training: the folder is whole and moves."""
+    small = {"episodes": 6, "careless": 3, "steps": 3, "steps-careless": 2, "batch": 8, "every": 1, "examine": 2}
+    out = tmp_path / "made"
+    monkeypatch.setattr("sys.argv", ["make", "--out", str(out), *(f"--{n}={v}" for n, v in small.items())])
+    make_tiny_smolvla.main()
+    assert capsys.readouterr().out.count("success with 1, 2, 3 goals") == 2
+    moved = out.rename(tmp_path / "elsewhere")
+    assert sum(file.stat().st_size for file in moved.rglob("*")) < 2e6
+    for file in moved.rglob("*.json"):
+        assert str(tmp_path) not in file.read_text()
+        assert "/tmp" not in file.read_text()
+    model = LeRobotFlow(str(moved), device="cpu")
+    assert dict(model.shapes) == dict(TASK.shapes)
+    policy = ChainPolicy(model, Chain(model.schedule, model.grid(5), DDIM(0.0)))
+    assert evaluate_control(policy, TASK.environments(2, 1), episodes=2, seed=0).lengths.min() > 0
+
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    monkeypatch.chdir(moved)  # to LeRobot's own tools the name of the VLM is relative
+    theirs = SmolVLAPolicy.from_pretrained(".")
+    assert make_pre_post_processors(theirs.config, pretrained_path=".")
+    own = theirs.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in model.policy.state_dict().items())
 
 
 def test_render():
