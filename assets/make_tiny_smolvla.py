@@ -2,10 +2,10 @@
 
     python assets/make_tiny_smolvla.py --out assets/point-smolvla
 
-A `SmolVLAPolicy` of LeRobot's own class with some 160 thousand parameters learns, from demonstrations of the task
-`point_instructions`, to go to the goal that the instruction names: first from careful ones, with one to three goals,
-then from careless ones, of which a share goes to another goal than it was asked for. The clone can reach every goal and
-follows its instruction about as often as its last teachers did; which goal is right, a reward can tell it.
+A `SmolVLAPolicy` of LeRobot's own class with some 180 thousand parameters learns, from demonstrations of the task
+`point_instructions`, to go to the goal that the instruction names. A share of the demonstrations goes to another goal
+instead, as careless ones do: the clone can reach every goal and follows its instruction about as often as its
+teachers did. Which goal is right, a reward can tell it.
 
 The folder holds everything: weights, processors with their statistics, and in vlm/ the configuration, tokenizer and
 processor that SmolVLA builds its vision-language model from, under that relative name.
@@ -213,7 +213,9 @@ def clone(policy: ChainPolicy, data: Demonstrations, args: argparse.Namespace) -
         noise = torch.randn(event.shape, generator=generator)
         loss = policy.supervised_loss(model.encode(context), event, t, noise, model.event_mask(pad)).mean()
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / 50) * (0.01 + 0.99 * np.cos(np.pi / 2 * step / args.steps) ** 2)
+            group["lr"] = (
+                args.lr * min(1.0, (step + 1) / 50) * (0.01 + 0.99 * np.cos(np.pi / 2 * step / args.steps) ** 2)
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

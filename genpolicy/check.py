@@ -170,8 +170,8 @@ def _method_laws(dotted: str) -> Iterator[Verdict]:
     yield "trains on the toy", "grad_norm" in learned, f"{learned.get('nfe_per_sample', 0):.1f} evaluations a sample"
     norms = learned.get("grad_norm"), still.get("grad_norm")
     yield "an advantage moves the policy", None if norms[0] is None else norms[0] > 0, f"gradient norm {norms[0]}"
-    own = norms[1] is None or "critic/loss" in still  # a value of its own finds advantages in equal rewards
-    yield "no advantage, no gradient", None if own else norms[1] < 1e-7, f"gradient norm {norms[1]}"
+    idle = None if "critic/loss" in still else norms[1]  # a value finds advantages in equal rewards too
+    yield "no advantage, no gradient", None if idle is None else idle < 1e-7, f"gradient norm {norms[1]}"
     ratio = learned.get("policy/ratio_mean")
     seen = "it logs no policy/ratio_mean" if ratio is None else f"mean {ratio:.7f}"
     yield "the ratio is 1 on the first pass", None if ratio is None else abs(ratio - 1) < 1e-5, seen

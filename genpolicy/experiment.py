@@ -202,8 +202,8 @@ def finished(folder: Path) -> bool:
 def spent(summary: Mapping[str, Any]) -> bool:
     """Whether a run with this summary has spent its budget."""
     # the other limits are called in the summary what the budget calls them
-    done: dict[str, str] = {"nfe": "evaluations", "seconds": "training_s"}
-    return any(limit and summary[done.get(name, name)] >= limit for name, limit in summary["asked"].items())
+    done = {**{name: name for name in summary["asked"]}, "nfe": "evaluations", "seconds": "training_s"}
+    return any(limit and summary[done[name]] >= limit for name, limit in summary["asked"].items())
 
 
 def versions() -> dict[str, str]:

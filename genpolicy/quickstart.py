@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from genpolicy import config, report
 from genpolicy.build import control_model, deployed_sampler, make_policy, make_rewards, prompt_lines, saved
@@ -15,7 +15,7 @@ from genpolicy.evaluate import Evaluation, interval, measure, paired
 from genpolicy.evaluate_control import ControlEvaluation, evaluate_control
 from genpolicy.experiment import Rehearsal, finished, rehearse, train
 from genpolicy.film import side_by_side
-from genpolicy.policy import ChainPolicy
+from genpolicy.policy import ChainPolicy, ControlModel
 from genpolicy.tasks._simulators import RenderError
 
 PICTURES, ROBOT = "quickstart", "quickstart_robot"
@@ -197,7 +197,7 @@ def _announce_robot(experiment: Experiment, cost: Rehearsal) -> None:
 
 
 def _play(policy: ChainPolicy, task: Any, slots: int, first: int) -> ControlEvaluation:
-    environments = task.environments(slots, policy.model.history)
+    environments = task.environments(slots, cast(ControlModel, policy.model).history)
     try:
         return evaluate_control(policy, environments, episodes=EPISODES, seed=first)
     finally:

@@ -459,7 +459,21 @@ def test_check_of_leaves_outside(leaves: Path, capsys, leaf: str, broken: str | 
     assert ("keeps every law" if broken is None else "breaks a law") in text.splitlines()[-1]
 
 
-@pytest.mark.parametrize("method", ["flow_grpo", "grpo_guard"])
+@pytest.mark.parametrize(
+    ("leaf", "kind"),
+    [
+        ("models.toy", "model"),
+        ("tasks.prompts", "task"),
+        ("tasks.metaworld", "task of environments"),
+        ("datasets.lerobot_dataset", "data set"),
+    ],
+)
+def test_check_knows_what_a_leaf_is(capsys, leaf: str, kind: str):
+    assert main(["check", f"genpolicy.{leaf}"]) == 2
+    assert f" is a {kind}; check knows the laws of rewards and methods" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["flow_grpo", "grpo_guard", "dppo", "reinflow"])
 def test_shipped_methods_keep_the_laws(capsys, method: str):
     assert main(["check", f"genpolicy.methods.{method}"]) == 0
     assert "ok    the ratio is 1 on the first pass" in capsys.readouterr().out

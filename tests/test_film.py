@@ -68,9 +68,9 @@ def test_a_fast_camera_is_thinned_and_keeps_the_end(policy: ChainPolicy):
 
 
 def test_a_long_episode_gets_no_more_frames_than_can_be_looked_at(policy: ChainPolicy):
-    task = Point(limit=250, ends=False)
+    task = Point(limit=251, ends=False)
     (shot,) = film(policy, task, task.environments(1, 1), seed=SEED, episodes=[0])
-    assert shot.steps == 250
+    assert shot.steps == 251
     assert len(shot.frames) == 84 + 1 <= films.LONGEST, "every third, and the last"
     assert shot.seconds == pytest.approx(3 / 10)
 

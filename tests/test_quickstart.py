@@ -94,4 +94,5 @@ def test_robot_half(small_robot: Path, capsys):
 def test_the_robots_final_starts_are_fresh():
     """No seed in use meets the starts of the runs' evaluations, of the demonstrations, or of another seed's."""
     first = {quickstart.FRESH_STARTS + 1000 * seed for seed in range(1000)}
-    assert min(first) > 1_000_003 + 10_000 and quickstart.EPISODES <= 1000
+    assert min(first) > 1_000_003 + 10_000
+    assert quickstart.EPISODES <= 1000

@@ -143,7 +143,9 @@ def test_panels_say_what_a_run_has():
         "seconds an iteration",
     ]
     kl = [{**line, "policy/kl": 0.1, "policy/log_ratio_square": 0.01} for line in run_metrics(20)]
-    assert {"KL, as the method defines it", "log-ratio (root mean square)"} <= {title for title, _ in report._panels(kl)}
+    assert {"KL, as the method defines it", "log-ratio (root mean square)"} <= {
+        title for title, _ in report._panels(kl)
+    }
 
 
 def test_evaluation_includes_the_one_before_training():

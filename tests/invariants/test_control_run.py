@@ -12,9 +12,10 @@ import genpolicy
 from genpolicy import config
 from genpolicy.chain import Noise
 from genpolicy.config import ConfigError
+from genpolicy.evaluate_control import evaluate_control
 from genpolicy.experiment import train
 from tests.invariants.test_same_run import largest_difference, launch, metrics, weights
-from tests.toy_control import Recorded, experiment
+from tests.toy_control import Point, Recorded, experiment
 
 BASE = {"name": "floorstd", "kernel": {"name": "ddim", "eta": 1.0}, "floor": 0.1}
 DPPO = {
@@ -41,6 +42,12 @@ GRPO = {
 RUNS = {"dppo": DPPO, "reinflow": REINFLOW, "bc": BC, "grpo_guard": GRPO}
 
 
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch):
+    """They take longer than these runs, and are tested elsewhere."""
+    monkeypatch.setattr("genpolicy.report.figures", lambda folder: None)
+
+
 def write(folder, sections):
     folder.mkdir(parents=True)
     path = folder / "experiment.yaml"
@@ -63,7 +70,15 @@ def same_state(a, b):
     return {part: equal(a[part], b[part]) for part in a}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("bc", marks=pytest.mark.slow),
+        "dppo",
+        pytest.param("grpo_guard", marks=pytest.mark.slow),
+        "reinflow",
+    ],
+)
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
     """Stopped by a smaller budget after 7 of 12 iterations, between two evaluations; weights, optimisers and value alike."""
     sections = {**RUNS[name], "optimizer": {"lr": 1e-3, "ema": 0.9, "warmup": 5}}  # a cosine knows the whole budget
@@ -80,10 +95,9 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
     assert all(verdicts.values()), verdicts
     if name in ("dppo", "reinflow"):
         assert {"value", "value_optimizer"} <= set(a["registered"])
-    drop = {"eval/"}
     for left, right in zip(
         *(
-            [line for line in metrics(tmp_path / n / "run") if not any(k.startswith(tuple(drop)) for k in line)]
+            [line for line in metrics(tmp_path / n / "run") if not any(k.startswith("eval/") for k in line)]
             for n in ("whole", "broken")
         ),
         strict=True,
@@ -98,9 +112,10 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
 
 def test_control_a_value_that_is_not_resumed_is_another_run(tmp_path):
     """What the bit-for-bit equality says of the value: without its weights the next update differs."""
-    train(write(tmp_path / "whole", DPPO))
+    sections = {**DPPO, "optimizer": {"lr": 1e-3}}
+    train(write(tmp_path / "whole", sections))
     folder = tmp_path / "broken"
-    train(config.load(write(folder, DPPO), ["--budget.iterations=6"]))
+    train(config.load(write(folder, sections), ["--budget.iterations=6"]))
     file = folder / "run/checkpoints/6/state.pt"
     state = torch.load(file, weights_only=True)
     state["registered"]["value"] = {n: v + 0.1 for n, v in state["registered"]["value"].items()}
@@ -195,9 +210,6 @@ def test_the_saved_policy_acts_as_the_run_examined_it(tmp_path):
     result = train(write(tmp_path / "one", {**DPPO, "optimizer": {"lr": 1e-3}}))
     policy = genpolicy.load(result.folder)
     assert policy.base is not None
-    from genpolicy.evaluate_control import evaluate_control
-    from tests.toy_control import Point
-
     again = evaluate_control(policy, Point(limit=6).environments(3, 1), episodes=6, seed=1_000_003)
     for name in ("success_rate", "return", "length"):
         assert again.metrics()[name] == pytest.approx(result.after[name], abs=1e-5)
