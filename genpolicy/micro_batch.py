@@ -26,6 +26,8 @@ class MicroBatches:
 
         When memory runs out the slices are halved, ``restart`` is called and everything begins again.
         """
+        if rows == 0:  # this process's share of a minibatch may be nothing: names and graphs are still needed
+            return [work(slice(0, 0))]
         while True:
             size = rows if self.size is None else max(self.size // whole, 1) * whole
             try:

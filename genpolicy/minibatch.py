@@ -29,9 +29,10 @@ def rows(rollout: Rollout, updates: int, order: Sequence[int]) -> Iterator[Batch
     if rollout.ragged:
         yield from (Batch(drawn) for drawn in _shuffled(rollout, 1, updates, order))
         return
-    size = len(rollout.trajectory) // updates
-    for update in range(updates):
-        yield Batch(slice(update * size, (update + 1) * size))
+    update = rollout.decisions.place * updates // rollout.decisions.total  # the rows stand in the order of their places
+    for u in range(updates):
+        begin = int((update < u).sum())
+        yield Batch(slice(begin, begin + int((update == u).sum())))
 
 
 def pairs(rollout: Rollout, updates: int, order: Sequence[int]) -> Iterator[Batch]:

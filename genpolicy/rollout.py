@@ -54,8 +54,8 @@ class Rollout:
 
     @property
     def ragged(self) -> bool:
-        """Whether episodes have several decisions, so that rows are not groups of N."""
-        return not bool(self.decisions.last.all())
+        """Whether episodes, of whatever process, have several decisions, so that rows are not groups of N."""
+        return self.decisions.total > self.rewards.numel()
 
     def rows(self, values: Tensor) -> Tensor:
         """Pick this process's rows from episodes' values [M,N]: [R] fp32 on the trajectory's device."""

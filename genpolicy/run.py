@@ -586,6 +586,10 @@ class Run:
                     f"step {k} of the window is deterministic (std 0) under kernel {self.experiment.chain.kernel}: a method that "
                     "needs likelihoods can't train it; use ddim with eta > 0, sde or cps, or another window"
                 )
+        self.require_window()
+
+    def require_window(self) -> None:
+        """Raise unless there is a step to train."""
         if not self.window:
             raise ConfigError(
                 "the chain has no stochastic step to train: widen chain.window or use a kernel with noise"

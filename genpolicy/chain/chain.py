@@ -75,11 +75,11 @@ class Trajectory:
         return self._at(self.x, k, 1)
 
     def _at(self, kept: Tensor, k: int | Tensor, ahead: int = 0) -> Tensor:
-        low, high = (k, k) if isinstance(k, int) else (int(k.min()), int(k.max()))
-        if low not in self.steps or high not in self.steps:
-            missing = high if low in self.steps else low
+        asked = torch.as_tensor(k).reshape(-1)
+        missing = asked[(asked < self.steps.start) | (asked >= self.steps.stop)]
+        if len(missing):
             raise ValueError(
-                f"step {missing} was not kept: this trajectory has steps {self.first}..{self.steps.stop - 1}"
+                f"step {int(missing[0])} was not kept: this trajectory has steps {self.first}..{self.steps.stop - 1}"
             )
         place = k - self.first + ahead
         return kept[:, place] if isinstance(place, int) else kept[torch.arange(len(self)), place]

@@ -41,7 +41,7 @@ class DPPO:
     gym, .9 furniture; 1 is no discount). clip, clip_first, clip_rate: e1, e0, rate (.01, .01, 3 with reduce "mean"; .2
     with "sum", which is the textbook ratio). reduce: of the log-ratio over event dims. epochs: passes over the pairs
     (5). minibatch: pairs of one update. target_kl: an epoch is the last when the mean of rho - 1 - log rho exceeds it
-    (1 there, which never acts; .1 here, measured on sums). critic_lr (1e-3), critic_epochs, critic_minibatch: of the
+    (1 there; null: never). critic_lr (1e-3), critic_epochs, critic_minibatch: of the
     value. warm_up: iterations that train the value alone (0 to 2).
     """
 

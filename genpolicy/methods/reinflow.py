@@ -85,6 +85,7 @@ class ReinFlow:
     def train(self, run: Run) -> None:
         if run.policy.model.parametrisation != "velocity":
             raise ConfigError("method reinflow is derived for flow policies: this one does not predict a velocity")
+        run.require_window()
         noise = NoiseNet(run.features, math.prod(run.policy.model.event_shape), self.std_low, self.std_high)
         noise.to(run.policy.model.device)
         noise_optimizer = run.learner(noise.parameters(), OptimizerConfig(lr=self.noise_lr, weight_decay=0.0))

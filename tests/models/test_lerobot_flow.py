@@ -413,7 +413,7 @@ def test_saved_is_an_ordinary_lerobot_policy(family, tmp_path):
     policy, pre, _ = theirs(family, tmp_path / "saved")
     chunk = policy.predict_action_chunk(pre(batch()), noise=noises()(PRIOR, model.event_shape))
     network = load(family, tmp_path / "saved", padding="network")
-    torch.testing.assert_close(model.scored(sampled(network, DDIM(0.0))[1].x0), chunk, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.scored(sampled(network, DDIM(0.0))[1].x0), chunk, rtol=0, atol=5e-6)
     own, saved = (json.loads((f / "config.json").read_text()) for f in (tiny.saved(family), tmp_path / "saved"))
     assert own == saved
     own, saved = (
