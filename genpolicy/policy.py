@@ -217,7 +217,7 @@ class _Handover:
     base: Base
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        if float(t.min()) <= self.base.above:
+        if not bool((t > self.base.above).any()):
             return self.denoiser(x, t, condition)
         with torch.no_grad(), swapped(self.parameters, self.base.weights):
             return self.denoiser(x, t, condition)

@@ -168,7 +168,11 @@ def live(
 ) -> Lived:
     """Play an episode from each seed, and keep everything a method may learn from. parts: return, success, length."""
     on_phase("sample")
-    made = list(play(policy, environments, seeds, noise))
+    # what was encoded is encoded again below, all at once: a VLA's condition holds its whole prefix
+    made = [
+        replace(decision, trajectory=replace(decision.trajectory, condition=torch.empty(0)))
+        for decision in play(policy, environments, seeds, noise)
+    ]
     order = _episode_by_episode(made)
     episode = torch.cat([d.episode for d in made])[order]
     context = Context.cat([d.context for d in made])[order]

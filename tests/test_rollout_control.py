@@ -1,5 +1,6 @@
 """Rollouts of decisions: what a method learns from, where it stands, and how it is divided."""
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from genpolicy import config
+from genpolicy import config, decision_value
 from genpolicy.config import ConfigError
 from genpolicy.episodes import reset_seed
 from genpolicy.experiment import prepare, train
 from genpolicy.learning.advantage import group_relative
-from genpolicy.methods import flow_grpo
+from genpolicy.learning.critic import StateValue
+from genpolicy.methods import flow_grpo, reinflow
 from genpolicy.run import Run
 from tests import toy
 from tests.peers import peers, together
@@ -359,6 +361,41 @@ def test_a_critic_learns_with_empty_shares_too(tmp_path):
     for weight in on_processes(tmp_path, 2, learn):
         assert torch.allclose(weight, one, atol=1e-5)
     assert not torch.allclose(one, torch.ones(1, 4), atol=1e-2)
+
+
+SPARSE = {
+    "dppo": {
+        "chain": {"steps": 5, "kernel": {"name": "ddim", "eta": 1.0}, "window": [2, 4]},
+        "method": {"name": "dppo", "episodes": 4, "warm_up": 0, "epochs": 2, "minibatch": 3, "critic_minibatch": 2},
+    },
+    "reinflow": {
+        "chain": {"steps": 3, "kernel": {"name": "ddim", "eta": 0.0}, "window": [0, 3]},
+        "method": {"name": "reinflow", "episodes": 4, "warm_up": 0, "epochs": 2, "minibatch": 2, "critic_minibatch": 2},
+    },
+    "flow_grpo": {"method": {**GRPO, "groups": 4, "group": 2, "updates": 1}},
+}
+"""Sizes at which minibatches are so small that shares are empty; dppo with a frozen base."""
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_methods_learn_the_same_with_empty_shares(tmp_path, monkeypatch, name):
+    value, noise = StateValue(4, 16), reinflow.NoiseNet(4, 8, 0.1, 0.24)
+    monkeypatch.setattr(
+        decision_value, "StateValue", lambda features: deepcopy(value)
+    )  # threads share torch's generator
+    monkeypatch.setattr(reinflow, "NoiseNet", lambda *_: deepcopy(noise))
+
+    def iterate(run: Run, method):
+        run.iterations = lambda: iter([1])
+        method.train(run)
+        return run.snapshot(), run.optimizer.updates
+
+    flow = {"name": "mlp", "hidden": 32, "blocks": 1, "chunk": 4, "family": "flow"}
+    sections = {"policy": flow, "optimizer": {"lr": 1e-3, "eps": 1e-4}, **SPARSE[name]}
+    ((one, updates),) = on_processes(tmp_path, 1, iterate, **sections)
+    for weights, count in on_processes(tmp_path, 2, iterate, **sections):
+        assert count == updates
+        assert max(float((a - b).abs().max()) for a, b in zip(weights, one, strict=True)) < 1e-5
 
 
 def test_normalised_is_over_the_rows_of_everybody(tmp_path):
