@@ -129,7 +129,10 @@ def test_micro_batches_change_nothing(tmp_path):
         run, method = prepared(folder, method=SMALL, micro_batch=micro_batch, optimizer={"lr": 1e-3, "eps": 1e-4})
         found.append(once(run, method))
     for other in found[1:]:
-        assert max(float((a - b).abs().max()) for a, b in zip(found[0].trainable, other.trainable, strict=True)) < 1e-6
+        assert (
+            max(float((a - b).detach().abs().max()) for a, b in zip(found[0].trainable, other.trainable, strict=True))
+            < 1e-6
+        )
 
 
 def test_actions_outside_the_episode_do_not_count_where_the_family_says_so(tmp_path):
