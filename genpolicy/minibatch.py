@@ -51,6 +51,14 @@ def chains(rollout: Rollout, updates: int, order: Sequence[int]) -> Iterator[Bat
         yield Batch(drawn.repeat_interleave(len(steps)), steps.repeat(len(drawn)), len(steps))
 
 
+def stand_in(rollout: Rollout, batch: Batch) -> Batch:
+    """Some row in the place of a share that has none, to be scored for nothing: what it adds must be left out."""
+    if batch.k is None:
+        return Batch(slice(0, rollout.trajectory.shared))
+    first = rollout.trajectory.first
+    return Batch(torch.zeros(batch.whole, dtype=torch.long), torch.arange(first, first + batch.whole), batch.whole)
+
+
 def _shuffled(rollout: Rollout, each: int, updates: int, order: Sequence[int]) -> Iterator[Tensor]:
     """This process's share of minibatches of all processes' rows times ``each``: a pure function of ``order``."""
     place = (rollout.decisions.place[:, None] * each + torch.arange(each)).flatten()

@@ -277,7 +277,11 @@ class Run:
         """
         self.journal.phase("update")
         rows = advantage.to(rollout.trajectory.x0) if advantage.ndim == 1 else rollout.rows(advantage)
-        chains, advantages = rollout.trajectory[batch.rows], rows[batch.rows]
+        chains, weight = rollout.trajectory[batch.rows], 1.0
+        if not len(chains):  # another process has all of a small minibatch; few networks can be asked about no row
+            batch, weight = minibatch.stand_in(rollout, batch), 0.0
+            chains = rollout.trajectory[batch.rows]
+        advantages = rows[batch.rows]
         policy = self._window_of(rollout.trajectory)
         steps = list(chains.steps) if batch.k is None else [batch.k]
         sums: dict[str, float] = {}
@@ -286,9 +290,9 @@ class Run:
             for k in steps:
                 k = k if isinstance(k, int) else k[part]
                 value, metrics = loss(self._score(policy, chains[part], k, advantages[part], reference))
-                self.optimizer.backward(value.sum() / count)
+                self.optimizer.backward(weight * value.sum() / count)
                 for name, metric in {"loss": value, **metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + float(metric.detach().double().sum())
+                    sums[name] = sums.get(name, 0.0) + weight * float(metric.detach().double().sum())
 
         forget = recount(policy)
 
@@ -299,8 +303,10 @@ class Run:
             forget()
 
         restart()
-        count = self._count(len(chains) * len(steps))
+        count = self._count(len(chains) * len(steps) if weight else 0)
         self.micro_batches(accumulate, len(chains), chains.shared * batch.whole, restart)
+        if not weight:
+            forget()
         self.log("lr", self.optimizer.lr(self.progress))
         self.log("grad_norm", self.optimizer.step(self.progress))
         for optimizer in also:
