@@ -13,12 +13,15 @@ from genpolicy import chain
 from genpolicy.chain import Chain
 from genpolicy.config import ChainConfig, ConfigError, Experiment, decode, leaf, make, nearest, settings
 from genpolicy.foreign import foreign
-from genpolicy.policy import Base, ChainPolicy, ControlModel, Model, swapped
+from genpolicy.judge import QJudge
+from genpolicy.policy import Base, ChainPolicy, ControlModel, Judge, Model, swapped
 from genpolicy.reward import WeightedRewards
 from genpolicy.task import ControlTask, Dataset, read_prompts
 
 BASE = "base"
 """In a saved policy's folder: the frozen network of the noisier part of its chain, if it has one."""
+JUDGE = "judge"
+"""There too: the critic that picks for a best-of-N sampler, if it has one, whichever sampler is deployed."""
 SAMPLER = "genpolicy.json"
 """Beside a saved policy: how to load it again, and the sampler that it is deployed with."""
 
@@ -109,13 +112,30 @@ def require_fit(model: ControlModel, task: ControlTask) -> None:
         raise ConfigError(f"the policy gives actions of {model.action_dim} dims; the task takes {task.action_dim}")
 
 
-def make_policy(model: Model, sampler: ChainConfig) -> ChainPolicy:
-    """A model with a sampler; a sampler that does not fit the model's schedule raises `ConfigError`."""
+def require_trainable(chain: ChainConfig) -> None:
+    """Raise `ConfigError` for a sampler that acts but can't be trained."""
+    if chain.best_of > 1:
+        raise ConfigError(
+            f"chain: best_of is {chain.best_of}, and what is picked from several samples has no likelihood to train on:"
+            " leave it at 1, and set eval.sampler.best_of for the sampler that is deployed"
+        )
+
+
+def make_policy(model: Model, sampler: ChainConfig, judge: Judge | None = None) -> ChainPolicy:
+    """A model with a sampler; a sampler that does not fit the model's schedule, or one of several samples without the judge
+    that picks one, raises `ConfigError`.
+    """
+    if sampler.best_of > 1 and judge is None:
+        raise ConfigError(
+            f"best_of is {sampler.best_of}, but the policy has no critic that could pick one sample of several: RL-100's"
+            " offline stage (method rl100) learns one, which is saved beside its policies"
+        )
     try:
         grid = model.grid(sampler.steps)
         built = Chain(model.schedule, grid, make_kernel(sampler.kernel), window=sampler.window)
         interval = sampler.guidance_interval or (0.0, float("inf"))
         policy = ChainPolicy(model, built, sampler.guidance, interval, sampler.negative_gradient)
+        policy = replace(policy, best_of=sampler.best_of, judge=judge)
         for k in built.stochastic:
             policy.std(k)
     except ConfigError:
@@ -131,27 +151,45 @@ def make_policy(model: Model, sampler: ChainConfig) -> ChainPolicy:
 
 def deployed_sampler(rollout: ChainConfig, overrides: Mapping[str, Any], control: bool = False) -> ChainConfig:
     """The sampler that is evaluated and saved: the rollout's steps and guidance, unless overridden; pictures with the ODE,
-    which keeps their diversity, actions (``control``) with the mean of the kernel that they were trained with.
+    which keeps their diversity, actions (``control``) with the mean of the kernel that they were trained with. The best of
+    several actions is picked from the kernel's own samples: its means are nearly the same for all noise.
     """
     if control:
         default = replace(rollout, kernel={"name": "mean", "kernel": rollout.kernel}, window_size=None)
     else:
         default = replace(rollout, kernel={"name": "ddim", "eta": 0.0}, window=None, window_size=None)
-    return decode(ChainConfig, {**dataclasses.asdict(default), **overrides}, "eval: sampler")
+    sampler = decode(ChainConfig, {**dataclasses.asdict(default), **overrides}, "eval: sampler")
+    if not control or sampler.best_of == 1 or "kernel" in overrides:
+        return sampler
+    sampler = replace(sampler, kernel=rollout.kernel)
+    return sampler if "window" in overrides else without_last_noise(sampler)
+
+
+def without_last_noise(sampler: ChainConfig) -> ChainConfig:
+    """The same sampler, whose kernel does not act at the last step."""
+    low, high = sampler.window or (0, sampler.steps)
+    return replace(sampler, window=(low, max(min(high, sampler.steps - 1), low)))
 
 
 def save_policy(policy: ChainPolicy, experiment: Experiment, sampler: ChainConfig, folder: Path) -> None:
-    """Write the policy in its ecosystem's format with its sampler beside it; the folder is replaced in one move."""
+    """Write the policy in its ecosystem's format with its sampler, and its judge if it has one, beside it; the folder is
+    replaced in one move. ``best_of`` is the policy's, whatever the sampler's.
+    """
     staged = folder.with_name(folder.name + ".staged")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     policy.model.save(staged)
-    description: dict[str, Any] = {"policy": experiment.policy, "chain": dataclasses.asdict(sampler)}
+    acted = replace(sampler, best_of=policy.best_of)
+    description: dict[str, Any] = {"policy": experiment.policy, "chain": dataclasses.asdict(acted)}
     if policy.base is not None:
         description["base_above"] = policy.base.above
         (staged / BASE).mkdir()
         with swapped(list(policy.model.trainable().values()), policy.base.weights):
             policy.model.save(staged / BASE)
+    if policy.judge is not None:
+        assert isinstance(policy.judge, QJudge), "only a QJudge can be saved"
+        (staged / JUDGE).mkdir()
+        policy.judge.save(staged / JUDGE)
     (staged / SAMPLER).write_text(json.dumps(description, indent=1) + "\n")
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
@@ -167,7 +205,8 @@ def save_policy(policy: ChainPolicy, experiment: Experiment, sampler: ChainConfi
 class Saved:
     """A policy on disk or on the hub: where, its policy section, its deployed sampler, and the run that made it.
 
-    base: the folder of the frozen network of its chain's noisier part, and the noise time above which it acts.
+    base: the folder of the frozen network of its chain's noisier part, and the noise time above which it acts. judge: the
+    folder of its critic.
     """
 
     where: str
@@ -175,6 +214,7 @@ class Saved:
     sampler: ChainConfig
     run: Path | None
     base: tuple[str, float] | None = None
+    judge: Path | None = None
 
     @property
     def acts(self) -> bool:
@@ -182,8 +222,10 @@ class Saved:
         return hasattr(leaf("models", self.policy["name"]), "event_mask")
 
     def load(self) -> ChainPolicy:
-        """The policy with its sampler."""
-        policy = make_policy(make("models", self.policy), self.sampler)
+        """The policy with its sampler and its judge."""
+        model = make("models", self.policy)
+        judge = None if self.judge is None else QJudge.load(self.judge, model.device)
+        policy = make_policy(model, self.sampler, judge)
         if self.base is None:
             return policy
         folder, above = self.base
@@ -201,7 +243,8 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
     folder = Path(settings({"path": str(path)})["path"])
     if not folder.is_dir() and (folder.is_absolute() or str(path).count("/") != 1):
         raise ConfigError(f"{path}: no such folder, and no hub id (owner/name) either")
-    run = next((home for home in (folder, folder.parent) if (home / "config.yaml").is_file()), None)
+    homes = (folder, folder.parent, folder.parent.parent)  # RUN, RUN/policy, RUN/stages/NAME
+    run = next((home for home in homes if (home / "config.yaml").is_file()), None)
     if run == folder:
         folder = folder / "policy"
         if not folder.is_dir():
@@ -222,7 +265,8 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
         section["pretrained"] = str(folder)
     above = description.get("base_above")
     base = None if above is None else (str(folder / BASE), float(above))
-    return Saved(str(folder), section, resampled(sampler, overrides), run, base)
+    judge = folder / JUDGE if (folder / JUDGE).is_dir() else None
+    return Saved(str(folder), section, resampled(sampler, overrides), run, base, judge)
 
 
 def resampled(own: Mapping[str, Any], overrides: Mapping[str, Any]) -> ChainConfig:

@@ -30,24 +30,26 @@ def write(folder: Path, iteration: int, state: Any, keep: int = 2) -> None:
     final = root / str(iteration)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(staged, final)
-    for old in _iterations(root)[:-keep]:
+    for old in iterations(folder)[:-keep]:
         shutil.rmtree(root / str(old))
 
 
-def _iterations(root: Path) -> list[int]:
+def iterations(folder: Path) -> list[int]:
+    """Those that a run's folder has a checkpoint of, in order."""
+    root = folder / "checkpoints"
     return sorted(int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit()) if root.is_dir() else []
 
 
 def latest(folder: Path) -> Any | None:
     """The newest checkpoint's state on the CPU, or None; a damaged one raises one sentence that says what to do."""
-    iterations = _iterations(folder / "checkpoints")
-    if not iterations:
+    there = iterations(folder)
+    if not there:
         return None
-    path = folder / "checkpoints" / str(iterations[-1])
+    path = folder / "checkpoints" / str(there[-1])
     try:
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception:
-        older = f" to resume from iteration {iterations[-2]}" if len(iterations) > 1 else " to start again"
+        older = f" to resume from iteration {there[-2]}" if len(there) > 1 else " to start again"
         raise ConfigError(f"checkpoint {path} is damaged (cut short or not ours): delete that folder{older}") from None
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 BAD_INPUT = 2
-LISTED = ("methods", "models", "rewards", "tasks", "datasets", "kernels", "configs")
+LISTED = ("methods", "models", "rewards", "tasks", "datasets", "kernels", "samplers", "configs")
 WORLDS = ("both", "pictures", "robot")
 FRAMES_PER_SECOND = 8
 OF_PICTURES = ("prompts", "samples", "reward", "guidance")
@@ -143,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
         "--samplers",
         nargs="+",
         metavar="NAME|K=V",
-        help="others to compare it with: ode, mean, stochastic, last_mean, native, or a key of the sampler (steps=1)",
+        help="others to compare it with: ode, mean, stochastic, last_mean, best_of_16 (of so many samples the one that the"
+        " policy's critic picks), native, or a key of the sampler (steps=1)",
     )
     acted.add_argument("--gifs", type=int, metavar="N", help="GIFs of so many successes and failures (default: 2)")
 
@@ -470,6 +471,11 @@ def _listed(kind: str) -> Iterator[tuple[str, str]]:
 
         for name, entry in sorted(kernels().items()):
             yield name, (entry.__doc__ or "").strip().partition("\n")[0]
+        return
+    if kind == "samplers":
+        from genpolicy.samplers import PRESETS
+
+        yield from PRESETS.items()
         return
     for file in sorted((Path(__file__).parent / kind).glob("[!_]*.py")):
         text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""

@@ -1,14 +1,15 @@
 """Collecting: an iteration's rollout, of prompts or of episodes, by however many processes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from genpolicy.chain import Noise
 from genpolicy.config import ConfigError
+from genpolicy.episode_store import EpisodeStore
 from genpolicy.episodes import reset_seed
 from genpolicy.journal import Journal
 from genpolicy.micro_batch import MicroBatches
@@ -30,12 +31,23 @@ class Collector:
     processes: Processes
     journal: Journal
     micro_batches: MicroBatches
+    store: EpisodeStore
 
     def __call__(
-        self, policy: ChainPolicy, iteration: int, groups: int, members: int, updates: int, branch: int | None
+        self,
+        policy: ChainPolicy,
+        iteration: int,
+        groups: int,
+        members: int,
+        updates: int,
+        branch: int | None,
+        keep: bool = False,
+        starts: Sequence[int] | None = None,
     ) -> Rollout:
         """``groups`` = M prompts or start states of this iteration, ``members`` = N samples or episodes each; the minibatches
-        of ``updates`` get whole groups. branch: the step up to which a group's samples share their chain.
+        of ``updates`` get whole groups. branch: the step up to which a group's samples share their chain. keep: write
+        every episode into the store as it ends, and take what is there already from it. starts: reset seeds of the M groups,
+        if not this iteration's own.
         """
         local = self.processes.groups(groups, updates)
         noise = Noise.rows(self.seed, iteration, local, members)
@@ -43,7 +55,8 @@ class Collector:
             return self._prompts(policy, iteration, groups, members, local, noise, updates, branch)
         if branch is not None:
             raise ConfigError("shared_prefix is for prompts: the episodes of a group see different states")
-        return self._episodes(policy, self.environments, iteration, groups, members, local, noise, updates)
+        starts = starts or [reset_seed(self.seed, iteration, group) for group in range(groups)]
+        return self._episodes(policy, self.environments, iteration, starts, members, local, noise, updates, keep)
 
     def _prompts(
         self,
@@ -88,24 +101,26 @@ class Collector:
         policy: ChainPolicy,
         environments: Environments,
         iteration: int,
-        groups: int,
+        starts: Sequence[int],
         members: int,
         local: Tensor,
         noise: Noise,
         updates: int,
+        keep: bool,
     ) -> Rollout:
         """Episodes in environments; the members of a group begin in the same state."""
-        starts = [reset_seed(self.seed, iteration, group) for group in range(groups)]
         seeds = [starts[group] for group in local.tolist() for _ in range(members)]
-        lived = live(policy, environments, seeds, noise, on_phase=self.journal.phase)
+        ledger = _Page(self.store, iteration, noise) if keep else None
+        lived = live(policy, environments, seeds, noise, ledger=ledger, on_phase=self.journal.phase)
         self.journal.phase(None)
         self.journal.collected += len(lived.trajectory)
         self.journal.env_steps += float(lived.parts["length"].sum())
         counts = lived.decisions.episode.bincount(minlength=len(seeds))
         found = self._of_all({**lived.parts, "decisions": counts}, members, updates)
         decisions = _placed(lived, counts, found.pop("decisions"), local)
-        for name in ("success", "length"):
-            self.journal.log(f"episode/{name}", found.pop(name).mean().item())
+        success, length = found.pop("success"), found.pop("length")
+        self.journal.log("episode/success", success.mean().item())
+        self.journal.log("episode/length", length.mean().item())
         prompts = tuple(f"start {seed}" for seed in starts)
         return Rollout(
             lived.trajectory,
@@ -117,11 +132,30 @@ class Collector:
             prompts,
             local,
             decisions,
+            success,
         )
 
     def _of_all(self, parts: Mapping[str, Tensor], members: int, updates: int) -> dict[str, Tensor]:
         """This process's values by name [m*N] to everybody's [M,N]."""
         return {name: self.processes.gather_groups(value.view(-1, members), updates) for name, value in parts.items()}
+
+
+@dataclass(frozen=True)
+class _Page:
+    """One iteration's episodes in the store, by their group and member: the names that all processes agree on."""
+
+    store: EpisodeStore
+    iteration: int
+    noise: Noise
+
+    def read(self, episode: int) -> dict[str, Any] | None:
+        return self.store.read(self.iteration, self._name(episode))
+
+    def write(self, episode: int, rows: dict[str, Any]) -> None:
+        self.store.write(self.iteration, self._name(episode), rows)
+
+    def _name(self, episode: int) -> str:
+        return f"{int(self.noise.group[episode])}-{int(self.noise.member[episode])}"
 
 
 def _placed(lived: Lived, counts: Tensor, everybody: Tensor, local: Tensor) -> Decisions:

@@ -87,7 +87,8 @@ class ChainConfig:
     a dotted path. guidance: classifier-free scale, 1 is none. guidance_interval: [low, high] noise times it acts in.
     negative_gradient: train through the unconditional branch too, as some public scripts do (off: its backward is
     saved). window: [low, high) steps at which the kernel acts (default: all but the last), the ODE elsewhere.
-    window_size: if set, that many consecutive steps are drawn from the window anew for every iteration.
+    window_size: if set, that many consecutive steps are drawn from the window anew for every iteration. best_of: samples
+    that are drawn for a decision; the policy's critic picks one.
     """
 
     steps: int = 10
@@ -97,9 +98,10 @@ class ChainConfig:
     negative_gradient: bool = False
     window: tuple[int, int] | None = None
     window_size: int | None = None
+    best_of: int = 1
 
     def __post_init__(self) -> None:
-        at_least("chain", self, steps=1, guidance=0, window_size=1)
+        at_least("chain", self, steps=1, guidance=0, window_size=1, best_of=1)
         if self.guidance_interval is not None and not self.guidance_interval[0] < self.guidance_interval[1]:
             raise ConfigError(
                 f"chain: guidance_interval is {list(self.guidance_interval)}; it must be [low, high] with low < high"

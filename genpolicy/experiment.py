@@ -17,7 +17,14 @@ import torch
 
 import genpolicy
 from genpolicy import checkpoint, config, report
-from genpolicy.build import control_model, load_rewards, make_policy, make_rewards, prompt_lines
+from genpolicy.build import (
+    control_model,
+    load_rewards,
+    make_policy,
+    make_rewards,
+    prompt_lines,
+    require_trainable,
+)
 from genpolicy.config import ConfigError, Experiment, choice, make
 from genpolicy.exam import ControlExam, Exam, PromptExam
 from genpolicy.reward import RewardError
@@ -129,6 +136,7 @@ def _finish(run: Run, wall_time: float) -> Result:
     summary = {
         "asked": dataclasses.asdict(run.experiment.budget),
         "iterations": run.iteration,
+        "over": run.over,
         "before": run.before,
         "after": after,
         "wall_time_s": wall_time,
@@ -203,7 +211,7 @@ def spent(summary: Mapping[str, Any]) -> bool:
     """Whether a run with this summary has spent its budget."""
     # the other limits are called in the summary what the budget calls them
     done = {**{name: name for name in summary["asked"]}, "nfe": "evaluations", "seconds": "training_s"}
-    return any(limit and summary[done[name]] >= limit for name, limit in summary["asked"].items())
+    return summary["over"] or any(limit and summary[done[name]] >= limit for name, limit in summary["asked"].items())
 
 
 def versions() -> dict[str, str]:
@@ -221,6 +229,7 @@ def evaluation_prompts(experiment: Experiment, task: Task) -> tuple[str, ...]:
 
 def prepare(experiment: Experiment, folder: Path, accelerator: Any) -> tuple[Run, Method]:
     """Build everything an experiment names; what does not fit raises before any work starts."""
+    require_trainable(experiment.chain)
     torch.manual_seed(experiment.seed)
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)

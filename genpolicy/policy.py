@@ -119,6 +119,9 @@ class Base:
     above: float
 
 
+Judge = Callable[[Tensor, Tensor], Tensor]
+"""(features [B,F], scored event [B,*E]) -> what that decision is worth, [B]: a critic, as the sampler sees it."""
+
 StdOf = Callable[[Tensor, Tensor], Tensor]
 """(t [B], features [B,F]) -> std [B,*E]: noise that is learned beside the network (ReinFlow)."""
 
@@ -129,7 +132,9 @@ class ChainPolicy:
 
     guidance: classifier-free scale, 1 is none (one evaluation a step). guidance_interval: (low, high] in noise time.
     negative_gradient: differentiate the unconditional branch too (see `Guidance`). base: who denoises the noisier part,
-    if not the network that learns. std_of: what replaces the kernel's std, if the noise is learned.
+    if not the network that learns. std_of: what replaces the kernel's std, if the noise is learned. best_of: samples that are
+    drawn for a decision; ``judge`` picks the one that is carried out. Such a policy acts and is not trained: the chosen
+    chain's likelihood is not the sampler's.
     """
 
     model: Model
@@ -139,6 +144,8 @@ class ChainPolicy:
     negative_gradient: bool = False
     base: Base | None = None
     std_of: StdOf | None = None
+    best_of: int = 1
+    judge: Judge | None = None
 
     @property
     def denoiser(self) -> Denoiser:
@@ -160,10 +167,22 @@ class ChainPolicy:
         return replace(self, chain=replace(self.chain, window=window))
 
     def sample(self, condition: Condition, noise: Noise, **options: Any) -> Trajectory:
-        """`Chain.sample` with this policy's denoiser."""
+        """`Chain.sample` with this policy's denoiser; of ``best_of`` samples of every row the one that is judged best."""
+        if self.best_of > 1:
+            return self._best(condition, noise, **options)
         return self.chain.sample(
             self.denoiser, condition, noise, self.model.event_shape, device=self.model.device, **options
         )
+
+    @torch.no_grad()
+    def _best(self, condition: Condition, noise: Noise, **options: Any) -> Trajectory:
+        assert self.judge is not None, "a best-of-N sampler needs a judge"
+        every = torch.arange(len(noise)).repeat_interleave(self.best_of)
+        many, draws = condition[every], noise.fan(self.best_of)
+        drawn = replace(self, best_of=1).sample(many, draws, **options)
+        worth = self.judge(self.model.features(condition)[every], self.model.scored(drawn.x0))
+        best = worth.view(-1, self.best_of).argmax(1).cpu()
+        return drawn[best + self.best_of * torch.arange(len(noise))]
 
     def transition(self, trajectory: Trajectory, k: int | Tensor) -> Gaussian:
         """`Chain.transition` with this policy's denoiser."""

@@ -1,16 +1,22 @@
 """Rollouts: policy x task -> trajectories with rewards, in groups."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from genpolicy.chain import Gaussian, Noise, Trajectory
-from genpolicy.episodes import Decision, play
+from genpolicy.episodes import play
 from genpolicy.policy import ChainPolicy
 from genpolicy.reward import WeightedRewards
 from genpolicy.task import Context, Environments
+
+CHAIN = ("x", "mean", "std", "x0")
+"""What a rollout keeps of a trajectory, beside its condition,"""
+OUTCOME = ("rewards", "executed", "terminated", "truncated", "success")
+"""and of what came of it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Rollout:
 
     trajectory, context, outputs: the R rows (decisions) of the groups ``local`` [m], group-major. parts, rewards: of
     the episodes of *all* groups, [M,N] fp64 on the CPU, so that every process computes the same advantages. weights: of
-    the parts. prompts: the M groups' prompts.
+    the parts. prompts: the M groups' prompts. success: of the episodes, like the rewards, where the task has it.
     """
 
     trajectory: Trajectory
@@ -51,6 +57,7 @@ class Rollout:
     prompts: tuple[str, ...]
     local: Tensor
     decisions: Decisions
+    success: Tensor | None = None
 
     @property
     def ragged(self) -> bool:
@@ -158,53 +165,102 @@ class Lived:
     decisions: Decisions
 
 
+class Ledger(Protocol):
+    """Where the episodes of a rollout are written down as they end, and read again after a run was killed."""
+
+    def read(self, episode: int) -> dict[str, Any] | None:
+        """An episode that is there already, as it was written."""
+        ...
+
+    def write(self, episode: int, rows: dict[str, Any]) -> None: ...
+
+
 def live(
     policy: ChainPolicy,
     environments: Environments,
     seeds: Sequence[int],
     noise: Noise,
     *,
+    ledger: Ledger | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Lived:
-    """Play an episode from each seed, and keep everything a method may learn from. parts: return, success, length."""
+    """Play an episode from each seed, and keep everything a method may learn from. parts: return, success, length.
+
+    ledger: what it has is not played again, and what is played is written there.
+    """
     on_phase("sample")
-    # what was encoded is encoded again below, all at once: a VLA's condition holds its whole prefix
-    made = [
-        replace(decision, trajectory=replace(decision.trajectory, condition=torch.empty(0)))
-        for decision in play(policy, environments, seeds, noise)
-    ]
-    order = _episode_by_episode(made)
-    episode = torch.cat([d.episode for d in made])[order]
-    context = Context.cat([d.context for d in made])[order]
-    steps = [d.step for d in made]
-    terminated, truncated, success, executed = (
-        torch.cat([getattr(step, name) for step in steps])[order]
-        for name in ("terminated", "truncated", "success", "executed")
-    )
-    rewards = torch.cat([step.rewards for step in steps])[order].double()
-    last = terminated | truncated
-    ends = last.nonzero().flatten()
-    final = Context.cat([step.context for step in steps])[order[ends]]
+    known = {} if ledger is None else {e: rows for e in range(len(seeds)) if (rows := ledger.read(e)) is not None}
+    missing = [e for e in range(len(seeds)) if e not in known]
+    rows_of = noise[torch.tensor(missing, dtype=torch.long)]
+    for number, rows in _episodes(policy, environments, [seeds[e] for e in missing], rows_of):
+        known[missing[number]] = rows
+        if ledger is not None:
+            ledger.write(missing[number], rows)
+    return _lived([known[e] for e in range(len(seeds))], policy)
+
+
+def _episodes(
+    policy: ChainPolicy, environments: Environments, seeds: Sequence[int], noise: Noise
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(which seed's, its rows) of every episode as it ends."""
+    going: dict[int, list[dict[str, Any]]] = {}
+    for decision in play(policy, environments, seeds, noise) if len(seeds) else ():
+        chain, step = decision.trajectory, decision.step
+        last = (step.terminated | step.truncated).tolist()
+        for row, episode in enumerate(decision.episode.tolist()):
+            one = slice(row, row + 1)
+            made: dict[str, Any] = {name: getattr(chain, name)[one].clone() for name in CHAIN}
+            made |= {name: getattr(step, name)[one].clone() for name in OUTCOME}
+            made |= {"actions": decision.actions[one].clone(), "observation": _observed(decision.context, one)}
+            made["prompts"] = [decision.context.prompts[row]]
+            going.setdefault(episode, []).append(made)
+            if last[row]:
+                rows = going.pop(episode)
+                whole: dict[str, Any] = {
+                    name: torch.cat([r[name] for r in rows]) for name in (*CHAIN, *OUTCOME, "actions")
+                }
+                whole["observation"] = {
+                    name: torch.cat([r["observation"][name] for r in rows]) for name in made["observation"]
+                }
+                whole["prompts"] = [prompt for r in rows for prompt in r["prompts"]]
+                whole["final"] = _observed(step.context, one)
+                yield episode, whole
+
+
+def _observed(context: Context, one: slice) -> dict[str, Tensor]:
+    return {name: value[one].clone() for name, value in context.observation.items()}
+
+
+def _lived(episodes: Sequence[dict[str, Any]], policy: ChainPolicy) -> Lived:
+    """Episodes one after the other."""
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([episode[name] for episode in episodes])
+
+    lengths = torch.tensor([len(e["x0"]) for e in episodes])
+    number = torch.arange(len(episodes)).repeat_interleave(lengths)
+    prompts = [prompt for e in episodes for prompt in e["prompts"]]
+    context = Context(prompts, _stacked([e["observation"] for e in episodes]))
+    final = Context([e["prompts"][-1] for e in episodes], _stacked([e["final"] for e in episodes]))
+    # a VLA's condition holds its whole prefix: it is encoded again, all at once
     with torch.no_grad():
         condition = policy.model.encode(context)
-    stored = {
-        name: torch.cat([getattr(d.trajectory, name) for d in made])[order] for name in ("x", "mean", "std", "x0")
-    }
-    trajectory = replace(made[0].trajectory, condition=condition, **stored)
-    zeros = torch.zeros(len(seeds), dtype=torch.float64)
+    x, mean, std, x0 = (joined(name).to(policy.model.device) for name in CHAIN)
+    trajectory = Trajectory(condition, x, mean, std, x0, first=policy.chain.stochastic.start)
+    terminated, truncated, rewards = joined("terminated"), joined("truncated"), joined("rewards").double()
+    last, executed = terminated | truncated, joined("executed")
+    zeros = torch.zeros(len(episodes), dtype=torch.float64)
     parts = {
-        "return": zeros.index_add(0, episode, rewards.sum(1)),
-        "success": success[ends].double(),
-        "length": zeros.index_add(0, episode, executed.double()),
+        "return": zeros.index_add(0, number, rewards.sum(1)),
+        "success": joined("success")[last].double(),
+        "length": zeros.index_add(0, number, executed.double()),
     }
-    decisions = Decisions(episode, rewards, executed, terminated, last, final, torch.arange(len(order)), len(order))
-    return Lived(trajectory, context, torch.cat([d.actions for d in made])[order], parts, decisions)
+    decisions = Decisions(number, rewards, executed, terminated, last, final, torch.arange(len(last)), len(last))
+    return Lived(trajectory, context, joined("actions"), parts, decisions)
 
 
-def _episode_by_episode(made: Sequence[Decision]) -> Tensor:
-    """The order that puts the rows of each episode together, in time."""
-    episode, h = torch.cat([d.episode for d in made]), torch.cat([d.h for d in made])
-    return (episode * (int(h.max()) + 1) + h).argsort()
+def _stacked(observations: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([o[name] for o in observations]) for name in observations[0]}
 
 
 def single(rewards: Tensor, context: Context, place: Tensor, total: int) -> Decisions:

@@ -5,11 +5,12 @@ around the network: gradients are summed over processes by hand, so that a pipel
 """
 
 import contextlib
+import copy
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
@@ -20,12 +21,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from genpolicy import checkpoint, config, minibatch, report
-from genpolicy.build import deployed_sampler, make_policy, save_policy
-from genpolicy.chain import Noise, Trajectory
+from genpolicy.build import deployed_sampler, make_policy, save_policy, without_last_noise
+from genpolicy.chain import Condition, Noise, Trajectory
 from genpolicy.collector import Collector
-from genpolicy.config import ConfigError, Experiment, OptimizerConfig
+from genpolicy.config import ChainConfig, ConfigError, Experiment, OptimizerConfig
+from genpolicy.episode_store import EpisodeStore
+from genpolicy.episodes import reset_seed
+from genpolicy.evaluate_control import evaluate_control
 from genpolicy.exam import Exam
 from genpolicy.journal import Journal
+from genpolicy.judge import QJudge
 from genpolicy.micro_batch import MicroBatches
 from genpolicy.minibatch import Batch
 from genpolicy.optimizer import Optimizer
@@ -33,12 +38,16 @@ from genpolicy.policy import Base, ChainPolicy, swapped
 from genpolicy.processes import Processes
 from genpolicy.rescore import LogRatio, replay_gap, scored_again
 from genpolicy.reward import WeightedRewards
-from genpolicy.rollout import Rollout, Scored, recount
-from genpolicy.task import ControlTask, Dataset, Environments, Task, is_control
+from genpolicy.rollout import Rollout, Scored, recount, single
+from genpolicy.task import Context, ControlTask, Dataset, Environments, Task, is_control
 
 Loss = Callable[[Scored], tuple[Tensor, dict[str, Tensor]]]
 """A scored step of b rows -> (loss [b], metrics by name [b]). Pure."""
 REPLAY_CHECK = "replay check"
+WHOLE = "whole"
+"""The one stage of a method that has no stages."""
+STAGES = "stages"
+"""In a run's folder: the policies of its milestones."""
 REDRAW = 30.0
 """Seconds between two drawings of the curves: one costs a second, which short runs would spend again and again."""
 
@@ -87,12 +96,21 @@ class Run:
         # of training so far; evaluations, decisions and steps of environments of all processes together
         self.seconds = self.evaluations = self.env_decisions = self.env_steps = 0.0
         self.trainable = list(policy.model.trainable().values())
-        reduce = self.processes.reduce if self.processes.count > 1 else None
-        self.optimizer = Optimizer(experiment.optimizer, self.trainable, policy.model.precision == "fp16", reduce)
+        self.stages: Mapping[str, OptimizerConfig] = {WHOLE: experiment.optimizer}
+        self.enter(WHOLE)
+        self.pace: float | None = None  # how far a method's stage is, where that and not the budget sets the lr
+        self.over = False  # a method whose course is run says so
         self.micro_batches = MicroBatches(experiment.micro_batch, self.say)
         self.journal = Journal()
         self.collector = Collector(
-            experiment.seed, task, reward, environments, self.processes, self.journal, self.micro_batches
+            experiment.seed,
+            task,
+            reward,
+            environments,
+            self.processes,
+            self.journal,
+            self.micro_batches,
+            EpisodeStore(folder),
         )
         self.registered: dict[str, Stateful] = {}
         self.before: dict[str, Any] = {}
@@ -143,7 +161,9 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """The share of the budget that is spent, by whichever of its limits is nearest."""
+        """The share of the budget that is spent, by whichever of its limits is nearest; 1 when the method is through."""
+        if self.over:
+            return 1.0
         b = self.experiment.budget
         spent = {"iterations": self.iteration, "nfe": self.evaluations, "env_decisions": self.env_decisions}
         spent |= {"env_steps": self.env_steps, "seconds": self.seconds}
@@ -164,23 +184,53 @@ class Run:
 
     # ---------------------------------------------------------------- collecting
 
-    def collect(self, groups: int, members: int, *, updates: int = 1, shared_prefix: bool = False) -> Rollout:
+    def collect(
+        self,
+        groups: int,
+        members: int,
+        *,
+        updates: int = 1,
+        shared_prefix: bool = False,
+        keep: bool = False,
+        starts: Sequence[int] | None = None,
+    ) -> Rollout:
         """Roll the policy out: ``groups`` = M prompts or start states of this iteration, ``members`` = N samples or episodes
         each.
 
         updates: how many minibatches the rollout will be split into (each gets whole groups, evenly over the
-        processes). shared_prefix: the members of a group share everything before the window (prompts only).
+        processes). shared_prefix: the members of a group share everything before the window (prompts only). keep: episodes
+        are written down as they end (`EpisodeStore`), and a run that was killed meanwhile plays only those that are
+        missing. starts: reset seeds of the groups, if not the iteration's own (`starts`).
         """
         window = self._draw_window()
         policy = self.policy.with_window(window)
         branch = window[0] if shared_prefix else None
-        rollout = self.collector(policy, self.iteration, groups, members, updates, branch)
+        rollout = self.collector(policy, self.iteration, groups, members, updates, branch, keep, starts)
         for name, value in {**rollout.parts, "total": rollout.rewards}.items():
             self.log(f"reward/{name}", value.mean().item())
         rewards = rollout.rewards
         self.log("reward/total_ci95", 1.96 * rewards.mean(1).std().item() / math.sqrt(max(groups, 2)))
         self.log("reward/group_std_zero", (rewards.std(1, correction=0) == 0).double().mean().item())
         return rollout
+
+    def starts(self, groups: int) -> list[int]:
+        """The reset seeds of this iteration's groups."""
+        return [reset_seed(self.experiment.seed, self.iteration, group) for group in range(groups)]
+
+    def redraw(self, condition: Condition, place: Tensor, total: int, draw: int = 0) -> Rollout:
+        """What the policy would do where it is shown this process's B rows of ``condition``: decisions that nobody carried out,
+        to be judged by a critic. place [B]: their numbers among the ``total`` of all processes, which name their noise;
+        draw: the number of this redrawing in its iteration.
+        """
+        self.journal.phase("sample")
+        policy = self.policy.with_window(self._draw_window())
+        noise = Noise(self.experiment.seed, self.iteration, place, torch.full_like(place, draw))
+        trajectory = policy.sample(condition, noise)
+        self.journal.phase(None)
+        context, unknown = Context([""] * len(place)), torch.zeros(len(place), dtype=torch.float64)
+        decisions = single(unknown, context, place, total)
+        outputs = trajectory.x0
+        return Rollout(trajectory, context, outputs, {}, {}, unknown[:, None], (), torch.arange(len(place)), decisions)
 
     def _draw_window(self) -> tuple[int, int]:
         """This iteration's window of steps: a pure function of seed and iteration."""
@@ -307,10 +357,10 @@ class Run:
         self.micro_batches(accumulate, len(chains), chains.shared * batch.whole, restart)
         if not weight:
             forget()
-        self.log("lr", self.optimizer.lr(self.progress))
-        self.log("grad_norm", self.optimizer.step(self.progress))
+        self.log("lr", self.optimizer.lr(self._pace))
+        self.log("grad_norm", self.optimizer.step(self._pace))
         for optimizer in also:
-            optimizer.step(self.progress)
+            optimizer.step(self._pace)
         totals = self.processes.reduce(torch.tensor(list(sums.values()), dtype=torch.float64)) / count
         means = dict(zip(sums, totals.tolist(), strict=True))
         for name, value in means.items():
@@ -343,12 +393,26 @@ class Run:
 
         restart()
         self.micro_batches(accumulate, rows, restart=restart)
-        self.log(f"{name}/grad_norm", optimizer.step(self.progress))
+        self.log(f"{name}/grad_norm", optimizer.step(self._pace))
         self.log(f"{name}/loss", float(self.processes.reduce(torch.tensor([total], dtype=torch.float64))) / count)
         self.journal.phase(None)
 
     def _count(self, rows: int) -> int:
         return int(self.processes.reduce(torch.tensor([rows], dtype=torch.float64)))
+
+    @property
+    def _pace(self) -> float:
+        return self.progress if self.pace is None else self.pace
+
+    def enter(self, stage: str) -> None:
+        """Go on with the fresh optimiser of one of ``stages``. Where the last one averaged the weights, the averages are what
+        goes on: they are what was evaluated and saved.
+        """
+        if hasattr(self, "optimizer") and self.optimizer.ema is not None:
+            self.restore(self.optimizer.ema)
+        reduce = self.processes.reduce if self.processes.count > 1 else None
+        fp16 = self.policy.model.precision == "fp16"
+        self.stage, self.optimizer = stage, Optimizer(self.stages[stage], self.trainable, fp16, reduce)
 
     def learner(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerConfig) -> Optimizer:
         """An optimiser of its own for a critic or another part beside the policy; `register` it."""
@@ -400,6 +464,61 @@ class Run:
         for parameter, value in zip(self.trainable, snapshot, strict=True):
             parameter.data.copy_(value)
 
+    def save_point(self) -> tuple[list[Tensor], Any]:
+        """Everything that an update of the policy changes: its weights, its optimiser, their averages."""
+        return self.snapshot(), copy.deepcopy(self.optimizer.state_dict())
+
+    def rewind(self, point: tuple[list[Tensor], Any]) -> None:
+        """Undo every update since a `save_point`, to the bit."""
+        weights, optimizer = point
+        self.restore(weights)
+        self.optimizer.load_state_dict(copy.deepcopy(optimizer))
+
+    def milestone(self, name: str, judge: QJudge | None = None, best_of: int = 1) -> dict[str, Any]:
+        """Examine the policy as it stands, log NAME/metric, and keep it as stages/NAME. judge: instead of the deployed sampler,
+        the best of ``best_of`` samples of the training kernel (its last step without noise) by this critic.
+        """
+        if judge is None:
+            sampler, policy, metrics = self.sampler, self.deployed, self.evaluate()
+        else:
+            sampler = without_last_noise(replace(self.experiment.chain, window_size=None, best_of=best_of))
+            policy = replace(make_policy(self.policy.model, sampler, judge), base=self.policy.base)
+            metrics = self._examine(policy)
+        if self.processes.main:
+            shown = "  ".join(f"{each.removeprefix('reward/')} {metrics[each]:.3f}" for each in self.exam.measured)
+            self.say(f"{name} (n {metrics['n']}): {shown}")
+            report.append(self.folder, {"iteration": self.iteration, **{f"{name}/{k}": v for k, v in metrics.items()}})
+        self.keep(name, policy, sampler)
+        return metrics
+
+    def keep(self, name: str, policy: ChainPolicy | None = None, sampler: ChainConfig | None = None) -> None:
+        """Save the policy as it stands, with the deployed sampler or another, as stages/NAME."""
+        if self.processes.main:
+            (self.folder / STAGES).mkdir(exist_ok=True)
+            with self.optimizer.averaged():
+                save_policy(
+                    policy or self.deployed, self.experiment, sampler or self.sampler, self.folder / STAGES / name
+                )
+        self.processes.wait()
+
+    def try_out(self, episodes: int, name: int) -> float:
+        """The success rate (or mean return) of the deployed sampler in real episodes, which count as any others that the run
+        collects; of one ``name`` they always begin from the same starts.
+        """
+        assert self.environments is not None
+        found = evaluate_control(
+            self.deployed,
+            self.environments,
+            episodes=episodes,
+            seed=reset_seed(self.experiment.seed, name, -1 % 2**32),
+            judged=is_control(self.task) and self.task.has_success,
+            process=(self.processes.index, self.processes.count),
+            gather=self.processes.gather,
+        )
+        self.journal.env_steps += float(found.lengths.sum()) / self.processes.count
+        self.journal.collected += int(found.decisions) // self.processes.count
+        return float((found.success if found.judged else found.returns).mean())
+
     def _resume(self) -> None:
         state = checkpoint.latest(self.folder)
         if state is None:
@@ -417,7 +536,7 @@ class Run:
         self.evaluations, self.best = counters["evaluations"], counters["best"]
         self.env_decisions, self.env_steps = counters["env_decisions"], counters["env_steps"]
         self.before, self._rescore = counters["before"], counters["rescore"]
-        self.replay_gap = counters["replay_gap"]
+        self.replay_gap, self.over = counters["replay_gap"], counters["over"]
         self.last, self._evaluated_at = counters["last"], counters["evaluated_at"]
         if self.processes.main:
             report.truncate(self.folder, self.iteration)
@@ -425,8 +544,8 @@ class Run:
         self.say(f"resumed at iteration {self.iteration}")
 
     def _restore(self, state: dict[str, Any]) -> None:
-        for parameter, value in zip(self.trainable, state["parameters"], strict=True):
-            parameter.data.copy_(value)
+        self.enter(state["stage"])
+        self.restore(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, value in state["registered"].items():
             self.registered[name].load_state_dict(value)
@@ -446,14 +565,17 @@ class Run:
                 "evaluated_at": self._evaluated_at,
                 "rescore": self._rescore,
                 "replay_gap": self.replay_gap,
+                "over": self.over,
             }
             state = {
                 "parameters": [p.detach() for p in self.trainable],
+                "stage": self.stage,
                 "optimizer": self.optimizer.state_dict(),
                 "registered": {name: value.state_dict() for name, value in self.registered.items()},
                 "counters": counters,
             }
             checkpoint.write(self.folder, self.iteration, state)
+            self.collector.store.trim(min(checkpoint.iterations(self.folder)))
             if self.iteration:
                 with self.optimizer.averaged():
                     save_policy(self.deployed, self.experiment, self.sampler, self.folder / "policy")
@@ -465,20 +587,26 @@ class Run:
         """Examine the deployed sampler (with averaged weights, if any) on the fixed evaluation set; keep the best
         policy.
         """
+        metrics = self._examine(self.deployed)
+        if self.processes.main:
+            with self.optimizer.averaged():
+                self._keep(metrics)
+        self.last, self._evaluated_at = metrics, self.iteration
+        return metrics
+
+    def _examine(self, policy: ChainPolicy) -> dict[str, Any]:
+        """A policy's metrics with the averaged weights; what that costs does not count."""
         evaluations = self.policy.model.evaluations
         with self.optimizer.averaged():
             folder = self.folder / "samples" / str(self.iteration)
-            metrics = self.exam(self.deployed, self.processes, self.micro_batches, folder)
-            self.policy.model.evaluations = evaluations
-            if self.processes.main:
-                self._keep(metrics)
-        self.last, self._evaluated_at = metrics, self.iteration
+            metrics = self.exam(policy, self.processes, self.micro_batches, folder)
+        self.policy.model.evaluations = evaluations
         return metrics
 
     def _keep(self, metrics: dict[str, Any]) -> None:
         select = self.experiment.eval.select or self.exam.measured[0]
         report.append(self.folder, {"iteration": self.iteration, **{f"eval/{k}": v for k, v in metrics.items()}})
-        if self.iteration and metrics[select] > self.best:
+        if self.iteration and metrics[select] >= self.best:  # of equals the one that has learned longer
             self.best = metrics[select]
             save_policy(self.deployed, self.experiment, self.sampler, self.folder / "policy_best")
         shown = "  ".join(f"{name.removeprefix('reward/')} {metrics[name]:.3f}" for name in self.exam.measured)
@@ -531,7 +659,7 @@ class Run:
             shown = f"loss {next((v for name, v in metrics.items() if name.endswith('/loss')), math.nan):.4f}"
         bar.set_postfix_str(f"{shown}, {metrics['nfe_per_sample']:.1f} evaluations/sample", refresh=False)
         bar.update(advance)
-        if self._evaluation_due() or self.progress >= 1:
+        if (self._evaluation_due() or self.progress >= 1) and self._evaluated_at < self.iteration:
             self.evaluate()
             if self.processes.main and self.progress < 1 and time.monotonic() - self._drawn > REDRAW:
                 report.figures(self.folder)  # `finish` draws the last

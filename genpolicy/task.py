@@ -127,11 +127,15 @@ class Dataset(Protocol):
     """Recorded episodes, frame by frame.
 
     shapes: of the observations and of "action". stats: name -> {min, max, mean, std, q01, q99} Float[*shape].
+    columns: the vectors of every frame, Float[F,*shape]; "next.reward" and "next.success" where they were recorded.
+    episode [F]: the number of each frame's episode; its frames stand together, in time.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     stats: Mapping[str, Mapping[str, Tensor]]
     fps: int
+    columns: Mapping[str, Tensor]
+    episode: Tensor
 
     def __len__(self) -> int:
         """The number of frames."""

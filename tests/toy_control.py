@@ -123,6 +123,7 @@ class Recorded:
         lengths = torch.tensor([len(d.actions) for d in made])
         self.first = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)  # of each frame's episode
         self.end = lengths.cumsum(0).repeat_interleave(lengths)
+        self.columns, self.episode = self.values, torch.arange(len(made)).repeat_interleave(lengths)
 
     def __len__(self) -> int:
         return len(self.first)

@@ -14,6 +14,9 @@ PRIOR = -1
 TRUNK = -1
 """The ``member`` of the rows that a whole group shares (a common start, the trunk before a branch)."""
 
+FAN = 1 << 32
+"""What the members of a row's fan are apart: more than a group ever has."""
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -46,6 +49,13 @@ class Noise:
     def at(self, decision: Tensor) -> "Noise":
         """The same rows at decision h [B] of their episodes."""
         return replace(self, decision=decision)
+
+    def fan(self, width: int) -> "Noise":
+        """``width`` rows for each, with draws of their own: [B width]. The first of a row's are the row's own draws."""
+        every = torch.arange(len(self)).repeat_interleave(width)
+        within = torch.arange(width).repeat(len(self))
+        rows = self[every]
+        return replace(rows, member=rows.member + FAN * within)
 
     def trunk(self, members: int) -> "Noise":
         """One row per group of ``members`` consecutive rows, drawn independently of all of them: [B / members]."""

@@ -1,9 +1,11 @@
-"""A LeRobotDataset (v3): vectors are read into memory at once, pictures are decoded when a row asks for them.
+"""A LeRobotDataset (v3): vectors are read into memory at once; pictures are decoded all together when the first row asks for
+them, or, where they would not fit into memory, whenever a row asks.
 
 Vectors come straight from the parquet files, without importing lerobot; pictures come from LeRobot's own reader.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +24,8 @@ CAMERA = ("image", "video")
 TEXT = ("string", "language")
 STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
 SUCCESS = "next.success"
+KEPT = 2**30
+"""Bytes of decoded pictures that are kept, at most."""
 BOOKS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 """What LeRobot adds to every data set."""
 
@@ -137,10 +141,24 @@ class LeRobotDataset:
             return Theirs(self.repo_id or "local/dataset", root=self._folder)
 
     def _pictures(self, frames: Tensor) -> dict[str, Tensor]:
-        """Frames [B,history] of every camera; each is decoded once, however many rows show it."""
+        """Frames [B,history] of every camera, in [0,1]."""
+        if sum(math.prod(self.shapes[name]) for name in self.cameras) * len(self) <= KEPT:
+            return {name: pictures[frames] / 255 for name, pictures in self._kept.items()}
         distinct, where = frames.unique(return_inverse=True)
-        items = [self._theirs[int(place)] for place in self._place[distinct.numpy()]]
-        return {name: torch.stack([item[name] for item in items])[where] for name in self.cameras}
+        return {name: pictures[where] / 255 for name, pictures in self._decoded(distinct).items()}
+
+    @cached_property
+    def _kept(self) -> dict[str, Tensor]:
+        return self._decoded(torch.arange(len(self)))
+
+    def _decoded(self, frames: Tensor) -> dict[str, Tensor]:
+        """Every camera's pictures of some frames as bytes, uint8 [n,C,H,W]: LeRobot's reader gives such bytes, over 255."""
+        made = {name: torch.empty(len(frames), *self.shapes[name], dtype=torch.uint8) for name in self.cameras}
+        for row, place in enumerate(self._place[frames.numpy()]):
+            item = self._theirs[int(place)]
+            for name, pictures in made.items():
+                pictures[row] = (item[name] * 255).round()
+        return made
 
     def _picture_stats(self) -> dict[str, dict[str, Tensor]]:
         if not self.cameras:

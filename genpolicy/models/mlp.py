@@ -1,14 +1,19 @@
-"""Our own small denoiser of action chunks from low-dimensional observations: trained in seconds on one CPU thread.
+"""Our own small denoiser of action chunks: from vectors trained in seconds on one CPU thread, from pictures or point clouds,
+through small encoders that learn with it, in minutes.
 
 Observations are standardised by the data set's mean and std, actions scaled to [-1, 1] by its min and max. The event is the
 whole chunk [T,D], all of it executed.
+
+The encoders learn where `encode` runs with gradients: in imitation. Everywhere else what was seen is encoded once and kept, so
+that they stand still. `encode` draws nothing, with gradients or without: the same context is the same condition. What
+imitation may add (moved pictures, a sampled bottleneck, the encoders' own losses) is in `supervised` alone.
 """
 
 import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +23,7 @@ from genpolicy.chain import Linear, Prediction, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
 from genpolicy.models import _mlp_networks as networks
+from genpolicy.models._encoders import FEATURES, Eye, shifted
 from genpolicy.task import Context, Dataset
 
 WEIGHTS, SETTINGS = "mlp.safetensors", "mlp.json"
@@ -32,18 +38,26 @@ REACH_FLOOR = 1e-3
 """Least half range of an action dim, in the environment's units: one that never moved in the data hardly moves, and
 the scaling stays invertible.
 """
+STATE = "observation.state"
+AT_ONCE = 256
+"""Rows whose pictures are encoded together where nothing is learned: a whole rollout's would not fit."""
+EDGE = 1e-6
+"""Uniform numbers are kept so far from 0 and 1 before they are made normal ones."""
 
 
 @dataclass(eq=False)
 class MLP:
-    """A small network on vectors as a `genpolicy.policy.ControlModel`.
+    """A small network as a `genpolicy.policy.ControlModel`.
 
     pretrained: folder of a saved one, whose settings then replace the ones here; None draws weights from torch's global
     generator in `initialise`.
     history: observation frames it sees. chunk: T actions an event, all executed.
     network: "residual" (everything is one vector) or "unet" (convolutions over the chunk's time axis).
     hidden: width; of a unet four times that of its first level. blocks: residual blocks; of a unet levels.
-    inputs: the observations it sees, in this order; None: every vector of the data set, in its order.
+    inputs: the observations it sees, in this order; None: every one of the data set, in its order. Vectors [q] are
+    taken as they are; pictures [C,H,W] and point clouds [P,3] have an encoder each (see `_encoders`).
+    shift: in imitation, pictures are moved by up to so many pixels, at random. bottleneck, reconstruction: weights of the
+    encoders' own losses in imitation, as RL-100 has them (.001 and .5); 0 is without.
     family: "vp" predicts epsilon on a squared-cosine table of `LEVELS` levels, its x0 clipped into the data's range: at
     the noisiest levels it divides by a tiny alpha. "flow" predicts a velocity, and nothing is clipped: its x0 = x - t v
     has no such division, and published flow policies act unclipped.
@@ -59,6 +73,9 @@ class MLP:
     inputs: list[str] | None = None
     family: Literal["vp", "flow"] = "vp"
     train: Literal["full"] = "full"
+    shift: int = 0
+    bottleneck: float = 0.0
+    reconstruction: float = 0.0
     device: str = "cpu"
     shapes: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict)
     action_dim: int = field(init=False, default=0)
@@ -79,6 +96,9 @@ class MLP:
         for name in ("history", "chunk", "hidden", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"policy.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("shift", "bottleneck", "reconstruction"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"policy.{name} is {getattr(self, name)}; it must be at least 0")
         halvings = 2 ** (self.blocks - 1)
         if self.network == "unet" and self.chunk % halvings:
             raise ValueError(
@@ -97,17 +117,21 @@ class MLP:
 
     def initialise(self, dataset: Dataset) -> None:
         """Fresh weights for the data set's shapes, and its statistics: mean and std of what is seen, range of actions."""
-        vectors = [n for n, shape in dataset.shapes.items() if n.startswith("observation.") and len(shape) == 1]
-        names = self.inputs or vectors
-        wrong = [name for name in names if name not in vectors]
+        there = [name for name, shape in dataset.shapes.items() if _visible(name, shape)]
+        names = self.inputs or there
+        wrong = [name for name in names if name not in there]
         if wrong or not names:
             raise ValueError(
-                f"policy.inputs: {wrong[0] if wrong else 'the data set'} is no vector observation of the data set;"
-                f" it has {', '.join(vectors) or 'none'}"
+                f"policy.inputs: {wrong[0] if wrong else 'the data set'} is no observation [q], [C,H,W] or [P,3] of the"
+                f" data set; it has {', '.join(there) or 'none'}"
             )
         self._build({name: tuple(dataset.shapes[name]) for name in names}, *dataset.shapes["action"])
         for name in names:
+            if len(dataset.shapes[name]) == 3:
+                continue
             mean, std = (dataset.stats[name][statistic].float() for statistic in ("mean", "std"))
+            if len(dataset.shapes[name]) == 2:  # of all points together
+                mean, std = mean.mean(0), (std.square().mean(0) + mean.var(0, correction=0)).sqrt()
             self._stats[f"{name}.mean"] = mean.to(self.device)
             self._stats[f"{name}.std"] = torch.where(std < STILL, 1.0, std.clamp_min(STD_FLOOR)).to(self.device)
         low, high = (dataset.stats["action"][statistic].float() for statistic in ("min", "max"))
@@ -117,7 +141,9 @@ class MLP:
     def _build(self, shapes: dict[str, tuple[int, ...]], action_dim: int) -> None:
         self.shapes, self.action_dim = shapes, action_dim
         self.event_shape: tuple[int, ...] = (self.chunk, action_dim)
-        condition = self.history * sum(math.prod(shape) for shape in shapes.values())
+        seen = [name for name, shape in shapes.items() if len(shape) > 1]
+        widths = [FEATURES if name in seen else math.prod(shape) for name, shape in shapes.items()]
+        condition = self.history * sum(widths)
         if self.network == "residual":
             network = networks.Residual(self.event_shape, condition, self.hidden, self.blocks)
         else:
@@ -125,6 +151,10 @@ class MLP:
             network = networks.UNet(self.event_shape, condition, channels)
         self._network = network.to(self.device)
         self._stats: dict[str, Tensor] = {}
+        own = math.prod(shapes.get(STATE, (0,)))
+        wants = self.bottleneck > 0, self.reconstruction > 0
+        self._eyes = torch.nn.ModuleList(Eye(shapes[name], own, *wants) for name in seen).to(self.device)
+        self._sights = [(cast(Eye, eye), name) for eye, name in zip(self._eyes, seen, strict=True)]
 
     def _load(self, folder: Path) -> None:
         if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
@@ -137,20 +167,27 @@ class MLP:
         self._settle()
         self._build(shapes, action_dim)
         tensors = load_file(folder / WEIGHTS, device=str(self.device))
-        weights = {name: value for name, value in tensors.items() if name.startswith("network.")}
-        self._network.load_state_dict({name.removeprefix("network."): value for name, value in weights.items()})
-        self._stats = {name: value for name, value in tensors.items() if name not in weights}
+        for prefix, module in self._modules():
+            mine = [name for name in tensors if name.startswith(prefix)]
+            module.load_state_dict({name.removeprefix(prefix): tensors.pop(name) for name in mine})
+        self._stats = tensors
 
     def save(self, directory: Path) -> None:
         """Weights and statistics as safetensors; settings and shapes as json."""
         settings = {k: v for k, v in asdict(self).items() if k not in ("pretrained", "device")}
         (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
-        weights = {f"network.{name}": value for name, value in self._network.state_dict().items()}
+        states = [(prefix, module.state_dict()) for prefix, module in self._modules()]
+        weights = {prefix + name: value for prefix, state in states for name, value in state.items()}
         save_file({**weights, **self._stats}, directory / WEIGHTS)
 
+    def _modules(self) -> list[tuple[str, torch.nn.Module]]:
+        """Whose weights are saved, with what their names begin with."""
+        return [("network.", self._network), ("eyes.", self._eyes)]
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The network's parameters."""
-        return dict(self._network.named_parameters())
+        """The network's parameters, then the encoders'."""
+        eyes = {f"eyes.{name}": parameter for name, parameter in self._eyes.named_parameters()}
+        return {**dict(self._network.named_parameters()), **eyes}
 
     # The chain's view
 
@@ -168,16 +205,68 @@ class MLP:
         return 1 - 0.999 * uniform
 
     def encode(self, context: Context) -> Tensor:
-        """Standardised observations, one after the other, oldest frame first in each: [B, history * sum of dims]."""
-        parts: list[Tensor] = []
+        """Standardised vectors and encoders' features in the order of ``inputs``, oldest frame first in each: [B,C].
+
+        Nothing is random here.
+        """
+        if torch.is_grad_enabled() or not self._sights or len(context) <= AT_ONCE:
+            return self._encoded(context)
+        starts = range(0, len(context), AT_ONCE)
+        return torch.cat([self._encoded(context[slice(begin, min(begin + AT_ONCE, len(context)))]) for begin in starts])
+
+    def _encoded(self, context: Context) -> Tensor:
+        seen = self._standardised(context)
+        features = {name: eye(seen[name].flatten(0, 1)) for eye, name in self._sights}
+        return self._joined(seen | features, len(context))
+
+    def _joined(self, values: dict[str, Tensor], rows: int) -> Tensor:
+        return torch.cat([values[name].reshape(rows, -1) for name in self.shapes], -1)
+
+    def _standardised(self, context: Context) -> dict[str, Tensor]:
+        """What is seen [B,history,*shape]; pictures stay in [0,1]."""
+        found: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
             seen = context.observation.get(name)
             if seen is None or seen.shape[1:] != (self.history, *shape):
                 got = "is missing" if seen is None else f"comes as {list(seen.shape[1:])}"
                 raise ValueError(f"observation {name} {got}; this policy needs {[self.history, *shape]} of every row")
-            standard = (seen.to(self.device) - self._stats[f"{name}.mean"]) / self._stats[f"{name}.std"]
-            parts.append(standard.clamp(-OUTLIER, OUTLIER).flatten(1))
-        return torch.cat(parts, -1)
+            found[name] = seen.to(self.device)
+            if len(shape) < 3:
+                standard = (found[name] - self._stats[f"{name}.mean"]) / self._stats[f"{name}.std"]
+                found[name] = standard.clamp(-OUTLIER, OUTLIER)
+        return found
+
+    @property
+    def draws(self) -> int:
+        """How many uniform numbers `supervised` takes for a row."""
+        moves = 2 * (self.shift > 0) * sum(eye.picture for eye, _ in self._sights)
+        return moves + self.history * FEATURES * (self.bottleneck > 0) * len(self._sights)
+
+    def supervised(self, context: Context, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """The condition [B,C] to imitate from, and what the encoders' own losses add to each row's loss, [B].
+
+        uniform [B,`draws`] in [0,1): where each row's pictures are moved to (all frames of a camera alike), and what its
+        bottlenecks draw. Without shift, bottleneck and reconstruction it is `encode`, and 0.
+        """
+        seen, rows = self._standardised(context), len(context)
+        own = seen[STATE].flatten(0, 1) if STATE in seen else None
+        draws = uniform.to(self.device, torch.float64)
+        penalty = torch.zeros(rows, device=self.device)
+        values = dict(seen)
+        for eye, name in self._sights:
+            frames, normal = seen[name].flatten(0, 1), None
+            if self.shift and eye.picture:
+                by = (draws[:, :2] * (2 * self.shift + 1)).long() - self.shift
+                frames, draws = shifted(frames, by.repeat_interleave(self.history, 0)), draws[:, 2:]
+            if self.bottleneck:
+                mine, draws = draws.tensor_split([self.history * FEATURES], 1)
+                normal = torch.special.ndtri(mine.clamp(EDGE, 1 - EDGE)).float().reshape(-1, FEATURES)
+            values[name], divergence = eye.drawn(frames, normal)
+            losses = self.bottleneck * divergence
+            if self.reconstruction:
+                losses = losses + self.reconstruction * eye.missed(values[name], frames, own)
+            penalty = penalty + losses.view(rows, self.history).mean(1)
+        return self._joined(values, rows), penalty
 
     def negative(self, condition: Tensor) -> Tensor:
         """Raises: it has no unconditional branch."""
@@ -200,7 +289,7 @@ class MLP:
         return value
 
     def features(self, condition: Tensor) -> Tensor:
-        """The standardised observations."""
+        """What was seen: the condition, through which no critic's gradient reaches an encoder."""
         return condition.detach()
 
     def event(self, actions: Tensor) -> Tensor:
@@ -210,6 +299,11 @@ class MLP:
     def decode(self, x0: Tensor) -> Tensor:
         """The inverse of `event`."""
         return x0 * self._stats["action.reach"] + self._stats["action.middle"]
+
+
+def _visible(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a feature of a data set is an observation of a kind that it can see."""
+    return name.startswith("observation.") and (len(shape) in (1, 3) or (len(shape) == 2 and shape[1] == 3))
 
 
 def squared_cosine(levels: int) -> Tensor:

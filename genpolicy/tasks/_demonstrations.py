@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from genpolicy.task import Demonstration
+from genpolicy.tasks._environments import raw
 from genpolicy.tasks._slots import Frame, Simulation
 
 
@@ -31,7 +32,7 @@ def record(
         rewards.append(reward)
         over, success = terminated or truncated, bool(info["success"])
     return Demonstration(
-        {name: torch.from_numpy(np.array([seen[name] for seen in frames])) for name in frames[0]},
+        {name: raw(np.array([seen[name] for seen in frames])) for name in frames[0]},
         torch.from_numpy(np.array(actions)),
         torch.tensor(rewards, dtype=torch.float32),
         success,

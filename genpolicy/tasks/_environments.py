@@ -85,11 +85,14 @@ class Environments:
         return np.argsort([row for own in mine for row in own]), _answers(asked)
 
     def _context(self, seen: dict[str, np.ndarray]) -> Context:
-        observation = {name: torch.from_numpy(value) for name, value in seen.items()}
-        return Context(
-            [self._instruction] * len(next(iter(seen.values()))),
-            {name: value / 255 if value.dtype == torch.uint8 else value for name, value in observation.items()},
-        )
+        rows = len(next(iter(seen.values())))
+        return Context([self._instruction] * rows, {name: raw(value) for name, value in seen.items()})
+
+
+def raw(values: np.ndarray) -> Tensor:
+    """Frames' values as a `Context` has them: pictures' bytes as numbers in [0,1]."""
+    found = torch.from_numpy(values)
+    return found / 255 if found.dtype == torch.uint8 else found
 
 
 def _take(rows: Any, own: list[int]) -> Any:

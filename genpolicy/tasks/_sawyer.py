@@ -1,12 +1,19 @@
-"""MetaWorld's arm as a simulation whose goal can be seen."""
+"""MetaWorld's arm as a simulation whose goal can be seen: as numbers, in pictures or in point clouds."""
 
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 
+from genpolicy.tasks._point_cloud import Surface, ball
+from genpolicy.tasks._sawyer_pictures import BEHIND, GOAL_RADIUS, WAYS, Moment, moment, studio
 from genpolicy.tasks._simulators import RenderError, library
+from genpolicy.tasks._slots import Frame
 
 STATE, WORLD = "observation.state", "observation.environment_state"
+PICTURES, POINTS = "observation.images.top", "observation.points"
+See = Literal["state", "pixels", "points"]
 HAND = 4
 """Of the 39 numbers that MetaWorld shows, the first are the hand (x, y, z) and how far the gripper is open."""
 PICTURE = 240
@@ -15,16 +22,46 @@ CAMERA = {"lookat": (0.0, 0.65, 0.15), "distance": 1.35, "azimuth": 135.0, "elev
 """From behind the arm's shoulder, metres and degrees: doors and shelves show their fronts. MetaWorld's own cameras at
 the corners are upside down."""
 
+GRIPPER = frozenset(("hand", "leftpad", "rightpad", "leftclaw", "rightclaw"))
+ELSEWHERE = BEHIND | {"world", "tablelink", "RetainingWall", "right_l5", "right_l6", "right_wrist", "right_hand"}
+"""Bodies of which a cloud shows nothing: the room, the table, the arm above its hand."""
+WORKSPACE = np.array([-0.45, 0.35, -0.05]), np.array([0.45, 1.0, 0.45])
+"""Corners of the box that a cloud shows, metres."""
+GRIPPER_SHARE, GOAL_SHARE = 4, 16
+"""One point in so many is the gripper's, the goal's; the rest are the objects'."""
+
 
 def catalogue() -> dict[str, Any]:
     """MetaWorld's environments by name."""
     return library("metaworld.env_dict", "task metaworld").ALL_V3_ENVIRONMENTS
 
 
-class Sawyer:
-    """A `genpolicy.tasks._slots.Simulation` of one MetaWorld task whose goal can be seen."""
+class Lazy(Mapping[str, np.ndarray]):
+    """A frame whose values are made when they are first looked at; most moments of a chunk of actions never are."""
 
-    def __init__(self, env: str, reward: str) -> None:
+    def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]) -> None:
+        self._makers, self._made = dict(makers), dict[str, np.ndarray]()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+class Sawyer:
+    """A `genpolicy.tasks._slots.Simulation` of one MetaWorld task whose goal can be seen.
+
+    see: what its frames show beside the hand (see `genpolicy.tasks.metaworld`); size: of pictures; points: of clouds.
+    numbers: the 39 of the last frame, fp32, whatever it showed.
+    """
+
+    def __init__(self, env: str, reward: str, see: See = "state", size: int = 64, points: int = 128) -> None:
         self._world = catalogue()[env]()
         world = self._world
         world._partially_observable = False
@@ -36,17 +73,24 @@ class Sawyer:
         self._sparse = reward == "sparse"
         self._renderer: Any = None
         self.action_space = world.action_space
+        self._env, self._see, self._size = env, see, size
+        if see == "points":
+            self._cloud = Cloud(world.model, points)
 
-    def reset(self, *, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(self, *, seed: int) -> tuple[Frame, dict[str, Any]]:
         self._world.seed(seed)
         observation, _ = self._world.reset()
-        return _frame(observation), {}
+        if (
+            self._see != "state"
+        ):  # tasks move fixtures after the last forward pass; the next step would have them in place
+            library("mujoco", "task metaworld").mj_kinematics(self._world.model, self._world.data)
+        return self._frame(observation), {}
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[Frame, float, bool, bool, dict[str, Any]]:
         observation, reward, _, _, info = self._world.step(action)
         success = bool(info["success"])
         reward = float(success if self._sparse else reward)
-        return _frame(observation), reward, success, False, {"success": success}
+        return self._frame(observation), reward, success, False, {"success": success}
 
     def render(self) -> np.ndarray:
         mujoco: Any = library("mujoco", "task metaworld")
@@ -54,8 +98,7 @@ class Sawyer:
             try:
                 self._renderer = mujoco.Renderer(self._world.model, PICTURE, PICTURE)
             except Exception as error:  # EGL's, GLFW's or OSMesa's
-                why = " ".join(str(error).split())
-                raise RenderError(f"MuJoCo can't draw here: {why}; set MUJOCO_GL to egl, glfw or osmesa") from error
+                raise RenderError(f"MuJoCo can't draw here: {' '.join(str(error).split())}; {WAYS}") from error
             self._camera = mujoco.MjvCamera()
             for setting, value in CAMERA.items():
                 setattr(self._camera, setting, value)
@@ -68,6 +111,32 @@ class Sawyer:
             self._renderer = None
         self._world.close()
 
+    def _frame(self, observation: np.ndarray) -> Frame:
+        self.numbers = observation.astype(np.float32)
+        hand = self.numbers[:HAND]
+        if self._see == "state":
+            return {STATE: hand, WORLD: self.numbers[HAND:]}
+        now = moment(self._world)
+        if self._see == "points":
+            return Lazy({STATE: lambda: hand, POINTS: partial(self._cloud, now)})
+        # The studio too is made when somebody looks: the expert of a demonstration and a film's camera do not.
+        draw = partial(studio, self._env, self._world.model, self._size)
+        return Lazy({STATE: lambda: hand, PICTURES: lambda: draw().draw(now)})
 
-def _frame(observation: np.ndarray) -> dict[str, np.ndarray]:
-    return {STATE: observation[:HAND].astype(np.float32), WORLD: observation[HAND:].astype(np.float32)}
+
+class Cloud:
+    """A task's point cloud: the gripper's points, the goal's (a ball as pictures show it), then the objects', fp32 [P,3]."""
+
+    def __init__(self, model: Any, points: int) -> None:
+        bodies = [model.body(body).name for body in model.geom_bodyid]
+        drawn = [geom for geom in range(model.ngeom) if model.geom_group[geom] < 3 and model.geom_rgba[geom, 3] > 0]
+        gripper = [geom for geom in drawn if bodies[geom] in GRIPPER]
+        objects = [geom for geom in drawn if bodies[geom] not in GRIPPER | ELSEWHERE]
+        self._goal = points // GOAL_SHARE
+        self._gripper = Surface(model, gripper, points // GRIPPER_SHARE)
+        self._objects = Surface(model, objects, points - self._goal - self._gripper.count)
+
+    def __call__(self, now: Moment) -> np.ndarray:
+        surfaces = [s.points(now.geom_xpos, now.geom_xmat, *WORKSPACE) for s in (self._gripper, self._objects)]
+        marker = ball(now.goal, GOAL_RADIUS, self._goal)
+        return np.concatenate([surfaces[0], marker, surfaces[1]]).astype(np.float32)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from genpolicy import config
+from genpolicy.datasets import lerobot_dataset
 from genpolicy.datasets._lerobot_import import quiet
 from genpolicy.datasets.lerobot_dataset import STATISTICS, LeRobotDataset
 
@@ -57,8 +58,10 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.parametrize("kept", [0, 2**30])
 @pytest.mark.parametrize("episodes", [None, [3, 1]])
-def test_every_row_equals_lerobots(root: Path, episodes: list[int] | None):
+def test_every_row_equals_lerobots(root: Path, episodes: list[int] | None, kept: int, monkeypatch):
+    monkeypatch.setattr(lerobot_dataset, "KEPT", kept)
     past = [j / 10 for j in range(1 - HISTORY, 1)]
     deltas = {STATE: past, GRID: past, CAMERA: past, "action": [j / 10 for j in OFFSETS]}
     with quiet():
@@ -82,6 +85,19 @@ def test_every_row_equals_lerobots(root: Path, episodes: list[int] | None):
         CAMERA: (3, 4, 6),
         "action": (2,),
     }
+
+
+@pytest.mark.parametrize(("kept", "times"), [(0, 2), (2**30, 1)])
+def test_pictures_that_fit_are_decoded_once(root: Path, monkeypatch, kept: int, times: int):
+    monkeypatch.setattr(lerobot_dataset, "KEPT", kept)
+    ours, asked = LeRobotDataset(str(root), episodes=[1]), []
+    theirs = ours._theirs
+    monkeypatch.setattr(
+        ours, "_theirs", type("Counted", (), {"__getitem__": lambda _, f: asked.append(f) or theirs[f]})()
+    )
+    every = [ours.rows(torch.arange(9), 2, range(1))[0].observation[CAMERA] for _ in range(2)]
+    assert torch.equal(*every)
+    assert len(asked) == 9 * times
 
 
 def test_reading_over_a_border_would_be_wrong(root: Path):

@@ -9,6 +9,8 @@ import torch
 from genpolicy.datasets._lerobot_import import quiet
 from genpolicy.datasets._lerobot_writer import recording
 from genpolicy.datasets.lerobot_dataset import LeRobotDataset
+from genpolicy.tasks._simulators import RenderError
+from genpolicy.tasks.metaworld import MetaWorld
 from tests.datasets.cart import CAMERA, STATE, Cart
 
 
@@ -41,6 +43,25 @@ def test_lerobot_reads_what_was_written(tmp_path: Path, capfd):
     assert torch.equal(ours.columns["next.reward"][:, 0], torch.cat([episode.rewards for episode in episodes]))
     assert "torchcodec" not in (said := "".join(capfd.readouterr()))
     assert "examples/s" not in said
+
+
+@pytest.mark.parametrize(("see", "name"), [("pixels", "observation.images.top"), ("points", "observation.points")])
+def test_what_a_robot_saw_is_read_as_it_was(tmp_path: Path, see: str, name: str):
+    """Pictures to the byte, clouds to the bit."""
+    task = MetaWorld("button-press-topdown-v3", see=see)  # type: ignore[arg-type]
+    try:
+        episode = task.demonstrate(0, 0.1)
+    except RenderError:
+        return  # this machine has no way to draw
+    with recording(tmp_path / "set", task, {}) as keep:
+        keep(episode)
+    ours = LeRobotDataset(str(tmp_path / "set"))
+    assert {n: shape for n, shape in ours.shapes.items() if n != "action"} == task.shapes
+    read = ours.rows(torch.arange(len(ours)), 1, range(1))[0].observation
+    for each in task.shapes:
+        assert torch.equal(read[each][:, 0], episode.observation[each])
+    assert episode.observation[name].std() > 0.05
+    assert episode.observation[name].flatten(1).unique(dim=0).shape[0] > 10
 
 
 def test_an_interrupted_recording_leaves_nothing(tmp_path: Path):

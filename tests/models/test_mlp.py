@@ -24,12 +24,11 @@ class Recorded:
         generator = torch.Generator().manual_seed(1)
         self.values = {
             name: torch.randn(200, dim, generator=generator) * torch.linspace(0.5, 40, dim) + 3
-            for name, dim in ((STATE, 3), ("observation.images.top", 12), (WORLD, 5), ("action", 4))
+            for name, dim in ((STATE, 3), (WORLD, 5), ("action", 4))
         }
         for name in (STATE, "action"):
             self.values[name][:, -1] = 0.7
         self.shapes: dict[str, tuple[int, ...]] = {n: (v.shape[1],) for n, v in self.values.items()}
-        self.shapes["observation.images.top"] = (3, 2, 2)
         self.stats = {
             name: {"mean": v.mean(0), "std": v.std(0), "min": v.amin(0), "max": v.amax(0)}
             for name, v in self.values.items()
@@ -115,7 +114,7 @@ def test_every_parameter_learns_and_the_condition_is_seen(network: Any) -> None:
 
 def test_observations_are_standardised_and_what_stood_still_is_only_shifted() -> None:
     model, dataset = made(), Recorded()
-    assert list(model.shapes) == [STATE, WORLD]  # vectors alone, in the data set's order
+    assert list(model.shapes) == [STATE, WORLD]  # in the data set's order
     context, _, _ = dataset.rows(torch.arange(200), 1, model.horizon)
     condition = model.encode(context)
     assert condition.shape == (200, 8)
@@ -224,8 +223,8 @@ def test_wrong_settings_are_told_in_one_sentence(tmp_path: Path) -> None:
         MLP(network="unet", hidden=48)
     with pytest.raises(ValueError, match="history is 0; it must be at least 1"):
         MLP(history=0)
-    with pytest.raises(ValueError, match=r"inputs: observation\.images\.top is no vector .* it has observation\.state"):
-        made(inputs=["observation.images.top"])
+    with pytest.raises(ValueError, match=r"inputs: observation\.effort is no observation .* it has observation\.state"):
+        made(inputs=["observation.effort"])
     with pytest.raises(ValueError, match="no unconditional branch"):
         made().negative(torch.zeros(1, 8))
     context, _, _ = Recorded().rows(torch.arange(2), 2, range(4))

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from genpolicy import config
-from genpolicy.tasks._sawyer import STATE, WORLD, Sawyer, catalogue
-from genpolicy.tasks._simulators import RenderError
+from genpolicy.tasks import _sawyer_pictures
+from genpolicy.tasks._sawyer import PICTURES, POINTS, STATE, WORLD, Cloud, Sawyer, catalogue
+from genpolicy.tasks._sawyer_pictures import Studio, moment
+from genpolicy.tasks._simulators import RenderError, library
 from genpolicy.tasks.metaworld import MetaWorld
 
 PEG, ASSEMBLY, BUTTON = "peg-insert-side-v3", "assembly-v3", "button-press-topdown-v3"
+PUSH = "push-v3"
+mujoco = library("mujoco", "the test")  # told how to draw without a screen
 
 
 class Clipped(Sawyer):
@@ -115,11 +119,11 @@ def test_a_wrong_name_gets_the_nearest():
         config.make("tasks", {"name": "metaworld", "env": "peg-insert-v3"})
     with pytest.raises(ValueError, match="limit is 0"):
         MetaWorld(PEG, limit=0)
+    with pytest.raises(ValueError, match="did you mean points"):
+        config.make("tasks", {"name": "metaworld", "env": PEG, "see": "point"})
 
 
 def test_a_picture_or_one_sentence(monkeypatch):
-    import mujoco
-
     environments = MetaWorld(PEG).environments(1, 1)
     environments.reset([0], [0])
 
@@ -145,6 +149,175 @@ def test_a_picture_or_one_sentence(monkeypatch):
     assert warmth[180:].mean() > 20 > 10 > warmth[:50].mean()
 
 
+def can_draw():
+    """Whether this machine has a way to draw."""
+    try:
+        Sawyer(BUTTON, "sparse", "pixels").reset(seed=0)[0][PICTURES]
+    except RenderError:
+        return False
+    return True
+
+
+SEES = [("pixels", PICTURES), ("points", POINTS)]
+
+
+def moved(simulation, name, change):
+    """What is seen under ``name`` of seed 0, and when ``change(world)`` was done to it."""
+    first, _ = simulation.reset(seed=0)
+    before = first[name].copy()
+    change(simulation._world)
+    mujoco.mj_forward(simulation._world.model, simulation._world.data)
+    return before, simulation._frame(simulation.numbers)[name]
+
+
+def shift_goal(world):
+    world._target_pos = world._target_pos + np.array([0.05, -0.03, 0.0])
+
+
+def shift_object(world):
+    world.data.qpos[9] += 0.05  # x of the puck, after the arm's seven joints and its two fingers
+
+
+@pytest.mark.parametrize(("see", "name"), SEES)
+def test_goal_and_object_are_seen_and_nothing_else_says_where(see, name):
+    if see == "pixels" and not can_draw():
+        return
+    task = MetaWorld(PUSH, see=see)
+    assert task.shapes == {STATE: (4,), name: (3, 64, 64) if see == "pixels" else (128, 3)}
+    simulation = Sawyer(PUSH, "sparse", see)
+    for change in (shift_goal, shift_object):
+        before, after = moved(simulation, name, change)
+        assert before.shape == task.shapes[name]
+        different = (before != after).any(0 if see == "pixels" else 1).mean()
+        assert 0.001 < different < 0.75  # of a cloud, the puck has 88 points of 128
+    assert np.array_equal(*moved(simulation, name, lambda world: None))
+    frame, _ = simulation.reset(seed=0)
+    assert set(frame) == set(task.shapes)
+    other, _ = simulation.reset(seed=1)
+    assert np.array_equal(frame[STATE], other[STATE])
+    assert not np.array_equal(frame[name], other[name])
+
+
+def test_the_goal_in_the_picture_is_green_and_where_it_is():
+    if not can_draw():
+        return
+    simulation = Sawyer(PUSH, "sparse", "pixels")
+    for right, down in ((0.1, 0.0), (0.0, 0.1), (-0.1, 0.0)):
+
+        def move(world, x=right, y=down):
+            world._target_pos = world._target_pos + np.array([x, y, 0.0])
+
+        places = []
+        for picture in moved(simulation, PICTURES, move):
+            assert picture.dtype == np.uint8
+            red, green, blue = picture.astype(int)
+            rows, columns = np.nonzero((green > 2 * red) & (green > 2 * blue))
+            assert 4 < len(rows) < 60
+            places.append(np.array([rows.mean(), columns.mean()]))
+        down_by, right_by = places[1] - places[0]
+        # The view is from the far side: what is further from the arm (y) is lower, what is at the arm's right (x) left.
+        assert abs(down_by - 90 * down) < 4
+        assert abs(right_by + 90 * right) < 4
+
+
+@pytest.mark.parametrize(("see", "name"), SEES)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_lazy_frames_are_the_eager_ones(see, name, workers):
+    """A chunk at once, drawn late, shows what single steps show; with history, also past moments."""
+    if see == "pixels" and not can_draw():
+        return
+    actions = torch.rand(1, 7, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    task = MetaWorld(PUSH, see=see, workers=workers)
+    environments = [task.environments(1, 3), MetaWorld(PUSH, see=see).environments(1, 1)]
+    firsts = [some.reset([0], [5]).observation for some in environments]
+    assert torch.equal(firsts[0][name][:, 2:], firsts[1][name])
+    late = environments[0].step([0], actions).context.observation
+    singly = [environments[1].step([0], actions[:, j : j + 1]).context.observation for j in range(7)]
+    for each in (STATE, name):
+        assert torch.equal(late[each], torch.cat([seen[each] for seen in singly[-3:]], 1))
+        assert not torch.equal(late[each][:, 0], late[each][:, 2])
+    assert late[name].dtype == torch.float32
+    for some in environments:
+        some.close()
+
+
+@pytest.mark.parametrize("env", [PEG, ASSEMBLY])
+def test_fixtures_are_in_place_from_the_first_frame_on(env):
+    """MetaWorld's reset moves a peg or a box and leaves its geoms where they were: a stale picture."""
+    simulation = Sawyer(env, "sparse", "points")
+    simulation.reset(seed=0)
+    first = simulation.reset(seed=3)[0][POINTS]
+    second = simulation.step(np.zeros(4, np.float32))[0][POINTS]
+    assert abs(first - second).max() < 0.03
+    stale = Sawyer(env, "sparse")
+    stale.reset(seed=0)
+    stale.reset(seed=3)
+    assert abs(Cloud(stale._world.model, 128)(moment(stale._world)) - second).max() > 0.05
+
+
+def test_a_films_camera_changes_nothing():
+    if not can_draw():
+        return
+    first, second = (Sawyer(PUSH, "sparse", "pixels") for _ in range(2))
+    shown, film = first.reset(seed=2)[0][PICTURES], first.render()
+    assert film.shape == (240, 240, 3)
+    assert np.array_equal(first.reset(seed=2)[0][PICTURES], shown)
+    assert np.array_equal(second.reset(seed=2)[0][PICTURES], shown)
+    assert np.array_equal(first.render(), film)
+    first.close()
+    assert np.array_equal(second.reset(seed=2)[0][PICTURES], shown)
+
+
+def test_what_nobody_sees_is_not_drawn(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Studio, "__init__", lambda self, model, size: None)
+    monkeypatch.setattr(Studio, "draw", lambda self, seen: drawn.append(1) or np.zeros((3, 64, 64), np.uint8))
+    monkeypatch.setattr(_sawyer_pictures, "_studios", {})
+    environments = MetaWorld(PUSH, see="pixels").environments(2, 2)
+    environments.reset([0, 1], [0, 1])
+    assert len(drawn) == 2  # repeated frames are one picture
+    environments.step([0, 1], torch.zeros(2, 8, 4))
+    assert len(drawn) == 2 + 2 * 2
+    environments.close()
+
+
+@pytest.mark.parametrize(("see", "name"), SEES)
+def test_the_same_seed_looks_the_same(see, name):
+    """Whatever was seen before, and in another simulation of the same task."""
+    if see == "pixels" and not can_draw():
+        return
+    first, second = (Sawyer(ASSEMBLY, "sparse", see) for _ in range(2))
+    shown = first.reset(seed=3)[0][name]
+    second.reset(seed=8)[0][name]
+    second.step(np.ones(4, np.float32))
+    assert np.array_equal(second.reset(seed=3)[0][name], shown)
+    assert not np.array_equal(second.reset(seed=4)[0][name], shown)
+
+
+@pytest.mark.parametrize("env", [PEG, ASSEMBLY])
+def test_eyes_do_not_touch_the_world(env):
+    shown = [MetaWorld(env, see=see).demonstrate(3, 0.1) for see in ("state", "points")]
+    assert torch.equal(shown[0].actions, shown[1].actions)
+    assert torch.equal(shown[0].observation[STATE], shown[1].observation[STATE])
+
+
+def test_eyes_change_nothing_but_what_is_seen():
+    shown = [MetaWorld(BUTTON, see=see).demonstrate(3, 0.1) for see in ("state", "points")]
+    assert torch.equal(shown[0].actions, shown[1].actions)
+    assert torch.equal(shown[0].observation[STATE], shown[1].observation[STATE])
+    clouds = shown[1].observation[POINTS]
+    assert clouds.shape == (len(shown[1].actions), 128, 3)
+    still = (clouds == clouds[0]).all(2).all(0)
+    hand = clouds[:, :32].mean(1) - shown[1].observation[STATE][:, :3]
+    assert still.sum() > 15  # the table's things
+    assert hand.std(0).max() < 0.01  # the gripper's points go where the hand goes
+    assert clouds[:, 0].std(0).max() > 0.05
+    if can_draw():
+        pictures = MetaWorld(BUTTON, see="pixels").demonstrate(3, 0.1).observation[PICTURES]
+        assert pictures.shape == (len(shown[1].actions), 3, 64, 64)
+        assert 0.9 < pictures.max() <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("env", sorted(catalogue()))
 def test_every_task(env):
@@ -157,3 +330,6 @@ def test_every_task(env):
     assert torch.equal(shown[0].actions, shown[-1].actions)
     assert torch.equal(shown[0].observation[WORLD], shown[-1].observation[WORLD])
     assert sum(demonstration.success for demonstration in shown[:4]) >= 2
+    clouds = Sawyer(env, "sparse", "points")
+    assert np.isfinite(clouds.reset(seed=0)[0][POINTS]).all()
+    assert not np.array_equal(clouds.reset(seed=1)[0][POINTS], clouds.reset(seed=0)[0][POINTS])

@@ -1,0 +1,126 @@
+"""Does the offline gate tell better from worse? Unprotected it does not, and what protects in its place.
+
+    python -m benchmarks.rl100_gate unprotected --runs runs/rl100 --tasks hammer-v3 --seeds 0   # the negative control
+    python -m benchmarks.rl100_gate protected   --runs runs/rl100 --tasks hammer-v3 --seeds 0   # what the pipeline's stage did
+
+Both begin from runs of benchmarks/rl100. "unprotected" repeats a run's offline stage on the same data with no KL, no bound on
+the distance and no real episodes, twenty short candidates, and compares the gate's scores with the truth of each. "protected"
+takes the candidates that the run itself made: the best of them and of the policy before is chosen on one list of starts, and
+compared with what the stage returned, paired, on a fresh one. Both lists are used nowhere else.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genpolicy import config
+from genpolicy.build import saved
+from genpolicy.evaluate import paired
+from genpolicy.evaluate_control import evaluate_control
+from genpolicy.experiment import train
+from genpolicy.learning.gate import rank_correlation
+
+CHOOSING, FRESH = range(11_000_000, 11_000_500), range(12_000_000, 12_000_500)
+TRUTH = range(11_500_000, 11_500_200)
+"""Reset seeds of the unprotected candidates."""
+SLOTS = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["unprotected", "protected"])
+    parser.add_argument("--runs", type=Path, default=Path("runs/rl100"))
+    parser.add_argument("--tasks", nargs="+", default=["hammer-v3"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.tasks:
+        for seed in args.seeds:
+            folder = args.runs / name / str(seed)
+            found = (unprotected if args.what == "unprotected" else protected)(name, folder)
+            line = json.dumps({"task": name, "seed": seed, **found})
+            print(line, flush=True)
+            with open(args.runs / f"gate_{args.what}.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def unprotected(name: str, folder: Path) -> dict[str, Any]:
+    """The offline stage again with nothing that holds it back: every candidate's score and truth."""
+    out = folder.parent / f"{folder.name}-unprotected"
+    shutil.rmtree(out, ignore_errors=True)
+    offline = {"episodes": 200, "candidates": 20, "sweeps": 2, "kl": 0.0, "far": 1e9, "z": 0.0, "check": 0}
+    train(
+        config.load(
+            folder / "config.yaml",
+            [
+                f"--policy.pretrained={folder / 'stages' / 'imitation'}",
+                f"--output={out}",
+                "--method.stage=offline",
+                *(f"--method.offline.{key}={value}" for key, value in offline.items()),
+                "--budget.env_steps=null",
+                "--budget.iterations=100",
+                "--eval.every=0",
+            ],
+        )
+    )
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rounds = [row for row in rows if "gate/gain" in row]
+    scores = [0.0]
+    for row in rounds:  # each gain is against the policy in force: its own, if the last was let through
+        scores.append(row["gate/gain"] + (scores[-1] if row["gate/accepted"] or len(scores) == 1 else 0.0))
+    policies = [out / "stages" / f"candidate-{row['iteration']}" for row in rounds]
+    truth = [rate(name, path, TRUTH).mean().item() for path in [folder / "stages" / "imitation", *policies]]
+    return {
+        "accepted": sum(row["gate/accepted"] for row in rounds),
+        "candidates": len(rounds),
+        "score": scores,
+        "distance": [0.0] + [row["gate/distance"] for row in rounds],
+        "truth": truth,
+        "rank_correlation": rank_correlation(scores, truth),
+        "rank_correlation_after_the_best": rank_correlation(
+            scores[truth.index(max(truth)) :], truth[truth.index(max(truth)) :]
+        ),
+    }
+
+
+def protected(name: str, folder: Path) -> dict[str, Any]:
+    """What the stage returned against the best policy that it saw."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rounds = [row for row in rows if "gate/gain" in row]
+    stages = folder / "stages"
+    seen = {"imitation": stages / "imitation"}
+    seen |= {f"candidate-{row['iteration']}": stages / f"candidate-{row['iteration']}" for row in rounds}
+    chosen = {key: rate(name, path, CHOOSING).mean().item() for key, path in seen.items()}
+    best = max(chosen, key=lambda key: chosen[key])
+    accepted = [f"candidate-{row['iteration']}" for row in rounds if row["gate/accepted"]]
+    returned = accepted[-1] if accepted else "imitation"
+    after, before = (rate(name, seen[key], FRESH) for key in (returned, best))
+    mean, low, high = paired(before, after, len(FRESH))
+    return {
+        "seen": chosen,
+        "gain": [row["gate/gain"] for row in rounds],
+        "accepted": accepted,
+        "best": best,
+        "returned": returned,
+        "returned_minus_best": [mean, low, high],
+        "fresh": {"returned": after.mean().item(), "best": before.mean().item(), "n": len(FRESH)},
+        "differences": (after - before).tolist(),
+    }
+
+
+def rate(name: str, path: Path, seeds: range) -> Tensor:
+    """Success of a saved policy from each of the starts."""
+    policy = saved(path).load()
+    environments = config.make("tasks", {"name": "metaworld", "env": name}).environments(SLOTS, policy.model.history)
+    found = evaluate_control(policy, environments, episodes=len(seeds), seed=seeds.start)
+    environments.close()
+    return found.success
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Experience: all that a run has to learn from off the policy, the data section and what it has collected itself."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genpolicy.chain.values import Condition
+from genpolicy.config import ConfigError
+from genpolicy.policy import ControlModel
+from genpolicy.replay import Replay
+from genpolicy.run import Run
+
+
+class Experience:
+    """The data section's episodes and those of the iterations that were added, as one replay, in memory.
+
+    What is saved with a checkpoint is which iterations there are; the episodes themselves are in the run's folder
+    (`EpisodeStore`), where every process reads all of them. conditions, features: of the replay's views by the encoder as
+    it is; `renew` says that it has changed. cut_fails: nothing comes after an episode that was cut.
+    """
+
+    def __init__(self, run: Run, cut_fails: bool) -> None:
+        self.run, self.model, self.cut_fails = run, cast(ControlModel, run.policy.model), cut_fails
+        self.iterations: list[int] = []
+        self.renew()
+        run.register(experience=self)
+
+    def renew(self) -> None:
+        """What was computed with another encoder, or from fewer episodes, is computed again when it is asked for."""
+        self._replay: Replay | None = None
+        self._conditions: Condition | None = None
+
+    def add(self, iteration: int) -> None:
+        """The episodes that were kept in this iteration belong to it from now on."""
+        self.iterations.append(iteration)
+        self.run.collector.store.pinned.add(iteration)
+        self.renew()
+
+    @property
+    def replay(self) -> Replay:
+        """All decisions. Raises `ConfigError` where there is nothing."""
+        if self._replay is None:
+            data, store = self.run.data, self.run.collector.store
+            parts = [] if data is None else [Replay.of_dataset(data, self.model, self.cut_fails)]
+            parts += [Replay.of_episodes(store.episodes(i), self.cut_fails) for i in self.iterations]
+            if not parts:
+                raise ConfigError(
+                    "there is nothing to learn from: name recorded episodes in the data section, or collect some"
+                )
+            self._replay = Replay.cat(parts)
+        return self._replay
+
+    @property
+    def conditions(self) -> Condition:
+        """[F]: of the replay's views."""
+        if self._conditions is None:
+            self._conditions = self.replay.encoded(self.model)
+        return self._conditions
+
+    @property
+    def features(self) -> Tensor:
+        """Float[F,D]: what critics see of the replay's views."""
+        return self.model.features(self.conditions)
+
+    def imitable(self, rows: Tensor) -> tuple[Condition, Tensor, None]:
+        """A `genpolicy.imitation.Source` over the decisions of episodes that succeeded; the encoder stays as it is."""
+        replay = self.replay
+        chosen = replay.success.nonzero().flatten()[rows]
+        return self.conditions[replay.now[chosen]], replay.event[chosen].to(self.model.device), None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"iterations": list(self.iterations)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.iterations = list(state["iterations"])
+        self.run.collector.store.pinned.update(self.iterations)
+        self.renew()
+
+
+class Failures:
+    """Starts from which an episode failed and none has succeeded since; saved and resumed with the run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.seeds: list[int] = []
+        run.register(failures=self)
+
+    def mixed(self, fresh: Sequence[int], share: float) -> list[int]:
+        """``fresh`` reset seeds, the last ``share`` of them replaced by failures as far as there are any."""
+        count = min(round(share * len(fresh)), len(self.seeds))
+        key = [self.run.experiment.seed % 2**64, self.run.iteration]
+        drawn = np.random.default_rng(key).permutation(len(self.seeds))[:count]
+        return [*fresh[: len(fresh) - count], *(self.seeds[number] for number in drawn)]
+
+    def note(self, starts: Sequence[int], success: Tensor | None) -> None:
+        """What came of episodes from ``starts``; success [M,N] (None: the task does not judge)."""
+        if success is None:
+            return
+        for seed, good in zip(starts, success.mean(1).tolist(), strict=True):
+            if seed in self.seeds and good == 1:
+                self.seeds.remove(seed)
+            elif seed not in self.seeds and good < 1:
+                self.seeds.append(seed)
+
+    def state_dict(self) -> dict[str, list[int]]:
+        return {"seeds": list(self.seeds)}
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        self.seeds = list(state["seeds"])
+
+
+class Anchor:
+    """The policy that a stage begins with, to which it is held, and what the one in force came to in real episodes (None: not
+    tried): saved and resumed with the run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.renew()
+        run.register(anchor=self)
+
+    def renew(self) -> None:
+        """From now on the policy as it stands."""
+        self.weights = self.run.snapshot()
+        self.iteration = self.run.iteration
+        self.rate: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights, "iteration": self.iteration, "rate": self.rate}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.run.policy.model.device
+        self.weights = [torch.as_tensor(value).to(device) for value in state["weights"]]
+        self.iteration, self.rate = state["iteration"], state["rate"]

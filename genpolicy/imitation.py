@@ -1,0 +1,72 @@
+"""Imitation: supervised updates of a denoising policy on what somebody did.
+
+    loss = mean over rows, event dims of  (output(x_t, t, condition) - target)^2,    x_t = alpha(t) x_0 + sigma(t) eps
+
+with x_0 the chunk that was done, t from the family's own training distribution and eps standard normal: the denoising loss
+(arXiv 2006.11239 eq. 14; for robots 2303.04137) for every parametrisation.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genpolicy.chain.values import Condition
+from genpolicy.policy import ControlModel
+from genpolicy.run import Run
+from genpolicy.task import Dataset
+
+Source = Callable[[Tensor], tuple[Condition, Tensor, Tensor | None]]
+"""rows [b] -> what was seen, what was done [b,*E], and which of its dims count (None: all)."""
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """Updates of ``batch`` rows, drawn alike from the ``rows`` of a source. Every number drawn is a function of the run's
+    seed, its iteration and the update's number.
+    """
+
+    run: Run
+    source: Source
+    rows: int
+    batch: int
+
+    def __call__(self, updates: int) -> None:
+        """So many updates; counted as samples seen."""
+        for update in range(updates):
+            self._update([self.run.experiment.seed % 2**64, self.run.iteration, update])
+        self.run.seen(self.batch * updates)
+
+    def _update(self, key: list[int]) -> None:
+        run = self.run
+        rows, uniform, noise = self.draw(key)
+        t = cast(ControlModel, run.policy.model).times(uniform)
+
+        def losses(part: slice) -> Tensor:
+            condition, event, mask = self.source(rows[part])
+            return run.policy.supervised_loss(condition, event, t[part], noise[part].to(event), mask)
+
+        run.descend(losses, len(rows), "bc")
+
+    def draw(self, key: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """This process's share of the batch: rows, uniform numbers for the times, noise."""
+        generator = np.random.default_rng(key)
+        share = slice(self.run.processes.index, None, self.run.processes.count)
+        rows = generator.integers(self.rows, size=self.batch)[share]
+        uniform = generator.random(self.batch)[share]
+        shape = (self.batch, *self.run.policy.model.event_shape)
+        noise = generator.standard_normal(shape, dtype=np.float32)[share]
+        return torch.from_numpy(rows.copy()), torch.from_numpy(uniform.copy()), torch.from_numpy(noise.copy())
+
+
+def recorded(data: Dataset, model: ControlModel) -> Source:
+    """The frames of a data set, each with the chunk that follows it; the encoder learns too."""
+
+    def source(rows: Tensor) -> tuple[Condition, Tensor, Tensor | None]:
+        context, actions, pad = data.rows(rows, model.history, model.horizon)
+        return model.encode(context), model.event(actions), model.event_mask(pad)
+
+    return source

@@ -1,0 +1,430 @@
+"""RL-100 (arXiv 2510.14830): imitation, offline RL behind a gate, online RL; PPO through the denoising chain throughout.
+
+    imitation   pi <- IL(demonstrations)
+    offline     D <- D + episodes of pi;  [pi <- IL(D)]
+                Q, V <- IQL(D);  T <- transition model(D)
+                candidate <- PPO(pi, A = Q - V) at recorded states;  pi <- candidate where the gate lets it through
+    online      pi <- PPO(pi, A = GAE);  V goes on from the offline one
+
+    loss = mean over the K' steps of  max(-A rho_k, -A clip(rho_k, 1-eps, 1+eps)) + beta KL(pi || pi at the stage's start)
+
+rho_k: ratio of step k's transition, log-probabilities summed over the chunk; one advantage for all steps of a chain, not
+discounted over them. Gate: J = E sum_h Q(s_h, a_h) in imagination (`genpolicy.offline_evaluation`), with the sampler that is
+deployed; a candidate that is refused is undone to the bit. Clip the kernel's std with chain.kernel {name: floorstd, floor:
+0.1, kernel: {name: clipstd, high: 0.8, kernel: {name: ddim, eta: 1.0}}}: the direction term of the mean goes with it. A
+decision is a chunk, or with policy.chunk 1 a single action, discounted by gamma to the number of steps it took.
+
+Differs from the public code (hesic73/RL-100): its gate never undoes a candidate; scores TD residuals, which telescope, in
+the place of Q; and samples there with the unclipped std. Here the KL holds the policy to where Q was learned: without it
+the gate's score rises while success falls (docs/rl100.md), because both believe the same Q.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genpolicy.action_value import ActionValue
+from genpolicy.chain.values import Gaussian
+from genpolicy.config import ConfigError, OptimizerConfig, at_least, positive, share
+from genpolicy.course import Course
+from genpolicy.decision_value import DecisionValue
+from genpolicy.experience import Anchor, Experience, Failures
+from genpolicy.imitation import Imitation, recorded
+from genpolicy.judge import QJudge
+from genpolicy.learning.gate import Comparison, compare
+from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio, mean_kl
+from genpolicy.minibatch import Batch
+from genpolicy.offline_evaluation import OfflineEvaluation
+from genpolicy.policy import ControlModel
+from genpolicy.rollout import Rollout, Scored
+from genpolicy.run import Loss, Run
+
+
+@dataclass
+class Cloning:
+    """iterations of ``updates`` updates of ``batch`` frames; lr falls to 0 along a cosine after ``warmup`` updates; ema: of the
+    averaged weights, which go on. (RL-100: batch 256, 1.4e-4 for large networks; small ones take 1e-3.)
+    """
+
+    iterations: int = 20
+    updates: int = 100
+    batch: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    ema: float = 0.995
+
+    def __post_init__(self) -> None:
+        at_least("method rl100: imitation", self, iterations=1, updates=1, batch=1, warmup=0)
+        positive("method rl100: imitation", self, "lr")
+
+
+@dataclass
+class Offline:
+    """rounds: times that data is collected and learned from (M). episodes: of the policy, per round; 0 learns from the data
+    section alone. recloning: updates of imitation on all data that succeeded, before each round but the first (0: none).
+    critic_updates: of Q and V (IQL: ``expectile`` .7), with ``members`` of Q read as mean - ``pessimism`` * std (2 and 1:
+    their minimum). model_updates: of the gate's model.
+
+    candidates: of a round, at most. sweeps: of a candidate, each ``states`` recorded decisions, whose chains are drawn
+    anew and passed over ``epochs`` times in minibatches of ``minibatch`` (decision, step) pairs. lr, clip (.2 to .25). kl:
+    beta. far: a candidate whose chains' KL from the stage's first policy (nats a decision, summed over the steps) exceeds
+    this is refused, and the round ends.
+
+    delta: what a candidate must gain, as a share of |J| (RL-100's .05 refuses candidates that are twice as good:
+    docs/rl100.md). z: standard errors that are taken off its gain. horizon: imagined decisions; starts: imagined
+    episodes. caution: per std of the model's disagreement. check: real episodes of every candidate that is let through, and of
+    the policy in force, from the same starts (0: the person does not allow it); the one that succeeds more often stays.
+
+    best_of: N of the sampler that picks the best of N samples by Q, evaluated beside the others: it needs no training.
+    """
+
+    rounds: int = 1
+    episodes: int = 200
+    recloning: int = 0
+    critic_updates: int = 3000
+    expectile: float = 0.7
+    members: int = 2
+    pessimism: float = 1.0
+    model_updates: int = 1000
+    candidates: int = 2
+    sweeps: int = 10
+    states: int = 1024
+    epochs: int = 2
+    minibatch: int = 1024
+    lr: float = 1e-4
+    clip: float = 0.2
+    kl: float = 0.1
+    far: float = 10.0
+    delta: float = 0.0
+    z: float = 2.0
+    horizon: int = 20
+    starts: int = 512
+    caution: float = 0.0
+    check: int = 0
+    best_of: int = 16
+
+    def __post_init__(self) -> None:
+        least = {"rounds": 1, "episodes": 0, "recloning": 0, "critic_updates": 1, "members": 1, "model_updates": 1}
+        least |= {"pessimism": 0, "candidates": 1, "sweeps": 1, "states": 2, "epochs": 1, "minibatch": 1, "kl": 0}
+        least |= {"delta": 0, "z": 0, "horizon": 1, "starts": 2, "caution": 0, "check": 0, "best_of": 1}
+        at_least("method rl100: offline", self, **least)
+        positive("method rl100: offline", self, "lr", "clip", "far")
+        share("method rl100: offline", self, "expectile")
+
+
+@dataclass
+class Online:
+    """episodes: of an iteration. lam: of GAE (.95). epochs: passes over the rollout (5 to 10). minibatch: (decision, step)
+    pairs of one update. lr falls along a cosine to its ``final`` share as the budget is spent; clip (.2). critic_lr (3e-4),
+    critic_epochs, critic_minibatch: of the value. warm_up: iterations that train the value alone.
+
+    ema: decay of the averaged weights, which are what is evaluated and saved: near the ceiling what single batches teach is
+    noise. retry: share of the episodes that begin where an earlier one failed, if there are such starts: they are rare, and
+    without it they are hardly ever met again.
+    """
+
+    episodes: int = 48
+    lam: float = 0.95
+    epochs: int = 5
+    minibatch: int = 1024
+    lr: float = 1e-4
+    final: float = 0.1
+    clip: float = 0.2
+    ema: float = 0.998
+    retry: float = 0.25
+    critic_lr: float = 1e-3
+    critic_epochs: int = 10
+    critic_minibatch: int = 256
+    warm_up: int = 1
+
+    def __post_init__(self) -> None:
+        least = {"episodes": 1, "epochs": 1, "minibatch": 1, "critic_epochs": 1, "critic_minibatch": 1, "warm_up": 0}
+        at_least("method rl100: online", self, **least)
+        positive("method rl100: online", self, "lr", "clip", "critic_lr")
+        share("method rl100: online", self, "lam", "final", "ema", "retry")
+
+
+@dataclass
+class RL100:
+    """stage: "all", or one of the three on what the policy and data sections name.
+
+    gamma: per environment step (.99 there). cut_fails: nothing comes after an episode that its time limit cut, so that values
+    are the chance of success within it. With both defaults a decision is worth what it adds to that chance; with .99
+    and a value after the cut, haste is worth more than success (docs/rl100.md).
+
+    update: what one optimiser step sees: "pairs" of random decisions and steps, whole "chain"s of random decisions, or
+    random decisions at one "step" after the other (the public code). The budget is of the whole run; online RL goes on
+    until it is spent. Policies of the stages' ends are kept in stages/, each evaluated as it was deployed.
+    """
+
+    stage: Literal["all", "imitation", "offline", "online"] = "all"
+    gamma: float = 0.999
+    cut_fails: bool = True
+    update: Literal["pairs", "chain", "step"] = "pairs"
+    imitation: Cloning = field(default_factory=Cloning)
+    offline: Offline = field(default_factory=Offline)
+    online: Online = field(default_factory=Online)
+
+    def __post_init__(self) -> None:
+        share("method rl100", self, "gamma")
+
+    def train(self, run: Run) -> None:
+        _Pipeline(self, run).train()
+
+
+class _Pipeline:
+    """The stages, in the verbs of a run."""
+
+    def __init__(self, settings: RL100, run: Run) -> None:
+        self.s, self.run = settings, run
+        self.model = cast(ControlModel, run.policy.model)
+        self.course = Course(self._course())
+        run.register(course=self.course)
+        run.stages = self._optimizers()
+        run.enter(self.course.stage)
+        names = [name for name, _ in self.course.stages]
+        if "imitate" in names and run.data is None:
+            raise ConfigError("method rl100 imitates recorded episodes: name them in the data section")
+        if "improve" in names:
+            o = settings.offline
+            self.experience, self.anchor = Experience(run, settings.cut_fails), Anchor(run)
+            self.value = ActionValue(
+                run, settings.gamma, expectile=o.expectile, members=o.members, pessimism=o.pessimism
+            )
+            self.evaluation = OfflineEvaluation(run, self.value, horizon=o.horizon, starts=o.starts, caution=o.caution)
+        if "online" in names:
+            o = settings.online
+            self.baseline = DecisionValue(run, settings.gamma, o.lam, o.critic_lr, o.critic_epochs, o.critic_minibatch)
+            self.failures = Failures(run)
+        if {"improve", "online"} & set(names):
+            run.require_density()
+
+    def _course(self) -> list[tuple[str, int | None]]:
+        """(stage, iterations) in order."""
+        s, o = self.s, self.s.offline
+        course: list[tuple[str, int | None]] = []
+        if s.stage in ("all", "imitation"):
+            course.append(("imitate", s.imitation.iterations))
+        if s.stage in ("all", "offline"):
+            for number in range(o.rounds):
+                course += [("collect", 1)] if o.episodes else []
+                course += [("reclone", 1)] if number and o.recloning else []
+                course += [("criticise", 1), ("improve", o.candidates)]
+        if s.stage in ("all", "online"):
+            course.append(("online", None))
+        return course
+
+    def _optimizers(self) -> dict[str, OptimizerConfig]:
+        """Each stage's, with the experiment's own betas, eps, decay and norm."""
+        common, i = self.run.experiment.optimizer, self.s.imitation
+        clone = replace(common, lr=i.lr, warmup=i.warmup, final=0.0, ema=i.ema, max_grad_norm=1.0)
+        plain = replace(common, warmup=0, final=1.0, ema=0.0)
+        improve, on = replace(plain, lr=self.s.offline.lr), self.s.online
+        online = replace(plain, lr=on.lr, final=on.final, ema=on.ema)
+        return {
+            "imitate": clone,
+            "reclone": clone,
+            "collect": plain,
+            "criticise": plain,
+            "improve": improve,
+            "online": online,
+        }
+
+    def train(self) -> None:
+        run, course = self.run, self.course
+        for _ in run.iterations():
+            stage = course.stage
+            run.pace = course.progress
+            if stage in ("improve", "online") and self.s.stage != "online":
+                run.deployed = replace(run.deployed, judge=self._judge)  # saved with the policy, for best-of-N
+            through = getattr(self, stage)()
+            if course.advance(through):
+                if course.stage != stage:
+                    self._leave(stage)
+                    run.enter(course.stage)
+            else:
+                self._leave(stage)
+                run.over = True
+
+    def _leave(self, stage: str) -> None:
+        """A stage is through."""
+        run = self.run
+        if stage == "imitate":
+            run.milestone("imitation")
+        if stage == "criticise":
+            self.anchor.renew()
+            n = self.s.offline.best_of
+            run.milestone(f"best_of_{n}", self._judge, n)
+        if stage == "improve":
+            run.milestone("offline")
+            if self.s.stage == "all":
+                self.baseline.value.load_state_dict(self.value.v.state_dict())
+
+    @property
+    def _judge(self) -> QJudge:
+        return QJudge(self.value.q, self.s.offline.pessimism)
+
+    # ---------------------------------------------------------------- imitation
+
+    def imitate(self) -> bool:
+        """pi <- IL(demonstrations); the encoder learns here, and nowhere else."""
+        run, i = self.run, self.s.imitation
+        assert run.data is not None
+        Imitation(run, recorded(run.data, self.model), len(run.data), i.batch)(i.updates)
+        return False
+
+    def reclone(self) -> bool:
+        """pi <- IL(everything that succeeded), from where it stands, with the encoder as it is."""
+        rows = int(self.experience.replay.success.sum())
+        Imitation(self.run, self.experience.imitable, rows, self.s.imitation.batch)(self.s.offline.recloning)
+        return False
+
+    # ---------------------------------------------------------------- offline
+
+    def collect(self) -> bool:
+        """D <- D + episodes of pi, noise and all."""
+        self.run.collect(self.s.offline.episodes, 1, keep=True)
+        self.experience.add(self.run.iteration)
+        return False
+
+    def criticise(self) -> bool:
+        """Q, V <- IQL(D);  T <- transition model(D)."""
+        e, o = self.experience, self.s.offline
+        self.value.learn(e.replay, e.features, o.critic_updates)
+        self.evaluation.learn(e.replay, e.features, o.model_updates)
+        return False
+
+    def improve(self) -> bool:
+        """candidate <- PPO(pi, A = Q - V); pi <- candidate, or as it was. True: the stage is through before its time."""
+        run, o, point = self.run, self.s.offline, self.run.save_point()
+        for sweep in range(o.sweeps):
+            rollout, rows = self._redraw(sweep)
+            rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
+            advantage = self.value.advantage(self.experience.features[rows], rollout.trajectory.x0)
+            loss = partial(self.loss, clip=o.clip, kl=o.kl)
+            self._learn(rollout, run.normalised(advantage.cpu()), o.epochs, o.minibatch, loss, self.anchor.weights)
+        run.keep(f"candidate-{run.iteration}")
+        away = self._distance()
+        verdict = self._verdict(point)
+        far, better = away > o.far, verdict.accepts(o.delta, o.z)
+        kept = better and not far and (not o.check or self._checked(point))
+        run.log("gate/gain", verdict.difference)
+        run.log("gate/error", verdict.error)
+        run.log("gate/value", verdict.old)
+        run.log("gate/distance", away)
+        run.log("gate/accepted", float(kept))
+        if not kept:
+            run.rewind(point)
+        return far
+
+    def _redraw(self, number: int) -> tuple[Rollout, Tensor]:
+        """What pi would do at recorded decisions, and where they stand among the replay's views."""
+        run, e, states = self.run, self.experience, self.s.offline.states
+        drawn = np.random.default_rng([run.experiment.seed % 2**64, run.iteration, number]).integers(
+            len(e.replay), size=states
+        )
+        place = torch.arange(run.processes.index, states, run.processes.count)
+        rows = e.replay.now[torch.from_numpy(drawn)[place]]
+        return run.redraw(e.conditions[rows], place, states, number), rows
+
+    def _verdict(self, point: tuple[list[Tensor], Any]) -> Comparison:
+        """The candidate against the policy in force, in imagination."""
+        e = self.experience
+        new = self.evaluation(e.replay, e.features)
+        with self.run.using(point[0]):
+            old = self.evaluation(e.replay, e.features)
+        return compare(new, old)
+
+    @torch.no_grad()
+    def _distance(self) -> float:
+        """KL of pi's chains from those of the stage's first policy, nats a decision: sum_k KL, at recorded decisions."""
+        run = self.run
+        trajectory = self._redraw(self.s.offline.sweeps)[0].trajectory
+        with run.using(self.anchor.weights):
+            then = [run.policy.scored(run.policy.transition(trajectory, k)) for k in trajectory.steps]
+        now = [run.policy.scored(trajectory.acted(k)) for k in trajectory.steps]
+        total = sum(float(mean_kl(a, b, reduce="sum").double().sum()) for a, b in zip(now, then, strict=True))
+        sums = run.processes.reduce(torch.tensor([total, len(trajectory)], dtype=torch.float64))
+        return float(sums[0] / sums[1])
+
+    def _checked(self, point: tuple[list[Tensor], Any]) -> bool:
+        """Real episodes, from the same starts for every policy of the stage: the candidate succeeds at least as often as the
+        policy in force.
+        """
+        run, anchor, episodes = self.run, self.anchor, self.s.offline.check
+        if anchor.rate is None:
+            with run.using(point[0]):
+                anchor.rate = run.try_out(episodes, anchor.iteration)
+        rate = run.try_out(episodes, anchor.iteration)
+        run.log("gate/real_gain", rate - anchor.rate)
+        if rate < anchor.rate:
+            return False
+        anchor.rate = rate
+        return True
+
+    # ---------------------------------------------------------------- online
+
+    def online(self) -> bool:
+        """pi <- PPO(pi, A = GAE), and V."""
+        run, o = self.run, self.s.online
+        starts = self.failures.mixed(run.starts(o.episodes), o.retry)
+        rollout = run.collect(o.episodes, 1, keep=True, starts=starts)
+        self.failures.note(starts, rollout.success)
+        rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
+        if self.s.cut_fails:
+            rollout = replace(rollout, decisions=replace(rollout.decisions, terminated=rollout.decisions.last))
+        advantage, returns = self.baseline.advantage(rollout)
+        if self.course.done >= o.warm_up:
+            loss = partial(self.loss, clip=o.clip, kl=0.0)
+            self._learn(rollout, run.normalised(advantage), o.epochs, o.minibatch, loss, None)
+        self.baseline.learn(rollout, returns)
+        return False
+
+    # ---------------------------------------------------------------- PPO through the chain
+
+    def _learn(
+        self,
+        rollout: Rollout,
+        advantage: Tensor,
+        epochs: int,
+        minibatch: int,
+        loss: Loss,
+        reference: Sequence[Tensor] | None,
+    ) -> None:
+        """``epochs`` passes over a rollout."""
+        for epoch in range(epochs):
+            for batch in self._batches(rollout, minibatch, epoch):
+                self.run.update(rollout, batch, advantage, loss, reference)
+
+    def _batches(self, rollout: Rollout, minibatch: int, epoch: int) -> Iterator[Batch]:
+        """What each optimiser step of a pass sees: ``minibatch`` (decision, step) pairs."""
+        run, decisions, steps = self.run, rollout.decisions.total, rollout.trajectory.steps
+        if self.s.update == "pairs":
+            yield from run.pairs(rollout, math.ceil(decisions * len(steps) / minibatch), epoch)
+        elif self.s.update == "chain":
+            yield from run.chains(rollout, math.ceil(decisions * len(steps) / minibatch), epoch)
+        else:
+            for chains in run.chains(rollout, math.ceil(decisions / minibatch), epoch):
+                rows = cast(Tensor, chains.rows)[:: len(steps)]
+                for k in steps:
+                    yield Batch(rows, torch.full_like(rows, k))
+
+    def log_ratio(self, new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:
+        """Summed over the chunk: the ratio of the transition's densities."""
+        return log_ratio(new, old, x, reduce="sum")
+
+    def loss(self, step: Scored, clip: float, kl: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of b pairs, [b], and its metrics [b]."""
+        log_rho = self.log_ratio(step.new, step.old, step.x)
+        surrogate = clipped_surrogate(log_rho, step.advantage, clip)
+        metrics = clip_metrics(log_rho, step.advantage, surrogate)
+        if step.reference is None:
+            return surrogate.loss, metrics
+        away = mean_kl(step.new, step.reference, reduce="sum")
+        return surrogate.loss + kl * away, {**metrics, "kl": away.detach()}

@@ -1,0 +1,657 @@
+"""RL-100: its course, what a candidate is and what becomes of it, the loss by hand, and that it learns."""
+
+import json
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from genpolicy import config
+from genpolicy.build import saved
+from genpolicy.chain import Noise
+from genpolicy.config import ConfigError
+from genpolicy.episodes import reset_seed
+from genpolicy.experiment import train
+from genpolicy.learning.gate import Comparison
+from genpolicy.learning.objective import clipped_surrogate
+from genpolicy.methods import rl100
+from genpolicy.methods.rl100 import RL100, _Pipeline
+from genpolicy.minibatch import Batch
+from tests import toy_control
+from tests.rl100_toy import CLIPPED, SMALL, experiment
+
+BETTER, WORSE = Comparison(1.0, 0.0, 1.0), Comparison(-1.0, 0.0, 1.0)
+LR = {"weight_decay": 0.0, "max_grad_norm": 1e9}
+
+
+def built(folder, method=(), optimizer=(), **sections):
+    """A run that stands at iteration 1, and its pipeline, which has learned nothing yet."""
+    folder.mkdir(exist_ok=True)
+    raw = experiment(folder, method=dict(method), optimizer={**LR, **dict(optimizer)}, **sections)
+    raw.pop("output")
+    run, settings = toy_control.prepared(folder, **raw)
+    return run, _Pipeline(settings, run)
+
+
+def improving(folder, verdict=BETTER, **offline):
+    """A pipeline that is about to improve what a data set shows; the gate says ``verdict``."""
+    run, pipeline = built(folder, {"stage": "offline", "offline": {"episodes": 0, "lr": 1e-2, **offline}})
+    run.enter("improve")
+    pipeline._verdict = lambda point: verdict
+    return run, pipeline
+
+
+def state(run):
+    """Everything that an update changes, flat."""
+    optimizer = run.optimizer.state_dict()
+    moments = [value for each in optimizer["adamw"]["state"].values() for value in each.values()]
+    return [*run.snapshot(), *moments, *(optimizer["ema"] or [])], optimizer["updates"]
+
+
+def same(a, b):
+    return a[1] == b[1] and len(a[0]) == len(b[0]) and all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+
+
+def copied(found):
+    return [value.clone() for value in found[0]], found[1]
+
+
+# -- the course -----------------------------------------------------------------------------------------------------------
+
+
+def stages(run):
+    """What `improve` and the others were called, in order."""
+    return [stage for stage, length in run.course.stages for _ in range(length or 1)]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({}, "imitate imitate collect criticise improve improve online"),
+        ({"stage": "imitation"}, "imitate imitate"),
+        ({"stage": "offline"}, "collect criticise improve improve"),
+        ({"stage": "online"}, "online"),
+        ({"stage": "offline", "offline": {"episodes": 0, "candidates": 1, "rounds": 2}}, "criticise improve " * 2),
+        (
+            {"stage": "offline", "offline": {"rounds": 2, "recloning": 5, "candidates": 1}},
+            "collect criticise improve collect reclone criticise improve",
+        ),
+    ],
+)
+def test_stages_follow_each_other(tmp_path, method, expected):
+    _, pipeline = built(tmp_path, method)
+    assert stages(pipeline) == expected.split()
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """All three stages, from one YAML mapping."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("genpolicy.report.figures", lambda folder: None)
+    critics = []
+    honest = _Pipeline.criticise
+
+    def criticise(self):
+        through = honest(self)
+        critics.append((self, {n: p.detach().clone() for n, p in self.value.q.state_dict().items()}))
+        return through
+
+    patch.setattr(_Pipeline, "criticise", criticise)
+    result = train(config.parse(experiment(tmp_path_factory.mktemp("whole"), budget={"iterations": 8})))
+    patch.undo()
+    return result, critics
+
+
+def test_three_stages_from_one_experiment(whole):
+    result, _ = whole
+    rows = lines(result.folder)
+    of = {i: {key for row in rows if row["iteration"] == i for key in row} for i in range(1, 9)}
+    assert [i for i in of if "bc/loss" in of[i]] == [1, 2]
+    assert [i for i in of if "reward/return" in of[i]] == [3, 7, 8]
+    assert [i for i in of if "world/held_out" in of[i]] == [4]
+    assert [i for i in of if "gate/accepted" in of[i]] == [5, 6]
+    assert [i for i in of if "policy/kl" in of[i]] == [5, 6]
+    assert [i for i in of if "policy/ratio_mean" in of[i]] == [5, 6, 7, 8]
+    assert [i for i in of if "critic/explained" in of[i]] == [7, 8]
+    assert result.summary["replay_gap"] < 0.01
+    assert result.summary["env_decisions"] > 3 * 8
+    counted = [row["env_steps"] for row in rows if "env_steps" in row]
+    assert [b > a for a, b in pairwise([0, *counted])] == [False, False, True, False, False, False, True, True]
+
+
+def test_milestones_are_examined_and_load_again(whole):
+    """Each as it was deployed; the one that picks the best of several has its judge: the critic, as it was then."""
+    result, critics = whole
+    found = {path.name for path in (result.folder / "stages").iterdir()}
+    assert found == {"imitation", "best_of_3", "offline"}
+    for name, iteration in (("imitation", 2), ("best_of_3", 4), ("offline", 6)):
+        (row,) = [row for row in lines(result.folder) if f"{name}/success_rate" in row]
+        assert row["iteration"] == iteration
+        policy = saved(str(result.folder / "stages" / name)).load()
+        assert policy.best_of == (3 if name == "best_of_3" else 1)
+    picking = saved(str(result.folder / "stages" / "best_of_3")).load()
+    assert picking.judge is not None
+    ((pipeline, weights),) = critics
+    features, event = torch.randn(5, 4), torch.randn(5, 2, 2)
+    pipeline.value.q.load_state_dict(weights)
+    with torch.no_grad():
+        expected = pipeline.value.lower(pipeline.value.q, features, event)
+    assert torch.allclose(picking.judge(features, event), expected, atol=1e-6)
+    assert list(picking.chain.stochastic) == [0, 1], "its last step is without noise"
+    noise = Noise.rows(0, 1, torch.arange(5), 1)
+    plain = saved(str(result.folder / "stages" / "offline")).load()
+    assert not torch.equal(picking.sample(features, noise).x0, plain.sample(features, noise).x0)
+
+
+def test_imitation_alone_ends_before_its_budget(tmp_path):
+    result = train(config.parse(experiment(tmp_path, method={"stage": "imitation"}, budget={"iterations": 50})))
+    assert result.summary["iterations"] == 2
+    assert result.summary["over"]
+    assert {path.name for path in (result.folder / "stages").iterdir()} == {"imitation"}
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel", "window"),
+    [
+        ("flow", {"name": "sde", "a": 0.7}, None),
+        ("flow", {"name": "cps", "a": 0.8}, None),
+        ("flow", {"name": "floorstd", "floor": 0.1, "kernel": {"name": "ddim", "eta": 1.0}}, [0, 3]),
+        ("vp", CLIPPED, [0, 3]),
+    ],
+)
+def test_offline_alone_on_data_from_elsewhere(tmp_path, family, kernel, window):
+    """No environment is played in but for the examinations; flows and single actions too."""
+    result = train(
+        config.parse(
+            experiment(
+                tmp_path,
+                policy={"name": "mlp", "hidden": 16, "blocks": 1, "chunk": 1, "family": family},
+                chain={"steps": 3, "kernel": kernel, "window": window},
+                method={"stage": "offline", "offline": {"episodes": 0}},
+            )
+        )
+    )
+    assert result.summary["over"]
+    assert result.summary["iterations"] == 3
+    assert result.summary["env_steps"] == result.summary["env_decisions"] == 0
+    gates = [row for row in lines(result.folder) if "gate/gain" in row]
+    assert len(gates) == 2
+    assert all(math.isfinite(row["gate/gain"]) and math.isfinite(row["gate/distance"]) for row in gates)
+    assert result.summary["replay_gap"] < 0.01
+    assert not (result.folder / "episodes").exists()
+
+
+def test_online_alone_needs_a_policy_and_no_data(tmp_path, whole):
+    start = str(whole[0].folder / "stages" / "imitation")
+    result = train(
+        config.parse(
+            experiment(
+                tmp_path,
+                policy={"name": "mlp", "pretrained": start},
+                data=None,
+                method={"stage": "online"},
+                budget={"iterations": 2},
+            )
+        )
+    )
+    assert not result.summary["over"]
+    assert result.summary["env_steps"] > 0
+    assert not (result.folder / "stages").exists()
+
+
+def test_what_does_not_fit_is_told(tmp_path, whole):
+    start = str(whole[0].folder / "stages" / "imitation")
+    pretrained = {"policy": {"name": "mlp", "pretrained": start}, "data": None}
+    for number, (sections, said) in enumerate(
+        (
+            (pretrained, "name them in the data section"),
+            ({**pretrained, "method": {"stage": "offline", "offline": {"episodes": 0}}}, "nothing to learn from"),
+            (
+                {"chain": {"steps": 3, "kernel": CLIPPED | {"kernel": {"name": "ddim", "eta": 0.0}, "floor": 0.0}}},
+                "std",
+            ),
+            ({"method": {"stage": "both"}}, "stage"),
+            ({"method": {"offline": {"candidates": 0}}}, "candidates is 0"),
+            ({"method": {"online": {"lam": 1.5}}}, "lam is 1.5"),
+        )
+    ):
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises(ConfigError, match=said):
+            train(config.parse(experiment(tmp_path / str(number), **sections)))
+
+
+# -- a candidate ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_advantage_and_without_kl_nothing_changes(tmp_path):
+    for name, scale in (("none", 0.0), ("some", 1.0)):
+        run, pipeline = improving(tmp_path / name, kl=0.0, lr=1e-2)
+        honest = pipeline.value.advantage
+        pipeline.value.advantage = lambda f, e, honest=honest, scale=scale: scale * honest(f, e)
+        before = run.snapshot()
+        assert pipeline.improve() is False
+        moved = max(float((a - b).abs().max()) for a, b in zip(before, run.snapshot(), strict=True))
+        assert (moved == 0) == (scale == 0)
+        assert run.optimizer.updates > 0
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_refused_candidate_is_undone_to_the_bit(tmp_path, ema):
+    """After one that was accepted, so that there are moments to restore; it was a candidate: it had moved."""
+    run, pipeline = improving(tmp_path, far=1e9)
+    run.stages = {**run.stages, "improve": config.OptimizerConfig(lr=1e-2, weight_decay=0.01, ema=ema, warmup=5)}
+    run.enter("improve")
+    fresh = copied(state(run))
+    assert pipeline.improve() is False
+    accepted = copied(state(run))
+    assert not same(fresh, accepted), "an accepted candidate stays"
+    pipeline._verdict = lambda point: WORSE
+    run.iteration, moved = 2, []
+    rewind = run.rewind
+    run.rewind = lambda point: moved.append(copied(state(run))) or rewind(point)
+    assert pipeline.improve() is False
+    assert not same(moved[0], accepted), "there was something to undo"
+    assert same(state(run), accepted)
+    assert [run.journal.numbers[f"gate/{n}"] for n in ("accepted", "gain")] == [[1.0, 0.0], [1.0, -1.0]]
+    run.rewind = lambda point: None  # control
+    pipeline.improve()
+    assert not same(state(run), accepted)
+
+
+def test_the_next_candidate_is_what_it_would_have_been(tmp_path):
+    """A refused candidate leaves no trace in the one after it."""
+    found = []
+    for name in ("refused", "never"):
+        run, pipeline = improving(tmp_path / name, verdict=WORSE)
+        if name == "refused":
+            pipeline.improve()
+        pipeline._verdict, run.iteration = lambda point: BETTER, 2
+        run._rescore = False
+        pipeline.improve()
+        found.append(copied(state(run)))
+    assert same(*found)
+
+
+def test_the_verdict_compares_the_candidate_with_what_it_came_from(tmp_path):
+    """On the same starts; the gain has the sign of the score's."""
+    run, pipeline = improving(tmp_path)
+    del pipeline._verdict
+    point = run.save_point()
+    assert pipeline._verdict(point) == Comparison(0.0, 0.0, pipeline._verdict(point).old)
+    for p in run.trainable:
+        p.data += 0.05
+    candidate = run.snapshot()
+    new = pipeline.evaluation(pipeline.experience.replay, pipeline.experience.features).double().mean()
+    verdict = pipeline._verdict(point)
+    assert all(torch.equal(a, b) for a, b in zip(candidate, run.snapshot(), strict=True))
+    assert verdict.old + verdict.difference == pytest.approx(float(new), abs=1e-6)
+    with run.using(point[0]):
+        old = pipeline.evaluation(pipeline.experience.replay, pipeline.experience.features).double().mean()
+    assert verdict.old == pytest.approx(float(old), abs=1e-6)
+
+
+def test_who_went_too_far_is_refused_whatever_the_gate_says(tmp_path):
+    run, pipeline = improving(tmp_path, far=1e-6)
+    before = copied(state(run))
+    assert pipeline.improve() is True, "and the round is over"
+    assert same(state(run), before)
+    assert run.journal.numbers["gate/distance"][0] > 1e-6
+    assert pipeline.course.advance(True) is True
+
+
+def test_distance_is_the_kl_of_whole_chains_in_nats(tmp_path):
+    """By hand: at the chains that the policy draws now, summed over steps and the chunk, the mean over decisions."""
+    run, pipeline = improving(tmp_path, states=9)
+    assert pipeline._distance() == 0
+    anchor = run.snapshot()
+    for p in run.trainable:
+        p.data += 0.03 * torch.randn_like(p)
+    found = pipeline._distance()
+    chains = pipeline._redraw(pipeline.s.offline.sweeps)[0].trajectory
+    total = 0.0
+    with torch.no_grad(), run.using(anchor):
+        for k in chains.steps:
+            then, now = run.policy.transition(chains, k), chains.acted(k)
+            total += kl_divergence(Normal(now.mean, now.std), Normal(then.mean, then.std.expand_as(now.mean))).sum()
+    assert found == pytest.approx(float(total) / 9, rel=1e-4)
+    pipeline.anchor.renew()
+    assert pipeline._distance() == 0
+
+
+@pytest.mark.parametrize(("rates", "kept"), [((0.5, 0.4), True), ((0.4, 0.4), True), ((0.3, 0.4), False)])
+def test_real_episodes_have_the_last_word(tmp_path, rates, kept):
+    run, pipeline = improving(tmp_path, check=7)
+    before, answers = copied(state(run)), list(rates)
+    weights = []
+
+    def try_out(episodes):
+        assert episodes == 7
+        weights.append(run.snapshot())
+        return answers.pop(0)
+
+    run.try_out = try_out
+    pipeline.improve()
+    assert same(state(run), before) != kept
+    assert run.journal.numbers["gate/accepted"] == [float(kept)]
+    assert all(torch.equal(a, b) for a, b in zip(weights[1], before[0], strict=False)), "the second is the one in force"
+    assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
+
+
+def test_trying_out_is_paired_and_counted(tmp_path):
+    run, _ = improving(tmp_path)
+    asked, honest = [], run.environments.reset
+    run.environments.reset = lambda slots, seeds: asked.append(list(seeds)) or honest(slots, seeds)
+    one = run.try_out(6)
+    first = [seed for seeds in asked for seed in seeds]
+    asked.clear()
+    assert run.try_out(6) == one
+    assert [seed for seeds in asked for seed in seeds] == first
+    assert sorted(first) == [reset_seed(0, 1, 0) + e for e in range(6)]
+    assert run.journal.env_steps >= 12
+    assert run.journal.collected >= 12
+    asked.clear()
+    run.iteration = 2
+    run.try_out(6)
+    assert not {seed for seeds in asked for seed in seeds} & set(first), "control: other iterations, other starts"
+
+
+def test_a_redraw_shows_what_was_encoded_once(tmp_path):
+    """Recorded views are encoded when they are first asked for, and not again while the encoder stands still."""
+    run, pipeline = improving(tmp_path, states=20)
+    e = pipeline.experience
+    conditions = e.conditions.clone()
+    honest = run.policy.model.encode
+    run.policy.model.encode = lambda context: pytest.fail("the encoder was asked again")
+    rollout, rows = pipeline._redraw(0)
+    assert torch.equal(rollout.trajectory.condition, conditions[rows])
+    assert {int(row) for row in rows} <= {int(row) for row in e.replay.now}
+    assert len(rows.unique()) > 10
+    again, other = pipeline._redraw(0), pipeline._redraw(1)
+    assert torch.equal(again[0].trajectory.x0, rollout.trajectory.x0)
+    assert torch.equal(again[1], rows)
+    assert not torch.equal(other[1], rows), "every sweep draws decisions"
+    assert not torch.equal(other[0].trajectory.x0, rollout.trajectory.x0)
+    pipeline.improve()
+    assert torch.equal(e.conditions, conditions)
+    run.policy.model.encode = honest
+    e.renew()
+    assert torch.equal(e.conditions, conditions)
+
+
+def test_the_advantage_is_that_of_what_was_drawn(tmp_path):
+    """Not of what was recorded: A(s, a) of the redrawn chunk, normalised over the sweep."""
+    run, pipeline = improving(tmp_path, sweeps=1)
+    told, honest = [], pipeline._learn
+    pipeline._learn = lambda rollout, advantage, *rest: (
+        told.append((rollout, advantage)) or honest(rollout, advantage, *rest)
+    )
+    pipeline.improve()
+    ((rollout, advantage),) = told
+    seen, x0 = run.policy.model.features(rollout.trajectory.condition), rollout.trajectory.x0
+    with torch.no_grad():
+        raw = pipeline.value.lower(pipeline.value.q, seen, x0) - pipeline.value.v(seen)
+    assert torch.allclose(advantage.float(), (raw - raw.mean()) / raw.std(correction=0), atol=1e-4)
+
+
+# -- the loss -------------------------------------------------------------------------------------------------------------
+
+
+def perturbed(folder, **offline):
+    """A redrawn rollout, and a policy that has moved since; its anchor has not."""
+    run, pipeline = improving(folder, **{"states": 10, **offline})
+    rollout, _ = pipeline._redraw(0)
+    draw = torch.Generator().manual_seed(5)
+    for p in run.trainable:
+        p.data += 0.02 * torch.randn(p.shape, generator=draw)
+    return run, pipeline, rollout
+
+
+def test_the_gradient_of_the_kl_is_that_of_the_analytic_one(tmp_path):
+    """beta times the gradient of KL(N(mean, s) || N(mean at the stage's start, s)), summed over the chunk, mean over pairs."""
+    run, pipeline, rollout = perturbed(tmp_path)
+    chains, beta = rollout.trajectory, 0.7
+    with torch.no_grad(), run.using(pipeline.anchor.weights):
+        start = [run.policy.transition(chains, k) for k in chains.steps]
+    divergences = []
+    for k, then in zip(chains.steps, start, strict=True):
+        now = run.policy.transition(chains, k)
+        std = now.std.expand_as(now.mean)
+        divergences.append(kl_divergence(Normal(now.mean, std), Normal(then.mean, std)).flatten(1).sum(1))
+    loss = beta * torch.stack(divergences).mean()
+    expected = torch.autograd.grad(loss, run.trainable)
+    zero = torch.zeros(len(chains))
+    told = rl100.partial(pipeline.loss, clip=0.2, kl=beta)
+    means = run.update(rollout, Batch(slice(0, len(chains))), zero, told, pipeline.anchor.weights)
+    assert means["kl"] * beta == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert means["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    largest = max(float(g.abs().max()) for g in expected)
+    assert largest > 1e-3
+    for parameter, gradient in zip(run.trainable, expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-4 * largest)
+    with pytest.raises(AssertionError):  # control: a mean over the chunk is another number
+        assert means["kl"] == pytest.approx(float(torch.stack(divergences).mean().detach()) / 4, rel=1e-2)
+
+
+def test_a_policy_at_its_anchor_feels_no_kl(tmp_path):
+    run, pipeline = improving(tmp_path, states=10)
+    rollout, _ = pipeline._redraw(0)
+    told = rl100.partial(pipeline.loss, clip=0.2, kl=5.0)
+    batch, zero = Batch(slice(0, 10)), torch.zeros(10)
+    assert run.update(rollout, batch, zero, told, pipeline.anchor.weights)["kl"] < 1e-9
+
+
+def test_the_loss_by_hand(tmp_path):
+    """max(-A rho, -A clip(rho)) + beta KL, rho the ratio of the chunk's whole density, one advantage for all steps."""
+    run, pipeline, rollout = perturbed(tmp_path)
+    chains, advantage, apart = rollout.trajectory, torch.randn(10), []
+    for k in chains.steps:
+        step = run._score(run.policy, chains, k, advantage, pipeline.anchor.weights)
+        found, metrics = pipeline.loss(step, clip=0.2, kl=0.3)
+        new, old = (Normal(g.mean, g.std.expand_as(g.mean)) for g in (step.new, chains.acted(k)))
+        ratio = (new.log_prob(chains.after(k)) - old.log_prob(chains.after(k))).flatten(1).sum(1).exp()
+        assert torch.allclose(pipeline.log_ratio(step.new, step.old, step.x).exp(), ratio, rtol=1e-3)
+        surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+        kl = ((step.new.mean - step.reference.mean) ** 2 / (2 * step.new.std**2)).flatten(1).sum(1)
+        assert torch.allclose(found, surrogate + 0.3 * kl, rtol=1e-3, atol=1e-4)
+        assert torch.allclose(metrics["kl"], kl, rtol=1e-4)
+        mean = (new.log_prob(chains.after(k)) - old.log_prob(chains.after(k))).flatten(1).mean(1).exp()
+        apart.append(float((mean - ratio).abs().max()))
+        plain, metrics = pipeline.loss(run._score(run.policy, chains, k, advantage, None), clip=0.2, kl=0.3)
+        assert "kl" not in metrics
+        assert torch.allclose(plain, surrogate, rtol=1e-3, atol=1e-4)
+    assert max(apart) > 1e-2, "control: a mean over the chunk is another ratio"
+
+
+@pytest.mark.parametrize("minibatch", [1, 7, 12, 1000])
+@pytest.mark.parametrize("update", ["pairs", "chain", "step"])
+def test_every_decision_and_step_once_a_pass(tmp_path, update, minibatch):
+    _, pipeline = built(tmp_path, {"stage": "offline", "update": update, "offline": {"episodes": 0, "states": 11}})
+    rollout, _ = pipeline._redraw(0)
+    whole = sorted((row, k) for row in range(11) for k in rollout.trajectory.steps)
+    passes = []
+    for epoch in range(2):
+        batches = [
+            list(zip(b.rows.tolist(), b.k.tolist(), strict=True)) for b in pipeline._batches(rollout, minibatch, epoch)
+        ]
+        assert sorted(pair for batch in batches for pair in batch) == whole
+        assert max(map(len, batches)) <= minibatch + (2 if update == "chain" else 0), "chains are not divided"
+        for batch in batches:
+            steps = {k for _, k in batch}
+            if update == "step":
+                assert len(steps) == 1
+            if update == "chain":
+                assert len(batch) == 3 * len({row for row, _ in batch})
+        passes.append(batches)
+    if minibatch < 12:
+        assert passes[0] != passes[1], "each pass in an order of its own"
+        kinds = {tuple(sorted(k for _, k in batch)) for batch in passes[0]}
+        assert (len(kinds) > 1) == (update != "chain" or minibatch > 3)
+
+
+def test_a_pass_is_made_so_many_times(tmp_path):
+    run, pipeline = improving(tmp_path, sweeps=3, epochs=2, states=10, minibatch=10)
+    pipeline.improve()
+    assert run.optimizer.updates == 3 * 2 * math.ceil(10 * 3 / 10)
+
+
+# -- from stage to stage --------------------------------------------------------------------------------------------------
+
+
+def test_the_value_goes_on_from_the_offline_one(tmp_path):
+    run, pipeline = built(tmp_path)
+    own, offline = pipeline.baseline.value.state_dict(), pipeline.value.v.state_dict()
+    assert not any(torch.equal(own[n], offline[n]) for n in own if own[n].dim() > 1)
+    run.evaluate = lambda: {"success_rate": 0.0, "return": 0.0, "n": 0}
+    run.folder.mkdir(exist_ok=True)
+    pipeline._leave("improve")
+    own = pipeline.baseline.value.state_dict()
+    assert all(torch.equal(own[n], offline[n]) for n in own)
+    pipeline.baseline.value.network[0].weight.data.add_(1)
+    assert not torch.equal(pipeline.value.v.network[0].weight, pipeline.baseline.value.network[0].weight), "a copy"
+
+
+def test_the_anchor_is_the_policy_at_the_stages_start(tmp_path):
+    run, pipeline = built(tmp_path, {"stage": "offline", "offline": {"episodes": 0}})
+    run.milestone = lambda *_: None
+    for p in run.trainable:
+        p.data += 1
+    assert not torch.equal(pipeline.anchor.weights[0], run.trainable[0])
+    pipeline._leave("criticise")
+    assert all(torch.equal(a, b) for a, b in zip(pipeline.anchor.weights, run.trainable, strict=True))
+    run.trainable[0].data += 1
+    assert not torch.equal(pipeline.anchor.weights[0], run.trainable[0]), "a copy"
+
+
+def test_warming_up_trains_the_value_alone(tmp_path):
+    run, pipeline = built(tmp_path, {"stage": "online", "online": {"warm_up": 1}})
+    value = pipeline.baseline.value.network[0].weight
+    before, was = run.snapshot(), value.detach().clone()
+    pipeline.online()
+    assert all(torch.equal(a, b) for a, b in zip(before, run.snapshot(), strict=True))
+    assert not torch.equal(value, was)
+    pipeline.course.advance()
+    run.iteration = 2
+    pipeline.online()
+    assert not all(torch.equal(a, b) for a, b in zip(before, run.snapshot(), strict=True))
+
+
+def test_recloning_imitates_what_succeeded(tmp_path):
+    """Only decisions of episodes that succeeded, and the encoder is not asked."""
+    data = {"name": "tests.rl100_toy:Outcomes", "episodes": 12, "skill": 0.15}
+    run, pipeline = built(
+        tmp_path,
+        {"stage": "offline", "offline": {"episodes": 0, "rounds": 2, "recloning": 4}},
+        data=data,
+    )
+    replay = pipeline.experience.replay
+    good = replay.success.nonzero().flatten()
+    assert 0 < len(good) < len(replay)
+    condition, event, mask = pipeline.experience.imitable(torch.arange(len(good)))
+    assert torch.equal(event, replay.event[good])
+    assert torch.equal(condition, pipeline.experience.conditions[replay.now[good]])
+    assert mask is None
+    run.policy.model.encode = lambda context: pytest.fail("the encoder was asked again")
+    before = run.snapshot()
+    run.enter("reclone")
+    pipeline.reclone()
+    assert run.optimizer.updates == 4
+    assert not all(torch.equal(a, b) for a, b in zip(before, run.snapshot(), strict=True))
+
+
+def test_collecting_adds_to_what_is_learned_from(tmp_path):
+    run, pipeline = built(tmp_path, {"stage": "offline", "offline": {"episodes": 5}})
+    e = pipeline.experience
+    recorded = len(e.replay)
+    before = e.conditions
+    pipeline.collect()
+    assert e.iterations == [1]
+    assert run.collector.store.pinned == {1}
+    assert len(e.replay) > recorded
+    assert len(e.conditions) == len(e.replay.views) > len(before)
+    assert torch.equal(e.conditions[: len(before)], before)
+    assert len(e.replay.episode.unique()) == 12 + 5
+    (tmp_path / "other").mkdir()
+    other, resumed = built(tmp_path / "other", {"stage": "offline", "offline": {"episodes": 5}})
+    other.collector.store.folder = run.collector.store.folder
+    resumed.experience.load_state_dict(e.state_dict())
+    assert torch.equal(resumed.experience.replay.rewards, e.replay.rewards)
+    assert other.collector.store.pinned == {1}
+    assert len(resumed.experience.replay) != recorded, "control"
+
+
+def test_processes_redraw_what_one_does(tmp_path):
+    """Each its share of the decisions, by the noise of their places."""
+    run, pipeline = improving(tmp_path, states=10)
+    whole, rows = pipeline._redraw(1)
+    for index in range(3):
+        run.processes = SimpleNamespace(index=index, count=3)
+        part, mine = pipeline._redraw(1)
+        assert torch.equal(mine, rows[index::3])
+        assert torch.allclose(part.trajectory.x0, whole.trajectory.x0[index::3], atol=1e-5)
+        assert part.decisions.total == 10
+
+
+# -- that it learns -------------------------------------------------------------------------------------------------------
+
+LEARNING = {
+    "gamma": 0.97,
+    "imitation": {"iterations": 1, "updates": 140, "batch": 64, "lr": 3e-3, "warmup": 20, "ema": 0.9},
+    "offline": {
+        **{"episodes": 60, "critic_updates": 300, "model_updates": 150, "candidates": 2, "sweeps": 4, "states": 256},
+        **{"epochs": 2, "minibatch": 512, "lr": 1e-3, "horizon": 4, "starts": 64, "best_of": 4, "kl": 0.05},
+    },
+    "online": {"episodes": 60, "epochs": 4, "minibatch": 256, "lr": 1e-3, "critic_epochs": 5, "warm_up": 1, "ema": 0.9},
+}
+
+
+def learned(folder, iterations):
+    raw = experiment(
+        folder,
+        policy={"name": "mlp", "hidden": 32, "blocks": 1, "chunk": 2},
+        chain={"steps": 4, "kernel": CLIPPED, "window": [0, 4]},
+        data={"name": "tests.toy_control:Recorded", "episodes": 12, "skill": 0.25},
+        task={"name": "tests.toy_control:Point", "limit": 8},
+        method=LEARNING,
+        optimizer={"weight_decay": 0.0, "max_grad_norm": 0.5},
+        budget={"iterations": iterations},
+        eval={"every": 0, "episodes": 60},
+        environments=60,
+    )
+    result = train(config.parse(raw))
+    rates = {
+        name: row[f"{name}/success_rate"]
+        for name in ("imitation", "best_of_4", "offline")
+        for row in lines(result.folder)
+        if f"{name}/success_rate" in row
+    }
+    return {**rates, "online": result.after["success_rate"]}
+
+
+def test_success_rises_from_stage_to_stage(tmp_path):
+    rates = learned(tmp_path, 24)
+    print(rates)
+    assert rates["imitation"] < 0.7
+    assert rates["best_of_4"] > rates["imitation"]
+    assert rates["online"] > rates["imitation"] + 0.2
+
+
+def test_control_a_turned_advantage_unlearns(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        rl100, "clipped_surrogate", lambda log_rho, advantage, clip: clipped_surrogate(log_rho, -advantage, clip)
+    )
+    monkeypatch.setitem(LEARNING, "offline", {**LEARNING["offline"], "delta": 0.0, "candidates": 1})
+    rates = learned(tmp_path, 8)
+    print(rates)
+    assert rates["online"] < rates["imitation"] + 0.05
+
+
+def test_the_small_course_is_what_other_tests_say(tmp_path):
+    assert RL100(**{}).stage == "all"
+    assert SMALL["offline"]["candidates"] == 2
