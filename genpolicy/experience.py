@@ -1,5 +1,6 @@
 """Experience: all that a run has to learn from off the policy, the data section and what it has collected itself."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -9,9 +10,12 @@ from torch import Tensor
 
 from genpolicy.chain.values import Condition
 from genpolicy.config import ConfigError
+from genpolicy.evaluate import interval
+from genpolicy.learning.gate import safe_share
 from genpolicy.policy import ControlModel
 from genpolicy.replay import Replay
 from genpolicy.run import Run
+from genpolicy.task import Context
 
 
 class Experience:
@@ -25,18 +29,19 @@ class Experience:
     def __init__(self, run: Run, cut_fails: bool) -> None:
         self.run, self.model, self.cut_fails = run, cast(ControlModel, run.policy.model), cut_fails
         self.iterations: list[int] = []
+        self._replay: Replay | None = None
         self.renew()
         run.register(experience=self)
 
     def renew(self) -> None:
-        """What was computed with another encoder, or from fewer episodes, is computed again when it is asked for."""
-        self._replay: Replay | None = None
+        """What was computed with another encoder is computed again when it is asked for."""
         self._conditions: Condition | None = None
 
     def add(self, iteration: int) -> None:
         """The episodes that were kept in this iteration belong to it from now on."""
         self.iterations.append(iteration)
         self.run.collector.store.pinned.add(iteration)
+        self._replay = None
         self.renew()
 
     @property
@@ -65,11 +70,11 @@ class Experience:
         """Float[F,D]: what critics see of the replay's views."""
         return self.model.features(self.conditions)
 
-    def imitable(self, rows: Tensor) -> tuple[Condition, Tensor, None]:
-        """A `genpolicy.imitation.Source` over the decisions of episodes that succeeded; the encoder stays as it is."""
+    def imitable(self, rows: Tensor) -> tuple[Context, Tensor, None]:
+        """A `genpolicy.imitation.Source` over the decisions of episodes that succeeded."""
         replay = self.replay
         chosen = replay.success.nonzero().flatten()[rows]
-        return self.conditions[replay.now[chosen]], replay.event[chosen].to(self.model.device), None
+        return replay.views[replay.now[chosen]], replay.event[chosen].to(self.model.device), None
 
     def state_dict(self) -> dict[str, Any]:
         return {"iterations": list(self.iterations)}
@@ -77,6 +82,7 @@ class Experience:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.iterations = list(state["iterations"])
         self.run.collector.store.pinned.update(self.iterations)
+        self._replay = None
         self.renew()
 
 
@@ -110,6 +116,39 @@ class Failures:
 
     def load_state_dict(self, state: dict[str, list[int]]) -> None:
         self.seeds = list(state["seeds"])
+
+
+class Floor:
+    """A floor under what is collected: the policy that a stage began with plays so many of the episodes that their expected
+    return stays at least ``share`` of its own (`safe_share`), by the lower 95 % bound of what the new one did last.
+    """
+
+    def __init__(self, run: Run, share: float, anchor: "Anchor") -> None:
+        self.run, self.share, self.anchor = run, share, anchor
+        self.lower = math.inf  # the first iteration is played by the policy that the stage began with anyway
+        run.register(floor=self)
+
+    def episodes(self, wanted: int) -> int:
+        """How many of the ``wanted`` the new policy may play; the others are played here and now."""
+        anchor = self.anchor
+        if anchor.rate is None:
+            with self.run.using(anchor.weights):
+                anchor.rate = self.run.try_out(wanted, anchor.iteration)
+        mine = math.ceil(safe_share(self.share, anchor.rate, self.lower) * wanted)
+        if wanted - mine:
+            with self.run.using(anchor.weights):
+                self.run.log("floor/baseline", self.run.try_out(wanted - mine, self.run.iteration))
+        return max(mine, 1)
+
+    def note(self, returns: Tensor) -> None:
+        """What the new policy's episodes came to."""
+        self.lower = interval(returns.flatten())[0]
+
+    def state_dict(self) -> dict[str, float]:
+        return {"lower": self.lower}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.lower = state["lower"]
 
 
 class Anchor:

@@ -14,19 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpolicy.chain.values import Condition
 from genpolicy.policy import ControlModel
 from genpolicy.run import Run
-from genpolicy.task import Dataset
+from genpolicy.task import Context, Dataset
 
-Source = Callable[[Tensor], tuple[Condition, Tensor, Tensor | None]]
+Source = Callable[[Tensor], tuple[Context, Tensor, Tensor | None]]
 """rows [b] -> what was seen, what was done [b,*E], and which of its dims count (None: all)."""
 
 
 @dataclass(frozen=True)
 class Imitation:
-    """Updates of ``batch`` rows, drawn alike from the ``rows`` of a source. Every number drawn is a function of the run's
-    seed, its iteration and the update's number.
+    """Updates of ``batch`` rows, drawn alike from the ``rows`` of a source; the encoder learns too. Every number drawn is a
+    function of the run's seed, its iteration and the update's number.
     """
 
     run: Run
@@ -42,31 +41,34 @@ class Imitation:
 
     def _update(self, key: list[int]) -> None:
         run = self.run
-        rows, uniform, noise = self.draw(key)
-        t = cast(ControlModel, run.policy.model).times(uniform)
+        model = cast(ControlModel, run.policy.model)
+        rows, uniform, noise, chance = self.draw(key)
+        t = model.times(uniform)
 
         def losses(part: slice) -> Tensor:
-            condition, event, mask = self.source(rows[part])
-            return run.policy.supervised_loss(condition, event, t[part], noise[part].to(event), mask)
+            context, event, mask = self.source(rows[part])
+            condition, penalty = model.supervised(context, chance[part])
+            return run.policy.supervised_loss(condition, event, t[part], noise[part].to(event), mask) + penalty
 
         run.descend(losses, len(rows), "bc")
 
-    def draw(self, key: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """This process's share of the batch: rows, uniform numbers for the times, noise."""
+    def draw(self, key: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This process's share of the batch: rows, uniform numbers for the times, noise, uniform numbers for the encoder."""
         generator = np.random.default_rng(key)
         share = slice(self.run.processes.index, None, self.run.processes.count)
         rows = generator.integers(self.rows, size=self.batch)[share]
         uniform = generator.random(self.batch)[share]
         shape = (self.batch, *self.run.policy.model.event_shape)
         noise = generator.standard_normal(shape, dtype=np.float32)[share]
-        return torch.from_numpy(rows.copy()), torch.from_numpy(uniform.copy()), torch.from_numpy(noise.copy())
+        chance = generator.random((self.batch, cast(ControlModel, self.run.policy.model).draws))[share]
+        return tuple(torch.from_numpy(drawn.copy()) for drawn in (rows, uniform, noise, chance))  # type: ignore[return-value]
 
 
 def recorded(data: Dataset, model: ControlModel) -> Source:
-    """The frames of a data set, each with the chunk that follows it; the encoder learns too."""
+    """The frames of a data set, each with the chunk that follows it."""
 
-    def source(rows: Tensor) -> tuple[Condition, Tensor, Tensor | None]:
+    def source(rows: Tensor) -> tuple[Context, Tensor, Tensor | None]:
         context, actions, pad = data.rows(rows, model.history, model.horizon)
-        return model.encode(context), model.event(actions), model.event_mask(pad)
+        return context, model.event(actions), model.event_mask(pad)
 
     return source

@@ -38,6 +38,14 @@ class OfflineEvaluation:
     ) -> None:
         self.run, self.value, self.horizon, self.starts, self.caution = run, value, horizon, starts, caution
         self.batch = batch
+        assert run.environments is not None
+        with torch.no_grad():
+            condition = run.policy.model.encode(run.environments.reset([0], [0]))
+            if not isinstance(condition, Tensor) or condition.shape != run.policy.model.features(condition).shape:
+                raise ConfigError(
+                    "the gate imagines what a policy will see: it needs one that is conditioned on a vector of features, and"
+                    f" {run.experiment.policy['name']} is not"
+                )
         event = run.policy.model.scored(torch.zeros(1, *run.policy.model.event_shape)).numel()
         self.model = TransitionModel(run.features, event).to(run.policy.model.device)
         self.end = Critic(run.features, event).to(run.policy.model.device)  # the logit of a decision's success
@@ -48,7 +56,7 @@ class OfflineEvaluation:
     def learn(self, replay: Replay, features: Tensor, updates: int) -> None:
         """Fit the model to decisions; each member is shown its own resampling of them. Logs its held-out error."""
         scored = self.run.policy.model.scored
-        known = (~replay.terminated | (replay.after != replay.now)).nonzero().flatten()
+        known = (~replay.terminated).nonzero().flatten()  # of the others, what a whole chunk leads to was not seen
         held = replay.episode[known] % round(1 / HELD_OUT) == 0
         learn, test = known[~held], known[held]
         if not len(learn) or not len(test):

@@ -55,9 +55,11 @@ class Optimizer:
         step).
         """
         if self.reduce is not None:
-            sizes = [p.numel() for p in self.parameters]
-            flat = self.reduce(torch.cat([_gradient(p).flatten() for p in self.parameters]))
-            for parameter, gradient in zip(self.parameters, flat.split(sizes), strict=True):
+            # what nobody reached keeps no gradient, as in one process: weight decay then leaves it alone
+            there = self.reduce(torch.tensor([float(p.grad is not None) for p in self.parameters])) > 0
+            reached = [p for p, anybody in zip(self.parameters, there.tolist(), strict=True) if anybody]
+            flat = self.reduce(torch.cat([_gradient(p).flatten() for p in reached]))
+            for parameter, gradient in zip(reached, flat.split([p.numel() for p in reached]), strict=True):
                 parameter.grad = gradient.view_as(parameter).clone()
         self.scaler.unscale_(self.adamw)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)

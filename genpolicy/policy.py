@@ -80,7 +80,7 @@ class ControlModel(Model, Protocol):
     pretrained: None for one that is still to be given its shapes and statistics by `initialise`. history: observation
     frames it sees. shapes: of the observations it needs, by LeRobot's names. action_dim: D of the environment.
     executed: how many of a chunk's actions are carried out, T of `decode`. horizon: offsets, relative to the current
-    frame, of the actions that one event holds.
+    frame, of the actions that one event holds. draws: uniform numbers that a row of `supervised` takes.
     """
 
     pretrained: str | None
@@ -89,6 +89,13 @@ class ControlModel(Model, Protocol):
     action_dim: int
     executed: int
     horizon: range
+    draws: int
+
+    def supervised(self, context: Context, uniform: Tensor) -> tuple[Condition, Tensor]:
+        """The condition of B rows to imitate from, and what the encoder's own losses add to each row's loss [B]. uniform
+        [B,``draws``] in [0,1): all its chance (augmentation, a bottleneck's samples). A model without any says `encode`, 0.
+        """
+        ...
 
     def initialise(self, dataset: Dataset) -> None:
         """Draw fresh weights for the dataset's shapes, and take its statistics for normalisation."""

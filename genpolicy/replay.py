@@ -60,7 +60,7 @@ class Replay:
             for name, values in rows.items():
                 values.append(getattr(part, name) + shift[name] if name in shift else getattr(part, name))
             views += len(part.views)
-            episodes += int(part.episode.max()) + 1
+            episodes += int(part.episode.max()) + 1 if len(part) else 0
         return cls(Context.cat([p.views for p in parts]), **{name: torch.cat(values) for name, values in rows.items()})
 
     @classmethod
@@ -85,7 +85,8 @@ class Replay:
     def of_dataset(cls, data: Dataset, model: ControlModel, cut_fails: bool = False) -> "Replay":
         """A data set's frames, each as the decision that it could have been: the chunk that follows it.
 
-        Without "next.reward" an episode is a demonstration, rewarded with 1 at its last frame. It ended by itself where
+        Without "next.success" an episode succeeded where it was rewarded, and without "next.reward" too it is a
+        demonstration, rewarded with 1 at its last frame. It ended by itself where
         it succeeded; where it was cut, what comes after its last chunk was not recorded, and that chunk is left out, unless
         nothing does (``cut_fails``).
         """
@@ -93,7 +94,8 @@ class Replay:
         lengths = number.bincount()
         last = (lengths.cumsum(0) - 1)[number]
         frame, steps = torch.arange(len(number)), torch.arange(model.executed)
-        success = data.columns.get(SUCCESS, (frame == last).float()).flatten() > 0
+        judged = data.columns.get(SUCCESS, data.columns.get(REWARD, (frame == last).float()))
+        success = judged.flatten() > 0
         reward = data.columns.get(REWARD, success.float()).flatten().double()
         succeeded = torch.zeros(len(lengths)).index_add(0, number, success.float())[number] > 0
         executed = (last - frame + 1).clamp_max(model.executed)

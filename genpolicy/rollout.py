@@ -11,7 +11,7 @@ from genpolicy.chain import Gaussian, Noise, Trajectory
 from genpolicy.episodes import play
 from genpolicy.policy import ChainPolicy
 from genpolicy.reward import WeightedRewards
-from genpolicy.task import Context, Environments
+from genpolicy.task import Context, Environments, TaskStep
 
 CHAIN = ("x", "mean", "std", "x0")
 """What a rollout keeps of a trajectory, beside its condition,"""
@@ -190,13 +190,78 @@ def live(
     """
     on_phase("sample")
     known = {} if ledger is None else {e: rows for e in range(len(seeds)) if (rows := ledger.read(e)) is not None}
-    missing = [e for e in range(len(seeds)) if e not in known]
-    rows_of = noise[torch.tensor(missing, dtype=torch.long)]
-    for number, rows in _episodes(policy, environments, [seeds[e] for e in missing], rows_of):
-        known[missing[number]] = rows
-        if ledger is not None:
-            ledger.write(missing[number], rows)
-    return _lived([known[e] for e in range(len(seeds))], policy)
+    world = _Recalling(environments, known) if known else environments
+    made = dict(known)
+    for episode, rows in _episodes(policy, world, seeds, noise):
+        if episode not in known:
+            made[episode] = rows
+            if ledger is not None:
+                ledger.write(episode, rows)
+    return _lived([made[e] for e in range(len(seeds))], policy)
+
+
+class _Recalling:
+    """Environments of which some episodes are known: those answer with what was written down, and nothing moves. Everybody else
+    acts beside the same rows as if all were played, so that not even a matrix product is rounded in another way. Episodes
+    must begin in their order, as in `play`.
+    """
+
+    def __init__(self, environments: Environments, known: Mapping[int, Mapping[str, Any]]) -> None:
+        self.count, self._world, self._known = environments.count, environments, known
+        self._begun = 0
+        self._at: dict[int, tuple[int, int]] = {}  # slot -> its episode, and decisions so far
+
+    def reset(self, slots: Sequence[int], seeds: Sequence[int]) -> Context:
+        for slot in slots:
+            self._at[slot] = (self._begun, 0)
+            self._begun += 1
+        moving = self._moving(slots)
+        seen = [self._recalled(slot) for slot in slots]
+        if moving:
+            fresh = self._world.reset([slots[row] for row in moving], [seeds[row] for row in moving])
+            for place, row in enumerate(moving):
+                seen[row] = fresh[place : place + 1]
+        return Context.cat(seen)
+
+    def step(self, slots: Sequence[int], actions: Tensor) -> TaskStep:
+        moving = self._moving(slots)
+        rows = [self._known.get(self._at[slot][0]) for slot in slots]
+        h = [self._at[slot][1] for slot in slots]
+        for slot in slots:
+            self._at[slot] = (self._at[slot][0], self._at[slot][1] + 1)
+        seen = [self._recalled(slot) for slot in slots]
+        parts = [
+            {name: known[name][j : j + 1] for name in OUTCOME} if known else {}
+            for known, j in zip(rows, h, strict=True)
+        ]
+        if moving:
+            fresh = self._world.step([slots[row] for row in moving], actions[moving])
+            for place, row in enumerate(moving):
+                seen[row] = fresh.context[place : place + 1]
+                parts[row] = {name: getattr(fresh, name)[place : place + 1] for name in OUTCOME}
+        return TaskStep(Context.cat(seen), **{name: torch.cat([part[name] for part in parts]) for name in OUTCOME})
+
+    def render(self, slot: int) -> Any:
+        return self._world.render(slot)
+
+    def close(self) -> None:
+        self._world.close()
+
+    def _moving(self, slots: Sequence[int]) -> list[int]:
+        """The rows whose episode is not known."""
+        return [row for row, slot in enumerate(slots) if self._at[slot][0] not in self._known]
+
+    def _recalled(self, slot: int) -> Context:
+        """What is seen in a slot now, by what was written down (nothing, if it is not known)."""
+        episode, h = self._at[slot]
+        rows = self._known.get(episode)
+        if rows is None:
+            return Context([])
+        if h == len(rows["x0"]):
+            return Context(rows["prompts"][-1:], rows["final"])
+        return Context(
+            rows["prompts"][h : h + 1], {name: value[h : h + 1] for name, value in rows["observation"].items()}
+        )
 
 
 def _episodes(
@@ -204,7 +269,7 @@ def _episodes(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(which seed's, its rows) of every episode as it ends."""
     going: dict[int, list[dict[str, Any]]] = {}
-    for decision in play(policy, environments, seeds, noise) if len(seeds) else ():
+    for decision in play(policy, environments, seeds, noise):
         chain, step = decision.trajectory, decision.step
         last = (step.terminated | step.truncated).tolist()
         for row, episode in enumerate(decision.episode.tolist()):

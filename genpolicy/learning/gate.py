@@ -201,6 +201,17 @@ def compare(new: Tensor, old: Tensor) -> Comparison:
     return Comparison(float(paired.mean()), error, float(old.double().mean()))
 
 
+def safe_share(floor: float, baseline: float, lower: float) -> float:
+    """The largest share p of episodes that a new policy may play while the expected return of all, p lower + (1 - p) baseline,
+    stays at least floor * baseline; the baseline plays the others.
+
+    lower: a lower bound of the new policy's return; floor in [0,1]. 1 where the new policy is good enough by itself.
+    """
+    if lower >= floor * baseline:
+        return 1.0
+    return (1 - floor) * baseline / (baseline - lower)
+
+
 def rank_correlation(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) -> float:
     """Spearman's rho: the correlation of ranks, equal values sharing their mean rank. A side without an order (constant,
     fewer than two values, a nan) gives nan.

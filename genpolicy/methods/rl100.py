@@ -34,7 +34,7 @@ from genpolicy.chain.values import Gaussian
 from genpolicy.config import ConfigError, OptimizerConfig, at_least, positive, share
 from genpolicy.course import Course
 from genpolicy.decision_value import DecisionValue
-from genpolicy.experience import Anchor, Experience, Failures
+from genpolicy.experience import Anchor, Experience, Failures, Floor
 from genpolicy.imitation import Imitation, recorded
 from genpolicy.judge import QJudge
 from genpolicy.learning.gate import Comparison, compare
@@ -44,6 +44,9 @@ from genpolicy.offline_evaluation import OfflineEvaluation
 from genpolicy.policy import ControlModel
 from genpolicy.rollout import Rollout, Scored
 from genpolicy.run import Loss, Run
+
+AT_ONCE = 100
+"""Updates of one iteration of recloning."""
 
 
 @dataclass
@@ -67,7 +70,7 @@ class Cloning:
 @dataclass
 class Offline:
     """rounds: times that data is collected and learned from (M). episodes: of the policy, per round; 0 learns from the data
-    section alone. recloning: updates of imitation on all data that succeeded, before each round but the first (0: none).
+    section alone. recloning: updates of imitation on everything that succeeded, in every round (0: none), in hundreds.
     critic_updates: of Q and V (IQL: ``expectile`` .7), with ``members`` of Q read as mean - ``pessimism`` * std (2 and 1:
     their minimum). model_updates: of the gate's model.
 
@@ -126,7 +129,8 @@ class Online:
 
     ema: decay of the averaged weights, which are what is evaluated and saved: near the ceiling what single batches teach is
     noise. retry: share of the episodes that begin where an earlier one failed, if there are such starts: they are rare, and
-    without it they are hardly ever met again.
+    without it they are hardly ever met again. floor: for hardware, a share of the return of the policy that the stage began
+    with; it plays as many of the episodes as keep the expected return of all above that (0: none).
     """
 
     episodes: int = 48
@@ -138,6 +142,7 @@ class Online:
     clip: float = 0.2
     ema: float = 0.998
     retry: float = 0.25
+    floor: float = 0.0
     critic_lr: float = 1e-3
     critic_epochs: int = 10
     critic_minibatch: int = 256
@@ -147,7 +152,7 @@ class Online:
         least = {"episodes": 1, "epochs": 1, "minibatch": 1, "critic_epochs": 1, "critic_minibatch": 1, "warm_up": 0}
         at_least("method rl100: online", self, **least)
         positive("method rl100: online", self, "lr", "clip", "critic_lr")
-        share("method rl100: online", self, "lam", "final", "ema", "retry")
+        share("method rl100: online", self, "lam", "final", "ema", "retry", "floor")
 
 
 @dataclass
@@ -191,9 +196,10 @@ class _Pipeline:
         names = [name for name, _ in self.course.stages]
         if "imitate" in names and run.data is None:
             raise ConfigError("method rl100 imitates recorded episodes: name them in the data section")
+        self.anchor = Anchor(run)
         if "improve" in names:
             o = settings.offline
-            self.experience, self.anchor = Experience(run, settings.cut_fails), Anchor(run)
+            self.experience = Experience(run, settings.cut_fails)
             self.value = ActionValue(
                 run, settings.gamma, expectile=o.expectile, members=o.members, pessimism=o.pessimism
             )
@@ -201,7 +207,7 @@ class _Pipeline:
         if "online" in names:
             o = settings.online
             self.baseline = DecisionValue(run, settings.gamma, o.lam, o.critic_lr, o.critic_epochs, o.critic_minibatch)
-            self.failures = Failures(run)
+            self.failures, self.floor = Failures(run), Floor(run, o.floor, self.anchor)
         if {"improve", "online"} & set(names):
             run.require_density()
 
@@ -212,9 +218,9 @@ class _Pipeline:
         if s.stage in ("all", "imitation"):
             course.append(("imitate", s.imitation.iterations))
         if s.stage in ("all", "offline"):
-            for number in range(o.rounds):
+            for _ in range(o.rounds):
                 course += [("collect", 1)] if o.episodes else []
-                course += [("reclone", 1)] if number and o.recloning else []
+                course += [("reclone", math.ceil(o.recloning / AT_ONCE))] if o.recloning else []
                 course += [("criticise", 1), ("improve", o.candidates)]
         if s.stage in ("all", "online"):
             course.append(("online", None))
@@ -255,14 +261,15 @@ class _Pipeline:
     def _leave(self, stage: str) -> None:
         """A stage is through."""
         run = self.run
-        if stage == "imitate":
-            run.milestone("imitation")
+        if stage in ("imitate", "reclone"):
+            run.milestone("imitation" if stage == "imitate" else "recloned")
         if stage == "criticise":
             self.anchor.renew()
             n = self.s.offline.best_of
             run.milestone(f"best_of_{n}", self._judge, n)
         if stage == "improve":
             run.milestone("offline")
+            self.anchor.renew()
             if self.s.stage == "all":
                 self.baseline.value.load_state_dict(self.value.v.state_dict())
 
@@ -280,9 +287,11 @@ class _Pipeline:
         return False
 
     def reclone(self) -> bool:
-        """pi <- IL(everything that succeeded), from where it stands, with the encoder as it is."""
+        """pi <- IL(everything that succeeded), from where it stands; the encoder learns again, and then rests."""
         rows = int(self.experience.replay.success.sum())
-        Imitation(self.run, self.experience.imitable, rows, self.s.imitation.batch)(self.s.offline.recloning)
+        if rows:
+            Imitation(self.run, self.experience.imitable, rows, self.s.imitation.batch)(AT_ONCE)
+            self.experience.renew()
         return False
 
     # ---------------------------------------------------------------- offline
@@ -373,9 +382,11 @@ class _Pipeline:
     def online(self) -> bool:
         """pi <- PPO(pi, A = GAE), and V."""
         run, o = self.run, self.s.online
-        starts = self.failures.mixed(run.starts(o.episodes), o.retry)
-        rollout = run.collect(o.episodes, 1, keep=True, starts=starts)
+        episodes = self.floor.episodes(o.episodes) if o.floor else o.episodes
+        starts = self.failures.mixed(run.starts(episodes), o.retry)
+        rollout = run.collect(episodes, 1, keep=True, starts=starts)
         self.failures.note(starts, rollout.success)
+        self.floor.note(rollout.rewards)
         rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
         if self.s.cut_fails:
             rollout = replace(rollout, decisions=replace(rollout.decisions, terminated=rollout.decisions.last))

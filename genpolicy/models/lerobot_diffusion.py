@@ -7,7 +7,7 @@ level 0), so that ours begins at the top instead.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class LeRobotDiffusion:
     train: Literal["full", "denoiser"] = "full"
     spacing: Literal["trailing", "lerobot"] = "trailing"
     device: Any = None
+
+    draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         self.device = default_device() if self.device is None else torch.device(self.device)
@@ -195,6 +197,10 @@ class LeRobotDiffusion:
     def scored(self, value: Tensor) -> Tensor:
         """Every dim counts: actions that are not executed feed back into those that are."""
         return value
+
+    def supervised(self, context: Context, uniform: Tensor) -> tuple[Tensor | Seen, Tensor]:
+        """`encode`: LeRobot's encoders have no losses of their own, and its image augmentation is its data loader's."""
+        return self.encode(context), torch.zeros(len(context), device=self.device)
 
     @torch.no_grad()
     def features(self, condition: Tensor | Seen) -> Tensor:

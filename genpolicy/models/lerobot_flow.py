@@ -7,7 +7,7 @@ noise, 0 the actions, x_t = (1 - t) x_0 + t eps, and the network says v = eps - 
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from scipy.special import betaincinv
@@ -65,6 +65,8 @@ class LeRobotFlow:
     device: Any = None
     shapes: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict)
     action_dim: int = field(init=False, default=0)
+
+    draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         source = self.pretrained or self.base
@@ -171,6 +173,10 @@ class LeRobotFlow:
     def _encode(self, batch: Any) -> Prefix:
         with self._autocast():
             return encode_prefix(self.policy, self._family, batch)
+
+    def supervised(self, context: Context, uniform: Tensor) -> tuple[Seen, Tensor]:
+        """`encode`: LeRobot's encoders have no losses of their own, and its image augmentation is its data loader's."""
+        return self.encode(context), torch.zeros(len(context), device=self.device)
 
     @torch.no_grad()
     def features(self, condition: Seen) -> Tensor:

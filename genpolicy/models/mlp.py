@@ -60,7 +60,9 @@ class MLP:
     encoders' own losses in imitation, as RL-100 has them (.001 and .5); 0 is without.
     family: "vp" predicts epsilon on a squared-cosine table of `LEVELS` levels, its x0 clipped into the data's range: at
     the noisiest levels it divides by a tiny alpha. "flow" predicts a velocity, and nothing is clipped: its x0 = x - t v
-    has no such division, and published flow policies act unclipped.
+    has no such division, and published flow policies act unclipped. "gaussian" says x0 itself and sees neither x nor t: with
+    chain {steps: 1, kernel: {name: floorstd, floor: s, kernel: {name: ddim, eta: 0.0}}, window: [0, 1]} it is the policy
+    N(mu(what is seen), s^2), whose mean square is its -log-likelihood. A clip of mu would only cut that one's gradient.
     train: "full", the only way it learns.
     """
 
@@ -71,7 +73,7 @@ class MLP:
     hidden: int = 256
     blocks: int = 2
     inputs: list[str] | None = None
-    family: Literal["vp", "flow"] = "vp"
+    family: Literal["vp", "flow", "gaussian"] = "vp"
     train: Literal["full"] = "full"
     shift: int = 0
     bottleneck: float = 0.0
@@ -107,10 +109,11 @@ class MLP:
             )
         if self.network == "unet" and self.hidden % (4 * networks.GROUPS):
             raise ValueError(f"policy.hidden {self.hidden} of a unet must be a multiple of {4 * networks.GROUPS}")
-        flow = self.family == "flow"
-        self.parametrisation: Parametrisation = "velocity" if flow else "epsilon"
-        self.schedule: Schedule = Linear() if flow else VariancePreserving(squared_cosine(LEVELS))
-        self.clip: tuple[float, bool] | None = None if flow else (1.0, True)
+        outputs: dict[str, Parametrisation] = {"vp": "epsilon", "flow": "velocity", "gaussian": "sample"}
+        self.parametrisation: Parametrisation = outputs[self.family]
+        vp = self.family == "vp"
+        self.schedule: Schedule = VariancePreserving(squared_cosine(LEVELS)) if vp else Linear()
+        self.clip: tuple[float, bool] | None = (1.0, True) if vp else None
         self.executed = self.chunk
         self.horizon = range(self.chunk)
         self._levels = networks.embed(torch.arange(LEVELS).double()).float().to(self.device)
@@ -199,9 +202,13 @@ class MLP:
         """Everything counts: after an episode's end its last action is held."""
 
     def times(self, uniform: Tensor) -> Tensor:
-        """vp: one of the levels, all alike. flow: uniform on (.001, 1]: at 0 there is nothing to learn from x_t = x_0."""
+        """vp: one of the levels, all alike. flow: uniform on (.001, 1]: at 0 there is nothing to learn from x_t = x_0.
+        gaussian: 1, where its only step begins.
+        """
         if self.family == "vp":
             return ((uniform * LEVELS).floor() + 1) / LEVELS
+        if self.family == "gaussian":
+            return torch.ones_like(uniform)
         return 1 - 0.999 * uniform
 
     def encode(self, context: Context) -> Tensor:
@@ -274,7 +281,8 @@ class MLP:
 
     def denoise(self, x: Tensor, t: Tensor, condition: Tensor) -> Prediction:
         """One network evaluation of x [B,T,D] at t [B], counted."""
-        output = self._network(x, self._time(t), condition)
+        seen, when = (torch.zeros_like(x), torch.ones_like(t)) if self.family == "gaussian" else (x, t)
+        output = self._network(seen, self._time(when), condition)
         self.evaluations += len(x) * (2 if output.requires_grad else 1)
         return Prediction.of(self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t))
 

@@ -12,8 +12,8 @@ from scipy.stats import kstest
 import genpolicy
 from genpolicy import config
 from genpolicy.config import ConfigError
-from genpolicy.imitation import Imitation, recorded
 from genpolicy.experiment import train
+from genpolicy.imitation import Imitation, recorded
 from genpolicy.methods.bc import BC
 from genpolicy.policy import ChainPolicy
 from tests import toy
@@ -88,7 +88,7 @@ def test_every_update_draws_anew(tmp_path):
 def test_frames_and_times_are_uniform(tmp_path):
     run, _ = prepared(tmp_path, method={"name": "bc", "batch": 4000})
     imitation = Imitation(run, recorded(run.data, run.policy.model), len(run.data), 4000)
-    frames, uniform, noise = imitation.draw([0, 1, 0])
+    frames, uniform, noise, _ = imitation.draw([0, 1, 0])
     assert frames.min() >= 0
     assert frames.max() < len(run.data)
     assert kstest((frames.double() / len(run.data)).numpy(), "uniform").pvalue > 1e-3
@@ -109,7 +109,7 @@ def test_processes_share_a_batch(tmp_path, count):
                 prepared(folder, accelerator, method={**SMALL, "batch": 11}, optimizer={"lr": 1e-3, "eps": 1e-4})
             )
         found[processes] = together([partial(once, run, method) for run, method in built], accelerators)
-        shares = [Imitation(run, recorded(run.data, run.policy.model), 50, 11).draw([4, 2, 1]) for run, _ in built]
+        shares = [Imitation(run, recorded(run.data, run.policy.model), 50, 11).draw([4, 2, 1])[:3] for run, _ in built]
         whole = drawn(4, 2, 1, 11, 50, (4, 2))
         for part, everything in zip(zip(*shares, strict=True), whole, strict=True):
             assert sum(len(p) for p in part) == 11

@@ -1,0 +1,433 @@
+"""Uni-O4 (arXiv 2311.03351), what RL-100 grew from: n Gaussian policies instead of one denoising chain, and a gate that undoes
+nothing.
+
+    imitation   pi_1 .. pi_n <- joint behaviour cloning:
+                L_i = -log pi_i - alpha (log pi_i - max_j log pi_j)
+    offline     D <- D + episodes of all members;  Q, V <- IQL(D);  T <- transition model(D)
+                pi_i <- PPO(pi_i, A = Q - V of a ~ old_i) at recorded states;   old_i <- pi_i where J(pi_i) > J(old_i)
+    online      pi <- PPO(old_i of the highest J, A = GAE);  V goes on from the offline one
+
+    PPO's loss = max(-A rho, -A clip(rho, 1-eps, 1+eps)),   rho = pi_i / old_i of the whole chunk
+
+J = E sum_h Q(s_h, mu(s_h)) in imagination (`genpolicy.offline_evaluation`), of the mean action. Where J falls short, old_i stays
+and pi_i learns on from where it is (RL-100 as we have it goes back). A member's policy is N(mu, s^2) with the s of chain.kernel,
+so that -log pi_i is |E| / (2 s^2) times the mean square of its error, and L_i weighs a row with 1 where member i is the most
+likely of all and with 1 + alpha elsewhere: it catches up with the others rather than away from them. What makes the members
+differ is where they begin and what they draw.
+
+Differs from the public code (Lei-Kun/Uni-O4): there the maximum is detached, so that L_i is (1 + alpha) times plain cloning (its
+other form, kl_type "distribution", subtracts alpha KL(pi_i || the likeliest) and does push them apart); the std is learned; the
+critics are by default the behaviour's (SARSA), IQL is an option; clip stops falling after 200 updates; and the J of old_i is the
+number of the check at which it was best, from other starts, while here both are imagined from the same starts, with the same luck.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genpolicy.action_value import ActionValue
+from genpolicy.chain.values import Gaussian
+from genpolicy.config import ConfigError, OptimizerConfig, at_least, positive, share
+from genpolicy.course import Course
+from genpolicy.decision_value import DecisionValue
+from genpolicy.experience import Experience, Failures
+from genpolicy.imitation import Imitation, recorded
+from genpolicy.learning.gate import Comparison, compare
+from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio
+from genpolicy.minibatch import Batch
+from genpolicy.offline_evaluation import OfflineEvaluation
+from genpolicy.policy import ControlModel
+from genpolicy.rollout import Rollout, Scored
+from genpolicy.run import Run
+
+
+@dataclass
+class Cloning:
+    """iterations of ``updates`` updates of each member, each of ``batch`` frames of its own; lr falls to 0 along a cosine after
+    ``warmup`` updates; ema: of the averaged weights, which go on. alpha: .1 in main.py. (Public: batch 512, 1e-4, 4e5 updates.)
+    """
+
+    iterations: int = 20
+    updates: int = 100
+    batch: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    ema: float = 0.995
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least("method uni_o4: imitation", self, iterations=1, updates=1, batch=1, warmup=0, alpha=0)
+        positive("method uni_o4: imitation", self, "lr")
+
+
+@dataclass
+class Offline:
+    """episodes: of all members together; 0 learns from the data section alone. critic_updates: of Q and V (IQL: ``expectile``
+    .7, main.py's omega). model_updates: of the model that J is imagined in.
+
+    candidates: times that every member is scored; updates: in between (eval_step 100), each at ``states`` recorded states
+    (512), with actions drawn anew. lr (1e-4) falls to 0 along a cosine, clip (.25) to 0 along a line, from one candidate to
+    the next. horizon: imagined decisions; starts: imagined episodes (512).
+    """
+
+    episodes: int = 200
+    critic_updates: int = 3000
+    expectile: float = 0.7
+    model_updates: int = 1000
+    candidates: int = 10
+    updates: int = 100
+    states: int = 512
+    lr: float = 1e-4
+    clip: float = 0.25
+    horizon: int = 20
+    starts: int = 512
+
+    def __post_init__(self) -> None:
+        least = {"episodes": 0, "critic_updates": 1, "model_updates": 1, "candidates": 1, "updates": 1, "states": 2}
+        at_least("method uni_o4: offline", self, **least, horizon=1, starts=2)
+        positive("method uni_o4: offline", self, "lr", "clip")
+        share("method uni_o4: offline", self, "expectile")
+
+
+@dataclass
+class Online:
+    """episodes: of an iteration. lam: of GAE. epochs: passes over the rollout (5 to 10). minibatch: decisions of one update. lr
+    (public: 1e-5 to 2e-5) falls along a cosine to its ``final`` share as the budget is spent; clip. critic_lr (2e-4),
+    critic_epochs, critic_minibatch: of the value. warm_up: iterations that train the value alone.
+
+    ema, retry: the averaged weights, and the share of episodes that begin where one failed, as method rl100 has them, so that
+    the two can be compared.
+    """
+
+    episodes: int = 48
+    lam: float = 0.95
+    epochs: int = 5
+    minibatch: int = 128
+    lr: float = 1e-4
+    final: float = 0.1
+    clip: float = 0.2
+    ema: float = 0.998
+    retry: float = 0.25
+    critic_lr: float = 1e-3
+    critic_epochs: int = 10
+    critic_minibatch: int = 256
+    warm_up: int = 1
+
+    def __post_init__(self) -> None:
+        least = {"episodes": 1, "epochs": 1, "minibatch": 1, "critic_epochs": 1, "critic_minibatch": 1, "warm_up": 0}
+        at_least("method uni_o4: online", self, **least)
+        positive("method uni_o4: online", self, "lr", "clip", "critic_lr")
+        share("method uni_o4: online", self, "lam", "final", "ema", "retry")
+
+
+@dataclass
+class UniO4:
+    """members: n (main.py: 4; the paper's number was not verified). gamma: per environment step (.99 there). cut_fails: nothing
+    comes after an episode that its time limit cut (as method rl100 has it).
+
+    Evaluated and saved is the first member until there is a J, then the old policy of the highest. The budget is of the whole
+    run; online RL goes on until it is spent. Policies of the stages' ends are kept in stages/.
+    """
+
+    members: int = 4
+    gamma: float = 0.999
+    cut_fails: bool = True
+    imitation: Cloning = field(default_factory=Cloning)
+    offline: Offline = field(default_factory=Offline)
+    online: Online = field(default_factory=Online)
+
+    def __post_init__(self) -> None:
+        at_least("method uni_o4", self, members=1)
+        share("method uni_o4", self, "gamma")
+        if 0 < self.offline.episodes < self.members:
+            raise ConfigError(
+                f"method uni_o4: offline.episodes is {self.offline.episodes}; it must be 0 or one for each of the {self.members} members"
+            )
+
+    def train(self, run: Run) -> None:
+        _Pipeline(self, run).train()
+
+
+class Members:
+    """n policies of one network: the weights of each, its optimiser, the best weights it has had (its old policy), and what
+    those scored. Saved and resumed with the run.
+
+    The first begins as the run's own policy, the others with weights of their own, or, where the policy is a saved one, alike.
+    settings: of the optimisers, by the run's stage.
+    """
+
+    def __init__(self, run: Run, count: int, settings: dict[str, OptimizerConfig]) -> None:
+        self.run, self.settings = run, settings
+        self.weights = [run.snapshot(), *(self._drawn(i) for i in range(1, count))]
+        self._begin("imitate")
+        run.register(members=self)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def _drawn(self, member: int) -> list[Tensor]:
+        run = self.run
+        model = cast(ControlModel, run.policy.model)
+        if model.pretrained is not None:
+            return run.snapshot()
+        assert run.data is not None
+        model = copy.deepcopy(model)
+        with torch.random.fork_rng():
+            torch.manual_seed(run.experiment.seed + member)
+            model.initialise(run.data)
+        return [p.detach().clone() for p in model.trainable().values()]
+
+    def _begin(self, stage: str) -> None:
+        """Fresh optimisers, and nothing scored yet."""
+        self.optimizers = []
+        for weights in self.weights:
+            with self.run.using(weights):
+                self.optimizers.append(self.run.learner(self.run.trainable, self.settings[stage]))
+        self.old = [[value.clone() for value in weights] for weights in self.weights]
+        self.score = [-math.inf] * len(self)
+
+    def enter(self, stage: str) -> None:
+        """Go on with fresh optimisers, from the averaged weights where there are any."""
+        self.weights = [[value.clone() for value in self.settled(i)] for i in range(len(self))]
+        self._begin(stage)
+
+    def settled(self, member: int) -> list[Tensor]:
+        """A member's averaged weights where its optimiser has some, else its weights."""
+        return self.optimizers[member].ema or self.weights[member]
+
+    @contextmanager
+    def learning(self, member: int) -> Iterator[None]:
+        """A member's weights and optimiser in the run's place: what is learned in here is its own."""
+        run, own = self.run, self.run.optimizer
+        with run.using(self.weights[member]):
+            run.optimizer = self.optimizers[member]
+            try:
+                yield
+            finally:
+                run.optimizer = own
+
+    def judge(self, member: int, verdict: Comparison) -> bool:
+        """A member's old policy is what scored higher: itself as it stands, or the old one."""
+        better = verdict.difference > 0
+        if better:
+            self.old[member] = [value.clone() for value in self.weights[member]]
+        self.score[member] = verdict.old + max(verdict.difference, 0.0)
+        return better
+
+    @property
+    def best(self) -> list[Tensor]:
+        """The old policy that scored highest."""
+        return self.old[self.score.index(max(self.score))]
+
+    def state_dict(self) -> dict[str, Any]:
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {"weights": self.weights, "old": self.old, "score": list(self.score), "optimizers": optimizers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.run.policy.model.device
+        weights, old = (
+            [[torch.as_tensor(value).to(device) for value in each] for each in state[name]]
+            for name in ("weights", "old")
+        )
+        self.weights = weights
+        self._begin("imitate" if self.run.stage == "imitate" else "improve")
+        self.old, self.score = old, list(state["score"])
+        for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(value)
+
+
+class _Pipeline:
+    """The stages, in the verbs of a run."""
+
+    def __init__(self, settings: UniO4, run: Run) -> None:
+        self.s, self.run = settings, run
+        self.model = cast(ControlModel, run.policy.model)
+        self._require_gaussian()
+        if run.data is None:
+            raise ConfigError("method uni_o4 imitates recorded episodes: name them in the data section")
+        o, on, n = settings.offline, settings.online, settings.members
+        course: list[tuple[str, int | None]] = [("imitate", settings.imitation.iterations)]
+        course += [("collect", n)] if o.episodes else []
+        self.course = Course([*course, ("criticise", 1), ("improve", o.candidates), ("online", None)])
+        run.register(course=self.course)
+        of_members, run.stages = self._optimizers()
+        run.enter(self.course.stage)
+        self.members = Members(run, n, of_members)
+        rows = settings.imitation.batch
+        self.imitation = Imitation(run, recorded(run.data, self.model), len(run.data), rows)
+        self.experience = Experience(run, settings.cut_fails)
+        self.value = ActionValue(run, settings.gamma, expectile=o.expectile)
+        self.evaluation = OfflineEvaluation(run, self.value, horizon=o.horizon, starts=o.starts, caution=0.0)
+        self.baseline = DecisionValue(run, settings.gamma, on.lam, on.critic_lr, on.critic_epochs, on.critic_minibatch)
+        self.failures = Failures(run)
+
+    def _require_gaussian(self) -> None:
+        run = self.run
+        if getattr(self.model, "family", None) != "gaussian" or run.policy.chain.K != 1:
+            raise ConfigError(
+                "method uni_o4 needs policies whose likelihood is known: policy {name: mlp, family: gaussian} and chain {steps: 1,"
+                " kernel: {name: floorstd, floor: 0.1, kernel: {name: ddim, eta: 0.0}}, window: [0, 1]}"
+            )
+        run.require_density()
+        if any(len(shape) != 1 for shape in self.model.shapes.values()):
+            raise ConfigError(
+                "method uni_o4 sees vectors only: its members would each have an encoder of their own, and the critics none;"
+                " name observations in policy.inputs"
+            )
+
+    def _optimizers(self) -> tuple[dict[str, OptimizerConfig], dict[str, OptimizerConfig]]:
+        """The members', and the run's own in every stage, with the experiment's own betas, eps, decay and norm."""
+        common, i, on = self.run.experiment.optimizer, self.s.imitation, self.s.online
+        plain = replace(common, warmup=0, final=1.0, ema=0.0)
+        clone = replace(common, lr=i.lr, warmup=i.warmup, final=0.0, ema=i.ema, max_grad_norm=1.0)
+        improve = replace(plain, lr=self.s.offline.lr, final=0.0)
+        online = replace(plain, lr=on.lr, final=on.final, ema=on.ema)
+        own = dict.fromkeys(("imitate", "collect", "criticise", "improve"), plain)
+        return {"imitate": clone, "improve": improve}, {**own, "online": online}
+
+    def train(self) -> None:
+        run, course = self.run, self.course
+        for _ in run.iterations():
+            stage = course.stage
+            run.pace = course.progress
+            getattr(self, stage)()
+            course.advance()
+            if course.stage != stage:
+                self._leave(stage)
+                run.enter(course.stage)
+
+    def _leave(self, stage: str) -> None:
+        """A stage is through."""
+        if stage == "imitate":
+            self.members.enter("improve")
+            self.run.milestone("imitation")
+        if stage == "improve":
+            self.run.milestone("offline")
+            self.baseline.value.load_state_dict(self.value.v.state_dict())
+
+    # ---------------------------------------------------------------- imitation
+
+    def imitate(self) -> None:
+        """pi_i <- joint behaviour cloning."""
+        run, i = self.run, self.s.imitation
+        for update in range(i.updates):
+            for member in range(len(self.members)):
+                self._imitate(member, [run.experiment.seed % 2**64, run.iteration, update, member])
+        run.seen(i.batch * i.updates * len(self.members))
+        run.restore(self.members.settled(0))
+
+    def _imitate(self, member: int, key: list[int]) -> None:
+        run, members = self.run, self.members
+        rows, uniform, noise = self.imitation.draw(key)
+        t = self.model.times(uniform)
+
+        def losses(part: slice) -> Tensor:
+            condition, event, mask = self.imitation.source(rows[part])
+            error = partial(run.policy.supervised_loss, condition, event, t[part], noise[part].to(event), mask)
+            others = []
+            for other in range(len(members)):
+                if other != member:
+                    with torch.no_grad(), run.using(members.weights[other]):
+                        others.append(error())
+            own = error()
+            return joint_weight(own.detach(), others, self.s.imitation.alpha) * own
+
+        with members.learning(member):
+            run.descend(losses, len(rows), "bc")
+
+    # ---------------------------------------------------------------- offline
+
+    def collect(self) -> None:
+        """D <- D + the next member's share of the episodes, noise and all."""
+        member, n = self.course.done, len(self.members)
+        with self.run.using(self.members.weights[member]):
+            self.run.collect((self.s.offline.episodes + n - 1 - member) // n, 1, keep=True)
+        self.experience.add(self.run.iteration)
+
+    def criticise(self) -> None:
+        """Q, V <- IQL(D);  T <- transition model(D)."""
+        e, o = self.experience, self.s.offline
+        self.value.learn(e.replay, e.features, o.critic_updates)
+        self.evaluation.learn(e.replay, e.features, o.model_updates)
+
+    def improve(self) -> None:
+        """pi_i <- PPO(pi_i, A = Q - V of old_i's actions), old_i <- the better of the two, for every member."""
+        run, o, members = self.run, self.s.offline, self.members
+        loss = partial(self.loss, clip=o.clip * (1 - (self.course.progress or 0.0)))
+        for member in range(len(members)):
+            for update in range(o.updates):
+                with run.using(members.old[member]):
+                    rollout, rows = self._redraw(member, update)
+                    rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
+                advantage = self.value.advantage(self.experience.features[rows], rollout.trajectory.x0)
+                everything = Batch(slice(0, len(rollout.trajectory)))
+                with members.learning(member):
+                    run.update(rollout, everything, run.normalised(advantage.cpu()), loss)
+            verdict = self._verdict(member)
+            run.log("gate/accepted", float(members.judge(member, verdict)))
+            run.log("gate/gain", verdict.difference)
+            run.log("gate/value", verdict.old)
+        run.restore(members.best)
+
+    def _redraw(self, member: int, update: int) -> tuple[Rollout, Tensor]:
+        """What the policy in place would do at recorded decisions, and where they stand among the replay's views."""
+        run, e, states = self.run, self.experience, self.s.offline.states
+        key = [run.experiment.seed % 2**64, run.iteration, update, member]
+        drawn = np.random.default_rng(key).integers(len(e.replay), size=states)
+        place = torch.arange(run.processes.index, states, run.processes.count)
+        rows = e.replay.now[torch.from_numpy(drawn)[place]]
+        return run.redraw(e.conditions[rows], place, states, update * len(self.members) + member), rows
+
+    def _verdict(self, member: int) -> Comparison:
+        """A member against its old policy, in imagination."""
+        e = self.experience
+        with self.run.using(self.members.weights[member]):
+            new = self.evaluation(e.replay, e.features)
+        with self.run.using(self.members.old[member]):
+            return compare(new, self.evaluation(e.replay, e.features))
+
+    # ---------------------------------------------------------------- online
+
+    def online(self) -> None:
+        """pi <- PPO(pi, A = GAE), and V."""
+        run, o = self.run, self.s.online
+        starts = self.failures.mixed(run.starts(o.episodes), o.retry)
+        rollout = run.collect(o.episodes, 1, keep=True, starts=starts)
+        self.failures.note(starts, rollout.success)
+        rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
+        if self.s.cut_fails:
+            rollout = replace(rollout, decisions=replace(rollout.decisions, terminated=rollout.decisions.last))
+        advantage, returns = self.baseline.advantage(rollout)
+        if self.course.done >= o.warm_up:
+            advantage, loss = run.normalised(advantage), partial(self.loss, clip=o.clip)
+            for batch in run.minibatches(rollout, math.ceil(rollout.decisions.total / o.minibatch), o.epochs):
+                run.update(rollout, batch, advantage, loss)
+        self.baseline.learn(rollout, returns)
+
+    # ---------------------------------------------------------------- PPO
+
+    def log_ratio(self, new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:
+        """Summed over the chunk: the ratio of the policies' densities."""
+        return log_ratio(new, old, x, reduce="sum")
+
+    def loss(self, step: Scored, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of b decisions, [b], and its metrics [b]."""
+        log_rho = self.log_ratio(step.new, step.old, step.x)
+        surrogate = clipped_surrogate(log_rho, step.advantage, clip)
+        return surrogate.loss, clip_metrics(log_rho, step.advantage, surrogate)
+
+
+def joint_weight(own: Tensor, others: list[Tensor], alpha: float) -> Tensor:
+    """d L_i / d(-log pi_i) of every row, [b]: 1 where the member's error is the smallest, that is, it is the most likely of all,
+    and 1 + alpha elsewhere. own and others [b]: errors at the same std.
+    """
+    likeliest = torch.stack([own, *others]).argmin(0) == 0
+    return torch.where(likeliest, 1.0, 1.0 + alpha)
