@@ -57,7 +57,7 @@ class OfflineEvaluation:
         """Fit the model to decisions; each member is shown its own resampling of them. Logs its held-out error."""
         scored = self.run.policy.model.scored
         known = (~replay.terminated).nonzero().flatten()  # of the others, what a whole chunk leads to was not seen
-        held = replay.episode[known] % round(1 / HELD_OUT) == 0
+        held = replay.episode[known].unique(return_inverse=True)[1] % round(1 / HELD_OUT) == 0
         learn, test = known[~held], known[held]
         if not len(learn) or not len(test):
             raise ConfigError("the gate's model needs at least two episodes: one to learn from and one to be tested on")

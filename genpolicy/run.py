@@ -494,7 +494,7 @@ class Run:
     def keep(self, name: str, policy: ChainPolicy | None = None, sampler: ChainConfig | None = None) -> None:
         """Save the policy as it stands, with the deployed sampler or another, as stages/NAME."""
         if self.processes.main:
-            (self.folder / STAGES).mkdir(exist_ok=True)
+            (self.folder / STAGES).mkdir(parents=True, exist_ok=True)
             with self.optimizer.averaged():
                 save_policy(
                     policy or self.deployed, self.experiment, sampler or self.sampler, self.folder / STAGES / name

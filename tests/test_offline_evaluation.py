@@ -91,9 +91,9 @@ def test_starts_are_what_decisions_saw(stage, monkeypatch):
     """Drawn from the recorded decisions' views, never from what was seen after the last one."""
     asked = []
 
-    def listen(actor, score, model, starts, horizon, noise):
+    def listen(actor, score, model, starts, horizon, noise, ends, ended):
         asked.append((starts, noise))
-        return imagined(actor, score, model, starts, horizon, noise)
+        return imagined(actor, score, model, starts, horizon, noise, ends, ended)
 
     monkeypatch.setattr(offline_evaluation, "imagined", listen)
     stage.score(), stage.score()
@@ -140,8 +140,24 @@ def test_the_score_reads_like_a_value_at_any_horizon(tmp_path):
         stage = Stage(tmp_path / str(horizon), horizon=horizon)
         stage.gate.model.step = lambda features, event, uniform, noise: features
         stage.value.lower = lambda critic, features, event: features.sum(1)
+        stage.gate.end.forward = lambda features, event: torch.full((1, len(features)), -torch.inf)  # it never ends
         scores.append(stage.score())
     assert torch.allclose(*scores, atol=1e-6)
+
+
+def test_who_has_succeeded_is_paid_and_not_asked_again(tmp_path):
+    """An episode that ends at once is worth its first decision and, from then on, what success pays."""
+    stage = Stage(tmp_path, horizon=4)
+    stage.gate.model.step = lambda features, event, uniform, noise: features
+    stage.value.lower = lambda critic, features, event: features.sum(1)
+    first = []
+    for logit in (torch.inf, -torch.inf):
+        stage.gate.end.forward = lambda features, event, logit=logit: torch.full((1, len(features)), logit)
+        first.append(stage.score())
+    over = stage.replay.terminated & stage.replay.success
+    pays = float(stage.replay.rewards[over].sum(1).mean())
+    assert torch.allclose(first[0], (first[1] + 3 * pays) / 4, atol=1e-5)
+    assert not torch.allclose(first[0], first[1], atol=1e-2)
 
 
 def test_caution_takes_off_what_the_models_disagree(tmp_path):
@@ -192,8 +208,9 @@ def test_elites_are_chosen_on_episodes_that_nobody_learned_from(stage, monkeypat
     monkeypatch.setattr(stage.gate.model, "hold_out", hold_out)
     stage.gate.learn(stage.replay, stage.features, 8)
     assert not learned & set(tested)
-    held = stage.replay.episode % 10 == 0
-    both = torch.cat([stage.features[stage.replay.now], stage.features[stage.replay.after]], 1)
+    known = ~stage.replay.terminated  # what a whole chunk leads to was not seen at an end
+    held = stage.replay.episode[known].unique(return_inverse=True)[1] % 10 == 0
+    both = torch.cat([stage.features[stage.replay.now], stage.features[stage.replay.after]], 1)[known]
     assert {tuple(row) for row in both[held].tolist()} == set(tested)
     assert learned == {tuple(row) for row in both[~held].tolist()}
     assert sorted(stage.gate.model.elites.tolist()) == [0, 2, 4, 5, 6]

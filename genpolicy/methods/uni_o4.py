@@ -326,11 +326,12 @@ class _Pipeline:
 
     def _imitate(self, member: int, key: list[int]) -> None:
         run, members = self.run, self.members
-        rows, uniform, noise = self.imitation.draw(key)
+        rows, uniform, noise, _ = self.imitation.draw(key)
         t = self.model.times(uniform)
 
         def losses(part: slice) -> Tensor:
-            condition, event, mask = self.imitation.source(rows[part])
+            context, event, mask = self.imitation.source(rows[part])
+            condition = self.model.encode(context)
             error = partial(run.policy.supervised_loss, condition, event, t[part], noise[part].to(event), mask)
             others = []
             for other in range(len(members)):

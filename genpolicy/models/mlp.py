@@ -227,7 +227,7 @@ class MLP:
         return self._joined(seen | features, len(context))
 
     def _joined(self, values: dict[str, Tensor], rows: int) -> Tensor:
-        return torch.cat([values[name].reshape(rows, -1) for name in self.shapes], -1)
+        return torch.cat([_flat(values[name], rows) for name in self.shapes], -1)
 
     def _standardised(self, context: Context) -> dict[str, Tensor]:
         """What is seen [B,history,*shape]; pictures stay in [0,1]."""
@@ -307,6 +307,11 @@ class MLP:
     def decode(self, x0: Tensor) -> Tensor:
         """The inverse of `event`."""
         return x0 * self._stats["action.reach"] + self._stats["action.middle"]
+
+
+def _flat(value: Tensor, rows: int) -> Tensor:
+    """All frames of each row as one vector; of no rows as of any."""
+    return value.reshape(rows, value.numel() // rows) if rows else value.new_zeros(0, math.prod(value.shape[1:]))
 
 
 def _visible(name: str, shape: tuple[int, ...]) -> bool:

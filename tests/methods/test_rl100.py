@@ -77,7 +77,7 @@ def stages(run):
         ({"stage": "offline", "offline": {"episodes": 0, "candidates": 1, "rounds": 2}}, "criticise improve " * 2),
         (
             {"stage": "offline", "offline": {"rounds": 2, "recloning": 5, "candidates": 1}},
-            "collect criticise improve collect reclone criticise improve",
+            "collect reclone criticise improve " * 2,
         ),
     ],
 )

@@ -51,7 +51,7 @@ def experiment(folder, method=(), **sections):
     own = {
         "policy": {"name": "mlp", "family": "gaussian", "hidden": 16, "blocks": 1, "chunk": 2},
         "chain": ONE_STEP,
-        "data": {"name": "tests.rl100_toy:Outcomes", "episodes": 12},
+        "data": {"name": "tests.rl100_toy:Outcomes", "episodes": 12, "skill": 0.4},
         "optimizer": {"weight_decay": 0.0},
         "budget": {"iterations": 10},
         "eval": {"every": 0, "episodes": 4},
@@ -202,8 +202,9 @@ def test_an_update_descends_the_joint_loss(tmp_path):
     """The gradient that member 1's optimiser was given, against autograd through L_1 in nats."""
     run, pipeline = built(tmp_path)
     key = [0, 1, 0, 1]
-    rows, _, _ = pipeline.imitation.draw(key)
-    condition, event, _ = pipeline.imitation.source(rows)
+    rows = pipeline.imitation.draw(key)[0]
+    context, event, _ = pipeline.imitation.source(rows)
+    condition = run.policy.model.encode(context)
     members, wanted = pipeline.members, {}
     others = []
     for j in (0, 2):
