@@ -49,7 +49,7 @@ EDGE = 1e-6
 class MLP:
     """A small network as a `genpolicy.policy.ControlModel`.
 
-    pretrained: folder of a saved one, whose settings then replace the ones here; None draws weights from torch's global
+    pretrained: folder of a saved one, whose settings then replace the ones here (all but shift); None draws weights from torch's global
     generator in `initialise`.
     history: observation frames it sees. chunk: T actions an event, all executed.
     network: "residual" (everything is one vector) or "unet" (convolutions over the chunk's time axis).
@@ -165,6 +165,7 @@ class MLP:
         settings = json.loads((folder / SETTINGS).read_text())
         shapes = {name: tuple(shape) for name, shape in settings.pop("shapes").items()}
         action_dim = settings.pop("action_dim")
+        settings.pop("shift", None)  # is of this run's imitation, not of the network
         for name, value in settings.items():
             setattr(self, name, value)
         self._settle()
