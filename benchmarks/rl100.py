@@ -100,14 +100,17 @@ def judged(section: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def spent(folder: Path, stage: str) -> dict[str, Any]:
     """Environment steps and episodes up to the end of a stage; of the whole run its CPU seconds with its evaluations."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    end = next((row["iteration"] for row in rows if f"{stage}/success_rate" in row), rows[-1]["iteration"])
     steps = episodes = 0.0
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        metrics = json.loads(line)
-        if f"{stage}/success_rate" in metrics:
-            break
-        if "episode/length" in metrics:
-            episodes += (metrics["env_steps"] - steps) / metrics["episode/length"]
-            steps = metrics["env_steps"]
+    length = 1.0
+    for row in rows:
+        if row["iteration"] <= end and "env_steps" in row:
+            length = row.get(
+                "episode/length", length
+            )  # of the episodes by which candidates are checked: the last known
+            episodes += (row["env_steps"] - steps) / length
+            steps = row["env_steps"]
     cpu = float((folder / "cpu_s.txt").read_text()) if stage == "online" and (folder / "cpu_s.txt").exists() else None
     return {"env_steps": steps, "episodes": round(episodes), "cpu_s": cpu}
 

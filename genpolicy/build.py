@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from genpolicy.chain import Chain
 from genpolicy.config import ChainConfig, ConfigError, Experiment, decode, leaf, make, nearest, settings
 from genpolicy.foreign import foreign
 from genpolicy.judge import QJudge
+from genpolicy.merged import Merged
 from genpolicy.policy import Base, ChainPolicy, ControlModel, Judge, Model, swapped
 from genpolicy.reward import WeightedRewards
 from genpolicy.task import ControlTask, Dataset, read_prompts
@@ -82,6 +83,21 @@ def load_rewards(rewards: WeightedRewards) -> None:
             getattr(reward, "load", lambda: None)()
         except ImportError as error:
             raise ConfigError(str(error)) from None
+
+
+def make_data(raw: Mapping[str, Any] | Sequence[Any] | None) -> Dataset | None:
+    """The data section: a data set, or a list of several that are learned from as one; a text in it is a LeRobotDataset's folder."""
+    if raw is None:
+        return None
+    if isinstance(raw, Mapping):
+        return make("datasets", raw)
+    sections = [{"name": "lerobot_dataset", "root": one} if isinstance(one, str) else one for one in raw]
+    if not sections:
+        raise ConfigError("the data section is an empty list: name a folder, or leave it out")
+    try:
+        return Merged([make("datasets", section) for section in sections])
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from None
 
 
 def control_model(section: Mapping[str, Any], task: ControlTask, data: Dataset | None) -> ControlModel:

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from genpolicy import config, report, resources
-from genpolicy.build import control_model, deployed_sampler, make_policy, make_rewards
+from genpolicy.build import control_model, deployed_sampler, make_data, make_policy, make_rewards
 from genpolicy.config import ConfigError, Experiment, make
 from genpolicy.experiment import evaluation_prompts, finished, spent, train
 from genpolicy.report import COLOURS, EPISODES, Panel, by_experience, series, smooth
@@ -130,7 +130,7 @@ def _require_comparable(arms: Sequence[Arm]) -> None:
         e = arm.experiment
         make("methods", e.method)
         if is_control(task):
-            data = make("datasets", e.data) if e.data is not None else None
+            data = make_data(e.data)
             make_policy(control_model(e.policy, task, data), e.chain)
         else:
             make_rewards(e.reward)

@@ -184,7 +184,7 @@ class Experiment:
     task: dict[str, Any]
     method: dict[str, Any]
     reward: dict[str, Any] = field(default_factory=dict)  # of prompts; environments bring their own
-    data: dict[str, Any] | None = None  # recorded episodes to learn from
+    data: dict[str, Any] | list[Any] | None = None  # recorded episodes to learn from; a list is several as one
     chain: ChainConfig = field(default_factory=ChainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(iterations=100))
@@ -295,6 +295,8 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         return {"name": value}
     if typing.get_origin(hint) is typing.Literal:
         choice(f"{where}: {key}", value, [str(kind) for kind in kinds])
+    if isinstance(value, list) and list[Any] in kinds:
+        return value  # draccus would make a mapping of it, where that is allowed too
     if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
         value = int(value)  # 1e3
     try:

@@ -20,6 +20,7 @@ from genpolicy import checkpoint, config, report
 from genpolicy.build import (
     control_model,
     load_rewards,
+    make_data,
     make_policy,
     make_rewards,
     prompt_lines,
@@ -235,7 +236,7 @@ def prepare(experiment: Experiment, folder: Path, accelerator: Any) -> tuple[Run
         torch.set_num_threads(experiment.threads)
     method = make("methods", experiment.method)
     task = make("tasks", experiment.task)
-    data = make("datasets", experiment.data) if experiment.data is not None else None
+    data = make_data(experiment.data)
     if is_control(task):
         model = control_model(experiment.policy, task, data)
         environments = task.environments(experiment.environments, model.history)

@@ -363,8 +363,8 @@ class _Pipeline:
         return float(sums[0] / sums[1])
 
     def _checked(self, point: tuple[list[Tensor], Any]) -> bool:
-        """Real episodes, from the same starts for every policy of the stage: the candidate succeeds at least as often as the
-        policy in force.
+        """Real episodes, from the same starts for every policy of the stage: the candidate succeeds more often than the policy
+        in force; where both always do, nothing speaks for a change.
         """
         run, anchor, episodes = self.run, self.anchor, self.s.offline.check
         if anchor.rate is None:
@@ -372,7 +372,7 @@ class _Pipeline:
                 anchor.rate = run.try_out(episodes, anchor.iteration)
         rate = run.try_out(episodes, anchor.iteration)
         run.log("gate/real_gain", rate - anchor.rate)
-        if rate < anchor.rate:
+        if rate <= anchor.rate:
             return False
         anchor.rate = rate
         return True
