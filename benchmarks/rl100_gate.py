@@ -70,9 +70,10 @@ def unprotected(name: str, folder: Path) -> dict[str, Any]:
     )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rounds = [row for row in rows if "gate/gain" in row]
-    scores = [0.0]
-    for row in rounds:  # each gain is against the policy in force: its own, if the last was let through
-        scores.append(row["gate/gain"] + (scores[-1] if row["gate/accepted"] or len(scores) == 1 else 0.0))
+    scores, in_force = [0.0], 0.0
+    for row in rounds:  # a gain is against the policy in force
+        scores.append(in_force + row["gate/gain"])
+        in_force = scores[-1] if row["gate/accepted"] else in_force
     policies = [out / "stages" / f"candidate-{row['iteration']}" for row in rounds]
     truth = [rate(name, path, TRUTH).mean().item() for path in [folder / "stages" / "imitation", *policies]]
     return {
