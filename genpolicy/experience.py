@@ -14,6 +14,7 @@ from genpolicy.evaluate import interval
 from genpolicy.learning.gate import safe_share
 from genpolicy.policy import ControlModel
 from genpolicy.replay import Replay
+from genpolicy.rollout import Rollout
 from genpolicy.run import Run
 from genpolicy.task import Context
 
@@ -69,6 +70,17 @@ class Experience:
     def features(self) -> Tensor:
         """Float[F,D]: what critics see of the replay's views."""
         return self.model.features(self.conditions)
+
+    def redraw(self, states: int, number: int) -> tuple[Rollout, Tensor]:
+        """What the policy would do at ``states`` recorded decisions (of all processes together), and where this process's stand
+        among the views. number: of this redrawing in its iteration; another finds other decisions and other noise.
+        """
+        run = self.run
+        key = [run.experiment.seed % 2**64, run.iteration, number]
+        drawn = np.random.default_rng(key).integers(len(self.replay), size=states)
+        place = torch.arange(run.processes.index, states, run.processes.count)
+        rows = self.replay.now[torch.from_numpy(drawn)[place]]
+        return run.redraw(self.conditions[rows], place, states, number), rows
 
     def imitable(self, rows: Tensor) -> tuple[Context, Tensor, None]:
         """A `genpolicy.imitation.Source` over the decisions of episodes that succeeded."""

@@ -7,19 +7,44 @@ with x_0 the chunk that was done, t from the family's own training distribution 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from genpolicy.config import OptimizerConfig, at_least, positive, share
 from genpolicy.policy import ControlModel
 from genpolicy.run import Run
 from genpolicy.task import Context, Dataset
 
 Source = Callable[[Tensor], tuple[Context, Tensor, Tensor | None]]
 """rows [b] -> what was seen, what was done [b,*E], and which of its dims count (None: all)."""
+
+
+@dataclass
+class Cloning:
+    """The imitation stage of a method of several: iterations of ``updates`` updates of ``batch`` frames; lr falls to 0 along a
+    cosine after ``warmup`` updates; ema: decay of the averaged weights, which go on. (RL-100: batch 256, 1.4e-4 for large
+    networks; small ones take 1e-3.)
+    """
+
+    iterations: int = 20
+    updates: int = 100
+    batch: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    ema: float = 0.995
+
+    def __post_init__(self) -> None:
+        at_least("method: imitation", self, iterations=1, updates=1, batch=1, warmup=0)
+        positive("method: imitation", self, "lr")
+        share("method: imitation", self, "ema")
+
+    def optimizer(self, common: OptimizerConfig) -> OptimizerConfig:
+        """Its optimiser, with the experiment's own betas, eps and decay."""
+        return replace(common, lr=self.lr, warmup=self.warmup, final=0.0, ema=self.ema, max_grad_norm=1.0)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,38 +32,20 @@ from genpolicy.action_value import ActionValue
 from genpolicy.chain.values import Gaussian
 from genpolicy.config import ConfigError, OptimizerConfig, at_least, positive, share
 from genpolicy.course import Course
-from genpolicy.decision_value import DecisionValue
-from genpolicy.experience import Anchor, Experience, Failures, Floor
-from genpolicy.imitation import Imitation, recorded
+from genpolicy.experience import Anchor, Experience
+from genpolicy.imitation import Cloning, Imitation, recorded
 from genpolicy.judge import QJudge
 from genpolicy.learning.gate import Comparison, compare
 from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio, mean_kl
 from genpolicy.minibatch import Batch
 from genpolicy.offline_evaluation import OfflineEvaluation
+from genpolicy.online import Online, OnPolicy
 from genpolicy.policy import ControlModel
 from genpolicy.rollout import Rollout, Scored
 from genpolicy.run import Loss, Run
 
 AT_ONCE = 100
 """Updates of one iteration of recloning."""
-
-
-@dataclass
-class Cloning:
-    """iterations of ``updates`` updates of ``batch`` frames; lr falls to 0 along a cosine after ``warmup`` updates; ema: of the
-    averaged weights, which go on. (RL-100: batch 256, 1.4e-4 for large networks; small ones take 1e-3.)
-    """
-
-    iterations: int = 20
-    updates: int = 100
-    batch: int = 128
-    lr: float = 1e-3
-    warmup: int = 100
-    ema: float = 0.995
-
-    def __post_init__(self) -> None:
-        at_least("method rl100: imitation", self, iterations=1, updates=1, batch=1, warmup=0)
-        positive("method rl100: imitation", self, "lr")
 
 
 @dataclass
@@ -122,40 +103,6 @@ class Offline:
 
 
 @dataclass
-class Online:
-    """episodes: of an iteration. lam: of GAE (.95). epochs: passes over the rollout (5 to 10). minibatch: (decision, step)
-    pairs of one update. lr falls along a cosine to its ``final`` share as the budget is spent; clip (.2). critic_lr (3e-4),
-    critic_epochs, critic_minibatch: of the value. warm_up: iterations that train the value alone.
-
-    ema: decay of the averaged weights, which are what is evaluated and saved: near the ceiling what single batches teach is
-    noise. retry: share of the episodes that begin where an earlier one failed, if there are such starts: they are rare, and
-    without it they are hardly ever met again. floor: for hardware, a share of the return of the policy that the stage began
-    with; it plays as many of the episodes as keep the expected return of all above that (0: none).
-    """
-
-    episodes: int = 48
-    lam: float = 0.95
-    epochs: int = 5
-    minibatch: int = 1024
-    lr: float = 1e-4
-    final: float = 0.1
-    clip: float = 0.2
-    ema: float = 0.998
-    retry: float = 0.25
-    floor: float = 0.0
-    critic_lr: float = 1e-3
-    critic_epochs: int = 10
-    critic_minibatch: int = 256
-    warm_up: int = 1
-
-    def __post_init__(self) -> None:
-        least = {"episodes": 1, "epochs": 1, "minibatch": 1, "critic_epochs": 1, "critic_minibatch": 1, "warm_up": 0}
-        at_least("method rl100: online", self, **least)
-        positive("method rl100: online", self, "lr", "clip", "critic_lr")
-        share("method rl100: online", self, "lam", "final", "ema", "retry", "floor")
-
-
-@dataclass
 class RL100:
     """stage: "all", or one of the three on what the policy and data sections name.
 
@@ -205,9 +152,7 @@ class _Pipeline:
             )
             self.evaluation = OfflineEvaluation(run, self.value, horizon=o.horizon, starts=o.starts, caution=o.caution)
         if "online" in names:
-            o = settings.online
-            self.baseline = DecisionValue(run, settings.gamma, o.lam, o.critic_lr, o.critic_epochs, o.critic_minibatch)
-            self.failures, self.floor = Failures(run), Floor(run, o.floor, self.anchor)
+            self.on_policy = OnPolicy(run, settings.online, settings.gamma, settings.cut_fails, self.anchor)
         if {"improve", "online"} & set(names):
             run.require_density()
 
@@ -228,18 +173,13 @@ class _Pipeline:
 
     def _optimizers(self) -> dict[str, OptimizerConfig]:
         """Each stage's, with the experiment's own betas, eps, decay and norm."""
-        common, i = self.run.experiment.optimizer, self.s.imitation
-        clone = replace(common, lr=i.lr, warmup=i.warmup, final=0.0, ema=i.ema, max_grad_norm=1.0)
+        common = self.run.experiment.optimizer
         plain = replace(common, warmup=0, final=1.0, ema=0.0)
-        improve, on = replace(plain, lr=self.s.offline.lr), self.s.online
-        online = replace(plain, lr=on.lr, final=on.final, ema=on.ema)
         return {
-            "imitate": clone,
-            "reclone": clone,
-            "collect": plain,
-            "criticise": plain,
-            "improve": improve,
-            "online": online,
+            **dict.fromkeys(("imitate", "reclone"), self.s.imitation.optimizer(common)),
+            **dict.fromkeys(("collect", "criticise"), plain),
+            "improve": replace(plain, lr=self.s.offline.lr),
+            "online": self.s.online.optimizer(common),
         }
 
     def train(self) -> None:
@@ -271,7 +211,7 @@ class _Pipeline:
             run.milestone("offline")
             self.anchor.renew()
             if self.s.stage == "all":
-                self.baseline.value.load_state_dict(self.value.v.state_dict())
+                self.on_policy.critic.value.load_state_dict(self.value.v.state_dict())
 
     @property
     def _judge(self) -> QJudge:
@@ -313,7 +253,7 @@ class _Pipeline:
         """candidate <- PPO(pi, A = Q - V); pi <- candidate, or as it was. True: the stage is through before its time."""
         run, o, point = self.run, self.s.offline, self.run.save_point()
         for sweep in range(o.sweeps):
-            rollout, rows = self._redraw(sweep)
+            rollout, rows = self.experience.redraw(o.states, sweep)
             rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
             advantage = self.value.advantage(self.experience.features[rows], rollout.trajectory.x0)
             loss = partial(self.loss, clip=o.clip, kl=o.kl)
@@ -332,16 +272,6 @@ class _Pipeline:
             run.rewind(point)
         return far
 
-    def _redraw(self, number: int) -> tuple[Rollout, Tensor]:
-        """What pi would do at recorded decisions, and where they stand among the replay's views."""
-        run, e, states = self.run, self.experience, self.s.offline.states
-        drawn = np.random.default_rng([run.experiment.seed % 2**64, run.iteration, number]).integers(
-            len(e.replay), size=states
-        )
-        place = torch.arange(run.processes.index, states, run.processes.count)
-        rows = e.replay.now[torch.from_numpy(drawn)[place]]
-        return run.redraw(e.conditions[rows], place, states, number), rows
-
     def _verdict(self, point: tuple[list[Tensor], Any]) -> Comparison:
         """The candidate against the policy in force, in imagination."""
         e = self.experience
@@ -354,7 +284,7 @@ class _Pipeline:
     def _distance(self) -> float:
         """KL of pi's chains from those of the stage's first policy, nats a decision: sum_k KL, at recorded decisions."""
         run = self.run
-        trajectory = self._redraw(self.s.offline.sweeps)[0].trajectory
+        trajectory = self.experience.redraw(self.s.offline.states, self.s.offline.sweeps)[0].trajectory
         with run.using(self.anchor.weights):
             then = [run.policy.scored(run.policy.transition(trajectory, k)) for k in trajectory.steps]
         now = [run.policy.scored(trajectory.acted(k)) for k in trajectory.steps]
@@ -382,19 +312,11 @@ class _Pipeline:
     def online(self) -> bool:
         """pi <- PPO(pi, A = GAE), and V."""
         run, o = self.run, self.s.online
-        episodes = self.floor.episodes(o.episodes) if o.floor else o.episodes
-        starts = self.failures.mixed(run.starts(episodes), o.retry)
-        rollout = run.collect(episodes, 1, keep=True, starts=starts)
-        self.failures.note(starts, rollout.success)
-        self.floor.note(rollout.rewards)
-        rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
-        if self.s.cut_fails:
-            rollout = replace(rollout, decisions=replace(rollout.decisions, terminated=rollout.decisions.last))
-        advantage, returns = self.baseline.advantage(rollout)
+        rollout, advantage, returns = self.on_policy.rollout(self.log_ratio)
         if self.course.done >= o.warm_up:
             loss = partial(self.loss, clip=o.clip, kl=0.0)
             self._learn(rollout, run.normalised(advantage), o.epochs, o.minibatch, loss, None)
-        self.baseline.learn(rollout, returns)
+        self.on_policy.critic.learn(rollout, returns)
         return False
 
     # ---------------------------------------------------------------- PPO through the chain

@@ -29,7 +29,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,35 +36,27 @@ from genpolicy.action_value import ActionValue
 from genpolicy.chain.values import Gaussian
 from genpolicy.config import ConfigError, OptimizerConfig, at_least, positive, share
 from genpolicy.course import Course
-from genpolicy.decision_value import DecisionValue
-from genpolicy.experience import Experience, Failures
-from genpolicy.imitation import Imitation, recorded
+from genpolicy.experience import Anchor, Experience
+from genpolicy.imitation import Cloning, Imitation, recorded
 from genpolicy.learning.gate import Comparison, compare
 from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio
 from genpolicy.minibatch import Batch
 from genpolicy.offline_evaluation import OfflineEvaluation
+from genpolicy.online import Online, OnPolicy
 from genpolicy.policy import ControlModel
-from genpolicy.rollout import Rollout, Scored
+from genpolicy.rollout import Scored
 from genpolicy.run import Run
 
 
 @dataclass
-class Cloning:
-    """iterations of ``updates`` updates of each member, each of ``batch`` frames of its own; lr falls to 0 along a cosine after
-    ``warmup`` updates; ema: of the averaged weights, which go on. alpha: .1 in main.py. (Public: batch 512, 1e-4, 4e5 updates.)
-    """
+class Joint(Cloning):
+    """Of each member, with frames of its own. alpha: .1 in main.py. (Public: batch 512, 1e-4, 4e5 updates.)"""
 
-    iterations: int = 20
-    updates: int = 100
-    batch: int = 128
-    lr: float = 1e-3
-    warmup: int = 100
-    ema: float = 0.995
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        at_least("method uni_o4: imitation", self, iterations=1, updates=1, batch=1, warmup=0, alpha=0)
-        positive("method uni_o4: imitation", self, "lr")
+        super().__post_init__()
+        at_least("method uni_o4: imitation", self, alpha=0)
 
 
 @dataclass
@@ -98,34 +89,12 @@ class Offline:
 
 
 @dataclass
-class Online:
-    """episodes: of an iteration. lam: of GAE. epochs: passes over the rollout (5 to 10). minibatch: decisions of one update. lr
-    (public: 1e-5 to 2e-5) falls along a cosine to its ``final`` share as the budget is spent; clip. critic_lr (2e-4),
-    critic_epochs, critic_minibatch: of the value. warm_up: iterations that train the value alone.
-
-    ema, retry: the averaged weights, and the share of episodes that begin where one failed, as method rl100 has them, so that
-    the two can be compared.
+class Practice(Online):
+    """minibatch: decisions of one update. lr (public: 1e-5 to 2e-5) and the rest as method rl100 has them, so that the two can be
+    compared.
     """
 
-    episodes: int = 48
-    lam: float = 0.95
-    epochs: int = 5
     minibatch: int = 128
-    lr: float = 1e-4
-    final: float = 0.1
-    clip: float = 0.2
-    ema: float = 0.998
-    retry: float = 0.25
-    critic_lr: float = 1e-3
-    critic_epochs: int = 10
-    critic_minibatch: int = 256
-    warm_up: int = 1
-
-    def __post_init__(self) -> None:
-        least = {"episodes": 1, "epochs": 1, "minibatch": 1, "critic_epochs": 1, "critic_minibatch": 1, "warm_up": 0}
-        at_least("method uni_o4: online", self, **least)
-        positive("method uni_o4: online", self, "lr", "clip", "critic_lr")
-        share("method uni_o4: online", self, "lam", "final", "ema", "retry")
 
 
 @dataclass
@@ -140,9 +109,9 @@ class UniO4:
     members: int = 4
     gamma: float = 0.999
     cut_fails: bool = True
-    imitation: Cloning = field(default_factory=Cloning)
+    imitation: Joint = field(default_factory=Joint)
     offline: Offline = field(default_factory=Offline)
-    online: Online = field(default_factory=Online)
+    online: Practice = field(default_factory=Practice)
 
     def __post_init__(self) -> None:
         at_least("method uni_o4", self, members=1)
@@ -253,7 +222,7 @@ class _Pipeline:
         self._require_gaussian()
         if run.data is None:
             raise ConfigError("method uni_o4 imitates recorded episodes: name them in the data section")
-        o, on, n = settings.offline, settings.online, settings.members
+        o, n = settings.offline, settings.members
         course: list[tuple[str, int | None]] = [("imitate", settings.imitation.iterations)]
         course += [("collect", n)] if o.episodes else []
         self.course = Course([*course, ("criticise", 1), ("improve", o.candidates), ("online", None)])
@@ -266,8 +235,8 @@ class _Pipeline:
         self.experience = Experience(run, settings.cut_fails)
         self.value = ActionValue(run, settings.gamma, expectile=o.expectile)
         self.evaluation = OfflineEvaluation(run, self.value, horizon=o.horizon, starts=o.starts, caution=0.0)
-        self.baseline = DecisionValue(run, settings.gamma, on.lam, on.critic_lr, on.critic_epochs, on.critic_minibatch)
-        self.failures = Failures(run)
+        self.anchor = Anchor(run)
+        self.on_policy = OnPolicy(run, settings.online, settings.gamma, settings.cut_fails, self.anchor)
 
     def _require_gaussian(self) -> None:
         run = self.run
@@ -285,13 +254,14 @@ class _Pipeline:
 
     def _optimizers(self) -> tuple[dict[str, OptimizerConfig], dict[str, OptimizerConfig]]:
         """The members', and the run's own in every stage, with the experiment's own betas, eps, decay and norm."""
-        common, i, on = self.run.experiment.optimizer, self.s.imitation, self.s.online
+        common = self.run.experiment.optimizer
         plain = replace(common, warmup=0, final=1.0, ema=0.0)
-        clone = replace(common, lr=i.lr, warmup=i.warmup, final=0.0, ema=i.ema, max_grad_norm=1.0)
-        improve = replace(plain, lr=self.s.offline.lr, final=0.0)
-        online = replace(plain, lr=on.lr, final=on.final, ema=on.ema)
         own = dict.fromkeys(("imitate", "collect", "criticise", "improve"), plain)
-        return {"imitate": clone, "improve": improve}, {**own, "online": online}
+        members = {
+            "imitate": self.s.imitation.optimizer(common),
+            "improve": replace(plain, lr=self.s.offline.lr, final=0.0),
+        }
+        return members, {**own, "online": self.s.online.optimizer(common)}
 
     def train(self) -> None:
         run, course = self.run, self.course
@@ -311,7 +281,8 @@ class _Pipeline:
             self.run.milestone("imitation")
         if stage == "improve":
             self.run.milestone("offline")
-            self.baseline.value.load_state_dict(self.value.v.state_dict())
+            self.anchor.renew()
+            self.on_policy.critic.value.load_state_dict(self.value.v.state_dict())
 
     # ---------------------------------------------------------------- imitation
 
@@ -366,7 +337,7 @@ class _Pipeline:
         for member in range(len(members)):
             for update in range(o.updates):
                 with run.using(members.old[member]):
-                    rollout, rows = self._redraw(member, update)
+                    rollout, rows = self.experience.redraw(o.states, update * len(members) + member)
                     rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
                 advantage = self.value.advantage(self.experience.features[rows], rollout.trajectory.x0)
                 everything = Batch(slice(0, len(rollout.trajectory)))
@@ -377,15 +348,6 @@ class _Pipeline:
             run.log("gate/gain", verdict.difference)
             run.log("gate/value", verdict.old)
         run.restore(members.best)
-
-    def _redraw(self, member: int, update: int) -> tuple[Rollout, Tensor]:
-        """What the policy in place would do at recorded decisions, and where they stand among the replay's views."""
-        run, e, states = self.run, self.experience, self.s.offline.states
-        key = [run.experiment.seed % 2**64, run.iteration, update, member]
-        drawn = np.random.default_rng(key).integers(len(e.replay), size=states)
-        place = torch.arange(run.processes.index, states, run.processes.count)
-        rows = e.replay.now[torch.from_numpy(drawn)[place]]
-        return run.redraw(e.conditions[rows], place, states, update * len(self.members) + member), rows
 
     def _verdict(self, member: int) -> Comparison:
         """A member against its old policy, in imagination."""
@@ -400,18 +362,12 @@ class _Pipeline:
     def online(self) -> None:
         """pi <- PPO(pi, A = GAE), and V."""
         run, o = self.run, self.s.online
-        starts = self.failures.mixed(run.starts(o.episodes), o.retry)
-        rollout = run.collect(o.episodes, 1, keep=True, starts=starts)
-        self.failures.note(starts, rollout.success)
-        rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
-        if self.s.cut_fails:
-            rollout = replace(rollout, decisions=replace(rollout.decisions, terminated=rollout.decisions.last))
-        advantage, returns = self.baseline.advantage(rollout)
+        rollout, advantage, returns = self.on_policy.rollout(self.log_ratio)
         if self.course.done >= o.warm_up:
             advantage, loss = run.normalised(advantage), partial(self.loss, clip=o.clip)
             for batch in run.minibatches(rollout, math.ceil(rollout.decisions.total / o.minibatch), o.epochs):
                 run.update(rollout, batch, advantage, loss)
-        self.baseline.learn(rollout, returns)
+        self.on_policy.critic.learn(rollout, returns)
 
     # ---------------------------------------------------------------- PPO
 

@@ -313,7 +313,7 @@ def test_distance_is_the_kl_of_whole_chains_in_nats(tmp_path):
     for p in run.trainable:
         p.data += 0.03 * torch.randn_like(p)
     found = pipeline._distance()
-    chains = pipeline._redraw(pipeline.s.offline.sweeps)[0].trajectory
+    chains = pipeline.experience.redraw(pipeline.s.offline.states, pipeline.s.offline.sweeps)[0].trajectory
     total = 0.0
     with torch.no_grad(), run.using(anchor):
         for k in chains.steps:
@@ -371,11 +371,14 @@ def test_a_redraw_shows_what_was_encoded_once(tmp_path):
     conditions = e.conditions.clone()
     honest = run.policy.model.encode
     run.policy.model.encode = lambda context: pytest.fail("the encoder was asked again")
-    rollout, rows = pipeline._redraw(0)
+    rollout, rows = pipeline.experience.redraw(pipeline.s.offline.states, 0)
     assert torch.equal(rollout.trajectory.condition, conditions[rows])
     assert {int(row) for row in rows} <= {int(row) for row in e.replay.now}
     assert len(rows.unique()) > 10
-    again, other = pipeline._redraw(0), pipeline._redraw(1)
+    again, other = (
+        pipeline.experience.redraw(pipeline.s.offline.states, 0),
+        pipeline.experience.redraw(pipeline.s.offline.states, 1),
+    )
     assert torch.equal(again[0].trajectory.x0, rollout.trajectory.x0)
     assert torch.equal(again[1], rows)
     assert not torch.equal(other[1], rows), "every sweep draws decisions"
@@ -408,7 +411,7 @@ def test_the_advantage_is_that_of_what_was_drawn(tmp_path):
 def perturbed(folder, **offline):
     """A redrawn rollout, and a policy that has moved since; its anchor has not."""
     run, pipeline = improving(folder, **{"states": 10, **offline})
-    rollout, _ = pipeline._redraw(0)
+    rollout, _ = pipeline.experience.redraw(pipeline.s.offline.states, 0)
     draw = torch.Generator().manual_seed(5)
     for p in run.trainable:
         p.data += 0.02 * torch.randn(p.shape, generator=draw)
@@ -443,7 +446,7 @@ def test_the_gradient_of_the_kl_is_that_of_the_analytic_one(tmp_path):
 
 def test_a_policy_at_its_anchor_feels_no_kl(tmp_path):
     run, pipeline = improving(tmp_path, states=10)
-    rollout, _ = pipeline._redraw(0)
+    rollout, _ = pipeline.experience.redraw(pipeline.s.offline.states, 0)
     told = rl100.partial(pipeline.loss, clip=0.2, kl=5.0)
     batch, zero = Batch(slice(0, 10)), torch.zeros(10)
     assert run.update(rollout, batch, zero, told, pipeline.anchor.weights)["kl"] < 1e-9
@@ -475,7 +478,7 @@ def test_the_loss_by_hand(tmp_path):
 @pytest.mark.parametrize("update", ["pairs", "chain", "step"])
 def test_every_decision_and_step_once_a_pass(tmp_path, update, minibatch):
     _, pipeline = built(tmp_path, {"stage": "offline", "update": update, "offline": {"episodes": 0, "states": 11}})
-    rollout, _ = pipeline._redraw(0)
+    rollout, _ = pipeline.experience.redraw(pipeline.s.offline.states, 0)
     whole = sorted((row, k) for row in range(11) for k in rollout.trajectory.steps)
     passes = []
     for epoch in range(2):
@@ -508,15 +511,17 @@ def test_a_pass_is_made_so_many_times(tmp_path):
 
 def test_the_value_goes_on_from_the_offline_one(tmp_path):
     run, pipeline = built(tmp_path)
-    own, offline = pipeline.baseline.value.state_dict(), pipeline.value.v.state_dict()
+    own, offline = pipeline.on_policy.critic.value.state_dict(), pipeline.value.v.state_dict()
     assert not any(torch.equal(own[n], offline[n]) for n in own if own[n].dim() > 1)
     run.evaluate = lambda: {"success_rate": 0.0, "return": 0.0, "n": 0}
     run.folder.mkdir(exist_ok=True)
     pipeline._leave("improve")
-    own = pipeline.baseline.value.state_dict()
+    own = pipeline.on_policy.critic.value.state_dict()
     assert all(torch.equal(own[n], offline[n]) for n in own)
-    pipeline.baseline.value.network[0].weight.data.add_(1)
-    assert not torch.equal(pipeline.value.v.network[0].weight, pipeline.baseline.value.network[0].weight), "a copy"
+    pipeline.on_policy.critic.value.network[0].weight.data.add_(1)
+    assert not torch.equal(pipeline.value.v.network[0].weight, pipeline.on_policy.critic.value.network[0].weight), (
+        "a copy"
+    )
 
 
 def test_the_anchor_is_the_policy_at_the_stages_start(tmp_path):
@@ -533,7 +538,7 @@ def test_the_anchor_is_the_policy_at_the_stages_start(tmp_path):
 
 def test_warming_up_trains_the_value_alone(tmp_path):
     run, pipeline = built(tmp_path, {"stage": "online", "online": {"warm_up": 1}})
-    value = pipeline.baseline.value.network[0].weight
+    value = pipeline.on_policy.critic.value.network[0].weight
     before, was = run.snapshot(), value.detach().clone()
     pipeline.online()
     assert all(torch.equal(a, b) for a, b in zip(before, run.snapshot(), strict=True))
@@ -594,10 +599,10 @@ def test_collecting_adds_to_what_is_learned_from(tmp_path):
 def test_processes_redraw_what_one_does(tmp_path):
     """Each its share of the decisions, by the noise of their places."""
     run, pipeline = improving(tmp_path, states=10)
-    whole, rows = pipeline._redraw(1)
+    whole, rows = pipeline.experience.redraw(pipeline.s.offline.states, 1)
     for index in range(3):
         run.processes = SimpleNamespace(index=index, count=3)
-        part, mine = pipeline._redraw(1)
+        part, mine = pipeline.experience.redraw(pipeline.s.offline.states, 1)
         assert torch.equal(mine, rows[index::3])
         assert torch.allclose(part.trajectory.x0, whole.trajectory.x0[index::3], atol=1e-5)
         assert part.decisions.total == 10
