@@ -81,7 +81,14 @@ def one(name: str, seed: int, out: Path) -> None:
     for stage in STAGES:
         if (name, seed, stage) not in done:
             path = folder / ("policy_best" if stage == "online" else f"stages/{stage}")
-            tell(out, task=name, seed=seed, stage=stage, **judged(section, path, REPORT + APART * seed), **spent(folder, stage))
+            tell(
+                out,
+                task=name,
+                seed=seed,
+                stage=stage,
+                **judged(section, path, REPORT + APART * seed),
+                **spent(folder, stage),
+            )
 
 
 def judged(section: dict[str, Any], path: Path, first: int) -> dict[str, Any]:

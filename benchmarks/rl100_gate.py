@@ -25,7 +25,7 @@ from genpolicy.evaluate_control import evaluate_control
 from genpolicy.experiment import train
 from genpolicy.learning.gate import rank_correlation
 
-CHOOSING, FRESH = range(11_000_000, 11_000_500), range(12_000_000, 12_000_500)
+CHOOSING, FRESH = range(21_000_000, 21_000_500), range(22_000_000, 22_000_500)
 TRUTH = range(11_500_000, 11_500_200)
 """Reset seeds of the unprotected candidates."""
 SLOTS = 20
@@ -69,11 +69,7 @@ def unprotected(name: str, folder: Path) -> dict[str, Any]:
         )
     )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    rounds = [row for row in rows if "gate/gain" in row]
-    scores, in_force = [0.0], 0.0
-    for row in rounds:  # a gain is against the policy in force
-        scores.append(in_force + row["gate/gain"])
-        in_force = scores[-1] if row["gate/accepted"] else in_force
+    rounds, scores = told(rows)
     policies = [out / "stages" / f"candidate-{row['iteration']}" for row in rounds]
     truth = [rate(name, path, TRUTH).mean().item() for path in [folder / "stages" / "imitation", *policies]]
     return {
@@ -92,7 +88,7 @@ def unprotected(name: str, folder: Path) -> dict[str, Any]:
 def protected(name: str, folder: Path) -> dict[str, Any]:
     """What the stage returned against the best policy that it saw."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rounds = [row for row in rows if "gate/gain" in row]
+    rounds, scores = told(rows)
     stages = folder / "stages"
     seen = {"imitation": stages / "imitation"}
     seen |= {f"candidate-{row['iteration']}": stages / f"candidate-{row['iteration']}" for row in rounds}
@@ -100,11 +96,13 @@ def protected(name: str, folder: Path) -> dict[str, Any]:
     best = max(chosen, key=lambda key: chosen[key])
     accepted = [f"candidate-{row['iteration']}" for row in rounds if row["gate/accepted"]]
     returned = accepted[-1] if accepted else "imitation"
-    after, before = (rate(name, seen[key], FRESH) for key in (returned, best))
+    after = rate(name, seen[returned], FRESH)
+    before = after if best == returned else rate(name, seen[best], FRESH)
     mean, low, high = paired(before, after, len(FRESH))
     return {
         "seen": chosen,
-        "gain": [row["gate/gain"] for row in rounds],
+        "score": scores,
+        "rank_correlation": rank_correlation(scores, list(chosen.values())),
         "accepted": accepted,
         "best": best,
         "returned": returned,
@@ -112,6 +110,16 @@ def protected(name: str, folder: Path) -> dict[str, Any]:
         "fresh": {"returned": after.mean().item(), "best": before.mean().item(), "n": len(FRESH)},
         "differences": (after - before).tolist(),
     }
+
+
+def told(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]:
+    """The rows of a run in which the gate spoke, and its scores of the first policy (0) and of every candidate."""
+    rounds = [row for row in rows if "gate/gain" in row]
+    scores, in_force = [0.0], 0.0
+    for row in rounds:  # a gain is against the policy in force
+        scores.append(in_force + row["gate/gain"])
+        in_force = scores[-1] if row["gate/accepted"] else in_force
+    return rounds, scores
 
 
 def rate(name: str, path: Path, seeds: range) -> Tensor:

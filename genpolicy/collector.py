@@ -1,5 +1,6 @@
 """Collecting: an iteration's rollout, of prompts or of episodes, by however many processes."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -22,9 +23,13 @@ from genpolicy.task import Context, ControlTask, Environments, Task
 
 @dataclass(frozen=True)
 class Collector:
-    """Who is asked (task, with its environments where it has some), who judges (reward, of prompts), and who takes part."""
+    """Who is asked (task, with its environments where it has some), who judges (reward, of prompts), and who takes part.
+
+    circumstances: all that an episode depends on beside weights and start, in words.
+    """
 
     seed: int
+    circumstances: str
     task: Task | ControlTask
     reward: WeightedRewards | None
     environments: Environments | None
@@ -110,7 +115,7 @@ class Collector:
     ) -> Rollout:
         """Episodes in environments; the members of a group begin in the same state."""
         seeds = [starts[group] for group in local.tolist() for _ in range(members)]
-        ledger = _Page(self.store, iteration, noise) if keep else None
+        ledger = _Page(self.store, iteration, noise, self._origin(policy, starts)) if keep else None
         lived = live(policy, environments, seeds, noise, ledger=ledger, on_phase=self.journal.phase)
         self.journal.phase(None)
         self.journal.collected += len(lived.trajectory)
@@ -135,6 +140,14 @@ class Collector:
             success,
         )
 
+    def _origin(self, policy: ChainPolicy, starts: Sequence[int]) -> str:
+        """What an iteration's episodes come from, as eight letters that are the same on every process."""
+        digest = hashlib.sha256(repr((self.seed, self.circumstances, list(starts))).encode())
+        for parameter in policy.model.trainable().values():
+            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        mine = torch.tensor([int.from_bytes(digest.digest()[:4], "big")])
+        return f"{int(self.processes.gather(mine)[0]):08x}"
+
     def _of_all(self, parts: Mapping[str, Tensor], members: int, updates: int) -> dict[str, Tensor]:
         """This process's values by name [m*N] to everybody's [M,N]."""
         return {name: self.processes.gather_groups(value.view(-1, members), updates) for name, value in parts.items()}
@@ -147,6 +160,10 @@ class _Page:
     store: EpisodeStore
     iteration: int
     noise: Noise
+    origin: str
+
+    def __post_init__(self) -> None:
+        self.store.forget_others(self.iteration, self.origin)
 
     def read(self, episode: int) -> dict[str, Any] | None:
         return self.store.read(self.iteration, self._name(episode))
@@ -155,7 +172,7 @@ class _Page:
         self.store.write(self.iteration, self._name(episode), rows)
 
     def _name(self, episode: int) -> str:
-        return f"{int(self.noise.group[episode])}-{int(self.noise.member[episode])}"
+        return f"{int(self.noise.group[episode])}-{int(self.noise.member[episode])}-{self.origin}"
 
 
 def _placed(lived: Lived, counts: Tensor, everybody: Tensor, local: Tensor) -> Decisions:

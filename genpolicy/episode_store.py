@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 FOLDER = "episodes"
-"""In a run's folder: episodes/ITERATION/GROUP-MEMBER.pt."""
+"""In a run's folder: episodes/ITERATION/GROUP-MEMBER-ORIGIN.pt."""
 
 
 class EpisodeStore:
     """The episodes of one run, by iteration and name. A run that was killed while it collected plays only what is missing:
-    an episode is a function of the weights, its seed and its noise, and those are the same again after a resume.
+    an episode is a function of the weights, its seed and its noise, and those are the same again after a resume. Where they
+    are not, because somebody has edited the experiment meanwhile, the name's last part tells: the origin.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,6 +37,12 @@ class EpisodeStore:
             os.fsync(file.fileno())
         os.rename(staged, path)
 
+    def forget_others(self, iteration: int, origin: str) -> None:
+        """Delete an iteration's episodes of any other origin."""
+        for path in (self.folder / str(iteration)).glob("*.pt"):
+            if not path.stem.endswith(f"-{origin}"):
+                path.unlink(missing_ok=True)
+
     def trim(self, iteration: int) -> None:
         """Delete the episodes up to this iteration, from which a run may be resumed, but for those that are pinned."""
         for folder in self.folder.glob("[0-9]*"):
@@ -45,7 +52,7 @@ class EpisodeStore:
     def episodes(self, iteration: int) -> list[dict[str, Any]]:
         """All of an iteration, of whatever process, by group and member."""
         names = [path.stem for path in (self.folder / str(iteration)).glob("*.pt")]
-        ordered = sorted(names, key=lambda name: [int(number) for number in name.split("-")])
+        ordered = sorted(names, key=lambda name: [int(number) for number in name.split("-")[:2]])
         return [torch.load(self._path(iteration, name), weights_only=True) for name in ordered]
 
     def _path(self, iteration: int, name: str) -> Path:

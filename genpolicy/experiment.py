@@ -28,8 +28,9 @@ from genpolicy.build import (
 )
 from genpolicy.config import ConfigError, Experiment, choice, make
 from genpolicy.exam import ControlExam, Exam, PromptExam
+from genpolicy.rescore import CHECK
 from genpolicy.reward import RewardError
-from genpolicy.run import REPLAY_CHECK, Method, Run, start_processes
+from genpolicy.run import Method, Run, start_processes
 from genpolicy.task import Task, is_control
 
 REHEARSED = 1000
@@ -99,7 +100,7 @@ class Rehearsal:
     def project(self, experiment: Experiment) -> None:
         """Extrapolate to the budget: the replay check is made once, everything else at each iteration."""
         b, e = experiment.budget, experiment.eval
-        once = self.phases.get(REPLAY_CHECK, (0.0, 0.0))[0]
+        once = self.phases.get(CHECK, (0.0, 0.0))[0]
         each, nfe = self.total_seconds - once, self.evaluations_per_sample * self.samples
         limits = [(b.iterations, 1), (b.nfe, nfe), (b.seconds, each), (b.env_decisions, self.samples)]
         limits.append((b.env_steps, self.env_steps or math.inf))
@@ -145,7 +146,7 @@ def _finish(run: Run, wall_time: float) -> Result:
         "evaluations": run.evaluations,
         "env_decisions": run.env_decisions,
         "env_steps": run.env_steps,
-        "replay_gap": run.replay_gap,
+        "replay_gap": run.replay_check.gap,
         "seeds": {"run": run.experiment.seed, "eval": run.experiment.eval.seed},
         "processes": run.processes.count,
         "versions": {"python": platform.python_version(), **versions()},

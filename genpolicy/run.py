@@ -36,18 +36,30 @@ from genpolicy.minibatch import Batch
 from genpolicy.optimizer import Optimizer
 from genpolicy.policy import Base, ChainPolicy, swapped
 from genpolicy.processes import Processes
-from genpolicy.rescore import LogRatio, replay_gap, scored_again
+from genpolicy.rescore import LogRatio, ReplayCheck
 from genpolicy.reward import WeightedRewards
 from genpolicy.rollout import Rollout, Scored, recount, single
 from genpolicy.task import Context, ControlTask, Dataset, Environments, Task, is_control
 
 Loss = Callable[[Scored], tuple[Tensor, dict[str, Tensor]]]
 """A scored step of b rows -> (loss [b], metrics by name [b]). Pure."""
-REPLAY_CHECK = "replay check"
 WHOLE = "whole"
 """The one stage of a method that has no stages."""
 STAGES = "stages"
 """In a run's folder: the policies of its milestones."""
+COUNTERS = [
+    "iteration",
+    "seconds",
+    "evaluations",
+    "env_decisions",
+    "env_steps",
+    "best",
+    "before",
+    "last",
+    "evaluated_at",
+    "over",
+]
+"""What a checkpoint has of the run itself, beside weights, optimiser and what was registered."""
 REDRAW = 30.0
 """Seconds between two drawings of the curves: one costs a second, which short runs would spend again and again."""
 
@@ -104,6 +116,7 @@ class Run:
         self.journal = Journal()
         self.collector = Collector(
             experiment.seed,
+            repr((experiment.task, experiment.chain, experiment.environments)),
             task,
             reward,
             environments,
@@ -112,16 +125,15 @@ class Run:
             self.micro_batches,
             EpisodeStore(folder),
         )
-        self.registered: dict[str, Stateful] = {}
+        self.replay_check = ReplayCheck(self.journal, self.micro_batches, self.processes, self.say)
+        self.registered: dict[str, Stateful] = {"replay_check": self.replay_check}
         self.before: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
         self.best = -math.inf
-        self.replay_gap: float | None = None
-        self._rescore: bool | None = None
         self.rehearse: Callable[[Run], Iterator[int]] | None = None
         self._stop = False
         self._drawn = 0.0
-        self._evaluated_at = -1
+        self.evaluated_at = -1
 
     def __enter__(self) -> Self:
         return self
@@ -267,43 +279,8 @@ class Run:
         return (values - mean) / (max(second / count - mean**2, 0.0) ** 0.5 + 1e-8)
 
     def verified(self, rollout: Rollout, log_ratio: LogRatio, tolerance: float) -> Rollout:
-        """Replay must be exact: on the first rollout, |log-ratio| of unchanged weights must stay below ``tolerance``.
-
-        Over it, the rollout's means are scored again with the training forward (counted as evaluations), from then on
-        for every rollout; if even two training forwards disagree, the run refuses to start and names the step.
-        """
-        policy = self._window_of(rollout.trajectory)
-        if self._rescore is None:
-            self.journal.phase(REPLAY_CHECK)
-            counted = policy.model.evaluations
-            gap, k = self._replay_gap(policy, rollout.trajectory, log_ratio)
-            self.replay_gap = gap
-            self._rescore = gap > tolerance
-            if self._rescore:
-                self.say(
-                    f"replay: log-ratio {gap:.1e} at step {k} exceeds a tenth of the clip range ({tolerance:.1e}): log-probs are "
-                    "scored again with the training forward (one more evaluation per trained step)"
-                )
-                again = scored_again(policy, rollout.trajectory, self.micro_batches)
-                gap, k = self._replay_gap(policy, again, log_ratio)
-                if gap > tolerance:
-                    raise ConfigError(
-                        f"replay is not exact: at step {k} two training forwards of the same state differ by a log-ratio of {gap:.1e}, "
-                        f"more than a tenth of the clip range ({tolerance:.1e}); use precision fp32, a smaller window or a larger clip"
-                    )
-            policy.model.evaluations = counted
-            self.journal.phase(None)
-        if not self._rescore:
-            return rollout
-        self.journal.phase("rescore")
-        return replace(rollout, trajectory=scored_again(policy, rollout.trajectory, self.micro_batches))
-
-    def _replay_gap(self, policy: ChainPolicy, trajectory: Trajectory, log_ratio: LogRatio) -> tuple[float, int]:
-        """The gap of whichever process finds the largest: all must decide alike."""
-        gap, k = replay_gap(policy, trajectory, log_ratio, self.micro_batches)
-        found = self.processes.gather(torch.tensor([[gap, float(k)]], dtype=torch.float64))
-        worst = found[found[:, 0].argmax()]
-        return float(worst[0]), int(worst[1])
+        """A rollout that the training forward replays to within a log-ratio of ``tolerance`` (`rescore.ReplayCheck`)."""
+        return self.replay_check(self._window_of(rollout.trajectory), rollout, log_ratio, tolerance)
 
     def _window_of(self, trajectory: Trajectory) -> ChainPolicy:
         return self.policy.with_window((trajectory.steps.start, trajectory.steps.stop))
@@ -531,13 +508,8 @@ class Run:
             raise ConfigError(
                 f"the checkpoint in {self.folder} does not fit this experiment (was its policy or method changed?): {error}"
             ) from error
-        counters = state["counters"]
-        self.iteration, self.seconds = counters["iteration"], counters["seconds"]
-        self.evaluations, self.best = counters["evaluations"], counters["best"]
-        self.env_decisions, self.env_steps = counters["env_decisions"], counters["env_steps"]
-        self.before, self._rescore = counters["before"], counters["rescore"]
-        self.replay_gap, self.over = counters["replay_gap"], counters["over"]
-        self.last, self._evaluated_at = counters["last"], counters["evaluated_at"]
+        for name in COUNTERS:
+            setattr(self, name, state["counters"][name])
         if self.processes.main:
             report.truncate(self.folder, self.iteration)
         self.processes.wait()
@@ -553,26 +525,12 @@ class Run:
     def _save(self) -> None:
         """Checkpoint, and the policy as it stands, written atomically by the main process."""
         if self.processes.main:
-            counters = {
-                "iteration": self.iteration,
-                "seconds": self.seconds,
-                "evaluations": self.evaluations,
-                "env_decisions": self.env_decisions,
-                "env_steps": self.env_steps,
-                "best": self.best,
-                "before": self.before,
-                "last": self.last,
-                "evaluated_at": self._evaluated_at,
-                "rescore": self._rescore,
-                "replay_gap": self.replay_gap,
-                "over": self.over,
-            }
             state = {
                 "parameters": [p.detach() for p in self.trainable],
                 "stage": self.stage,
                 "optimizer": self.optimizer.state_dict(),
                 "registered": {name: value.state_dict() for name, value in self.registered.items()},
-                "counters": counters,
+                "counters": {name: getattr(self, name) for name in COUNTERS},
             }
             checkpoint.write(self.folder, self.iteration, state)
             self.collector.store.trim(min(checkpoint.iterations(self.folder)))
@@ -591,7 +549,7 @@ class Run:
         if self.processes.main:
             with self.optimizer.averaged():
                 self._keep(metrics)
-        self.last, self._evaluated_at = metrics, self.iteration
+        self.last, self.evaluated_at = metrics, self.iteration
         return metrics
 
     def _examine(self, policy: ChainPolicy) -> dict[str, Any]:
@@ -659,7 +617,7 @@ class Run:
             shown = f"loss {next((v for name, v in metrics.items() if name.endswith('/loss')), math.nan):.4f}"
         bar.set_postfix_str(f"{shown}, {metrics['nfe_per_sample']:.1f} evaluations/sample", refresh=False)
         bar.update(advance)
-        if (self._evaluation_due() or self.progress >= 1) and self._evaluated_at < self.iteration:
+        if (self._evaluation_due() or self.progress >= 1) and self.evaluated_at < self.iteration:
             self.evaluate()
             if self.processes.main and self.progress < 1 and time.monotonic() - self._drawn > REDRAW:
                 report.figures(self.folder)  # `finish` draws the last
@@ -692,7 +650,7 @@ class Run:
 
     def conclude(self) -> dict[str, Any]:
         """The last evaluation: of the end, or, where a signal stopped the run, the one before (the run will go on from there)."""
-        return self.last if self._evaluated_at == self.iteration or self.progress < 1 else self.evaluate()
+        return self.last if self.evaluated_at == self.iteration or self.progress < 1 else self.evaluate()
 
     @property
     def features(self) -> int:

@@ -101,6 +101,17 @@ def test_trimming_keeps_what_is_pinned_and_what_comes_later(tmp_path):
     assert [i for i in range(1, 12) if store.episodes(i)] == [11]
 
 
+def test_episodes_of_another_origin_are_forgotten(tmp_path):
+    store = EpisodeStore(tmp_path)
+    for name in ("0-0-aa", "0-1-aa", "0-0-bb"):
+        store.write(4, name, sample(0))
+    store.write(5, "0-0-aa", sample(1))
+    store.forget_others(4, "bb")
+    assert store.read(4, "0-0-bb") is not None
+    assert len(store.episodes(4)) == 1
+    assert len(store.episodes(5)) == 1, "control: of this iteration alone"
+
+
 # -- living with a ledger -----------------------------------------------------------------------------------------------
 
 
@@ -251,7 +262,9 @@ def test_what_acting_costs_does_not_depend_on_the_interruption(run, whole):
 
 
 def names(run, iteration):
-    return {path.name for path in (run.folder / "episodes" / str(iteration)).glob("*")}
+    """Group and member of what is there, and the files' endings."""
+    there = (run.folder / "episodes" / str(iteration)).glob("*")
+    return {"-".join(path.stem.split("-")[:2]) + path.suffix for path in there}
 
 
 def test_a_run_that_was_killed_while_it_collected(tmp_path):
@@ -280,6 +293,26 @@ def test_a_run_that_was_killed_while_it_collected(tmp_path):
     assert resumed.journal.collected == one.journal.collected
     resumed.iteration = 2
     assert not torch.equal(resumed.collect(8, 2, keep=True).rewards, result.rewards), "control: another iteration"
+
+
+@pytest.mark.parametrize("edited", ["weights", "limit", "starts", None])
+def test_episodes_of_an_experiment_that_was_edited_are_played_again(tmp_path, edited):
+    """Those of other weights, of another task or from other starts are not this run's, whatever their number."""
+    run, _ = prepared(tmp_path, **CLONING)
+    run.collect(8, 1, keep=True)
+    task = {"name": "tests.toy_control:Point", "limit": 3 if edited == "limit" else 6}
+    resumed, _ = prepared(tmp_path, **CLONING, **({"task": task} if edited == "limit" else {}))
+    eye = Eye(resumed.environments)
+    object.__setattr__(resumed.collector, "environments", eye)
+    if edited == "weights":
+        resumed.trainable[-1].data += 0.1
+    starts = [7, *run.starts(8)[1:]] if edited == "starts" else run.starts(8)
+    before = [path.name for path in (run.folder / "episodes/1").iterdir()]
+    resumed.collect(8, 1, keep=True, starts=starts)
+    after = [path.name for path in (run.folder / "episodes/1").iterdir()]
+    assert len(eye.seeds) == (8 if edited else 0)
+    assert len(after) == 8
+    assert (set(before) == set(after)) is (edited is None), "what is not this run's is not learned from either"
 
 
 def test_who_does_not_ask_keeps_nothing(tmp_path):

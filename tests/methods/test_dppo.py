@@ -276,9 +276,9 @@ def test_the_replay_of_a_robot_policy_is_verified(tmp_path):
     run, method, rollout = first_rollout(tmp_path, output=str(tmp_path / "other"))
     assert run.verified(rollout, method.log_ratio, 0.02) is rollout
     wrong = replace(rollout, trajectory=replace(rollout.trajectory, mean=rollout.trajectory.mean + 0.05))
-    run._rescore = None
+    run.replay_check.again = None
     rescored = run.verified(wrong, method.log_ratio, 0.02)  # control: other means are noticed, and scored again
-    assert run._rescore
+    assert run.replay_check.again
     assert torch.allclose(rescored.trajectory.mean, rollout.trajectory.mean, atol=1e-4)
 
 
@@ -356,7 +356,7 @@ def test_the_base_acts_in_the_rollout_and_its_steps_are_not_trained(tmp_path, sl
     assert torch.allclose(frozen.x[:, 0], rollout.trajectory.x[first, 0], atol=1e-4)
     assert not torch.allclose(frozen.x[:, 1], rollout.trajectory.x[first, 1], atol=1e-3)
     verified = run.verified(rollout, method.log_ratio, method.clip / 10)
-    assert run.replay_gap < 0.02
+    assert run.replay_check.gap < 0.02
     assert verified is rollout
 
 

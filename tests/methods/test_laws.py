@@ -91,7 +91,7 @@ def test_the_first_pass_has_ratio_one_and_no_clipping(tmp_path, method, kernel, 
     (first,) = once(run, built)
     assert first["ratio_mean"] == pytest.approx(1.0, abs=1e-6 if world == "prompts" else 1e-4)
     assert first["clip_fraction"] == 0
-    assert run.replay_gap < 1e-3
+    assert run.replay_check.gap < 1e-3
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -259,9 +259,9 @@ def test_replay_check_rescoring_and_refusal(tmp_path):
     rollout = run.collect(4, 4)
     shifted = replace(rollout, trajectory=replace(rollout.trajectory, mean=rollout.trajectory.mean + 0.05))
     rescored = run.verified(shifted, built.log_ratio, built.clip / 10)
-    assert run._rescore
+    assert run.replay_check.again
     assert torch.allclose(rescored.trajectory.mean, rollout.trajectory.mean, atol=1e-6)
-    run._rescore = None
+    run.replay_check.again = None
     honest = run.policy.model.denoise
 
     def noisy(x, t, condition):

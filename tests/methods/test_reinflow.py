@@ -201,7 +201,7 @@ def test_control_two_time_grids_do_not_replay(tmp_path, slow):
     assert gap(two) > method.clip
     rollout = run.collect(6, 1)
     assert run.verified(rollout, method.log_ratio, method.clip / 10) is rollout
-    assert run.replay_gap < 1e-4
+    assert run.replay_check.gap < 1e-4
 
 
 def test_micro_batches_never_divide_a_chain(tmp_path, slow):

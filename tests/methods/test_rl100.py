@@ -272,7 +272,7 @@ def test_the_next_candidate_is_what_it_would_have_been(tmp_path):
         if name == "refused":
             pipeline.improve()
         pipeline._verdict, run.iteration = lambda point: BETTER, 2
-        run._rescore = False
+        run.replay_check.again = False
         pipeline.improve()
         found.append(copied(state(run)))
     assert same(*found)
