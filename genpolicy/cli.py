@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from genpolicy.build import Saved
     from genpolicy.config import Experiment
-    from genpolicy.experiment import Rehearsal
+    from genpolicy.rehearsal import Rehearsal
 
 INTERRUPTED = 130
 BAD_INPUT = 2
@@ -236,10 +236,12 @@ def _print_plan(experiment: "Experiment", cost: "Rehearsal") -> None:
     from genpolicy.config import to_yaml
 
     print(to_yaml(experiment))
-    print(f"one real iteration: {cost.did}, {cost.evaluations_per_sample:.1f} network evaluations each")
-    print(f"{'phase':>14} {'seconds':>9} {'peak GB':>8}")
-    for phase, (seconds, gigabytes) in cost.phases.items():
-        print(f"{phase:>14} {seconds:9.2f} {gigabytes:8.2f}")
+    for stage in cost.stages:
+        name = f" of {stage.stage}" if len(cost.stages) > 1 else ""
+        print(f"one real iteration{name}: {stage.did}, {stage.evaluations_per_sample:.1f} network evaluations each")
+        print(f"{'phase':>14} {'seconds':>9} {'peak GB':>8}")
+        for phase, (seconds, gigabytes) in stage.phases.items():
+            print(f"{phase:>14} {seconds:9.2f} {gigabytes:8.2f}")
     print(f"memory is {cost.memory}; the replay check is made once, at the first iteration")
     print(f"one evaluation: {cost.judged}, about {_duration(cost.evaluation_seconds)}")
     iterations = f"{cost.iterations} iterations, {cost.evaluations:.3g} network evaluations"

@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import math
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,13 +28,10 @@ from genpolicy.build import (
 )
 from genpolicy.config import ConfigError, Experiment, choice, make
 from genpolicy.exam import ControlExam, Exam, PromptExam
-from genpolicy.rescore import CHECK
+from genpolicy.rehearsal import Rehearsal
 from genpolicy.reward import RewardError
 from genpolicy.run import Method, Run, start_processes
 from genpolicy.task import Task, is_control
-
-REHEARSED = 1000
-"""The iteration that a rehearsal is: past any warm-up, which costs less than what follows."""
 
 
 @dataclass(frozen=True)
@@ -45,69 +42,6 @@ class Result:
     before: dict[str, Any]
     after: dict[str, Any]
     summary: dict[str, Any]
-
-
-@dataclass
-class Rehearsal:
-    """What one real iteration cost, and what the budget will: all processes together, seconds of wall-clock.
-
-    samples: of prompts, or decisions, or recorded frames that were learned from; ``did`` says it in words, and ``judged``
-    what an evaluation is of. phases: name -> (seconds, peak GB of memory). memory: whose. evaluation_seconds: of one
-    evaluation, extrapolated from sampling, or from a few episodes. iterations, evaluations, seconds: of the whole
-    budget, with its evaluations of the policy.
-    """
-
-    memory: str = "the accelerator's, peak of the phase" if torch.cuda.is_available() else "this process's, peak so far"
-    samples: int = 0
-    evaluations_per_sample: float = 0.0
-    env_steps: float = 0.0
-    did: str = ""
-    judged: str = ""
-    total_seconds: float = 0.0
-    phases: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    evaluation_seconds: float = 0.0
-    iterations: int = 0
-    evaluations: float = 0.0
-    seconds: float = 0.0
-
-    def record(self, run: Run) -> Iterator[int]:
-        """Stand in for `Run.iterations`: one iteration on the real sizes, and the weights as they were."""
-        weights, evaluations = run.snapshot(), run.policy.model.evaluations
-        run.iteration, started = REHEARSED, time.perf_counter()
-        yield REHEARSED
-        run.journal.phase(None)
-        self.total_seconds = time.perf_counter() - started
-        self.samples = run.journal.collected * run.processes.count
-        self.env_steps = run.journal.env_steps * run.processes.count
-        self.evaluations_per_sample = (run.policy.model.evaluations - evaluations) / max(run.journal.collected, 1)
-        self.phases = {name: (spent, run.journal.memory[name]) for name, spent in run.journal.clock.items()}
-        run.restore(weights)
-        settings = run.experiment.eval
-        if isinstance(run.exam, ControlExam):
-            lived = f"{self.samples} decisions in {self.env_steps:.0f} environment steps"
-            self.did = lived if self.env_steps else f"{self.samples} recorded frames"
-            self.judged = f"{settings.episodes} episodes"
-            few = min(run.environments.count, settings.episodes)  # type: ignore[union-attr]  # the exam plays in them
-            exam = dataclasses.replace(run.exam, settings=dataclasses.replace(settings, episodes=few))
-            started = time.perf_counter()
-            exam(run.deployed, run.processes, run.micro_batches, run.folder)
-            self.evaluation_seconds = (time.perf_counter() - started) * settings.episodes / few
-        else:
-            self.did, self.judged = f"{self.samples} samples", f"{settings.samples} samples"
-            drawn = sum(self.phases.get(name, (0.0, 0.0))[0] for name in ("sample", "decode", "reward"))
-            self.evaluation_seconds = drawn * settings.samples / self.samples
-
-    def project(self, experiment: Experiment) -> None:
-        """Extrapolate to the budget: the replay check is made once, everything else at each iteration."""
-        b, e = experiment.budget, experiment.eval
-        once = self.phases.get(CHECK, (0.0, 0.0))[0]
-        each, nfe = self.total_seconds - once, self.evaluations_per_sample * self.samples
-        limits = [(b.iterations, 1), (b.nfe, nfe), (b.seconds, each), (b.env_decisions, self.samples)]
-        limits.append((b.env_steps, self.env_steps or math.inf))
-        self.iterations = math.ceil(min(limit / cost for limit, cost in limits if limit is not None))
-        self.evaluations = self.iterations * nfe
-        evaluations = 2 + (max(self.iterations - 1, 0) // e.every if e.every else 0)
-        self.seconds = once + self.iterations * each + evaluations * self.evaluation_seconds
 
 
 def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) -> Result:
@@ -160,13 +94,14 @@ def _finish(run: Run, wall_time: float) -> Result:
 
 
 def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, Rehearsal]:
-    """One real iteration of an experiment, its costs, and what its budget will cost; nothing is written."""
+    """One real iteration of each of an experiment's stages, what they cost, and what its budget will; nothing is written."""
     asked = config.load(experiment, overrides)
-    run, method = prepare(asked, Path(asked.output), start_processes(asked, None))
     cost = Rehearsal()
-    run.rehearse = cost.record
-    with run:
-        method.train(run)
+    with tempfile.TemporaryDirectory() as nowhere:  # episodes that a method keeps are written down as they end
+        run, method = prepare(asked, Path(nowhere), start_processes(asked, None))
+        run.rehearse = cost.record
+        with run:
+            method.train(run)
     cost.project(asked)
     return asked, cost
 

@@ -109,7 +109,7 @@ def _announce_pictures(experiment: Experiment, cost: Rehearsal) -> None:
         f'"a red circle left of a blue square". It has seen no picture of the {captions} captions it now practises on:\n'
         f"a program checks what it draws, and {experiment.method['name']} turns that into learning. {held_out} further\n"
         "captions are kept out of everything and measure what it has learned.\n\n"
-        f"{cost.iterations} iterations of {cost.samples} pictures, {cost.evaluations_per_sample:.0f} network "
+        f"{cost.iterations} iterations of {cost.stages[0].samples} pictures, {cost.stages[0].evaluations_per_sample:.0f} network "
         f"evaluations each: about {cost.seconds / 60:.1f} minutes on this machine."
     )
 
@@ -191,7 +191,7 @@ def _announce_robot(experiment: Experiment, cost: Rehearsal) -> None:
         f"A robot arm in simulation, task {experiment.task['env']}. Its policy (assets/assembly-clone, 0.3 million weights, ten\n"
         "denoising steps) was cloned from five demonstrations and succeeds about half the time. It is told nothing but\n"
         f"success or failure, once an episode; {experiment.method['name']} takes it from there.\n\n"
-        f"{cost.iterations} iterations of about {cost.samples} decisions, {cost.evaluations_per_sample:.0f} network "
+        f"{cost.iterations} iterations of about {cost.stages[0].samples} decisions, {cost.stages[0].evaluations_per_sample:.0f} network "
         f"evaluations each: about {cost.seconds / 60:.1f} minutes on this machine."
     )
 

@@ -451,10 +451,12 @@ class Run:
         self.restore(weights)
         self.optimizer.load_state_dict(copy.deepcopy(optimizer))
 
-    def milestone(self, name: str, judge: QJudge | None = None, best_of: int = 1) -> dict[str, Any]:
+    def milestone(self, name: str, judge: QJudge | None = None, best_of: int = 1) -> None:
         """Examine the policy as it stands, log NAME/metric, and keep it as stages/NAME. judge: instead of the deployed sampler,
-        the best of ``best_of`` samples of the training kernel (its last step without noise) by this critic.
+        the best of ``best_of`` samples of the training kernel (its last step without noise) by this critic. A rehearsal passes none.
         """
+        if self.rehearse is not None:
+            return
         if judge is None:
             sampler, policy, metrics = self.sampler, self.deployed, self.evaluate()
         else:
@@ -466,7 +468,6 @@ class Run:
             self.say(f"{name} (n {metrics['n']}): {shown}")
             report.append(self.folder, {"iteration": self.iteration, **{f"{name}/{k}": v for k, v in metrics.items()}})
         self.keep(name, policy, sampler)
-        return metrics
 
     def keep(self, name: str, policy: ChainPolicy | None = None, sampler: ChainConfig | None = None) -> None:
         """Save the policy as it stands, with the deployed sampler or another, as stages/NAME."""

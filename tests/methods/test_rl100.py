@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from torch.distributions import Normal, kl_divergence
 
 from genpolicy import config
 from genpolicy.build import saved
 from genpolicy.chain import Noise
 from genpolicy.config import ConfigError
-from genpolicy.experiment import train
+from genpolicy.experiment import rehearse, train
 from genpolicy.learning.gate import Comparison
 from genpolicy.learning.objective import clipped_surrogate
 from genpolicy.methods import rl100
@@ -224,6 +225,24 @@ def test_what_does_not_fit_is_told(tmp_path, whole):
         (tmp_path / str(number)).mkdir()
         with pytest.raises(ConfigError, match=said):
             train(config.parse(experiment(tmp_path / str(number), **sections)))
+
+
+def test_a_rehearsal_goes_through_every_stage(tmp_path):
+    """Each once, online past its warm-up; the rest of the budget is online RL's; nothing is written."""
+    raw = experiment(tmp_path, method={"online": {"warm_up": 2}}, budget={"iterations": 40})
+    raw["output"] = str(tmp_path / "run")
+    (tmp_path / "rl100.yaml").write_text(yaml.safe_dump(raw))
+    cost = rehearse(tmp_path / "rl100.yaml")[1]
+    stages = {stage.stage: stage for stage in cost.stages}
+    assert list(stages) == ["imitate", "collect", "criticise", "improve", "online"]
+    assert [stage.iterations for stage in cost.stages] == [2, 1, 1, 2, None]
+    assert "update" in stages["online"].phases, "control: a first iteration of the stage would train the value alone"
+    assert stages["collect"].env_steps > 0 == stages["criticise"].env_steps
+    assert cost.iterations == 40
+    each = {name: stage.evaluations for name, stage in stages.items()}
+    expected = 2 * each["imitate"] + each["collect"] + 2 * each["improve"] + 34 * each["online"]
+    assert cost.evaluations == pytest.approx(expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rl100.yaml"]
 
 
 # -- a candidate ----------------------------------------------------------------------------------------------------------
