@@ -141,16 +141,19 @@ class Floor:
         run.register(floor=self)
 
     def episodes(self, wanted: int) -> int:
-        """How many of the ``wanted`` the new policy may play; the others are played here and now."""
-        anchor = self.anchor
+        """How many of the ``wanted`` the new policy may play, at least one in each process and equally many; the others are
+        played here and now.
+        """
+        anchor, processes = self.anchor, self.run.processes.count
         if anchor.rate is None:
             with self.run.using(anchor.weights):
                 anchor.rate = self.run.try_out(wanted, anchor.iteration)
-        mine = math.ceil(safe_share(self.share, anchor.rate, self.lower) * wanted)
+        allowed = math.floor(safe_share(self.share, anchor.rate, self.lower) * wanted + 1e-9)  # 7.999 is 8
+        mine = max(allowed // processes, 1) * processes
         if wanted - mine:
             with self.run.using(anchor.weights):
                 self.run.log("floor/baseline", self.run.try_out(wanted - mine, self.run.iteration))
-        return max(mine, 1)
+        return mine
 
     def note(self, returns: Tensor) -> None:
         """What the new policy's episodes came to."""
