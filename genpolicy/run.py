@@ -126,7 +126,7 @@ class Run:
             EpisodeStore(folder),
         )
         self.replay_check = ReplayCheck(self.journal, self.micro_batches, self.processes, self.say)
-        self.registered: dict[str, Stateful] = {"replay_check": self.replay_check}
+        self.registered: dict[str, Stateful] = {}
         self.before: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
         self.best = -math.inf
@@ -520,6 +520,7 @@ class Run:
         self.enter(state["stage"])
         self.restore(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.replay_check.load_state_dict(state["replay_check"])
         for name, value in state["registered"].items():
             self.registered[name].load_state_dict(value)
 
@@ -531,6 +532,7 @@ class Run:
                 "stage": self.stage,
                 "optimizer": self.optimizer.state_dict(),
                 "registered": {name: value.state_dict() for name, value in self.registered.items()},
+                "replay_check": self.replay_check.state_dict(),
                 "counters": {name: getattr(self, name) for name in COUNTERS},
             }
             checkpoint.write(self.folder, self.iteration, state)
