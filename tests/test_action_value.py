@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from genpolicy import action_value
-from genpolicy.action_value import POLYAK, ActionValue
+from genpolicy.action_value import ActionValue
 from genpolicy.replay import ROWS, Replay
 from genpolicy.task import Context
 from tests.toy_control import prepared
@@ -64,7 +64,7 @@ def rows_drawn(replay, features, monkeypatch):
 
 @pytest.mark.parametrize("pessimism", [0.0, 1.0])
 def test_one_update_is_the_formulas(tmp_path, monkeypatch, pessimism):
-    run, value = built(tmp_path, members=2, pessimism=pessimism, expectile=0.8, batch=1, lr=1e-3)
+    run, value = built(tmp_path, members=2, pessimism=pessimism, expectile=0.8, polyak=0.02, batch=1, lr=1e-3)
     for module in (value.q, value.v):  # away from the start, and from the target
         for p in module.parameters():
             p.data += 0.1 * torch.randn_like(p)
@@ -92,7 +92,7 @@ def test_one_update_is_the_formulas(tmp_path, monkeypatch, pessimism):
         if not end and n < 4:
             assert float(losses) != pytest.approx(float(wrong), rel=1e-3)
         for old, new, online in zip(before, value.target.parameters(), value.q.parameters(), strict=True):
-            assert torch.allclose(new, old + POLYAK * (online - old), atol=1e-7)
+            assert torch.allclose(new, old + 0.02 * (online - old), atol=1e-7)
             assert not new.requires_grad
     assert run.journal.collected == 2, "each row that was learned from is counted"
 
@@ -171,10 +171,9 @@ def walk(chunk):
 @pytest.mark.parametrize("chunk", [4, 1])
 def test_values_are_the_discounted_success(tmp_path, monkeypatch, chunk):
     """V(s) = Q(s, what is done) = gamma^(steps before the one that succeeds), in chunks or step by step."""
-    monkeypatch.setattr(action_value, "POLYAK", 0.1)
     monkeypatch.setattr(action_value, "Critic", lambda *a, **k: HONEST[0](*a, **k, hidden=48))
     monkeypatch.setattr(action_value, "StateValue", lambda features: HONEST[1](features, 48))
-    run, value = built(tmp_path, chunk, batch=20, lr=4e-3)
+    run, value = built(tmp_path, chunk, polyak=0.1, batch=20, lr=4e-3)
     run.log = lambda *_: None
     replay, features, truth = walk(chunk)
     value.learn(replay, features, 350)

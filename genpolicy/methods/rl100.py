@@ -52,8 +52,8 @@ AT_ONCE = 100
 class Offline:
     """rounds: times that data is collected and learned from (M). episodes: of the policy, per round; 0 learns from the data
     section alone. recloning: updates of imitation on everything that succeeded, in every round (0: none), in hundreds.
-    critic_updates: of Q and V (IQL: ``expectile`` .7), with ``members`` of Q read as mean - ``pessimism`` * std (2 and 1:
-    their minimum). model_updates: of the gate's model.
+    critic_updates: of Q and V (IQL: ``expectile`` .7; ``polyak``, .005 there, see `ActionValue`), with ``members`` of Q
+    read as mean - ``pessimism`` * std (2 and 1: their minimum). model_updates: of the gate's model.
 
     candidates: of a round, at most. sweeps: of a candidate, each ``states`` recorded decisions, whose chains are drawn
     anew and passed over ``epochs`` times in minibatches of ``minibatch`` (decision, step) pairs. lr, clip (.2 to .25). kl:
@@ -73,6 +73,7 @@ class Offline:
     recloning: int = 0
     critic_updates: int = 3000
     expectile: float = 0.7
+    polyak: float = 0.05
     members: int = 2
     pessimism: float = 1.0
     model_updates: int = 1000
@@ -98,8 +99,8 @@ class Offline:
         least |= {"pessimism": 0, "candidates": 1, "sweeps": 1, "states": 2, "epochs": 1, "minibatch": 1, "kl": 0}
         least |= {"delta": 0, "z": 0, "horizon": 1, "starts": 2, "caution": 0, "check": 0, "best_of": 1}
         at_least("method rl100: offline", self, **least)
-        positive("method rl100: offline", self, "lr", "clip", "far")
-        share("method rl100: offline", self, "expectile")
+        positive("method rl100: offline", self, "lr", "clip", "far", "polyak")
+        share("method rl100: offline", self, "expectile", "polyak")
 
 
 @dataclass
@@ -148,7 +149,12 @@ class _Pipeline:
             o = settings.offline
             self.experience = Experience(run, settings.cut_fails)
             self.value = ActionValue(
-                run, settings.gamma, expectile=o.expectile, members=o.members, pessimism=o.pessimism
+                run,
+                settings.gamma,
+                expectile=o.expectile,
+                polyak=o.polyak,
+                members=o.members,
+                pessimism=o.pessimism,
             )
             self.evaluation = OfflineEvaluation(run, self.value, horizon=o.horizon, starts=o.starts, caution=o.caution)
         if "online" in names:

@@ -58,6 +58,63 @@ def test_a_clipped_goal_would_be_seen(env):
     assert successes(MetaWorld(env), Clipped(env, "sparse"), range(4)) == 0
 
 
+def played(simulation, env, seed, steps=60):
+    """What is seen, and MetaWorld's own reward, of its expert's first steps."""
+    script = library("metaworld.policies", "the test").ENV_POLICY_MAP[env]()
+    simulation.reset(seed=seed)
+    seen, rewards = [simulation.numbers], []
+    for _ in range(steps):
+        action = script.get_action(simulation.numbers.astype(np.float64)).clip(-1, 1).astype(np.float32)
+        rewards.append(simulation.step(action)[1])
+        seen.append(simulation.numbers)
+    return np.array(seen), np.array(rewards)
+
+
+def plain(env):
+    """MetaWorld's own reset and touch."""
+    simulation = Sawyer(env, "dense")
+    for shortcut in ("_reset_hand", "touching_object"):
+        simulation._world.__dict__.pop(shortcut)
+    return simulation
+
+
+def assert_shortcuts_change_nothing(env):
+    quick, slow = Sawyer(env, "dense"), plain(env)
+    for seed in (3, 4):  # the second begins where an episode has been
+        for ours, theirs in zip(played(quick, env, seed), played(slow, env, seed), strict=True):
+            assert np.array_equal(ours, theirs), env
+
+
+@pytest.mark.parametrize("env", [PEG, ASSEMBLY, "shelf-place-v3"])
+def test_shortcuts_are_exact(env):
+    assert_shortcuts_change_nothing(env)
+
+
+@pytest.mark.slow
+def test_shortcuts_are_exact_on_all_fifty():
+    for env in catalogue():
+        assert_shortcuts_change_nothing(env)
+
+
+def test_control_a_hand_that_never_settles_is_seen():
+    restless = plain(PUSH)
+    restless._world._reset_hand = lambda *_: setattr(restless._world, "init_tcp", restless._world.tcp_center)
+    assert not np.array_equal(played(restless, PUSH, 3, 0)[0], played(plain(PUSH), PUSH, 3, 0)[0])
+
+
+def test_touch_is_metaworlds():
+    """All along an episode in which the expert grasps: neither always so nor never."""
+    simulation = Sawyer(PUSH, "sparse")
+    world, script = simulation._world, library("metaworld.policies", "the test").ENV_POLICY_MAP[PUSH]()
+    simulation.reset(seed=3)
+    felt = []
+    for _ in range(80):
+        simulation.step(script.get_action(simulation.numbers.astype(np.float64)).clip(-1, 1).astype(np.float32))
+        felt.append(world.touching_main_object)
+        assert felt[-1] == type(world).touching_object(world, world._get_id_main_object())
+    assert any(felt) and not all(felt)
+
+
 def test_a_demonstration_is_what_happened():
     """Its actions, played in environments whose slots were used before, give the same frames, rewards and success."""
     task = MetaWorld(BUTTON)
