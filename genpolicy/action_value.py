@@ -15,14 +15,15 @@ class ActionValue:
     """Implicit Q-learning (arXiv 2110.06169): Q of decisions and V of what is seen, from what was done alone.
 
         V:  | expectile - 1{u < 0} | u^2,   u = lower(Q_target)(s, a) - V(s)
-        Q:  ( sum_j gamma^j r_j + gamma^n V(s') (1 - terminated) - Q(s, a) )^2
+        Q:  ( (1 - w) y + w G - Q(s, a) )^2,   y = sum_j gamma^j r_j + gamma^n V(s') (1 - terminated)
 
     lower = mean - pessimism * std over the members (two members and pessimism 1: their minimum). gamma: discount per
     environment step, so that a chunk of n steps is discounted by gamma^n and a single step by gamma (the public code
     raised both to the chunk's length). polyak: rate at which Q_target follows Q, every update. What is worth something
     travels back one decision in 1 / polyak updates: at the .005 of RL-100 (critic.py) 3000 updates bring a success at the
-    end to the last fifteen of an episode's thirty-odd decisions and leave the others without a value. Networks and
-    optimiser are saved and resumed with the run.
+    end to the last fifteen of an episode's thirty-odd decisions and leave the others without a value. G: what the episode came to from there on; w = ``monte_carlo`` is 0 in IQL. What follows from
+    V alone drifts where observations are encoded pictures and episodes few, and G holds it to what happened, at the price of
+    a lean towards whoever acted (docs/rl100.md). Networks and optimiser are saved and resumed with the run.
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class ActionValue:
         members: int = 2,
         pessimism: float = 1.0,
         polyak: float = 0.05,
+        monte_carlo: float = 0.0,
         lr: float = 3e-4,
         batch: int = 256,
         support: Support | None = None,
     ) -> None:
         self.run, self.gamma, self.expectile, self.pessimism, self.batch = run, gamma, expectile, pessimism, batch
-        self.polyak = polyak
+        self.polyak, self.monte_carlo = polyak, monte_carlo
         device = run.policy.model.device
         event = run.policy.model.scored(torch.zeros(1, *run.policy.model.event_shape)).numel()
         self.q = Critic(run.features, event, members, support=support).to(device)
@@ -59,8 +61,15 @@ class ActionValue:
         return self.lower(self.q, features, event) - self.v(features)
 
     def learn(self, replay: Replay, features: Tensor, updates: int) -> None:
-        """``updates`` steps of Q and V on decisions drawn alike; features [F,D] of the replay's views."""
+        """``updates`` steps of Q and V on decisions drawn alike; features [F,D] of the replay's views, by which they are
+        standardised from now on.
+        """
         scored = self.run.policy.model.scored
+        for critic in (self.q, self.target, self.v):
+            critic.scale.fit(features)
+        returns = replay.returns(self.gamma).to(features)
+        weight = self.monte_carlo * returns.isfinite()  # where it is not known how an episode ended, V alone says
+        returns = returns.nan_to_num()
         generator = np.random.default_rng([self.run.experiment.seed % 2**64, self.run.iteration])
         share = slice(self.run.processes.index, None, self.run.processes.count)
         for _ in range(updates):
@@ -76,6 +85,7 @@ class ActionValue:
                     self.v(after),
                     self.gamma,
                 )
+                y = torch.lerp(y, returns[rows], weight[rows])
 
             def losses(part: slice, now=now, event=event, aim=aim, y=y) -> Tensor:
                 value = expectile_loss(aim[part] - self.v(now[part]), self.expectile)

@@ -62,6 +62,7 @@ class OfflineEvaluation:
         if not len(learn) or not len(test):
             raise ConfigError("the gate's model needs at least two episodes: one to learn from and one to be tested on")
         self.model.fit_scale(features[replay.now[learn]], features[replay.after[learn]])
+        self.end.scale.fit(features[replay.now[learn]])
         generator = np.random.default_rng([self.run.experiment.seed % 2**64, self.run.iteration])
         share = slice(self.run.processes.index, None, self.run.processes.count)
         for _ in range(updates):

@@ -4,6 +4,7 @@ It stores observations, not features: what a critic sees of them is computed whe
 has changed (`encoded`).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,23 @@ class Replay:
             frame == (last - lengths[number] + 1),
         )
         return whole[(~ends | whole.terminated).nonzero().flatten()]
+
+    def returns(self, gamma: float) -> Tensor:
+        """What every decision's episode came to from there on, sum_j gamma^j r_j over its environment steps: [R] fp64, nan where
+        the recording stops before the episode does.
+        """
+        row_of = torch.full((len(self.views) + 1,), -1)
+        row_of[self.now] = torch.arange(len(self))
+        following = torch.where(self.terminated, -1, row_of[self.after]).tolist()
+        steps = torch.arange(self.rewards.shape[1])
+        happened = torch.where(steps < self.executed[:, None], self.rewards.double(), 0.0)
+        own = (happened * gamma**steps).sum(1).tolist()
+        discount, over = (gamma ** self.executed.double()).tolist(), self.terminated.tolist()
+        found = [math.nan] * len(self)
+        for row in reversed(range(len(self))):  # a decision's next one stands behind it
+            rest = 0.0 if over[row] else found[following[row]] if following[row] > row else math.nan
+            found[row] = own[row] + discount[row] * rest
+        return torch.tensor(found, dtype=torch.float64)
 
     @torch.no_grad()
     def encoded(self, model: ControlModel) -> Condition:

@@ -62,9 +62,12 @@ def rows_drawn(replay, features, monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("pessimism", [0.0, 1.0])
-def test_one_update_is_the_formulas(tmp_path, monkeypatch, pessimism):
-    run, value = built(tmp_path, members=2, pessimism=pessimism, expectile=0.8, polyak=0.02, batch=1, lr=1e-3)
+@pytest.mark.parametrize(("pessimism", "monte_carlo"), [(0.0, 0.0), (1.0, 0.0), (1.0, 0.3)])
+def test_one_update_is_the_formulas(tmp_path, monkeypatch, pessimism, monte_carlo):
+    settings = {"members": 2, "pessimism": pessimism, "monte_carlo": monte_carlo, "expectile": 0.8}
+    run, value = built(tmp_path, polyak=0.02, batch=1, lr=1e-3, **settings)
+    for module in (value.q, value.target, value.v):
+        monkeypatch.setattr(module.scale, "fit", lambda _: None)
     for module in (value.q, value.v):  # away from the start, and from the target
         for p in module.parameters():
             p.data += 0.1 * torch.randn_like(p)
@@ -79,7 +82,9 @@ def test_one_update_is_the_formulas(tmp_path, monkeypatch, pessimism):
             weight = 0.8 if u > 0 else 0.2
             n = int(replay.executed)
             y = sum(GAMMA**j * float(replay.rewards[0, j]) for j in range(n))
+            own = y
             y += 0.0 if end else GAMMA**n * float(value.v(after))
+            y = 0.7 * y + 0.3 * own if monte_carlo and end else y  # what came of the other is not recorded
             expected = weight * u**2 + ((y - value.q(now, event)[:, 0]) ** 2).sum()
             chunked = y if end else y + (GAMMA**4 - GAMMA**n) * float(value.v(after))
             wrong = weight * u**2 + ((chunked - value.q(now, event)[:, 0]) ** 2).sum()
@@ -168,15 +173,53 @@ def walk(chunk):
     return replay, features, GAMMA ** (LENGTH - 1 - place.double())
 
 
-@pytest.mark.parametrize("chunk", [4, 1])
-def test_values_are_the_discounted_success(tmp_path, monkeypatch, chunk):
-    """V(s) = Q(s, what is done) = gamma^(steps before the one that succeeds), in chunks or step by step."""
+def walked(tmp_path, monkeypatch, chunk, **options):
+    """Values that have learned the walk, and the walk."""
     monkeypatch.setattr(action_value, "Critic", lambda *a, **k: HONEST[0](*a, **k, hidden=48))
     monkeypatch.setattr(action_value, "StateValue", lambda features: HONEST[1](features, 48))
-    run, value = built(tmp_path, chunk, polyak=0.1, batch=20, lr=4e-3)
+    run, value = built(tmp_path, chunk, batch=20, lr=4e-3, **options)
     run.log = lambda *_: None
     replay, features, truth = walk(chunk)
     value.learn(replay, features, 350)
+    return value, replay, features, truth
+
+
+def test_values_do_not_depend_on_the_features_units(tmp_path, monkeypatch):
+    """The same draws of a learner that is shown .2 f + 3 for f; and the control: without standardising they matter."""
+
+    def learned(name, shown, honest=True):
+        run, value = built(tmp_path / name)
+        for module in (value.q, value.target, value.v):
+            generator = torch.Generator().manual_seed(0)
+            for p in module.parameters():
+                p.data = torch.randn(p.shape, generator=generator) / 3
+            if not honest:
+                monkeypatch.setattr(module.scale, "fit", lambda _: None)
+        run.log = lambda *_: None
+        replay, features, _ = walk(4)
+        features = shown(features)
+        value.learn(replay, features, 20)
+        with torch.no_grad():
+            return value.advantage(features[:LENGTH], replay.event)
+
+    plain, other = learned("plain", lambda f: f), learned("other", lambda f: 0.2 * f + 3)
+    assert torch.allclose(plain, other, atol=1e-4)
+    assert not torch.allclose(learned("a", lambda f: f, False), learned("b", lambda f: 0.2 * f + 3, False), atol=1e-2)
+
+
+@pytest.mark.parametrize(("polyak", "reached"), [(0.1, True), (0.005, False)])
+def test_a_success_reaches_the_beginning_unless_the_target_is_too_slow(tmp_path, monkeypatch, polyak, reached):
+    """350 updates are 35 decisions at .1 and not two at .005 (the control): there nobody knows what the beginning is worth."""
+    value, _, features, truth = walked(tmp_path, monkeypatch, 1, polyak=polyak)
+    with torch.no_grad():
+        first = float(value.v(features[:1]))
+    assert (abs(first - float(truth[0])) < 0.05) == reached
+
+
+@pytest.mark.parametrize("chunk", [4, 1])
+def test_values_are_the_discounted_success(tmp_path, monkeypatch, chunk):
+    """V(s) = Q(s, what is done) = gamma^(steps before the one that succeeds), in chunks or step by step."""
+    value, replay, features, truth = walked(tmp_path, monkeypatch, chunk, polyak=0.1)
     with torch.no_grad():
         v = value.v(features[:LENGTH]).double()
         q = value.q(features[:LENGTH], replay.event).double()

@@ -191,7 +191,9 @@ def test_a_training_run_that_asks_for_it_is_refused(tmp_path: Path, capsys, plan
 
 def judge(seed: int = 0, **options: Any) -> QJudge:
     torch.manual_seed(seed)
-    return QJudge(Critic(4, 4, **{"members": 3, "hidden": 8, **options}), 0.5)
+    critic = Critic(4, 4, **{"members": 3, "hidden": 8, **options})
+    critic.scale.fit(2 + 3 * torch.randn(20, 4))
+    return QJudge(critic, 0.5)
 
 
 CRITICS = {"squares": {}, "histograms": {"support": Support(-2.0, 1.0)}, "one layer": {"layers": 1, "members": 1}}

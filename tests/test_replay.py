@@ -45,6 +45,25 @@ def by_hand(T, success, rewards):
 
 
 @pytest.mark.parametrize("T", [1, 2, 4, 12])
+@pytest.mark.parametrize("cut_fails", [False, True])
+def test_returns_are_what_came_of_it(T, cut_fails):
+    """Discounted to the episode's end whatever the chunk; nothing is known of one that was cut, unless that is its end."""
+    gamma = 0.9
+    success, rewards = outcomes()
+    replay = Replay.of_dataset(Frames(LENGTHS, success, rewards), model(T), cut_fails)
+    found, begin = dict(zip(replay.now.tolist(), replay.returns(gamma).tolist(), strict=True)), 0
+    for length, good in zip(LENGTHS, SUCCEEDED, strict=True):
+        for frame in range(begin, begin + length):
+            if frame in found:
+                left = rewards[frame : begin + length].double()
+                known = float((left * gamma ** torch.arange(len(left))).sum())
+                assert found[frame] == pytest.approx(known if good or cut_fails else float("nan"), nan_ok=True)
+        begin += length
+    twice = Replay.cat([replay, replay]).returns(gamma)
+    assert torch.equal(twice.nan_to_num(-1), replay.returns(gamma).repeat(2).nan_to_num(-1))
+
+
+@pytest.mark.parametrize("T", [1, 2, 4, 12])
 def test_every_frame_is_the_decision_that_it_could_have_been(T):
     success, rewards = outcomes()
     found = Replay.of_dataset(Frames(LENGTHS, success, rewards), model(T))

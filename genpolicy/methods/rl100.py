@@ -52,7 +52,7 @@ AT_ONCE = 100
 class Offline:
     """rounds: times that data is collected and learned from (M). episodes: of the policy, per round; 0 learns from the data
     section alone. recloning: updates of imitation on everything that succeeded, in every round (0: none), in hundreds.
-    critic_updates: of Q and V (IQL: ``expectile`` .7; ``polyak``, .005 there, see `ActionValue`), with ``members`` of Q
+    critic_updates: of Q and V (IQL: ``expectile`` .7; ``polyak``, .005 there, and ``monte_carlo``: see `ActionValue`), with ``members`` of Q
     read as mean - ``pessimism`` * std (2 and 1: their minimum). model_updates: of the gate's model.
 
     candidates: of a round, at most. sweeps: of a candidate, each ``states`` recorded decisions, whose chains are drawn
@@ -74,6 +74,7 @@ class Offline:
     critic_updates: int = 3000
     expectile: float = 0.7
     polyak: float = 0.05
+    monte_carlo: float = 0.0
     members: int = 2
     pessimism: float = 1.0
     model_updates: int = 1000
@@ -100,7 +101,7 @@ class Offline:
         least |= {"delta": 0, "z": 0, "horizon": 1, "starts": 2, "caution": 0, "check": 0, "best_of": 1}
         at_least("method rl100: offline", self, **least)
         positive("method rl100: offline", self, "lr", "clip", "far", "polyak")
-        share("method rl100: offline", self, "expectile", "polyak")
+        share("method rl100: offline", self, "expectile", "polyak", "monte_carlo")
 
 
 @dataclass
@@ -153,6 +154,7 @@ class _Pipeline:
                 settings.gamma,
                 expectile=o.expectile,
                 polyak=o.polyak,
+                monte_carlo=o.monte_carlo,
                 members=o.members,
                 pessimism=o.pessimism,
             )

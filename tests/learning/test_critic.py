@@ -10,7 +10,7 @@ from torch import nn
 from genpolicy import config
 from genpolicy.decision_value import DecisionValue
 from genpolicy.experiment import train
-from genpolicy.learning.critic import Critic, StateValue, Support, pessimistic, subset_min
+from genpolicy.learning.critic import STILL, Critic, StateValue, Support, pessimistic, subset_min
 from tests.peers import peers, together
 from tests.toy_control import STATE, experiment, prepared
 
@@ -44,6 +44,19 @@ def test_it_learns_what_a_line_can_not():
 
     assert error(StateValue(2, hidden=32)) < 0.05
     assert error(nn.Linear(2, 1)) > 0.5  # control
+
+
+def test_features_are_standardised_and_an_event_is_not():
+    critic, features, event = Critic(3, event=2, members=2, hidden=8), 5 + 0.3 * torch.randn(50, 3), torch.randn(50, 2)
+    features[:, 2] = 7.0  # it never moved
+    before = critic(features, event)
+    critic.scale.fit(features)
+    row = critic.scale(torch.cat([features, event], 1))
+    assert torch.allclose(row[:, :2].mean(0), torch.zeros(2), atol=1e-4)
+    assert torch.allclose(row[:, :2].std(0, correction=0), torch.ones(2), atol=1e-4)
+    assert torch.equal(row[:, 2], torch.zeros(50)) and torch.equal(row[:, 3:], event)
+    assert critic.scale.spread[2] == STILL
+    assert not torch.allclose(critic(features, event), before)
 
 
 # -- the ensemble -----------------------------------------------------------------------------------------------------
