@@ -11,6 +11,7 @@ from genpolicy.learning.critic import Critic, StateValue, Support, bellman_targe
 from genpolicy.replay import Replay
 from genpolicy.run import Run
 
+
 class ActionValue:
     """Implicit Q-learning (arXiv 2110.06169): Q of decisions and V of what is seen, from what was done alone.
 
@@ -21,9 +22,10 @@ class ActionValue:
     environment step, so that a chunk of n steps is discounted by gamma^n and a single step by gamma (the public code
     raised both to the chunk's length). polyak: rate at which Q_target follows Q, every update. What is worth something
     travels back one decision in 1 / polyak updates: at the .005 of RL-100 (critic.py) 3000 updates bring a success at the
-    end to the last fifteen of an episode's thirty-odd decisions and leave the others without a value. G: what the episode came to from there on; w = ``monte_carlo`` is 0 in IQL. What follows from
-    V alone drifts where observations are encoded pictures and episodes few, and G holds it to what happened, at the price of
-    a lean towards whoever acted (docs/rl100.md). Networks and optimiser are saved and resumed with the run.
+    end to the last fifteen of an episode's thirty-odd decisions and leave the others without a value. G: what the episode
+    came to from there on; w = ``monte_carlo`` is 0 in IQL. What follows from V alone drifts where observations are encoded
+    pictures and episodes few; G holds it to what happened, at the price of a lean towards whoever acted (docs/rl100.md).
+    Networks and optimiser are saved and resumed with the run.
     """
 
     def __init__(

@@ -71,16 +71,18 @@ class Experience:
         """Float[F,D]: what critics see of the replay's views."""
         return self.model.features(self.conditions)
 
-    def redraw(self, states: int, number: int) -> tuple[Rollout, Tensor]:
-        """What the policy would do at ``states`` recorded decisions (of all processes together), and where this process's stand
-        among the views. number: of this redrawing in its iteration; another finds other decisions and other noise.
+    def redraw(self, states: int, number: int, samples: int = 1) -> tuple[Rollout, Tensor]:
+        """What the policy would do at ``states`` recorded decisions (of all processes together), ``samples`` times in a row at
+        each, and where this process's stand among the views. number: of this redrawing in its iteration; another finds other
+        decisions and other noise.
         """
         run = self.run
         key = [run.experiment.seed % 2**64, run.iteration, number]
         drawn = np.random.default_rng(key).integers(len(self.replay), size=states)
-        place = torch.arange(run.processes.index, states, run.processes.count)
-        rows = self.replay.now[torch.from_numpy(drawn)[place]]
-        return run.redraw(self.conditions[rows], place, states, number), rows
+        state = torch.arange(run.processes.index, states, run.processes.count).repeat_interleave(samples)
+        rows = self.replay.now[torch.from_numpy(drawn)[state]]
+        place = state * samples + torch.arange(len(state)) % samples
+        return run.redraw(self.conditions[rows], place, states * samples, number), rows
 
     def imitable(self, rows: Tensor) -> tuple[Context, Tensor, None]:
         """A `genpolicy.imitation.Source` over the decisions of episodes that succeeded."""

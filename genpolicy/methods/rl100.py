@@ -3,7 +3,8 @@
     imitation   pi <- IL(demonstrations)
     offline     D <- D + episodes of pi;  [pi <- IL(D)]
                 Q, V <- IQL(D);  T <- transition model(D)
-                candidate <- PPO(pi, A = Q - V) at recorded states;  pi <- candidate where the gate lets it through
+                candidate <- PPO(pi, A = Q - mean of Q at other samples, or Q - V) at recorded states
+                pi <- candidate where the gate lets it through
     online      pi <- PPO(pi, A = GAE);  V goes on from the offline one
 
     loss = mean over the K' steps of  max(-A rho_k, -A clip(rho_k, 1-eps, 1+eps)) + beta KL(pi || pi at the stage's start)
@@ -35,6 +36,7 @@ from genpolicy.course import Course
 from genpolicy.experience import Anchor, Experience
 from genpolicy.imitation import Cloning, Imitation, recorded
 from genpolicy.judge import QJudge
+from genpolicy.learning.advantage import leave_one_out
 from genpolicy.learning.gate import Comparison, compare
 from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio, mean_kl
 from genpolicy.minibatch import Batch
@@ -52,13 +54,15 @@ AT_ONCE = 100
 class Offline:
     """rounds: times that data is collected and learned from (M). episodes: of the policy, per round; 0 learns from the data
     section alone. recloning: updates of imitation on everything that succeeded, in every round (0: none), in hundreds.
-    critic_updates: of Q and V (IQL: ``expectile`` .7; ``polyak``, .005 there, and ``monte_carlo``: see `ActionValue`), with ``members`` of Q
-    read as mean - ``pessimism`` * std (2 and 1: their minimum). model_updates: of the gate's model.
+    critic_updates: of Q and V (IQL: ``expectile`` .7; ``polyak``, .005 there, and ``monte_carlo``: see `ActionValue`), with
+    ``members`` of Q read as mean - ``pessimism`` * std (2 and 1: their minimum). model_updates: of the gate's model.
 
-    candidates: of a round, at most. sweeps: of a candidate, each ``states`` recorded decisions, whose chains are drawn
-    anew and passed over ``epochs`` times in minibatches of ``minibatch`` (decision, step) pairs. lr, clip (.2 to .25). kl:
-    beta. far: a candidate whose chains' KL from the stage's first policy (nats a decision, summed over the steps) exceeds
-    this is refused, and the round ends.
+    candidates: of a round, at most. sweeps: of a candidate, each ``states`` recorded decisions, at which ``samples`` chains are
+    drawn anew and passed over ``epochs`` times in minibatches of ``minibatch`` (decision, step) pairs. One sample learns from
+    A = Q - V as published; of several each is held against the others, A_i = Q_i - mean of the others: what two networks make
+    of a state varies twice as much as what actions change there, and does not repeat from one critic to the next
+    (docs/rl100.md). lr, clip (.2 to .25). kl: beta. far: a candidate whose chains' KL from the stage's first policy (nats a
+    decision, summed over the steps) exceeds this is refused, and the round ends.
 
     delta: what a candidate must gain, as a share of |J| (RL-100's .05 refuses candidates that are twice as good:
     docs/rl100.md). z: standard errors that are taken off its gain. horizon: imagined decisions; starts: imagined
@@ -80,7 +84,8 @@ class Offline:
     model_updates: int = 1000
     candidates: int = 2
     sweeps: int = 10
-    states: int = 1024
+    states: int = 256
+    samples: int = 4
     epochs: int = 2
     minibatch: int = 1024
     lr: float = 1e-4
@@ -97,7 +102,7 @@ class Offline:
 
     def __post_init__(self) -> None:
         least = {"rounds": 1, "episodes": 0, "recloning": 0, "critic_updates": 1, "members": 1, "model_updates": 1}
-        least |= {"pessimism": 0, "candidates": 1, "sweeps": 1, "states": 2, "epochs": 1, "minibatch": 1, "kl": 0}
+        least |= {"pessimism": 0, "candidates": 1, "sweeps": 1, "states": 2, "samples": 1, "epochs": 1, "minibatch": 1, "kl": 0}
         least |= {"delta": 0, "z": 0, "horizon": 1, "starts": 2, "caution": 0, "check": 0, "best_of": 1}
         at_least("method rl100: offline", self, **least)
         positive("method rl100: offline", self, "lr", "clip", "far", "polyak")
@@ -258,12 +263,14 @@ class _Pipeline:
         return False
 
     def improve(self) -> bool:
-        """candidate <- PPO(pi, A = Q - V); pi <- candidate, or as it was. True: the stage is through before its time."""
+        """candidate <- PPO(pi, A); pi <- candidate, or as it was. True: the stage is through before its time."""
         run, o, point = self.run, self.s.offline, self.run.save_point()
         for sweep in range(o.sweeps):
-            rollout, rows = self.experience.redraw(o.states, sweep)
+            rollout, rows = self.experience.redraw(o.states, sweep, o.samples)
             rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
             advantage = self.value.advantage(self.experience.features[rows], rollout.trajectory.x0)
+            if o.samples > 1:
+                advantage = leave_one_out(advantage.view(-1, o.samples)).flatten()
             loss = partial(self.loss, clip=o.clip, kl=o.kl)
             self._learn(rollout, run.normalised(advantage.cpu()), o.epochs, o.minibatch, loss, self.anchor.weights)
         run.keep(f"candidate-{run.iteration}")

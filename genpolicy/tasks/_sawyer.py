@@ -144,7 +144,7 @@ def touching(world: Any, geom: int) -> bool:
     pairs, rows = data.contact.geom, data.contact.efc_address
     for pad in ("leftpad_geom", "rightpad_geom"):
         ours = (pairs == data.geom(pad).id).any(1) & (pairs == geom).any(1)
-        if not 0 < sum(data.efc_force[rows[ours]]):
+        if not sum(data.efc_force[rows[ours]]) > 0:
             return False
     return True
 

@@ -54,7 +54,8 @@ def test_features_are_standardised_and_an_event_is_not():
     row = critic.scale(torch.cat([features, event], 1))
     assert torch.allclose(row[:, :2].mean(0), torch.zeros(2), atol=1e-4)
     assert torch.allclose(row[:, :2].std(0, correction=0), torch.ones(2), atol=1e-4)
-    assert torch.equal(row[:, 2], torch.zeros(50)) and torch.equal(row[:, 3:], event)
+    assert torch.equal(row[:, 2], torch.zeros(50))
+    assert torch.equal(row[:, 3:], event)
     assert critic.scale.spread[2] == STILL
     assert not torch.allclose(critic(features, event), before)
 

@@ -409,9 +409,10 @@ def test_a_redraw_shows_what_was_encoded_once(tmp_path):
     assert torch.equal(e.conditions, conditions)
 
 
-def test_the_advantage_is_that_of_what_was_drawn(tmp_path):
-    """Not of what was recorded: A(s, a) of the redrawn chunk, normalised over the sweep."""
-    run, pipeline = improving(tmp_path, sweeps=1)
+@pytest.mark.parametrize("samples", [1, 4])
+def test_the_advantage_is_that_of_what_was_drawn(tmp_path, samples):
+    """Not of what was recorded: A(s, a) of the redrawn chunk, against V or the state's other samples, normalised over the sweep."""
+    run, pipeline = improving(tmp_path, sweeps=1, states=20, samples=samples)
     told, honest = [], pipeline._learn
     pipeline._learn = lambda rollout, advantage, *rest: (
         told.append((rollout, advantage)) or honest(rollout, advantage, *rest)
@@ -420,7 +421,15 @@ def test_the_advantage_is_that_of_what_was_drawn(tmp_path):
     ((rollout, advantage),) = told
     seen, x0 = run.policy.model.features(rollout.trajectory.condition), rollout.trajectory.x0
     with torch.no_grad():
-        raw = pipeline.value.lower(pipeline.value.q, seen, x0) - pipeline.value.v(seen)
+        raw = q = pipeline.value.lower(pipeline.value.q, seen, x0)
+        if samples == 1:
+            raw = q - pipeline.value.v(seen)
+        else:
+            for i in range(len(q)):
+                others = [j for j in range(len(q)) if j // samples == i // samples and j != i]
+                assert torch.equal(seen[others[0]], seen[i])
+                raw = raw.index_fill(0, torch.tensor(i), float(q[i] - q[others].mean()))
+            assert len({tuple(row.tolist()) for row in x0.flatten(1)}) == len(q), "every sample is a draw of its own"
     assert torch.allclose(advantage.float(), (raw - raw.mean()) / raw.std(correction=0), atol=1e-4)
 
 
@@ -520,9 +529,9 @@ def test_every_decision_and_step_once_a_pass(tmp_path, update, minibatch):
 
 
 def test_a_pass_is_made_so_many_times(tmp_path):
-    run, pipeline = improving(tmp_path, sweeps=3, epochs=2, states=10, minibatch=10)
+    run, pipeline = improving(tmp_path, sweeps=3, epochs=2, states=10, samples=2, minibatch=10)
     pipeline.improve()
-    assert run.optimizer.updates == 3 * 2 * math.ceil(10 * 3 / 10)
+    assert run.optimizer.updates == 3 * 2 * math.ceil(10 * 2 * 3 / 10)
 
 
 # -- from stage to stage --------------------------------------------------------------------------------------------------
