@@ -69,8 +69,8 @@ class Noise:
         decisions = torch.zeros_like(self.group) if self.decision is None else self.decision
         philox = np.random.Philox(key=key)  # one for all rows, set to each row's counter: a new one costs five times that
         generator, start = np.random.Generator(philox), philox.state
-        for row, name in enumerate(zip(self.group.tolist(), self.member.tolist(), decisions.tolist(), strict=True)):
-            group, member, decision = name
+        names: list[list[int]] = torch.stack([self.group, self.member, decisions], 1).tolist()  # type: ignore[assignment]
+        for row, (group, member, decision) in enumerate(names):
             counter = np.array([0, member + 1, group, (decision << 32) + k + 1], dtype=np.int64).astype(np.uint64)
             philox.state = {**start, "state": {"counter": counter, "key": key}}
             generator.standard_normal(dtype=np.float32, out=draws[row])
