@@ -24,13 +24,14 @@ class Experience:
 
     What is saved with a checkpoint is which iterations there are; the episodes themselves are in the run's folder
     (`EpisodeStore`), where every process reads all of them. conditions, features: of the replay's views by the encoder as
-    it is; `renew` says that it has changed. cut_fails: nothing comes after an episode that was cut.
+    it is; `renew` says that it has changed. cut_fails: nothing comes after an episode that was cut. own: `replay` holds what
+    the run has collected itself, and the data section's episodes are only imitated.
     """
 
-    def __init__(self, run: Run, cut_fails: bool) -> None:
-        self.run, self.model, self.cut_fails = run, cast(ControlModel, run.policy.model), cut_fails
+    def __init__(self, run: Run, cut_fails: bool, own: bool = False) -> None:
+        self.run, self.model, self.cut_fails, self.own = run, cast(ControlModel, run.policy.model), cut_fails, own
         self.iterations: list[int] = []
-        self._replay: Replay | None = None
+        self._everything: tuple[Replay, int] | None = None
         self.renew()
         run.register(experience=self)
 
@@ -42,22 +43,29 @@ class Experience:
         """The episodes that were kept in this iteration belong to it from now on."""
         self.iterations.append(iteration)
         self.run.collector.store.pinned.add(iteration)
-        self._replay = None
+        self._everything = None
         self.renew()
 
     @property
-    def replay(self) -> Replay:
-        """All decisions. Raises `ConfigError` where there is nothing."""
-        if self._replay is None:
+    def everything(self) -> tuple[Replay, int]:
+        """All decisions, and how many of them, the first, are the data section's. Raises `ConfigError` where there is nothing."""
+        if self._everything is None:
             data, store = self.run.data, self.run.collector.store
             parts = [] if data is None else [Replay.of_dataset(data, self.model, self.cut_fails)]
+            recorded = sum(map(len, parts))
             parts += [Replay.of_episodes(store.episodes(i), self.cut_fails) for i in self.iterations]
-            if not parts:
+            if not parts or (self.own and not self.iterations):
                 raise ConfigError(
                     "there is nothing to learn from: name recorded episodes in the data section, or collect some"
                 )
-            self._replay = Replay.cat(parts)
-        return self._replay
+            self._everything = Replay.cat(parts), recorded
+        return self._everything
+
+    @property
+    def replay(self) -> Replay:
+        """The decisions that critics and models learn from."""
+        whole, recorded = self.everything
+        return whole[torch.arange(recorded, len(whole))] if self.own else whole
 
     @property
     def conditions(self) -> Condition:
@@ -86,7 +94,7 @@ class Experience:
 
     def imitable(self, rows: Tensor) -> tuple[Context, Tensor, None]:
         """A `genpolicy.imitation.Source` over the decisions of episodes that succeeded."""
-        replay = self.replay
+        replay, _ = self.everything
         chosen = replay.success.nonzero().flatten()[rows]
         return replay.views[replay.now[chosen]], replay.event[chosen].to(self.model.device), None
 
@@ -96,7 +104,7 @@ class Experience:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.iterations = list(state["iterations"])
         self.run.collector.store.pinned.update(self.iterations)
-        self._replay = None
+        self._everything = None
         self.renew()
 
 

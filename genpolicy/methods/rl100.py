@@ -53,9 +53,11 @@ AT_ONCE = 100
 @dataclass
 class Offline:
     """rounds: times that data is collected and learned from (M). episodes: of the policy, per round; 0 learns from the data
-    section alone. recloning: updates of imitation on everything that succeeded, in every round (0: none), in hundreds.
-    critic_updates: of Q and V (IQL: ``expectile`` .7; ``polyak``, .005 there, and ``monte_carlo``: see `ActionValue`), with
-    ``members`` of Q read as mean - ``pessimism`` * std (2 and 1: their minimum). model_updates: of the gate's model.
+    section alone. demonstrations: whether the data section counts for Q; where there is much of it and all succeeds, Q learns
+    that to act like it is what succeeds (docs/rl100.md). recloning: updates of imitation on everything that succeeded, in
+    every round (0: none), in hundreds. critic_updates: of Q and V (IQL: ``expectile`` .7; ``polyak``, .005 there, and
+    ``monte_carlo``: see `ActionValue`), with ``members`` of Q read as mean - ``pessimism`` * std (2 and 1: their minimum).
+    model_updates: of the gate's model.
 
     candidates: of a round, at most. sweeps: of a candidate, each ``states`` recorded decisions, at which ``samples`` chains are
     drawn anew and passed over ``epochs`` times in minibatches of ``minibatch`` (decision, step) pairs. One sample learns from
@@ -74,6 +76,7 @@ class Offline:
 
     rounds: int = 1
     episodes: int = 200
+    demonstrations: bool = True
     recloning: int = 0
     critic_updates: int = 3000
     expectile: float = 0.7
@@ -107,6 +110,8 @@ class Offline:
         at_least("method rl100: offline", self, **least)
         positive("method rl100: offline", self, "lr", "clip", "far", "polyak")
         share("method rl100: offline", self, "expectile", "polyak", "monte_carlo")
+        if not (self.demonstrations or self.episodes):
+            raise ConfigError("method rl100: offline: without demonstrations and episodes there is nothing to learn from")
 
 
 @dataclass
@@ -153,7 +158,7 @@ class _Pipeline:
         self.anchor = Anchor(run)
         if "improve" in names:
             o = settings.offline
-            self.experience = Experience(run, settings.cut_fails)
+            self.experience = Experience(run, settings.cut_fails, own=not o.demonstrations)
             self.value = ActionValue(
                 run,
                 settings.gamma,
@@ -241,7 +246,7 @@ class _Pipeline:
 
     def reclone(self) -> bool:
         """pi <- IL(everything that succeeded), from where it stands; the encoder learns again, and then rests."""
-        rows = int(self.experience.replay.success.sum())
+        rows = int(self.experience.everything[0].success.sum())
         if rows:
             Imitation(self.run, self.experience.imitable, rows, self.s.imitation.batch)(AT_ONCE)
             self.experience.renew()

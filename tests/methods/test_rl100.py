@@ -245,6 +245,28 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rl100.yaml"]
 
 
+def test_without_demonstrations_the_critic_sees_the_runs_own_episodes(tmp_path):
+    """They are imitated all the same; with them, the control, they are what the replay begins with."""
+    lengths = {}
+    for demonstrations in (True, False):
+        offline = {"demonstrations": demonstrations, "episodes": 4}
+        (tmp_path / str(demonstrations)).mkdir()
+        run, pipeline = built(tmp_path / str(demonstrations), {"stage": "offline", "offline": offline})
+        run.enter("collect")
+        pipeline.collect()
+        e = pipeline.experience
+        everything, recorded = e.everything
+        assert 0 < recorded < len(everything)
+        lengths[demonstrations] = len(e.replay), len(everything), recorded
+        drawn = e.redraw(30, 0)[1]
+        assert bool((drawn >= everything.now[recorded]).all()) is not demonstrations
+        context, event, _ = e.imitable(torch.arange(int(everything.success.sum())))
+        assert len(context) == len(event) == int(everything.success.sum())
+    (whole, everything, recorded), (own, same_everything, _) = lengths[True], lengths[False]
+    assert whole == everything == same_everything
+    assert own == everything - recorded
+
+
 # -- a candidate ----------------------------------------------------------------------------------------------------------
 
 
@@ -624,16 +646,18 @@ def test_collecting_adds_to_what_is_learned_from(tmp_path):
     assert len(resumed.experience.replay) != recorded, "control"
 
 
-def test_processes_redraw_what_one_does(tmp_path):
-    """Each its share of the decisions, by the noise of their places."""
-    run, pipeline = improving(tmp_path, states=10)
-    whole, rows = pipeline.experience.redraw(pipeline.s.offline.states, 1)
+@pytest.mark.parametrize("samples", [1, 4])
+def test_processes_redraw_what_one_does(tmp_path, samples):
+    """Each its share of the decisions, all samples of each, by the noise of their places."""
+    run, pipeline = improving(tmp_path)
+    whole, rows = pipeline.experience.redraw(10, 1, samples)
     for index in range(3):
         run.processes = SimpleNamespace(index=index, count=3)
-        part, mine = pipeline.experience.redraw(pipeline.s.offline.states, 1)
-        assert torch.equal(mine, rows[index::3])
-        assert torch.allclose(part.trajectory.x0, whole.trajectory.x0[index::3], atol=1e-5)
-        assert part.decisions.total == 10
+        part, mine = pipeline.experience.redraw(10, 1, samples)
+        mine_of_whole = torch.arange(10 * samples).view(10, samples)[index::3].flatten()
+        assert torch.equal(mine, rows[mine_of_whole])
+        assert torch.allclose(part.trajectory.x0, whole.trajectory.x0[mine_of_whole], atol=1e-5)
+        assert part.decisions.total == 10 * samples
 
 
 # -- that it learns -------------------------------------------------------------------------------------------------------
