@@ -138,7 +138,7 @@ def test_decode_is_the_pipelines_own_tail(family):
     assert float(ours.min()) >= 0
     assert float(ours.max()) <= 1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-    torch.testing.assert_close(model.decode(latents[1:]), ours[1:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.decode(latents[1:]), ours[1:], rtol=0, atol=1e-5)  # another batch is rounded otherwise
 
 
 def test_decode_in_chunks(monkeypatch):

@@ -52,7 +52,9 @@ def test_the_ode_is_lerobots_ddim(sees: str, prediction: str) -> None:
     policy = chain(model, 0.0, steps=7)
     rows = Noise.rows(0, 0, torch.arange(4), 1)
     ours = policy.sample(condition, rows, start=(0, noise)).x0
-    assert (ours - expected).abs().max() <= 1e-6
+    apart = (ours - expected).abs()
+    assert apart.mean() <= 2e-7
+    assert apart.max() <= 2e-6  # seven steps of fp32 rounding: 1e-6 on most processors, 1.013e-6 seen on one
     assert expected.abs().max() > 0.1
     clipped = ClipX0(model.denoise, model.schedule, 1.0, recompute_eps=True)  # what DDPM does, and DDIM does not
     wrong = policy.chain.sample(clipped, condition, rows, model.event_shape, start=(0, noise)).x0
