@@ -31,7 +31,7 @@ class Experience:
     def __init__(self, run: Run, cut_fails: bool, own: bool = False) -> None:
         self.run, self.model, self.cut_fails, self.own = run, cast(ControlModel, run.policy.model), cut_fails, own
         self.iterations: list[int] = []
-        self._everything: tuple[Replay, int] | None = None
+        self._everything: tuple[Replay, Replay] | None = None
         self.renew()
         run.register(experience=self)
 
@@ -47,25 +47,30 @@ class Experience:
         self.renew()
 
     @property
-    def everything(self) -> tuple[Replay, int]:
-        """All decisions, and how many of them, the first, are the data section's. Raises `ConfigError` where there is nothing."""
+    def _both(self) -> tuple[Replay, Replay]:
+        """All decisions, and those that critics and models learn from. Raises `ConfigError` where there are none."""
         if self._everything is None:
             data, store = self.run.data, self.run.collector.store
             parts = [] if data is None else [Replay.of_dataset(data, self.model, self.cut_fails)]
-            recorded = sum(map(len, parts))
+            given = sum(map(len, parts))
             parts += [Replay.of_episodes(store.episodes(i), self.cut_fails) for i in self.iterations]
             if not parts or (self.own and not self.iterations):
                 raise ConfigError(
                     "there is nothing to learn from: name recorded episodes in the data section, or collect some"
                 )
-            self._everything = Replay.cat(parts), recorded
+            whole = Replay.cat(parts)
+            self._everything = whole, whole[torch.arange(given, len(whole))] if self.own else whole
         return self._everything
+
+    @property
+    def everything(self) -> Replay:
+        """All decisions, those of the data section first."""
+        return self._both[0]
 
     @property
     def replay(self) -> Replay:
         """The decisions that critics and models learn from."""
-        whole, recorded = self.everything
-        return whole[torch.arange(recorded, len(whole))] if self.own else whole
+        return self._both[1]
 
     @property
     def conditions(self) -> Condition:
@@ -94,7 +99,7 @@ class Experience:
 
     def imitable(self, rows: Tensor) -> tuple[Context, Tensor, None]:
         """A `genpolicy.imitation.Source` over the decisions of episodes that succeeded."""
-        replay, _ = self.everything
+        replay = self.everything
         chosen = replay.success.nonzero().flatten()[rows]
         return replay.views[replay.now[chosen]], replay.event[chosen].to(self.model.device), None
 

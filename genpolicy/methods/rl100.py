@@ -246,7 +246,7 @@ class _Pipeline:
 
     def reclone(self) -> bool:
         """pi <- IL(everything that succeeded), from where it stands; the encoder learns again, and then rests."""
-        rows = int(self.experience.everything[0].success.sum())
+        rows = int(self.experience.everything.success.sum())
         if rows:
             Imitation(self.run, self.experience.imitable, rows, self.s.imitation.batch)(AT_ONCE)
             self.experience.renew()
