@@ -106,7 +106,7 @@ class Offline:
     def __post_init__(self) -> None:
         least = {"rounds": 1, "episodes": 0, "recloning": 0, "critic_updates": 1, "members": 1, "model_updates": 1}
         least |= {"pessimism": 0, "candidates": 1, "sweeps": 1, "states": 2, "samples": 1, "epochs": 1, "minibatch": 1, "kl": 0}
-        least |= {"delta": 0, "z": 0, "horizon": 1, "starts": 2, "caution": 0, "check": 0, "best_of": 1}
+        least |= {"delta": -1, "z": 0, "horizon": 1, "starts": 2, "caution": 0, "check": 0, "best_of": 1}
         at_least("method rl100: offline", self, **least)
         positive("method rl100: offline", self, "lr", "clip", "far", "polyak")
         share("method rl100: offline", self, "expectile", "polyak", "monte_carlo")
