@@ -96,16 +96,16 @@ def one(name: str, seed: int, out: Path) -> None:
             )
 
 
-def judged(section: dict[str, Any], path: Path, first: int) -> dict[str, Any]:
+def judged(section: dict[str, Any], path: Path, first: int, episodes: int = EPISODES) -> dict[str, Any]:
     """Success of a saved policy, as it is deployed, on the report's starts from ``first`` on."""
     policy = saved(path).load()
     environments = config.make("tasks", section).environments(SLOTS, policy.model.history)
-    found = evaluate_control(policy, environments, episodes=EPISODES, seed=first)
+    found = evaluate_control(policy, environments, episodes=episodes, seed=first)
     environments.close()
     failures = (found.success == 0).nonzero().flatten().tolist()
     return {
         "successes": int(found.success.sum()),
-        "n": EPISODES,
+        "n": episodes,
         "length": float(found.lengths.mean()),
         "failed": failures,
     }
@@ -114,7 +114,7 @@ def judged(section: dict[str, Any], path: Path, first: int) -> dict[str, Any]:
 def spent(folder: Path, stage: str) -> dict[str, Any]:
     """Environment steps and episodes up to the end of a stage; of the whole run its CPU seconds with its evaluations."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    end = next((row["iteration"] for row in rows if f"{stage}/success_rate" in row), rows[-1]["iteration"])
+    end = next((row["iteration"] for row in rows[::-1] if f"{stage}/success_rate" in row), rows[-1]["iteration"])
     steps = episodes = 0.0
     length = 1.0
     for row in rows:

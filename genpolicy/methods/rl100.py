@@ -67,9 +67,10 @@ class Offline:
     decision, summed over the steps) exceeds this is refused, and the round ends.
 
     delta: what a candidate must gain, as a share of |J| (RL-100's .05 refuses candidates that are twice as good:
-    docs/rl100.md). z: standard errors that are taken off its gain. horizon: imagined decisions; starts: imagined
-    episodes. caution: per std of the model's disagreement. check: real episodes of every candidate that is let through, and of
-    the policy in force, from the same starts (0: the person does not allow it); the one that succeeds more often stays.
+    docs/rl100.md); -1 asks for nothing, where the score is not to be trusted and real episodes decide. z: standard errors that are
+    taken off its gain. horizon: imagined decisions; starts: imagined episodes. caution: per std of the model's
+    disagreement. check: real episodes of every candidate that is let through, and of the policy in force, from the same
+    starts (0: the person does not allow it); the one that succeeds more often stays.
 
     best_of: N of the sampler that picks the best of N samples by Q, evaluated beside the others: it needs no training.
     """

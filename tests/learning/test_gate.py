@@ -485,6 +485,7 @@ def test_acceptance_at_its_boundary(old):
     assert not Comparison(0.999, 0.25, old).accepts(delta=0.05, z=2.0)
     assert Comparison(0.5, 0.25, old).accepts(delta=0.0, z=2.0)
     assert not Comparison(-0.001, 0.0, old).accepts(delta=0.0, z=0.0)
+    assert Comparison(-3.0, 0.25, old).accepts(delta=-1.0, z=2.0), "a negative delta may lose"
 
 
 def test_what_is_not_a_number_is_not_better():
