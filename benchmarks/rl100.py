@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from genpolicy import config
-from genpolicy.build import saved
+from genpolicy.build import load
 from genpolicy.demonstrate import demonstrate
 from genpolicy.evaluate import interval
 from genpolicy.evaluate_control import evaluate_control
@@ -96,9 +96,11 @@ def one(name: str, seed: int, out: Path) -> None:
             )
 
 
-def judged(section: dict[str, Any], path: Path, first: int, episodes: int = EPISODES) -> dict[str, Any]:
-    """Success of a saved policy, as it is deployed, on the report's starts from ``first`` on."""
-    policy = saved(path).load()
+def judged(
+    section: dict[str, Any], path: Path, first: int, episodes: int = EPISODES, **sampler: Any
+) -> dict[str, Any]:
+    """Success of a saved policy, as it is deployed (but for ``sampler``), on the report's starts from ``first`` on."""
+    policy = load(path, **sampler)
     environments = config.make("tasks", section).environments(SLOTS, policy.model.history)
     found = evaluate_control(policy, environments, episodes=episodes, seed=first)
     environments.close()

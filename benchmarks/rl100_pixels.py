@@ -7,16 +7,18 @@
 peg-insert-side from 64 x 64 pictures and the hand's four numbers, fifty demonstrations. The clone is metaworld_pixels_bc, the
 stage metaworld_rl100_pixels, each with the run's seed; the control goes on cloning the demonstrations for as many updates as
 the stage imitates.
-One line of JSON a policy, in OUT/results.jsonl. The reset seeds of the report are fixed here and used nowhere else.
+All act with the sampler that the stage deploys. One line of JSON a policy, in OUT/results.jsonl. The reset seeds of the report are fixed here and used nowhere else.
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from benchmarks.rl100 import DEMONSTRATED_FROM, NOISE, judged, results, spent, table, tell
 from genpolicy import config
+from genpolicy.build import saved
 from genpolicy.demonstrate import demonstrate
 from genpolicy.experiment import finished, train
 
@@ -52,10 +54,11 @@ def one(seed: int, out: Path) -> None:
     _run("metaworld_pixels_bc", control, data, seed, begun, f"--budget.iterations={updates // 100}")
     policies = {"clone": (clone, "policy"), "control": (control, "policy")}
     policies |= {stage: (offline, f"stages/{stage}") for stage in ("recloned", "offline")}
+    sampler = asdict(saved(offline / "stages/offline").sampler)
     done = {(r["seed"], r["stage"]) for r in results(out)}
     for stage, (folder, path) in policies.items():
         if (seed, stage) not in done:
-            found = judged(section, folder / path, REPORT + APART * seed, EPISODES)
+            found = judged(section, folder / path, REPORT + APART * seed, EPISODES, **sampler)
             tell(out, task=section["env"], seed=seed, stage=stage, **found, **spent(folder, stage))
 
 
