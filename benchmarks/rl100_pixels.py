@@ -6,8 +6,8 @@
 
 peg-insert-side from 64 x 64 pictures and the hand's four numbers, fifty demonstrations. The clone is metaworld_pixels_bc, the
 stage metaworld_rl100_pixels, each with the run's seed; the control goes on cloning the demonstrations for as many updates as
-the stage imitates.
-All act with the sampler that the stage deploys. One line of JSON a policy, in OUT/results.jsonl. The reset seeds of the report are fixed here and used nowhere else.
+the stage imitates. All act with the sampler that the stage deploys. One line of JSON a policy, in OUT/results.jsonl. The
+reset seeds of the report are fixed here and used nowhere else.
 """
 
 import argparse
