@@ -90,11 +90,12 @@ class Offline:
 
 @dataclass
 class Practice(Online):
-    """minibatch: decisions of one update. lr (public: 1e-5 to 2e-5) and the rest as method rl100 has them, so that the two can be
-    compared.
+    """minibatch: decisions of one update. lr: 1e-5 to 2e-5 in public; at ten times that PPO leaves its clip behind (docs/rl100.md).
+    The rest is as method rl100 has it, so that the two can be compared.
     """
 
     minibatch: int = 128
+    lr: float = 1e-5
 
 
 @dataclass
