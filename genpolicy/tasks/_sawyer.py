@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from genpolicy.config import ConfigError
 from genpolicy.tasks._point_cloud import Surface, ball
 from genpolicy.tasks._sawyer_pictures import BEHIND, GOAL_RADIUS, WAYS, Moment, moment, studio
 from genpolicy.tasks._simulators import RenderError, library
@@ -22,6 +23,8 @@ CAMERA = {"lookat": (0.0, 0.65, 0.15), "distance": 1.35, "azimuth": 135.0, "elev
 """From behind the arm's shoulder, metres and degrees: doors and shelves show their fronts. MetaWorld's own cameras at
 the corners are upside down."""
 
+DRAWS = 1000
+"""So many starts are drawn in search of one in which object and goal are apart."""
 GRIPPER = frozenset(("hand", "leftpad", "rightpad", "leftclaw", "rightclaw"))
 ELSEWHERE = BEHIND | {"world", "tablelink", "RetainingWall", "right_l5", "right_l6", "right_wrist", "right_hand"}
 """Bodies of which a cloud shows nothing: the room, the table, the arm above its hand."""
@@ -61,7 +64,9 @@ class Sawyer:
     numbers: the 39 of the last frame, fp32, whatever it showed.
     """
 
-    def __init__(self, env: str, reward: str, see: See = "state", size: int = 64, points: int = 128) -> None:
+    def __init__(
+        self, env: str, reward: str, see: See = "state", size: int = 64, points: int = 128, spread: float = 1.0
+    ) -> None:
         self._world = catalogue()[env]()
         world = self._world
         world._partially_observable = False
@@ -70,6 +75,9 @@ class Sawyer:
         world._freeze_rand_vec, world.seeded_rand_vec = False, True  # objects and goal are drawn from the seed
         world._set_task_called = True  # nothing else of a task is needed
         world.max_path_length = np.inf  # the limit is kept outside
+        if spread < 1:
+            self._draw, world._get_state_rand_vec = world._get_state_rand_vec, self._apart
+            world._random_reset_space = narrowed(world._random_reset_space, spread)
         self._settle, world._reset_hand = world._reset_hand, self._settled_once
         world.touching_object = partial(touching, world)
         self._sparse = reward == "sparse"
@@ -78,10 +86,12 @@ class Sawyer:
         self._env, self._see, self._size = env, see, size
         if see == "points":
             self._cloud = Cloud(world.model, points)
+        if spread < 1:
+            self.reset(seed=0)  # says now what could not be drawn later
 
     def reset(self, *, seed: int) -> tuple[Frame, dict[str, Any]]:
         self._world.seed(seed)
-        self._forgotten = True
+        self._forgotten, self._draws = True, 0
         observation, _ = self._world.reset()
         if (
             self._see != "state"
@@ -103,6 +113,15 @@ class Sawyer:
             self._forgotten, self._world.init_tcp = False, self._world.tcp_center
         else:
             self._settle(*steps)
+
+    def _apart(self) -> np.ndarray:
+        """A start. Tasks draw until object and goal are far enough apart, which in too small a part of the range never comes."""
+        self._draws += 1
+        if self._draws > DRAWS:
+            raise ConfigError(
+                f"task metaworld: spread is too small for {self._env}, whose object and goal would be too close; raise it"
+            )
+        return self._draw()
 
     def render(self) -> np.ndarray:
         mujoco: Any = library("mujoco", "task metaworld")
@@ -134,6 +153,12 @@ class Sawyer:
         # The studio too is made when somebody looks: the expert of a demonstration and a film's camera do not.
         draw = partial(studio, self._env, self._world.model, self._size)
         return Lazy({STATE: lambda: hand, PICTURES: lambda: draw().draw(now)})
+
+
+def narrowed(space: Any, spread: float) -> Any:
+    """The middle ``spread`` of a box, in each of its coordinates."""
+    middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
+    return type(space)(middle - spread * half, middle + spread * half, dtype=space.dtype)
 
 
 def touching(world: Any, geom: int) -> bool:

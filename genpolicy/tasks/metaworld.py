@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from genpolicy.config import at_least, choice
+from genpolicy.config import at_least, choice, positive, share
 from genpolicy.task import Demonstration
 from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._environments import Environments
@@ -31,6 +31,8 @@ class MetaWorld:
     env: its name, e.g. peg-insert-side-v3. reward: "sparse", 1 for the step that succeeds and 0 elsewhere, or "dense",
     MetaWorld's own (0 to 10 a step). limit: environment steps of an episode; it also ends at success.
     workers: processes that simulate; 0 is this one.
+    spread: the share of the range of objects and goal, around its middle and in each coordinate, that starts are drawn from; so
+    demonstrations can show less than what is asked of the policy.
     see: beside the hand (x, y, z, metres, and how far the gripper is open: observation.state) either "state", the 35
     numbers of objects, goal and the frame before; or "pixels", a picture of ``size`` x ``size`` from above in which the
     goal is a green ball; or "points", ``points`` points Float[P,3], metres, on gripper, goal and objects. What a policy
@@ -44,12 +46,15 @@ class MetaWorld:
     see: See = "state"
     size: int = 64
     points: int = 128
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         choice("task metaworld: env", self.env, list(catalogue()))
         choice("task metaworld: reward", self.reward, ("sparse", "dense"))
         choice("task metaworld: see", self.see, get_args(See))
         at_least("task metaworld", self, limit=1, workers=0, size=16, points=32)
+        positive("task metaworld", self, "spread")
+        share("task metaworld", self, "spread")
         shown: dict[str, tuple[int, ...]] = {
             "state": {WORLD: (39 - HAND,)},
             "pixels": {PICTURES: (3, self.size, self.size)},
@@ -66,7 +71,7 @@ class MetaWorld:
 
     @property
     def _make(self) -> Callable[[], Sawyer]:
-        return partial(Sawyer, self.env, self.reward, self.see, self.size, self.points)
+        return partial(Sawyer, self.env, self.reward, self.see, self.size, self.points, self.spread)
 
     def demonstrate(self, seed: int, noise: float) -> Demonstration:
         """MetaWorld's script for this task, which reads the same 39 numbers; it does not always succeed."""

@@ -181,6 +181,27 @@ def test_a_wrong_name_gets_the_nearest():
         config.make("tasks", {"name": "metaworld", "env": PEG, "see": "point"})
 
 
+@pytest.mark.parametrize("spread", [0.4, 0.01])
+def test_a_smaller_spread_is_the_middle_of_the_range(spread):
+    """A start moves along the line to the middle; with the same seed it is the same share of the way."""
+    whole, part = Sawyer(ASSEMBLY, "sparse"), Sawyer(ASSEMBLY, "sparse", spread=spread)
+    middle = np.array([0.0, 0.8, 0.1])  # of the peg, MetaWorld's sawyer_assembly_peg_v3.py
+    moved = []
+    for seed in range(20):
+        far, near = ((goals(simulation, seed)[0] - middle)[:2] for simulation in (whole, part))
+        assert np.allclose(near, spread * far, atol=1e-6)
+        moved.append(abs(far - near).max())
+    assert min(moved) > 1e-3  # the whole range would be told apart
+
+
+def test_a_spread_that_leaves_no_start_is_told_at_once():
+    with pytest.raises(ValueError, match="spread is too small for coffee-push-v3"):
+        MetaWorld("coffee-push-v3", spread=0.1).environments(1, 1)
+    for spread in (0.0, 1.1):
+        with pytest.raises(ValueError, match=f"spread is {spread}"):
+            MetaWorld(PEG, spread=spread)
+
+
 def test_a_picture_or_one_sentence(monkeypatch):
     environments = MetaWorld(PEG).environments(1, 1)
     environments.reset([0], [0])
