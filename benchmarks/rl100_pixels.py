@@ -4,7 +4,7 @@
     python -m benchmarks.rl100_pixels --seeds 0 1 --out runs/rl100_pixels
     python -m benchmarks.rl100_pixels --table --out runs/rl100_pixels    # the table of what there is
 
-peg-insert-side from 64 x 64 pictures and the hand's four numbers, fifty demonstrations. The clone is metaworld_pixels_bc, the
+assembly from 64 x 64 pictures and the hand's four numbers, fifty demonstrations from the middle two thirds of the range of starts. The clone is metaworld_pixels_bc, the
 stage metaworld_rl100_pixels, each with the run's seed; the control goes on cloning the demonstrations for as many updates as
 the stage imitates. All act with the sampler that the stage deploys. One line of JSON a policy, in OUT/results.jsonl. The
 reset seeds of the report are fixed here and used nowhere else.
@@ -22,9 +22,11 @@ from genpolicy.build import saved
 from genpolicy.demonstrate import demonstrate
 from genpolicy.experiment import finished, train
 
-REPORT, APART, EPISODES = 25_000_000, 1000, 300
-"""Reset seeds of every reported success rate: those of a run with seed s are the 300 from 25,000,000 + 1000 s on."""
-DEMONSTRATIONS = 50
+REPORT, APART, EPISODES = 26_000_000, 1000, 300
+"""Reset seeds of every reported success rate: those of a run with seed s are the 300 from 26,000,000 + 1000 s on (an earlier
+list, from 25,000,000 on, belongs to an earlier task)."""
+DEMONSTRATIONS, SPREAD = 50, 0.67
+"""Chosen from cloning alone: fifty from the whole range leave a clone at .95 (seed 3, n 100), from its middle .4 at .24."""
 
 
 def main() -> None:
@@ -46,7 +48,7 @@ def one(seed: int, out: Path) -> None:
     clone, offline, control = (out / name / str(seed) for name in ("clone", "offline", "control"))
     section = config.load("metaworld_pixels_bc").task
     if not data.exists():
-        demonstrate(section, data, episodes=DEMONSTRATIONS, noise=NOISE, seed=DEMONSTRATED_FROM)
+        demonstrate({**section, "spread": SPREAD}, data, episodes=DEMONSTRATIONS, noise=NOISE, seed=DEMONSTRATED_FROM)
     begun = f"--policy.pretrained={clone / 'policy'}"
     _run("metaworld_pixels_bc", clone, data, seed)
     _run("metaworld_rl100_pixels", offline, data, seed, begun)
