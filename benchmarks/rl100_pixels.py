@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def one(seed: int, out: Path) -> None:
-    """A clone, what the offline stage makes of it, and the control; each on the report's starts."""
+    """A clone, what the offline stage makes of it without and with its candidate, and the control; each on the report's starts."""
     data = out / "demonstrations"
     clone, offline, control = (out / name / str(seed) for name in ("clone", "offline", "control"))
     section = config.load("metaworld_pixels_bc").task
@@ -56,13 +56,13 @@ def one(seed: int, out: Path) -> None:
     _run("metaworld_rl100_pixels", offline, data, seed, begun)
     updates = config.load("metaworld_rl100_pixels").method["offline"]["recloning"]
     _run("metaworld_pixels_bc", control, data, seed, begun, f"--budget.iterations={updates // 100}")
-    policies = {"clone": (clone, "policy"), "control": (control, "policy")}
-    policies |= {stage: (offline, f"stages/{stage}") for stage in ("recloned", "offline")}
-    sampler = asdict(saved(offline / "stages/offline").sampler)
+    stages = {name: (offline, f"stages/{name}", {}) for name in ("recloned", "best_of_16", "offline")}
+    sampler = asdict(saved(offline / "stages/recloned").sampler)
+    policies = {"clone": (clone, "policy", sampler), "control": (control, "policy", sampler), **stages}
     done = {(r["seed"], r["stage"]) for r in results(out)}
-    for stage, (folder, path) in policies.items():
+    for stage, (folder, path, other) in policies.items():
         if (seed, stage) not in done:
-            found = judged(section, folder / path, REPORT + APART * seed, EPISODES, **sampler)
+            found = judged(section, folder / path, REPORT + APART * seed, EPISODES, **other)
             tell(out, task=section["env"], seed=seed, stage=stage, **found, **spent(folder, stage))
 
 
