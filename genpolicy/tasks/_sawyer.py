@@ -60,7 +60,7 @@ class Lazy(Mapping[str, np.ndarray]):
 class Sawyer:
     """A `genpolicy.tasks._slots.Simulation` of one MetaWorld task whose goal can be seen.
 
-    see: what its frames show beside the hand (see `genpolicy.tasks.metaworld`); size: of pictures; points: of clouds.
+    see: what its frames show beside the hand (see `genpolicy.tasks.metaworld`); size: of pictures; points: of clouds; spread: of starts.
     numbers: the 39 of the last frame, fp32, whatever it showed.
     """
 
@@ -77,7 +77,9 @@ class Sawyer:
         world.max_path_length = np.inf  # the limit is kept outside
         if spread < 1:
             self._draw, world._get_state_rand_vec = world._get_state_rand_vec, self._apart
-            world._random_reset_space = narrowed(world._random_reset_space, spread)
+            space = world._random_reset_space
+            middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
+            world._random_reset_space = type(space)(middle - spread * half, middle + spread * half, dtype=space.dtype)
         self._settle, world._reset_hand = world._reset_hand, self._settled_once
         world.touching_object = partial(touching, world)
         self._sparse = reward == "sparse"
@@ -153,12 +155,6 @@ class Sawyer:
         # The studio too is made when somebody looks: the expert of a demonstration and a film's camera do not.
         draw = partial(studio, self._env, self._world.model, self._size)
         return Lazy({STATE: lambda: hand, PICTURES: lambda: draw().draw(now)})
-
-
-def narrowed(space: Any, spread: float) -> Any:
-    """The middle ``spread`` of a box, in each of its coordinates."""
-    middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
-    return type(space)(middle - spread * half, middle + spread * half, dtype=space.dtype)
 
 
 def touching(world: Any, geom: int) -> bool:
