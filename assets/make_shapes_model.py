@@ -113,7 +113,9 @@ def clip_tokenizer() -> CLIPTokenizer:
     Byte-pair merges build each word from left to right, longest word first (so that no shorter word's merge
     breaks a longer one). Training a tokenizer would break ties differently from run to run.
     """
-    words = sorted({w for text in world.captions() for w in text.split()}, key=lambda w: (-len(w), w))
+    words = sorted(
+        {w for text in world.captions() for w in text.split()}, key=lambda w: (-len(w), w)
+    )
     letters = [chr(code) for code in range(33, 127)]
     vocab = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
     merges: list[tuple[str, str]] = []
@@ -123,7 +125,9 @@ def clip_tokenizer() -> CLIPTokenizer:
             if pair not in merges:
                 merges.append(pair)
                 vocab.append("".join(pair))
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=merges, model_max_length=TOKENS)
+    tokenizer = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(vocab)}, merges=merges, model_max_length=TOKENS
+    )
     if any(len(tokenizer.tokenize(word)) != 1 for word in words):
         raise RuntimeError("a word of the world is not one token.")
     return tokenizer
@@ -135,14 +139,22 @@ def placeholder_t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     Its tokenizer reads every text as empty: the pipeline then never warns that a third prompt was cut.
     """
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special.values())}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(special.values())}, unk_token="<unk>")
+    )
     words.normalizer = normalizers.Replace(Regex("[\\s\\S]+"), "")
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    config = T5Config(vocab_size=len(special), d_model=WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    words.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    config = T5Config(
+        vocab_size=len(special), d_model=WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1
+    )
     encoder = T5EncoderModel(config)
     for weight in encoder.parameters():
         nn.init.zeros_(weight)
-    return encoder, PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=LONG_ZEROS, **special)
+    return encoder, PreTrainedTokenizerFast(
+        tokenizer_object=words, model_max_length=LONG_ZEROS, **special
+    )
 
 
 def new_pipeline() -> StableDiffusion3Pipeline:
@@ -232,12 +244,18 @@ def train_vae(vae: AutoencoderKL, images: Tensor, clock: Clock, seed: int, batch
     vae.train()
     while clock.progress < 1:
         for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * min(1, (clock.step + 1) / 50) * (0.01 + 0.99 * np.cos(np.pi / 2 * clock.progress) ** 2)
+            group["lr"] = (
+                2e-3
+                * min(1, (clock.step + 1) / 50)
+                * (0.01 + 0.99 * np.cos(np.pi / 2 * clock.progress) ** 2)
+            )
         x = images[torch.randint(len(images), (batch,), generator=draws)]
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample(generator=draws)).sample
         mse = F.mse_loss(y, x)
-        loss = mse + 0.1 * F.l1_loss(y, x) + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = (
+            mse + 0.1 * F.l1_loss(y, x) + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        )
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -247,7 +265,9 @@ def train_vae(vae: AutoencoderKL, images: Tensor, clock: Clock, seed: int, batch
             say(f"vae step {clock.step}: mse {mse.item():.5f}")
     vae.eval()
     latents = encode(vae, images)
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    vae.register_to_config(
+        shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item()
+    )
 
 
 @torch.no_grad()
@@ -270,12 +290,18 @@ def one_word_off(texts: tuple[str, ...]) -> list[list[int]]:
     """For each caption, the others that differ in one of colour, shape, relation, colour, shape."""
     slots = [(*s.first, s.relation, *s.second) for s in map(world.parse, texts)]
     return [
-        [j for j, other in enumerate(slots) if sum(a != b for a, b in zip(slot, other, strict=True)) == 1]
+        [
+            j
+            for j, other in enumerate(slots)
+            if sum(a != b for a, b in zip(slot, other, strict=True)) == 1
+        ]
         for slot in slots
     ]
 
 
-def text_embeddings(pipe: StableDiffusion3Pipeline, ids: Tensor, zeros: int) -> tuple[Tensor, Tensor]:
+def text_embeddings(
+    pipe: StableDiffusion3Pipeline, ids: Tensor, zeros: int
+) -> tuple[Tensor, Tensor]:
     """Tokens [B, TOKENS + zeros, WIDTH] and pooled [B, WIDTH], as the pipeline's `encode_prompt` has them."""
     first = pipe.text_encoder(ids, output_hidden_states=True)
     second = pipe.text_encoder_2(ids, output_hidden_states=True)
@@ -307,7 +333,9 @@ def train_flow(
     empty = pipe.tokenizer([""], **encode_ids).input_ids
     near = one_word_off(texts)
     near_count = torch.tensor([len(others) for others in near])
-    near_index = nn.utils.rnn.pad_sequence([torch.tensor(others) for others in near], batch_first=True)
+    near_index = nn.utils.rnn.pad_sequence(
+        [torch.tensor(others) for others in near], batch_first=True
+    )
 
     draws = torch.Generator().manual_seed(seed)
     weights = [p for module in trained_modules(pipe) for p in module.parameters()]
@@ -326,13 +354,19 @@ def train_flow(
         noisy = torch.rand(size, generator=draws) < caption_noise
         names = torch.where(noisy, near_index[names, pick], names)
         dropped = torch.rand(size, 1, generator=draws) < CAPTION_DROP
-        tokens, pooled = text_embeddings(pipe, torch.where(dropped, empty, ids[names]), LONG_ZEROS if long else 1)
+        tokens, pooled = text_embeddings(
+            pipe, torch.where(dropped, empty, ids[names]), LONG_ZEROS if long else 1
+        )
         t = torch.randn(size, generator=draws).sigmoid()
         x_0 = latents[rows]
         eps = torch.randn(x_0.shape, generator=draws)
         x_t = torch.lerp(x_0, eps, t[:, None, None, None])
         velocity = pipe.transformer(
-            x_t, encoder_hidden_states=tokens, pooled_projections=pooled, timestep=1000 * t, return_dict=False
+            x_t,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
+            timestep=1000 * t,
+            return_dict=False,
         )[0]
         loss = F.mse_loss(velocity, eps - x_0)
         optimiser.zero_grad()
@@ -366,7 +400,9 @@ def swap(weights: list[nn.Parameter], average: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def sample(pipe: StableDiffusion3Pipeline, texts: list[str], guidance: float, seed: int, steps: int = 8) -> np.ndarray:
+def sample(
+    pipe: StableDiffusion3Pipeline, texts: list[str], guidance: float, seed: int, steps: int = 8
+) -> np.ndarray:
     """One picture a caption with `steps` real steps (t = 1, ..., 1/steps), uint8 [B, 32, 32, 3]."""
     draws, images = torch.Generator().manual_seed(seed), []
     for start in range(0, len(texts), 128):
@@ -391,7 +427,9 @@ def report(pipe: StableDiffusion3Pipeline, parts: dict[str, list[str]], each: in
     cells = []
     for name, texts in parts.items():
         for guidance in (1.0, 2.0):
-            strict, dense = world.scores(sample(pipe, texts * each, guidance, seed=1), texts * each).mean(0)
+            strict, dense = world.scores(
+                sample(pipe, texts * each, guidance, seed=1), texts * each
+            ).mean(0)
             cells.append(f"{name} g{guidance:g} {strict:.3f}/{dense:.3f}")
     return "  ".join(cells)
 
@@ -406,8 +444,14 @@ def write(pipe: StableDiffusion3Pipeline, out: Path) -> None:
     stored.transformer.half()
     stored.vae.half()
     stored.save_pretrained(out, safe_serialization=True)
-    for file in out.rglob("*.json"):  # diffusers notes where a part was loaded from: a path of this machine
-        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if '"_name_or_path"' not in line]
+    for file in out.rglob(
+        "*.json"
+    ):  # diffusers notes where a part was loaded from: a path of this machine
+        kept = [
+            line
+            for line in file.read_text(encoding="utf-8").splitlines()
+            if '"_name_or_path"' not in line
+        ]
         file.write_text("\n".join(kept) + "\n", encoding="utf-8")
     for name, texts in world.split()._asdict().items():
         (out / f"captions_{name}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
@@ -422,18 +466,34 @@ def load(folder: Path) -> StableDiffusion3Pipeline:
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write")
-    add("--resume", type=Path, help="only continue the last phase from this finished folder, for --minutes")
+    add(
+        "--resume",
+        type=Path,
+        help="only continue the last phase from this finished folder, for --minutes",
+    )
     add("--vae", type=Path, help="take the autoencoder from this finished folder")
     add("--minutes-vae", type=float, default=4.0, help="CPU minutes for the autoencoder")
     add("--minutes", type=float, default=5.25, help="CPU minutes for transformer and text encoders")
-    add("--minutes-noisy", type=float, default=1.0, help="CPU minutes on top of them with noisy captions")
+    add(
+        "--minutes-noisy",
+        type=float,
+        default=1.0,
+        help="CPU minutes on top of them with noisy captions",
+    )
     add("--steps-vae", type=int, help="optimiser steps, instead of --minutes-vae")
     add("--steps", type=int, help="optimiser steps, instead of --minutes")
     add("--steps-noisy", type=int, help="optimiser steps, instead of --minutes-noisy")
-    add("--caption-noise", type=float, default=CAPTION_NOISE, help="share of captions with one word wrong")
+    add(
+        "--caption-noise",
+        type=float,
+        default=CAPTION_NOISE,
+        help="share of captions with one word wrong",
+    )
     add("--checkpoints", type=Path, help="also write a folder every --every minutes under this one")
     add("--every", type=float, default=0.5, help="CPU minutes between checkpoints")
     add("--seed", type=int, default=0)
@@ -460,7 +520,9 @@ def main() -> None:
         train_vae(pipe.vae, images, Clock(args.minutes_vae, args.steps_vae), args.seed)
     pipe.vae.requires_grad_(False)
     shift, scale = pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor
-    say(f"strict {ceiling(pipe.vae):.4f} on reconstructions (n 1024), shift {shift:.4f}, scale {scale:.4f}")
+    say(
+        f"strict {ceiling(pipe.vae):.4f} on reconstructions (n 1024), shift {shift:.4f}, scale {scale:.4f}"
+    )
 
     parts = {"pictured": list(world.split().pictured[::3]), "train": list(world.split().train)}
 
@@ -477,7 +539,9 @@ def main() -> None:
     else:
         clean = Schedule(lr=1.5e-3, warm_up=100, decay=0.0, ema=0.998), 0.0, args.every, see
         train_flow(pipe, latents, clock, args.seed, *clean)
-        say(f"after {clock.step} steps, {clock.spent:.0f} CPU s of right captions: {report(pipe, parts)}")
+        say(
+            f"after {clock.step} steps, {clock.spent:.0f} CPU s of right captions: {report(pipe, parts)}"
+        )
         clock = Clock(args.minutes_noisy, args.steps_noisy)
         train_flow(pipe, latents, clock, args.seed + 1, *noisy)
     say(f"after {clock.step} steps, {clock.spent:.0f} CPU s: {report(pipe, parts, each=4)}")

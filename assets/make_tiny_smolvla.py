@@ -67,7 +67,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
                 merges.append((left, letter))
                 vocabulary.append(left + letter)
             left += letter
-    spelling = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(vocabulary)}, merges=merges))
+    spelling = Tokenizer(
+        models.BPE(vocab={piece: i for i, piece in enumerate(vocabulary)}, merges=merges)
+    )
     spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     spelling.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -84,7 +86,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_vlm(folder: Path, *, image: int, patch: int, width: int, layers: int, vision_layers: int = 1) -> None:
+def write_vlm(
+    folder: Path, *, image: int, patch: int, width: int, layers: int, vision_layers: int = 1
+) -> None:
     """The configuration, tokenizer and processor that SmolVLA builds its VLM from: a folder without weights."""
     words = tokenizer()
     config = SmolVLMConfig(
@@ -113,7 +117,8 @@ def write_vlm(folder: Path, *, image: int, patch: int, width: int, layers: int, 
             "vocab_size": len(words),
             "max_position_embeddings": 256,
             "pad_token_id": words.pad_token_id,
-            "initializer_range": width**-0.5,  # the usual .02 is for wide networks: small ones stay silent for long
+            "initializer_range": width
+            ** -0.5,  # the usual .02 is for wide networks: small ones stay silent for long
         },
     )
     size = {"longest_edge": image}
@@ -121,7 +126,9 @@ def write_vlm(folder: Path, *, image: int, patch: int, width: int, layers: int, 
     videos = SmolVLMVideoProcessor(size=size, max_image_size=size)
     config.save_pretrained(folder)
     words.save_pretrained(folder)
-    SmolVLMProcessor(images, words, videos, image_seq_len=(image // patch // 2) ** 2).save_pretrained(folder)
+    SmolVLMProcessor(
+        images, words, videos, image_seq_len=(image // patch // 2) ** 2
+    ).save_pretrained(folder)
 
 
 @dataclass
@@ -137,7 +144,9 @@ class Demonstrations:
     end: Tensor
 
     @classmethod
-    def record(cls, task: PointInstructions, episodes: int, noise: float, seed: int) -> Demonstrations:
+    def record(
+        cls, task: PointInstructions, episodes: int, noise: float, seed: int
+    ) -> Demonstrations:
         """The task's expert from the seeds ``seed``, ``seed`` + 1, ..."""
         shown = [task.demonstrate(seed + e, noise) for e in range(episodes)]
         lengths = torch.tensor([len(d.actions) for d in shown])
@@ -153,7 +162,10 @@ class Demonstrations:
         """What is seen at the frames ``index`` [B], the actions that follow [B,CHUNK,2], and which lie past the end."""
         ahead = index[:, None] + torch.arange(CHUNK)
         last = self.end[index][:, None] - 1
-        observation = {STATE: self.state[index][:, None], CAMERA: self.picture[index][:, None] / 255}
+        observation = {
+            STATE: self.state[index][:, None],
+            CAMERA: self.picture[index][:, None] / 255,
+        }
         context = Context([self.asked[i] for i in index.tolist()], observation)
         return context, self.action[ahead.minimum(last)], ahead > last
 
@@ -167,7 +179,10 @@ def write_policy(folder: Path, data: Demonstrations, args: argparse.Namespace) -
     from lerobot.processor import TokenizerProcessorStep
 
     write_vlm(folder / "vlm", image=PIXELS, patch=args.patch, width=args.width, layers=args.layers)
-    picture, state = PolicyFeature(FeatureType.VISUAL, (3, PIXELS, PIXELS)), PolicyFeature(FeatureType.STATE, (2,))
+    picture, state = (
+        PolicyFeature(FeatureType.VISUAL, (3, PIXELS, PIXELS)),
+        PolicyFeature(FeatureType.STATE, (2,)),
+    )
     config = SmolVLAConfig(
         input_features={CAMERA: picture, STATE: state},
         output_features={"action": PolicyFeature(FeatureType.ACTION, (2,))},
@@ -211,10 +226,14 @@ def clone(policy: ChainPolicy, data: Demonstrations, args: argparse.Namespace) -
         event = model.event(actions)
         t = model.times(torch.rand(args.batch, generator=generator, dtype=torch.float64))
         noise = torch.randn(event.shape, generator=generator)
-        loss = policy.supervised_loss(model.encode(context), event, t, noise, model.event_mask(pad)).mean()
+        loss = policy.supervised_loss(
+            model.encode(context), event, t, noise, model.event_mask(pad)
+        ).mean()
         for group in optimizer.param_groups:
             group["lr"] = (
-                args.lr * min(1.0, (step + 1) / 50) * (0.01 + 0.99 * np.cos(np.pi / 2 * step / args.steps) ** 2)
+                args.lr
+                * min(1.0, (step + 1) / 50)
+                * (0.01 + 0.99 * np.cos(np.pi / 2 * step / args.steps) ** 2)
             )
         optimizer.zero_grad()
         loss.backward()
@@ -243,11 +262,18 @@ def say(text: str) -> None:
 
 def main() -> None:
     """Record, build, clone, save, examine."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write")
     add("--episodes", type=int, default=800, help="demonstrations")
-    add("--mistaken", type=float, default=0.45, help="share of them that go to another goal than they are asked for")
+    add(
+        "--mistaken",
+        type=float,
+        default=0.45,
+        help="share of them that go to another goal than they are asked for",
+    )
     add("--noise", type=float, default=0.3, help="std on their actions")
     add("--steps", type=int, default=500, help="optimiser steps")
     add("--batch", type=int, default=128, help="frames of a step")
@@ -264,7 +290,9 @@ def main() -> None:
         parser.error(f"{args.out} exists already: choose another folder, or delete it")
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    data = Demonstrations.record(PointInstructions(mistaken=args.mistaken), args.episodes, args.noise, SEEDS)
+    data = Demonstrations.record(
+        PointInstructions(mistaken=args.mistaken), args.episodes, args.noise, SEEDS
+    )
     say(f"{args.episodes} demonstrations, {len(data.state)} frames")
     with tempfile.TemporaryDirectory() as staged:
         write_policy(Path(staged), data, args)

@@ -55,7 +55,9 @@ def predicted(policy: ChainPolicy, x: torch.Tensor, k: int, context: Context) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--episodes", type=int, default=300)
     parser.add_argument("--seed", type=int, default=3_000_000)
@@ -71,16 +73,25 @@ def main() -> None:
     seen = Context.cat([d.context for d in play(trained, environments, seeds, one, keep=(0, 0))])
     context = seen[torch.linspace(0, len(seen) - 1, ROWS).long()]
     reference = visited(samplers(trained)["as trained"], context)
-    print(f"{args.run}: {args.episodes} episodes from seed {args.seed}; {ROWS} observations x {DRAWS} draws of noise")
+    print(
+        f"{args.run}: {args.episodes} episodes from seed {args.seed}; {ROWS} observations x {DRAWS} draws of noise"
+    )
     for name, policy in samplers(trained).items():
-        result = evaluate_control(policy, environments, episodes=args.episodes, seed=args.seed).metrics()
+        result = evaluate_control(
+            policy, environments, episodes=args.episodes, seed=args.seed
+        ).metrics()
         x = visited(policy, context)
         low, high = result["ci95/success_rate"]
         print(f"\n{name}: success {result['success_rate']:.3f} [{low:.3f}, {high:.3f}]")
-        print("  k    spread over noise / the training kernel's    |x0 now - x0 cloned| on own states")
+        print(
+            "  k    spread over noise / the training kernel's    |x0 now - x0 cloned| on own states"
+        )
         for k in range(policy.chain.K):
             spread = x[:, :, k].std(1).mean() / reference[:, :, k].std(1).mean()
-            now, then = (predicted(p, x[:, :, k], k, context) for p in (policy, replace(cloned, chain=policy.chain)))
+            now, then = (
+                predicted(p, x[:, :, k], k, context)
+                for p in (policy, replace(cloned, chain=policy.chain))
+            )
             moved = (now - then).pow(2).mean().sqrt()
             print(f"  {k}    {spread:8.3f}    {moved:8.3f}")
         last = x[:, :, -1]

@@ -28,7 +28,13 @@ from genpolicy.task import ControlTask
 REPORT = range(8_000_000, 8_001_000)
 """Reset seeds of every reported success rate: n = 1000, looked at by nothing else. (A list from 7,000,000 on was spent on
 earlier settings.)"""
-DEMONSTRATIONS = {"peg-insert-side-v3": 10, "assembly-v3": 5, "push-v3": 5, "hand-insert-v3": 5, "stick-pull-v3": 5}
+DEMONSTRATIONS = {
+    "peg-insert-side-v3": 10,
+    "assembly-v3": 5,
+    "push-v3": 5,
+    "hand-insert-v3": 5,
+    "stick-pull-v3": 5,
+}
 """How many noisy scripted demonstrations are cloned: ten, or five where ten leave too little to learn; tasks and numbers were
 chosen from cloning results alone (100 episodes from the runs' own evaluation starts, in docs/robots.md)."""
 DEMONSTRATED_FROM, NOISE = 10_000, 0.1
@@ -36,8 +42,12 @@ SLOTS = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["peg-insert-side-v3"], choices=list(DEMONSTRATIONS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", default=["peg-insert-side-v3"], choices=list(DEMONSTRATIONS)
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/metaworld"))
     args = parser.parse_args()
@@ -47,7 +57,13 @@ def main() -> None:
         section = {"name": "metaworld", "env": name}
         clone(section, DEMONSTRATIONS[name], folder)
         task = config.make("tasks", section)
-        tell(args.out, task=name, seed=None, stage="clone", **rates(task, folder / "bc", ["ode", "new sampler"]))
+        tell(
+            args.out,
+            task=name,
+            seed=None,
+            stage="clone",
+            **rates(task, folder / "bc", ["ode", "new sampler"]),
+        )
         for seed in args.seeds:
             spent = improve(section, folder, seed)
             samplers = ["mean", "ode", "stochastic"] if seed == args.seeds[0] else ["mean"]
@@ -69,7 +85,11 @@ def improve(section: dict[str, Any], folder: Path, seed: int) -> dict[str, float
     """A DPPO run from the clone; what it cost, its own evaluations aside."""
     out = folder / f"dppo-{seed}"
     if not (out.exists() and finished(out)):
-        start = [f"--policy.pretrained={folder / 'bc' / 'policy'}", f"--output={out}", f"--seed={seed}"]
+        start = [
+            f"--policy.pretrained={folder / 'bc' / 'policy'}",
+            f"--output={out}",
+            f"--seed={seed}",
+        ]
         began = time.process_time()
         train(config.load("metaworld_dppo", [f"--task.env={section['env']}", *start]))
         (out / "cpu_s.txt").write_text(f"{time.process_time() - began:.0f}\n")
@@ -88,7 +108,9 @@ def rates(task: ControlTask, folder: Path, samplers: list[str]) -> dict[str, Any
     for sampler in samplers:
         policy = with_sampler(folder, task, sampler)
         environments = task.environments(SLOTS, policy.model.history)
-        result = evaluate_control(policy, environments, episodes=len(REPORT), seed=REPORT.start).metrics()
+        result = evaluate_control(
+            policy, environments, episodes=len(REPORT), seed=REPORT.start
+        ).metrics()
         environments.close()
         found[sampler] = {"success": result["success_rate"], "ci95": result["ci95/success_rate"]}
     return found
@@ -105,7 +127,9 @@ def with_sampler(folder: Path, task: ControlTask, sampler: str) -> ChainPolicy:
     if sampler == "new sampler":
         chain = config.load("metaworld_dppo").chain
         return make_policy(own.load().model, deployed_sampler(chain, {}, control=True))
-    kernel = {"ode": {"name": "ddim", "eta": 0.0}, "stochastic": own.sampler.kernel.get("kernel")}[sampler]
+    kernel = {"ode": {"name": "ddim", "eta": 0.0}, "stochastic": own.sampler.kernel.get("kernel")}[
+        sampler
+    ]
     return saved(folder, kernel=kernel).load()
 
 

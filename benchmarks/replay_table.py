@@ -33,12 +33,16 @@ COLUMNS = (
 def policy(folder: Path, family: str, **settings: Any) -> ChainPolicy:
     """The family with a LoRA whose B is not 0, acting with DDIM eta 1."""
     lora = {"rank": 4, "alpha": 8.0}
-    model = DiffusersPipeline(str(folder), device="cpu", call=tiny.CALL[family], lora=lora, **settings)
+    model = DiffusersPipeline(
+        str(folder), device="cpu", call=tiny.CALL[family], lora=lora, **settings
+    )
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.trainable().items():
         if "lora_B" in name:
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    return ChainPolicy(model, Chain(model.schedule, model.grid(STEPS), DDIM(1.0)), tiny.GUIDANCE[family])
+    return ChainPolicy(
+        model, Chain(model.schedule, model.grid(STEPS), DDIM(1.0)), tiny.GUIDANCE[family]
+    )
 
 
 def sample(policy: ChainPolicy, **options: Any) -> Trajectory:

@@ -50,11 +50,17 @@ SECONDS_EACH = 30.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["peg-insert-side-v3"], choices=[*DEMONSTRATIONS, "all"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", default=["peg-insert-side-v3"], choices=[*DEMONSTRATIONS, "all"]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/rl100"))
-    parser.add_argument("--table", action="store_true", help="print the table of the results there are, and stop")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the results there are, and stop"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     tasks = list(DEMONSTRATIONS) if "all" in args.tasks else args.tasks
@@ -67,16 +73,27 @@ def main() -> None:
 
 def one(name: str, seed: int, out: Path) -> None:
     """A task's pipeline with one seed, and its policies on the report's starts."""
-    section, data, folder = {"name": "metaworld", "env": name}, out / name / "demonstrations", out / name / str(seed)
+    section, data, folder = (
+        {"name": "metaworld", "env": name},
+        out / name / "demonstrations",
+        out / name / str(seed),
+    )
     if not data.exists():
-        demonstrate(section, data, episodes=DEMONSTRATIONS[name], noise=NOISE, seed=DEMONSTRATED_FROM)
+        demonstrate(
+            section, data, episodes=DEMONSTRATIONS[name], noise=NOISE, seed=DEMONSTRATED_FROM
+        )
     if not (folder.exists() and finished(folder)):
         began = time.process_time()
         train(
             config.load(
                 "metaworld_rl100",
                 [
-                    *(f"--task.env={name}", f"--data.root={data}", f"--output={folder}", f"--seed={seed}"),
+                    *(
+                        f"--task.env={name}",
+                        f"--data.root={data}",
+                        f"--output={folder}",
+                        f"--seed={seed}",
+                    ),
                     *([f"--budget.env_steps={STEPS[name]}"] if name in STEPS else []),
                 ],
             )
@@ -116,7 +133,10 @@ def judged(
 def spent(folder: Path, stage: str) -> dict[str, Any]:
     """Environment steps and episodes up to the end of a stage; of the whole run its CPU seconds with its evaluations."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    end = next((row["iteration"] for row in rows[::-1] if f"{stage}/success_rate" in row), rows[-1]["iteration"])
+    end = next(
+        (row["iteration"] for row in rows[::-1] if f"{stage}/success_rate" in row),
+        rows[-1]["iteration"],
+    )
     steps = episodes = 0.0
     length = 1.0
     for row in rows:
@@ -126,7 +146,11 @@ def spent(folder: Path, stage: str) -> dict[str, Any]:
             )  # of the episodes by which candidates are checked: the last known
             episodes += (row["env_steps"] - steps) / length
             steps = row["env_steps"]
-    cpu = float((folder / "cpu_s.txt").read_text()) if stage == "online" and (folder / "cpu_s.txt").exists() else None
+    cpu = (
+        float((folder / "cpu_s.txt").read_text())
+        if stage == "online" and (folder / "cpu_s.txt").exists()
+        else None
+    )
     return {"env_steps": steps, "episodes": round(episodes), "cpu_s": cpu}
 
 
@@ -135,15 +159,24 @@ def table(out: Path) -> str:
     pooled: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for result in results(out):
         pooled[result["task"], result["stage"]].append(result)
-    lines = [f"{'task':20} {'stage':11} {'n':>5} {'success, 95 %':>22} {'by seed':>18} {'first ' + str(ROW):>14}"]
+    lines = [
+        f"{'task':20} {'stage':11} {'n':>5} {'success, 95 %':>22} {'by seed':>18} {'first ' + str(ROW):>14}"
+    ]
     lines[0] += f" {'env steps':>10} {'episodes':>9} {'robot min':>10} {'CPU min':>8}"
     for (task, stage), found in pooled.items():
         good = torch.cat([torch.arange(r["n"]).lt(r["successes"]).double() for r in found])
         low, high = interval(good)
         rate = f"{float(good.mean()):.4f} [{low:.3f}, {high:.3f}]"
-        seeds = " ".join(f"{r['successes'] / r['n']:.3f}" for r in sorted(found, key=lambda r: r["seed"]))
-        row = "/".join(str(ROW - sum(f < ROW for f in r["failed"])) for r in sorted(found, key=lambda r: r["seed"]))
-        steps, episodes = (sum(r[key] for r in found) / len(found) for key in ("env_steps", "episodes"))
+        seeds = " ".join(
+            f"{r['successes'] / r['n']:.3f}" for r in sorted(found, key=lambda r: r["seed"])
+        )
+        row = "/".join(
+            str(ROW - sum(f < ROW for f in r["failed"]))
+            for r in sorted(found, key=lambda r: r["seed"])
+        )
+        steps, episodes = (
+            sum(r[key] for r in found) / len(found) for key in ("env_steps", "episodes")
+        )
         cpu = [r["cpu_s"] / 60 for r in found if r["cpu_s"] is not None]
         lines.append(
             f"{task:20} {stage:11} {len(good):5} {rate:>22} {seeds:>18} {row:>14} {steps:10.0f} {episodes:9.0f}"

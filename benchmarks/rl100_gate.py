@@ -32,7 +32,9 @@ SLOTS = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["unprotected", "protected"])
     parser.add_argument("--runs", type=Path, default=Path("runs/rl100"))
     parser.add_argument("--tasks", nargs="+", default=["hammer-v3"])
@@ -53,7 +55,15 @@ def unprotected(name: str, folder: Path) -> dict[str, Any]:
     """The offline stage again with nothing that holds it back: every candidate's score and truth."""
     out = folder.parent / f"{folder.name}-unprotected"
     shutil.rmtree(out, ignore_errors=True)
-    offline = {"episodes": 200, "candidates": 20, "sweeps": 2, "kl": 0.0, "far": 1e9, "z": 0.0, "check": 0}
+    offline = {
+        "episodes": 200,
+        "candidates": 20,
+        "sweeps": 2,
+        "kl": 0.0,
+        "far": 1e9,
+        "z": 0.0,
+        "check": 0,
+    }
     train(
         config.load(
             folder / "config.yaml",
@@ -71,7 +81,10 @@ def unprotected(name: str, folder: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rounds, scores = told(rows)
     policies = [out / "stages" / f"candidate-{row['iteration']}" for row in rounds]
-    truth = [rate(name, path, TRUTH).mean().item() for path in [folder / "stages" / "imitation", *policies]]
+    truth = [
+        rate(name, path, TRUTH).mean().item()
+        for path in [folder / "stages" / "imitation", *policies]
+    ]
     return {
         "accepted": sum(row["gate/accepted"] for row in rounds),
         "candidates": len(rounds),
@@ -91,7 +104,9 @@ def protected(name: str, folder: Path) -> dict[str, Any]:
     rounds, scores = told(rows)
     stages = folder / "stages"
     seen = {"imitation": stages / "imitation"}
-    seen |= {f"candidate-{row['iteration']}": stages / f"candidate-{row['iteration']}" for row in rounds}
+    seen |= {
+        f"candidate-{row['iteration']}": stages / f"candidate-{row['iteration']}" for row in rounds
+    }
     chosen = {key: rate(name, path, CHOOSING).mean().item() for key, path in seen.items()}
     best = max(chosen, key=lambda key: chosen[key])
     accepted = [f"candidate-{row['iteration']}" for row in rounds if row["gate/accepted"]]
@@ -125,7 +140,9 @@ def told(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]
 def rate(name: str, path: Path, seeds: range) -> Tensor:
     """Success of a saved policy from each of the starts."""
     policy = saved(path).load()
-    environments = config.make("tasks", {"name": "metaworld", "env": name}).environments(SLOTS, policy.model.history)
+    environments = config.make("tasks", {"name": "metaworld", "env": name}).environments(
+        SLOTS, policy.model.history
+    )
     found = evaluate_control(policy, environments, episodes=len(seeds), seed=seeds.start)
     environments.close()
     return found.success

@@ -32,10 +32,14 @@ n 100), and longer cloning reaches further."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/rl100_pixels"))
-    parser.add_argument("--table", action="store_true", help="print the table of the results there are, and stop")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the results there are, and stop"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     if not args.table:
@@ -50,15 +54,27 @@ def one(seed: int, out: Path) -> None:
     clone, offline, control = (out / name / str(seed) for name in ("clone", "offline", "control"))
     section = config.load("metaworld_pixels_bc").task
     if not data.exists():
-        demonstrate({**section, "spread": SPREAD}, data, episodes=DEMONSTRATIONS, noise=NOISE, seed=DEMONSTRATED_FROM)
+        demonstrate(
+            {**section, "spread": SPREAD},
+            data,
+            episodes=DEMONSTRATIONS,
+            noise=NOISE,
+            seed=DEMONSTRATED_FROM,
+        )
     begun = f"--policy.pretrained={clone / 'policy'}"
     _run("metaworld_pixels_bc", clone, data, seed)
     _run("metaworld_rl100_pixels", offline, data, seed, begun)
     updates = config.load("metaworld_rl100_pixels").method["offline"]["recloning"]
     _run("metaworld_pixels_bc", control, data, seed, begun, f"--budget.iterations={updates // 100}")
-    stages = {name: (offline, f"stages/{name}", {}) for name in ("recloned", "best_of_16", "offline")}
+    stages = {
+        name: (offline, f"stages/{name}", {}) for name in ("recloned", "best_of_16", "offline")
+    }
     sampler = asdict(saved(offline / "stages/recloned").sampler)
-    policies = {"clone": (clone, "policy", sampler), "control": (control, "policy", sampler), **stages}
+    policies = {
+        "clone": (clone, "policy", sampler),
+        "control": (control, "policy", sampler),
+        **stages,
+    }
     done = {(r["seed"], r["stage"]) for r in results(out)}
     for stage, (folder, path, other) in policies.items():
         if (seed, stage) not in done:
@@ -68,7 +84,11 @@ def one(seed: int, out: Path) -> None:
 
 def _run(preset: str, output: Path, data: Path, seed: int, *changes: str) -> None:
     if not (output.exists() and finished(output)):
-        train(config.load(preset, [f"--data.root={data}", f"--output={output}", f"--seed={seed}", *changes]))
+        train(
+            config.load(
+                preset, [f"--data.root={data}", f"--output={output}", f"--seed={seed}", *changes]
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -39,13 +39,17 @@ class Blank:
     def __post_init__(self) -> None:
         self.shapes = {name: (size,) for name, size in self.sizes.items()}
         unit = {"min": -1.0, "max": 1.0, "mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
-        self.stats = {n: {k: torch.full((s,), v) for k, v in unit.items()} for n, s in self.sizes.items()}
+        self.stats = {
+            n: {k: torch.full((s,), v) for k, v in unit.items()} for n, s in self.sizes.items()
+        }
 
     def __len__(self) -> int:
         return 0
 
 
-def prepared(task: dict[str, Any], sizes: dict[str, int], policy: dict[str, Any], steps: int) -> tuple[Run, Any]:
+def prepared(
+    task: dict[str, Any], sizes: dict[str, int], policy: dict[str, Any], steps: int
+) -> tuple[Run, Any]:
     floor = {"name": "floorstd", "floor": 0.1, "kernel": {"name": "ddim", "eta": 1.0}}
     raw = {
         "policy": {"name": "mlp", **policy},
@@ -99,7 +103,9 @@ def where_time_goes(workers: int) -> None:
 
 def hopper() -> tuple[Run, Any, Rollout]:
     sizes = {"observation.state": 11, "action": 3}
-    run, method = prepared({"name": "gymnasium", "env": "Hopper-v5"}, sizes, {"hidden": 512, "blocks": 1}, 20)
+    run, method = prepared(
+        {"name": "gymnasium", "env": "Hopper-v5"}, sizes, {"hidden": 512, "blocks": 1}, 20
+    )
     return run, method, run.collect(EPISODES, 1)
 
 
@@ -131,7 +137,9 @@ def updates() -> None:
 
     x, after = chains.before(0)[rows], chains.after(0)[rows]
     t = run.policy.chain.grid[k]
-    alpha, sigma = (f(t).float()[:, None, None] for f in (model.schedule.alpha, model.schedule.sigma))
+    alpha, sigma = (
+        f(t).float()[:, None, None] for f in (model.schedule.alpha, model.schedule.sigma)
+    )
     adam = torch.optim.AdamW(network, lr=1e-4)
     value_adam = torch.optim.AdamW(value.parameters(), lr=1e-3)
     old = torch.zeros(PAIRS)
@@ -144,7 +152,9 @@ def updates() -> None:
         discount = torch.tensor([0.99 ** (20 - int(i) - 1) for i in k])
         weighed, ratio = advantage[rows] * discount, (log_prob - old).exp()
         bound = 0.01 * torch.expm1(3 * k / 19) / torch.expm1(torch.tensor(3.0))
-        policy_loss = torch.maximum(-weighed * ratio, -weighed * ratio.clamp(1 - bound, 1 + bound)).mean()
+        policy_loss = torch.maximum(
+            -weighed * ratio, -weighed * ratio.clamp(1 - bound, 1 + bound)
+        ).mean()
         loss = policy_loss + 0.5 * 0.5 * ((value(seen) - returns) ** 2).mean()
         adam.zero_grad()
         value_adam.zero_grad()
@@ -157,11 +167,16 @@ def updates() -> None:
         torch.autograd.grad(loss, network)
 
     weights = sum(p.numel() for p in network)
-    found = {name: milliseconds(work) for name, work in (("ours", ours), ("published", published), ("floor", floor))}
+    found = {
+        name: milliseconds(work)
+        for name, work in (("ours", ours), ("published", published), ("floor", floor))
+    }
     run.__exit__()
     print(f"  {weights / 1e3:.0f} thousand weights, one thread, fastest of {REPEATS}:")
     for name, spent in found.items():
-        print(f"  {name:<10} {spent:7.1f} ms   {spent / found['published']:5.2f} x the published arithmetic")
+        print(
+            f"  {name:<10} {spent:7.1f} ms   {spent / found['published']:5.2f} x the published arithmetic"
+        )
 
 
 def main() -> None:

@@ -26,7 +26,9 @@ from genpolicy.rewards.shapes_dense import shapes_dense
 from genpolicy.rewards.shapes_strict import shapes_strict
 from genpolicy.task import read_prompts
 
-REWARDS = WeightedRewards({"shapes_strict": (shapes_strict, 1.0), "shapes_dense": (shapes_dense, 0.0)})
+REWARDS = WeightedRewards(
+    {"shapes_strict": (shapes_strict, 1.0), "shapes_dense": (shapes_dense, 0.0)}
+)
 
 
 def load(source: str, guidance: float) -> ChainPolicy:
@@ -39,7 +41,9 @@ def load(source: str, guidance: float) -> ChainPolicy:
     from genpolicy.models.diffusers_pipeline import DiffusersPipeline
 
     model = DiffusersPipeline(str(path(source)), train="full", call={"max_sequence_length": 1})
-    return make_policy(model, ChainConfig(steps=8, kernel={"name": "ddim", "eta": 0.0}, guidance=guidance))
+    return make_policy(
+        model, ChainConfig(steps=8, kernel={"name": "ddim", "eta": 0.0}, guidance=guidance)
+    )
 
 
 def spread(images: torch.Tensor, captions: list[str]) -> float:
@@ -50,12 +54,16 @@ def spread(images: torch.Tensor, captions: list[str]) -> float:
     for text, objects, right in zip(captions, found, correct, strict=True):
         if right:
             sideways = world.parse(text).relation in ("left of", "right of")
-            places.setdefault(text, []).append(tuple(o.y if sideways else o.x for o in sorted(objects)))
+            places.setdefault(text, []).append(
+                tuple(o.y if sideways else o.x for o in sorted(objects))
+            )
     stds = [np.std(p, axis=0).mean() for p in places.values() if len(p) >= 3]
     return float(np.mean(stds)) if stds else float("nan")
 
 
-def measure(policy: ChainPolicy, captions: tuple[str, ...], per_caption: int, seed: int) -> dict[str, float]:
+def measure(
+    policy: ChainPolicy, captions: tuple[str, ...], per_caption: int, seed: int
+) -> dict[str, float]:
     """All the numbers of one line, from per_caption pictures of every caption."""
     before = policy.model.evaluations
     samples = per_caption * len(captions)
@@ -76,8 +84,12 @@ def measure(policy: ChainPolicy, captions: tuple[str, ...], per_caption: int, se
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("policies", nargs="*", default=["assets/shapes-sd3"], help="runs, or policy folders")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "policies", nargs="*", default=["assets/shapes-sd3"], help="runs, or policy folders"
+    )
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
     parser.add_argument("--captions", choices=("train", "held_out", "pictured"), default="held_out")
     parser.add_argument("--per-caption", type=int, default=8)

@@ -1,7 +1,8 @@
 """genpolicy: improve diffusion and flow policies by reinforcement learning.
 
 Importing this package loads nothing else: `genpolicy.load` and `genpolicy.train` are found when
-first used (PEP 562), so that the command line answers at once and `genpolicy.deploy.runtime` needs no torch.
+first used (PEP 562), so that the command line answers at once and `genpolicy.deploy.runtime` needs
+no torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,6 @@
-"""`python -m genpolicy` and `accelerate launch -m genpolicy`: the same door as the `genpolicy` command."""
+"""`python -m genpolicy` and `accelerate launch -m genpolicy`: the same door as the `genpolicy`
+command.
+"""
 
 import sys
 

@@ -11,7 +11,16 @@ from typing import Any
 
 from genpolicy import chain
 from genpolicy.chain import Chain
-from genpolicy.config import ChainConfig, ConfigError, Experiment, decode, leaf, make, nearest, settings
+from genpolicy.config import (
+    ChainConfig,
+    ConfigError,
+    Experiment,
+    decode,
+    leaf,
+    make,
+    nearest,
+    settings,
+)
 from genpolicy.foreign import foreign
 from genpolicy.judge import QJudge
 from genpolicy.merged import Merged
@@ -20,21 +29,25 @@ from genpolicy.reward import WeightedRewards
 from genpolicy.task import ControlTask, Dataset, read_prompts
 
 BASE = "base"
-"""In a saved policy's folder: the frozen network of the noisier part of its chain, if it has one."""
+"""In a saved policy's folder: the frozen network of the noisier part of its chain, if it has one.
+"""
 JUDGE = "judge"
-"""There too: the critic that picks for a best-of-N sampler, if it has one, whichever sampler is deployed."""
+"""There too: the critic that picks for a best-of-N sampler, if it has one, whichever sampler is
+deployed.
+"""
 SAMPLER = "genpolicy.json"
 """Beside a saved policy: how to load it again, and the sampler that it is deployed with."""
 
 
 def kernels() -> dict[str, Callable[..., Any]]:
-    """The kernels and solvers of genpolicy.chain by name: ddim, sde, cps, consistency, heun, dpmsolver, and the
-    wrappers.
+    """The kernels and solvers of genpolicy.chain by name: ddim, sde, cps, consistency, heun,
+    dpmsolver, and the wrappers.
     """
     return {
         attribute.lower(): entry
         for attribute, entry in vars(chain).items()
-        if isinstance(entry, type) and any(hasattr(entry, method) for method in ("coefficients", "integrate"))
+        if isinstance(entry, type)
+        and any(hasattr(entry, method) for method in ("coefficients", "integrate"))
     }
 
 
@@ -48,7 +61,10 @@ def make_kernel(raw: Mapping[str, Any]) -> Any:
     valid = kernels()
     if name not in valid:
         raise ConfigError(f"there is no kernel {name!r}{nearest(name, list(valid))}")
-    inner = {key: make_kernel(value) if key == "kernel" else value for key, value in settings(raw).items()}
+    inner = {
+        key: make_kernel(value) if key == "kernel" else value
+        for key, value in settings(raw).items()
+    }
     known = [f.name for f in dataclasses.fields(valid[name])]  # type: ignore[arg-type]
     for key in inner:
         if key not in known:
@@ -77,7 +93,9 @@ def make_rewards(raw: Mapping[str, Any]) -> Any:
 
 
 def load_rewards(rewards: WeightedRewards) -> None:
-    """Load the weights of those that have some now, so that what is missing is said before any work starts."""
+    """Load the weights of those that have some now, so that what is missing is said before any work
+    starts.
+    """
     for reward, _ in rewards.rewards.values():
         try:
             getattr(reward, "load", lambda: None)()
@@ -86,12 +104,16 @@ def load_rewards(rewards: WeightedRewards) -> None:
 
 
 def make_data(raw: Mapping[str, Any] | Sequence[Any] | None) -> Dataset | None:
-    """The data section: a data set, or a list of several that are learned from as one; a text in it is a LeRobotDataset's folder."""
+    """The data section: a data set, or a list of several that are learned from as one; a text in it
+    is a LeRobotDataset's folder.
+    """
     if raw is None:
         return None
     if isinstance(raw, Mapping):
         return make("datasets", raw)
-    sections = [{"name": "lerobot_dataset", "root": one} if isinstance(one, str) else one for one in raw]
+    sections = [
+        {"name": "lerobot_dataset", "root": one} if isinstance(one, str) else one for one in raw
+    ]
     if not sections:
         raise ConfigError("the data section is an empty list: name a folder, or leave it out")
     try:
@@ -100,13 +122,17 @@ def make_data(raw: Mapping[str, Any] | Sequence[Any] | None) -> Dataset | None:
         raise ConfigError(f"data: {error}") from None
 
 
-def control_model(section: Mapping[str, Any], task: ControlTask, data: Dataset | None) -> ControlModel:
-    """A model for a task of many decisions, given its shapes and statistics by the data set where it is new. Raises
-    `ConfigError` where model and task do not fit.
+def control_model(
+    section: Mapping[str, Any], task: ControlTask, data: Dataset | None
+) -> ControlModel:
+    """A model for a task of many decisions, given its shapes and statistics by the data set where
+    it is new. Raises `ConfigError` where model and task do not fit.
     """
     model = make("models", section)
     if not hasattr(model, "executed"):
-        raise ConfigError(f"model {section['name']} has no actions: it can't act in a task of environments")
+        raise ConfigError(
+            f"model {section['name']} has no actions: it can't act in a task of environments"
+        )
     if model.pretrained is None:
         if data is None:
             raise ConfigError(
@@ -118,14 +144,24 @@ def control_model(section: Mapping[str, Any], task: ControlTask, data: Dataset |
 
 
 def require_fit(model: ControlModel, task: ControlTask) -> None:
-    """Raise `ConfigError` where the task does not show what the model needs to see, or takes other actions."""
+    """Raise `ConfigError` where the task does not show what the model needs to see, or takes other
+    actions.
+    """
     for name, shape in model.shapes.items():
         seen = tuple(task.shapes[name]) if name in task.shapes else None
         if seen != tuple(shape):
-            has = ", ".join(f"{n} {tuple(s)}" for n, s in task.shapes.items()) if seen is None else f"shape {seen}"
-            raise ConfigError(f"the policy needs {name} of shape {tuple(shape)}; the task has {has}")
+            has = (
+                ", ".join(f"{n} {tuple(s)}" for n, s in task.shapes.items())
+                if seen is None
+                else f"shape {seen}"
+            )
+            raise ConfigError(
+                f"the policy needs {name} of shape {tuple(shape)}; the task has {has}"
+            )
     if model.action_dim != task.action_dim:
-        raise ConfigError(f"the policy gives actions of {model.action_dim} dims; the task takes {task.action_dim}")
+        raise ConfigError(
+            f"the policy gives actions of {model.action_dim} dims; the task takes {task.action_dim}"
+        )
 
 
 def require_trainable(chain: ChainConfig) -> None:
@@ -138,8 +174,8 @@ def require_trainable(chain: ChainConfig) -> None:
 
 
 def make_policy(model: Model, sampler: ChainConfig, judge: Judge | None = None) -> ChainPolicy:
-    """A model with a sampler; a sampler that does not fit the model's schedule, or one of several samples without the judge
-    that picks one, raises `ConfigError`.
+    """A model with a sampler; a sampler that does not fit the model's schedule, or one of several
+    samples without the judge that picks one, raises `ConfigError`.
     """
     if sampler.best_of > 1 and judge is None:
         raise ConfigError(
@@ -165,15 +201,22 @@ def make_policy(model: Model, sampler: ChainConfig, judge: Judge | None = None) 
     return policy
 
 
-def deployed_sampler(rollout: ChainConfig, overrides: Mapping[str, Any], control: bool = False) -> ChainConfig:
-    """The sampler that is evaluated and saved: the rollout's steps and guidance, unless overridden; pictures with the ODE,
-    which keeps their diversity, actions (``control``) with the mean of the kernel that they were trained with. The best of
-    several actions is picked from the kernel's own samples: its means are nearly the same for all noise.
+def deployed_sampler(
+    rollout: ChainConfig, overrides: Mapping[str, Any], control: bool = False
+) -> ChainConfig:
+    """The sampler that is evaluated and saved: the rollout's steps and guidance, unless overridden;
+    pictures with the ODE, which keeps their diversity, actions (``control``) with the mean of the
+    kernel that they were trained with. The best of several actions is picked from the kernel's own
+    samples: its means are nearly the same for all noise.
     """
     if control:
-        default = replace(rollout, kernel={"name": "mean", "kernel": rollout.kernel}, window_size=None)
+        default = replace(
+            rollout, kernel={"name": "mean", "kernel": rollout.kernel}, window_size=None
+        )
     else:
-        default = replace(rollout, kernel={"name": "ddim", "eta": 0.0}, window=None, window_size=None)
+        default = replace(
+            rollout, kernel={"name": "ddim", "eta": 0.0}, window=None, window_size=None
+        )
     sampler = decode(ChainConfig, {**dataclasses.asdict(default), **overrides}, "eval: sampler")
     if not control or sampler.best_of == 1 or "kernel" in overrides:
         return sampler
@@ -187,9 +230,12 @@ def without_last_noise(sampler: ChainConfig) -> ChainConfig:
     return replace(sampler, window=(low, max(min(high, sampler.steps - 1), low)))
 
 
-def save_policy(policy: ChainPolicy, experiment: Experiment, sampler: ChainConfig, folder: Path) -> None:
-    """Write the policy in its ecosystem's format with its sampler, and its judge if it has one, beside it; the folder is
-    replaced in one move. ``best_of`` is the policy's, whatever the sampler's.
+def save_policy(
+    policy: ChainPolicy, experiment: Experiment, sampler: ChainConfig, folder: Path
+) -> None:
+    """Write the policy in its ecosystem's format with its sampler, and its judge if it has one,
+    beside it; the folder is replaced in one move. ``best_of`` is the policy's, whatever the
+    sampler's.
     """
     staged = folder.with_name(folder.name + ".staged")
     shutil.rmtree(staged, ignore_errors=True)
@@ -219,10 +265,11 @@ def save_policy(policy: ChainPolicy, experiment: Experiment, sampler: ChainConfi
 
 @dataclass(frozen=True)
 class Saved:
-    """A policy on disk or on the hub: where, its policy section, its deployed sampler, and the run that made it.
+    """A policy on disk or on the hub: where, its policy section, its deployed sampler, and the run
+    that made it.
 
-    base: the folder of the frozen network of its chain's noisier part, and the noise time above which it acts. judge: the
-    folder of its critic.
+    base: the folder of the frozen network of its chain's noisier part, and the noise time above
+    which it acts. judge: the folder of its critic.
     """
 
     where: str
@@ -250,11 +297,11 @@ class Saved:
 
 
 def saved(path: str | Path, **overrides: Any) -> Saved:
-    """Find a policy: a run's folder (its policy/), a saved policy's folder, a shipped asset, a diffusers or LeRobot
-    folder, a hub id.
+    """Find a policy: a run's folder (its policy/), a saved policy's folder, a shipped asset, a
+    diffusers or LeRobot folder, a hub id.
 
-    overrides: keys of `ChainConfig` that replace the saved sampler's (steps, guidance, kernel, ...). What is no policy
-    of ours comes with the sampler that `foreign` says.
+    overrides: keys of `ChainConfig` that replace the saved sampler's (steps, guidance, kernel,
+    ...). What is no policy of ours comes with the sampler that `foreign` says.
     """
     folder = Path(settings({"path": str(path)})["path"])
     if not folder.is_dir() and (folder.is_absolute() or str(path).count("/") != 1):
@@ -274,7 +321,9 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
         description = json.loads((folder / SAMPLER).read_text())
         section, sampler = dict(description["policy"]), dict(description["chain"])
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{folder / SAMPLER} is damaged: it must hold the keys policy and chain") from None
+        raise ConfigError(
+            f"{folder / SAMPLER} is damaged: it must hold the keys policy and chain"
+        ) from None
     if section.get("train") == "lora":
         section["lora"] = {**(section.get("lora") or {}), "start": str(folder)}
     else:
@@ -288,13 +337,19 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
 def resampled(own: Mapping[str, Any], overrides: Mapping[str, Any]) -> ChainConfig:
     """A sampler with some keys replaced; a window that was the whole chain stays the whole chain."""
     merged = {**own, **overrides}
-    if "window" not in overrides and own.get("window") is not None and [*own["window"]] == [0, own.get("steps")]:
+    if (
+        "window" not in overrides
+        and own.get("window") is not None
+        and [*own["window"]] == [0, own.get("steps")]
+    ):
         merged["window"] = [0, merged["steps"]]
     return decode(ChainConfig, merged, "the sampler")
 
 
 def load(path: str | Path, **overrides: Any) -> ChainPolicy:
-    """Load a policy with its deployed sampler; see `saved` for what ``path`` and ``overrides`` may be."""
+    """Load a policy with its deployed sampler; see `saved` for what ``path`` and ``overrides`` may
+    be.
+    """
     return saved(path, **overrides).load()
 
 

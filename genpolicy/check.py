@@ -1,4 +1,6 @@
-"""`genpolicy check`: the laws that a reward or a method from outside must keep, tried on small inputs."""
+"""`genpolicy check`: the laws that a reward or a method from outside must keep, tried on small
+inputs.
+"""
 
 import contextlib
 import dataclasses
@@ -30,8 +32,9 @@ PROMPTS = (
 )
 SIZE = 64
 ALONE = 1e-4
-"""A row scored alone may differ so much from the same row in a batch, relative to the largest score: fp32 networks
-do."""
+"""A row scored alone may differ so much from the same row in a batch, relative to the largest
+score: fp32 networks do.
+"""
 KINDS = {
     "method": ("train",),
     "kernel": ("coefficients",),
@@ -46,36 +49,47 @@ Verdict = tuple[str, bool | None, str]
 
 
 def check(name: str) -> int:
-    """Print a verdict a law; return 0 if all hold, 1 if one does not. Raises `ConfigError` for what can't be
-    checked.
+    """Print a verdict a law; return 0 if all hold, 1 if one does not. Raises `ConfigError` for what
+    can't be checked.
     """
     dotted = _dotted(name)
     entry = config.leaf("leafs", dotted)
     kind = _kind(entry)
-    laws: dict[str, Callable[[str], Iterator[Verdict]]] = {"reward": _reward_laws, "method": _method_laws}
+    laws: dict[str, Callable[[str], Iterator[Verdict]]] = {
+        "reward": _reward_laws,
+        "method": _method_laws,
+    }
     if kind not in laws:
         raise ConfigError(f"{dotted} is a {kind}; check knows the laws of rewards and methods")
     print(f"{dotted} is a {kind}")
     kept = True
     for law, holds, seen in laws[kind](dotted):
-        print(f"  {'--  ' if holds is None else 'ok  ' if holds else 'FAIL'}  {law}{': ' if seen else ''}{seen}")
+        print(
+            f"  {'--  ' if holds is None else 'ok  ' if holds else 'FAIL'}  {law}{': ' if seen else ''}{seen}"
+        )
         kept = kept and holds is not False
     print(f"{dotted} {'keeps every law' if kept else 'breaks a law'}")
     return 0 if kept else 1
 
 
 def _dotted(name: str) -> str:
-    """mypkg.mod to mypkg.mod:entry: the entry that is named like the file, or else the only public one."""
+    """mypkg.mod to mypkg.mod:entry: the entry that is named like the file, or else the only public
+    one.
+    """
     if ":" in name:
         return name
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"{name} can't be imported: {error}; give a module, mypkg.mod or mypkg.mod:entry") from None
+        raise ConfigError(
+            f"{name} can't be imported: {error}; give a module, mypkg.mod or mypkg.mod:entry"
+        ) from None
     own = [
         attribute
         for attribute, value in vars(module).items()
-        if callable(value) and not attribute.startswith("_") and getattr(value, "__module__", None) == module.__name__
+        if callable(value)
+        and not attribute.startswith("_")
+        and getattr(value, "__module__", None) == module.__name__
     ]
     plain = name.rpartition(".")[2].replace("_", "")
     chosen = [attribute for attribute in own if attribute.lower().replace("_", "") == plain] or own
@@ -102,7 +116,8 @@ def _kind(entry: Any) -> str:
     )
 
 
-# -- rewards --------------------------------------------------------------------------------------------------
+# -- rewards
+# --------------------------------------------------------------------------------------------------
 
 
 def _pictures() -> Tensor:
@@ -121,19 +136,35 @@ def _reward_laws(dotted: str) -> Iterator[Verdict]:
     pictures, context = _pictures(), Context(PROMPTS)
 
     def score(pictures: Tensor, context: Context) -> Tensor:
-        return torch.as_tensor(rewards.rewards[dotted][0](pictures, context)).detach().double().cpu()
+        return (
+            torch.as_tensor(rewards.rewards[dotted][0](pictures, context)).detach().double().cpu()
+        )
 
     kept = pictures.clone()
     together = score(pictures, context)
     shape = tuple(together.shape)
-    yield "one number for every output", shape == (len(context),), f"shape {shape} for {len(context)} outputs"
+    yield (
+        "one number for every output",
+        shape == (len(context),),
+        f"shape {shape} for {len(context)} outputs",
+    )
     if shape != (len(context),):
         return
-    yield "finite", bool(together.isfinite().all()), ", ".join(f"{value:.4g}" for value in together.tolist())
+    yield (
+        "finite",
+        bool(together.isfinite().all()),
+        ", ".join(f"{value:.4g}" for value in together.tolist()),
+    )
     yield "leaves the outputs as they are", torch.equal(pictures, kept), ""
     again = score(pictures, context)
-    yield "the same outputs get the same reward", torch.equal(together, again), _gap(together, again)
-    alone = torch.cat([score(pictures[i : i + 1], context[i : i + 1]).reshape(-1) for i in range(len(context))])
+    yield (
+        "the same outputs get the same reward",
+        torch.equal(together, again),
+        _gap(together, again),
+    )
+    alone = torch.cat(
+        [score(pictures[i : i + 1], context[i : i + 1]).reshape(-1) for i in range(len(context))]
+    )
     close = alone.shape == together.shape and _relative(together, alone) <= ALONE
     yield "a row's reward does not depend on the others in its batch", close, _gap(together, alone)
 
@@ -143,10 +174,15 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def _gap(a: Tensor, b: Tensor) -> str:
-    return f"largest difference {float((a - b).abs().max()):.2g}" if a.shape == b.shape else f"shape {tuple(b.shape)}"
+    return (
+        f"largest difference {float((a - b).abs().max()):.2g}"
+        if a.shape == b.shape
+        else f"shape {tuple(b.shape)}"
+    )
 
 
-# -- methods --------------------------------------------------------------------------------------------------
+# -- methods
+# --------------------------------------------------------------------------------------------------
 
 
 def constant(outputs: Tensor, context: Context) -> Tensor:
@@ -160,18 +196,34 @@ def brightness(outputs: Tensor, context: Context) -> Tensor:
 
 
 def _method_laws(dotted: str) -> Iterator[Verdict]:
-    """One iteration on the toy, in one update: with a reward that teaches something, and with one that does not."""
+    """One iteration on the toy, in one update: with a reward that teaches something, and with one
+    that does not.
+    """
     fields = {field.name for field in dataclasses.fields(config.leaf("methods", dotted))}
     small = {"groups": 4, "group": 4, "episodes": 16, "updates": 1, "epochs": 1, "warm_up": 0}
     section = {"name": dotted, **{name: value for name, value in small.items() if name in fields}}
     with tempfile.TemporaryDirectory() as folder:
         learned = _iterate(section, "genpolicy.check:brightness", Path(folder) / "learned")
         still = _iterate(section, "genpolicy.check:constant", Path(folder) / "still")
-    yield "trains on the toy", "grad_norm" in learned, f"{learned.get('nfe_per_sample', 0):.1f} evaluations a sample"
+    yield (
+        "trains on the toy",
+        "grad_norm" in learned,
+        f"{learned.get('nfe_per_sample', 0):.1f} evaluations a sample",
+    )
     norms = learned.get("grad_norm"), still.get("grad_norm")
-    yield "an advantage moves the policy", None if norms[0] is None else norms[0] > 0, f"gradient norm {norms[0]}"
-    idle = None if "critic/loss" in still else norms[1]  # a value finds advantages in equal rewards too
-    yield "no advantage, no gradient", None if idle is None else idle < 1e-7, f"gradient norm {norms[1]}"
+    yield (
+        "an advantage moves the policy",
+        None if norms[0] is None else norms[0] > 0,
+        f"gradient norm {norms[0]}",
+    )
+    idle = (
+        None if "critic/loss" in still else norms[1]
+    )  # a value finds advantages in equal rewards too
+    yield (
+        "no advantage, no gradient",
+        None if idle is None else idle < 1e-7,
+        f"gradient norm {norms[1]}",
+    )
     ratio = learned.get("policy/ratio_mean")
     seen = "it logs no policy/ratio_mean" if ratio is None else f"mean {ratio:.7f}"
     yield "the ratio is 1 on the first pass", None if ratio is None else abs(ratio - 1) < 1e-5, seen
@@ -196,6 +248,8 @@ def _iterate(section: dict[str, Any], reward: str, folder: Path) -> dict[str, An
             "output": str(folder),
         }
     )
-    with contextlib.redirect_stderr(io.StringIO()):  # the progress bar of a run that nobody asked for
+    with contextlib.redirect_stderr(
+        io.StringIO()
+    ):  # the progress bar of a run that nobody asked for
         train(experiment)
     return next(m for m in report.read(folder) if "grad_norm" in m or "nfe_per_sample" in m)

@@ -37,11 +37,17 @@ def write(folder: Path, iteration: int, state: Any, keep: int = 2) -> None:
 def iterations(folder: Path) -> list[int]:
     """Those that a run's folder has a checkpoint of, in order."""
     root = folder / "checkpoints"
-    return sorted(int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit()) if root.is_dir() else []
+    return (
+        sorted(int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit())
+        if root.is_dir()
+        else []
+    )
 
 
 def latest(folder: Path) -> Any | None:
-    """The newest checkpoint's state on the CPU, or None; a damaged one raises one sentence that says what to do."""
+    """The newest checkpoint's state on the CPU, or None; a damaged one raises one sentence that
+    says what to do.
+    """
     there = iterations(folder)
     if not there:
         return None
@@ -50,7 +56,9 @@ def latest(folder: Path) -> Any | None:
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception:
         older = f" to resume from iteration {there[-2]}" if len(there) > 1 else " to start again"
-        raise ConfigError(f"checkpoint {path} is damaged (cut short or not ours): delete that folder{older}") from None
+        raise ConfigError(
+            f"checkpoint {path} is damaged (cut short or not ours): delete that folder{older}"
+        ) from None
 
 
 @contextmanager
@@ -61,5 +69,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"folder {folder} is in use by another run: choose another output") from None
+            raise ConfigError(
+                f"folder {folder} is in use by another run: choose another output"
+            ) from None
         yield

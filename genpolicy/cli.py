@@ -1,4 +1,6 @@
-"""The door: `genpolicy VERB`. Every verb imports what it needs only when it runs, so that --help answers at once."""
+"""The door: `genpolicy VERB`. Every verb imports what it needs only when it runs, so that --help
+answers at once.
+"""
 
 import argparse
 import ast
@@ -22,13 +24,16 @@ WORLDS = ("both", "pictures", "robot")
 FRAMES_PER_SECOND = 8
 OF_PICTURES = ("prompts", "samples", "reward", "guidance")
 OF_ACTIONS = ("episodes", "environments", "gifs", "samplers", "task")
-"""Options of evaluate that only mean something for policies that draw, and for policies that act."""
+"""Options of evaluate that only mean something for policies that draw, and for policies that act.
+"""
 NOISE = 0.1
 """On what an expert does, unless it is asked for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code: 0, 1 for a law that fails, 2 for bad input, 130 when interrupted."""
+    """Run one verb and return its exit code: 0, 1 for a law that fails, 2 for bad input, 130 when
+    interrupted.
+    """
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # a dotted leaf, mypkg.mod:fn, may lie beside the user's YAML
     try:
@@ -36,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, extra = parser.parse_known_args(argv)
         foreign = [word for word in extra if not word.startswith(args.keys)]
         if foreign:
-            parser.error(f"{args.verb} does not take {foreign[0]!r}; genpolicy {args.verb} --help shows what it does")
+            parser.error(
+                f"{args.verb} does not take {foreign[0]!r}; genpolicy {args.verb} --help shows what it does"
+            )
         args.overrides = extra
         return args.run(args)
     except SystemExit as end:
@@ -80,7 +87,11 @@ class _Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             from genpolicy.config import choice
 
-            choice(action.metavar if isinstance(action.metavar, str) else action.dest, value, list(action.choices))
+            choice(
+                action.metavar if isinstance(action.metavar, str) else action.dest,
+                value,
+                list(action.choices),
+            )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,16 +105,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"genpolicy {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def verb(name: str, run: Callable[[Any], int], text: str, keys: str | tuple[str, ...] = ()) -> Any:
+    def verb(
+        name: str, run: Callable[[Any], int], text: str, keys: str | tuple[str, ...] = ()
+    ) -> Any:
         made = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-        made.set_defaults(run=run, keys=keys)  # keys: how what it takes beside its options must begin
+        made.set_defaults(
+            run=run, keys=keys
+        )  # keys: how what it takes beside its options must begin
         return made
 
     policy = "a run's folder, its policy/ or policy_best/, a diffusers or LeRobot folder or hub id"
     overrides = "any key of the experiment, for example --optimizer.lr=1e-5"
 
-    one = verb("quickstart", _quickstart, "Train the embedded models with reinforcement and show what changed.")
-    one.add_argument("--out", default="runs/quickstart", help="folder to write (default: %(default)s)")
+    one = verb(
+        "quickstart",
+        _quickstart,
+        "Train the embedded models with reinforcement and show what changed.",
+    )
+    one.add_argument(
+        "--out", default="runs/quickstart", help="folder to write (default: %(default)s)"
+    )
     one.add_argument("--seed", type=int, default=0, help="of the runs (default: %(default)s)")
     one.add_argument(
         "--world",
@@ -113,11 +134,15 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(WORLDS)} (default: both)",
     )
 
-    one = verb("train", _train, "Run an experiment, or resume one from its run's config.yaml.", keys="")
+    one = verb(
+        "train", _train, "Run an experiment, or resume one from its run's config.yaml.", keys=""
+    )
     one.usage = "genpolicy train CONFIG [--section.key=value ...] [--plan]"
     one.add_argument("config", help="a YAML, or the name of a shipped one (genpolicy list configs)")
     one.add_argument(
-        "--plan", action="store_true", help="only measure one iteration: cost, time, memory; writes nothing"
+        "--plan",
+        action="store_true",
+        help="only measure one iteration: cost, time, memory; writes nothing",
     )
     one.add_argument("--section.key=value", action="store_true", dest="overrides", help=overrides)
 
@@ -125,20 +150,45 @@ def _parser() -> argparse.ArgumentParser:
     one = verb("evaluate", _evaluate, text, keys="--task.")
     one.usage = "genpolicy evaluate POLICY [options] [--task.key=value ...]"
     one.add_argument("policy", help=policy)
-    one.add_argument("--seed", type=int, help="of the noise and of the first start (default: the run's evaluation)")
-    one.add_argument("--out", metavar="DIR", help="folder of eval.json (default: the policy's, else the current one)")
+    one.add_argument(
+        "--seed",
+        type=int,
+        help="of the noise and of the first start (default: the run's evaluation)",
+    )
+    one.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder of eval.json (default: the policy's, else the current one)",
+    )
     _sampler_options(one)
     drawn = one.add_argument_group("of policies that draw")
-    drawn.add_argument("--prompts", metavar="FILE", help="one prompt a line (default: the run's evaluation prompts)")
-    drawn.add_argument("--samples", type=int, metavar="N", help="samples in all (default: the run's)")
-    drawn.add_argument("--reward", nargs="+", metavar="NAME", help="rewards to measure (default: the run's)")
-    acted = one.add_argument_group("of policies that act")
-    acted.add_argument("--task", metavar="NAME|YAML", help="a task, or a YAML with one (default: the run's)")
-    acted.add_argument(
-        "--task.key=value", action="store_true", dest="overrides", help="its settings, as --task.env=assembly-v3"
+    drawn.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="one prompt a line (default: the run's evaluation prompts)",
     )
-    acted.add_argument("--episodes", type=int, metavar="N", help="episodes to play (default: the run's)")
-    acted.add_argument("--environments", type=int, metavar="N", help="of them side by side (default: the run's)")
+    drawn.add_argument(
+        "--samples", type=int, metavar="N", help="samples in all (default: the run's)"
+    )
+    drawn.add_argument(
+        "--reward", nargs="+", metavar="NAME", help="rewards to measure (default: the run's)"
+    )
+    acted = one.add_argument_group("of policies that act")
+    acted.add_argument(
+        "--task", metavar="NAME|YAML", help="a task, or a YAML with one (default: the run's)"
+    )
+    acted.add_argument(
+        "--task.key=value",
+        action="store_true",
+        dest="overrides",
+        help="its settings, as --task.env=assembly-v3",
+    )
+    acted.add_argument(
+        "--episodes", type=int, metavar="N", help="episodes to play (default: the run's)"
+    )
+    acted.add_argument(
+        "--environments", type=int, metavar="N", help="of them side by side (default: the run's)"
+    )
     acted.add_argument(
         "--samplers",
         nargs="+",
@@ -146,34 +196,61 @@ def _parser() -> argparse.ArgumentParser:
         help="others to compare it with: ode, mean, stochastic, last_mean, best_of_16 (of so many samples the one that the"
         " policy's critic picks), native, or a key of the sampler (steps=1)",
     )
-    acted.add_argument("--gifs", type=int, metavar="N", help="GIFs of so many successes and failures (default: 2)")
+    acted.add_argument(
+        "--gifs", type=int, metavar="N", help="GIFs of so many successes and failures (default: 2)"
+    )
 
     text = "Record an expert's or a policy's episodes of a task as a data set."
     one = verb("demonstrate", _demonstrate, text, keys="--task.")
     one.usage = "genpolicy demonstrate TASK [--out DIR] [options] [--task.key=value ...]"
-    one.add_argument("task", metavar="NAME|YAML", help="a task, or a YAML with one, as of an experiment")
+    one.add_argument(
+        "task", metavar="NAME|YAML", help="a task, or a YAML with one, as of an experiment"
+    )
     one.add_argument("--task.key=value", action="store_true", dest="overrides", help="its settings")
-    one.add_argument("--out", metavar="DIR", help="folder to write (default: where the YAML's data section looks)")
-    one.add_argument("--episodes", type=int, default=10, metavar="N", help="to record (default: %(default)s)")
+    one.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder to write (default: where the YAML's data section looks)",
+    )
+    one.add_argument(
+        "--episodes", type=int, default=10, metavar="N", help="to record (default: %(default)s)"
+    )
     one.add_argument("--noise", type=float, help=f"std, on the expert's actions (default: {NOISE})")
-    one.add_argument("--seed", type=int, default=10_000, help="of the first start (default: %(default)s)")
+    one.add_argument(
+        "--seed", type=int, default=10_000, help="of the first start (default: %(default)s)"
+    )
     one.add_argument("--by", metavar="POLICY", help="who acts (default: the task's expert)")
 
     text = "Train several experiments from one start, at equal budget, over several seeds."
     one = verb("compare", _compare, text, keys="")
-    one.usage = "genpolicy compare CONFIG CONFIG ... --out DIR [--seeds S] [--section.key=value ...]"
+    one.usage = (
+        "genpolicy compare CONFIG CONFIG ... --out DIR [--seeds S] [--section.key=value ...]"
+    )
     one.add_argument("configs", nargs="+", metavar="CONFIG", help="YAMLs, or names of shipped ones")
     one.add_argument("--seeds", default="0-2", help="such as 0-2 or 0,3,7 (default: %(default)s)")
-    one.add_argument("--out", required=True, metavar="DIR", help="folder of the runs, the table and the figure")
-    one.add_argument("--section.key=value", action="store_true", dest="overrides", help=f"{overrides}; for all")
+    one.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of the runs, the table and the figure"
+    )
+    one.add_argument(
+        "--section.key=value", action="store_true", dest="overrides", help=f"{overrides}; for all"
+    )
 
     one = verb(
-        "sample", _sample, "Draw with a policy's deployed sampler: a PNG (videos: a GIF) per sample, and a grid."
+        "sample",
+        _sample,
+        "Draw with a policy's deployed sampler: a PNG (videos: a GIF) per sample, and a grid.",
     )
     one.add_argument("policy", help=policy)
-    one.add_argument("--prompts", required=True, metavar="TEXT|FILE", help="one prompt, or a file with one a line")
+    one.add_argument(
+        "--prompts",
+        required=True,
+        metavar="TEXT|FILE",
+        help="one prompt, or a file with one a line",
+    )
     one.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    one.add_argument("--n", type=int, default=1, help="samples of each prompt (default: %(default)s)")
+    one.add_argument(
+        "--n", type=int, default=1, help="samples of each prompt (default: %(default)s)"
+    )
     one.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     _sampler_options(one)
 
@@ -186,12 +263,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sampler_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the deployed sampler's)")
     parser.add_argument(
-        "--guidance", type=float, help="classifier-free scale, 1 is none (default: the deployed sampler's)"
+        "--steps", type=int, help="denoising steps (default: the deployed sampler's)"
     )
     parser.add_argument(
-        "--sampler", nargs="+", metavar="K=V", default=[], help="its other keys, such as kernel.name=heun"
+        "--guidance",
+        type=float,
+        help="classifier-free scale, 1 is none (default: the deployed sampler's)",
+    )
+    parser.add_argument(
+        "--sampler",
+        nargs="+",
+        metavar="K=V",
+        default=[],
+        help="its other keys, such as kernel.name=heun",
     )
 
 
@@ -199,13 +284,16 @@ def _sampler(args: Any) -> dict[str, Any]:
     """The sampler's keys that the command line replaces."""
     from genpolicy.config import override
 
-    asked: dict[str, Any] = {k: getattr(args, k) for k in ("steps", "guidance") if getattr(args, k) is not None}
+    asked: dict[str, Any] = {
+        k: getattr(args, k) for k in ("steps", "guidance") if getattr(args, k) is not None
+    }
     for text in args.sampler:
         override(asked, f"--{text}")
     return asked
 
 
-# -- verbs --------------------------------------------------------------------------------------------------------------
+# -- verbs
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _train(args: Any) -> int:
@@ -228,8 +316,12 @@ def _train(args: Any) -> int:
 
 def _rewards(before: dict[str, Any], after: dict[str, Any]) -> str:
     judged = ("success_rate", "return")
-    names = [name for name in after if (name.startswith("reward/") or name in judged) and name in before]
-    return ", ".join(f"{name.removeprefix('reward/')} {before[name]:.3f} -> {after[name]:.3f}" for name in names)
+    names = [
+        name for name in after if (name.startswith("reward/") or name in judged) and name in before
+    ]
+    return ", ".join(
+        f"{name.removeprefix('reward/')} {before[name]:.3f} -> {after[name]:.3f}" for name in names
+    )
 
 
 def _print_plan(experiment: "Experiment", cost: "Rehearsal") -> None:
@@ -238,7 +330,9 @@ def _print_plan(experiment: "Experiment", cost: "Rehearsal") -> None:
     print(to_yaml(experiment))
     for stage in cost.stages:
         name = f" of {stage.stage}" if len(cost.stages) > 1 else ""
-        print(f"one real iteration{name}: {stage.did}, {stage.evaluations_per_sample:.1f} network evaluations each")
+        print(
+            f"one real iteration{name}: {stage.did}, {stage.evaluations_per_sample:.1f} network evaluations each"
+        )
         print(f"{'phase':>14} {'seconds':>9} {'peak GB':>8}")
         for phase, (seconds, gigabytes) in stage.phases.items():
             print(f"{phase:>14} {seconds:9.2f} {gigabytes:8.2f}")
@@ -250,7 +344,13 @@ def _print_plan(experiment: "Experiment", cost: "Rehearsal") -> None:
 
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
-    return f"{seconds:.1f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return (
+        f"{seconds:.1f} s"
+        if minutes < 2
+        else f"{minutes:.0f} min"
+        if minutes < 120
+        else f"{minutes / 60:.1f} h"
+    )
 
 
 def _evaluate(args: Any) -> int:
@@ -272,7 +372,11 @@ def _evaluate(args: Any) -> int:
     found: dict[str, Any] = {
         "policy": saved.where,
         **{name: value for name, value in metrics.items() if name.startswith("reward/")},
-        "ci95": {name.removeprefix("ci95/"): value for name, value in metrics.items() if name.startswith("ci95/")},
+        "ci95": {
+            name.removeprefix("ci95/"): value
+            for name, value in metrics.items()
+            if name.startswith("ci95/")
+        },
         "diversity": metrics["diversity"],
         "n": measured.samples,
         "prompts": source,
@@ -310,14 +414,20 @@ def _try(args: Any, saved: "Saved") -> int:
     from genpolicy import config
     from genpolicy.trial import Plan, trial
 
-    _refuse(args, OF_PICTURES, f"{args.policy} acts: judge it with --task, --episodes, --environments, --samplers")
+    _refuse(
+        args,
+        OF_PICTURES,
+        f"{args.policy} acts: judge it with --task, --episodes, --environments, --samplers",
+    )
     run = config.load(saved.run / "config.yaml") if saved.run is not None else None
     defaults, side_by_side = config.EvalConfig(), config.Experiment.environments
     if run is not None:
         defaults, side_by_side = run.eval, run.environments
         if run.threads is not None:
             torch.set_num_threads(run.threads)
-    task = _task(args, run.task if run is not None else {}, f"{args.policy} comes from no run of ours")
+    task = _task(
+        args, run.task if run is not None else {}, f"{args.policy} comes from no run of ours"
+    )
     plan = Plan(
         episodes=defaults.episodes if args.episodes is None else args.episodes,
         seed=defaults.seed if args.seed is None else args.seed,
@@ -329,14 +439,18 @@ def _try(args: Any, saved: "Saved") -> int:
 
 
 def _task(args: Any, default: dict[str, Any], why: str) -> dict[str, Any]:
-    """The task section that is asked for by name or in a YAML, or else the default one, with --task.key=value."""
+    """The task section that is asked for by name or in a YAML, or else the default one, with
+    --task.key=value.
+    """
     from genpolicy import config
 
     raw = {"task": _named(args.task)["task"] if args.task is not None else dict(default)}
     for text in args.overrides:
         config.override(raw, text)
     if not raw["task"]:
-        raise config.ConfigError(f"{why}: name its --task, for example --task metaworld --task.env=assembly-v3")
+        raise config.ConfigError(
+            f"{why}: name its --task, for example --task metaworld --task.env=assembly-v3"
+        )
     return raw["task"]
 
 
@@ -348,7 +462,9 @@ def _named(name: str) -> dict[str, Any]:
     if ":" in name or name in tasks:
         return {"task": {"name": name}}
     if Path(name).suffix not in resources.SUFFIXES and name not in resources.configs():
-        raise config.ConfigError(f"there is no task {name!r}{config.nearest(name, tasks)}; or give a YAML with one")
+        raise config.ConfigError(
+            f"there is no task {name!r}{config.nearest(name, tasks)}; or give a YAML with one"
+        )
     raw = config.read_yaml(name)
     if "task" not in raw:
         raise config.ConfigError(f"{name} has no task section")
@@ -364,14 +480,20 @@ def _demonstrate(args: Any) -> int:
     if out is None:
         raise ConfigError(f"{args.task} does not say where its data set is: give --out DIR")
     noise = args.noise if args.noise is not None else 0.0 if args.by is not None else NOISE
-    done = demonstrate(task, Path(out), episodes=args.episodes, noise=noise, seed=args.seed, policy=args.by)
+    done = demonstrate(
+        task, Path(out), episodes=args.episodes, noise=noise, seed=args.seed, policy=args.by
+    )
     kept = f"{done.episodes} episodes of {done.tried} tried, {done.successes} of them successful"
     print(f"{out}: {kept}, {done.frames} frames")
     return 0
 
 
-def _evaluation_set(args: Any, saved: "Saved") -> tuple[dict[str, Any], tuple[str, ...], str, int, int]:
-    """The rewards, the prompts and where they come from, the samples and the seed: the run's, or what was asked for."""
+def _evaluation_set(
+    args: Any, saved: "Saved"
+) -> tuple[dict[str, Any], tuple[str, ...], str, int, int]:
+    """The rewards, the prompts and where they come from, the samples and the seed: the run's, or
+    what was asked for.
+    """
     from genpolicy import build, config
     from genpolicy.experiment import evaluation_prompts
 
@@ -386,7 +508,9 @@ def _evaluation_set(args: Any, saved: "Saved") -> tuple[dict[str, Any], tuple[st
         prompts = prompts or evaluation_prompts(experiment, config.make("tasks", experiment.task))
         source = source or defaults.prompts or str(experiment.task.get("prompts"))
     if source is None or not rewards:
-        raise config.ConfigError(f"{args.policy} comes from no run of ours: name its --prompts FILE and --reward NAME")
+        raise config.ConfigError(
+            f"{args.policy} comes from no run of ours: name its --prompts FILE and --reward NAME"
+        )
     seed = defaults.seed if args.seed is None else args.seed
     return rewards, prompts, source, args.samples or defaults.samples, seed
 
@@ -399,8 +523,14 @@ def _sample(args: Any) -> int:
         raise config.ConfigError(f"--n is {args.n}; it must be at least 1")
     saved = build.saved(args.policy, **_sampler(args))
     if saved.acts:
-        raise config.ConfigError(f"{args.policy} acts, it does not draw: genpolicy evaluate plays and films it")
-    is_file = Path(args.prompts).suffix == ".txt" or Path(args.prompts).is_file() or args.prompts.startswith("assets/")
+        raise config.ConfigError(
+            f"{args.policy} acts, it does not draw: genpolicy evaluate plays and films it"
+        )
+    is_file = (
+        Path(args.prompts).suffix == ".txt"
+        or Path(args.prompts).is_file()
+        or args.prompts.startswith("assets/")
+    )
     prompts = build.prompt_lines(args.prompts) if is_file else (args.prompts,)
     if not all(prompt.strip() for prompt in prompts):
         raise config.ConfigError("--prompts is empty: give a prompt, or a file with one a line")
@@ -412,7 +542,9 @@ def _sample(args: Any) -> int:
         _write_sample(output, out / f"{row // args.n:03d}_{row % args.n:02d}")
     report.grid(outputs, asked, out / "grid.png", columns=args.n if args.n > 1 else 8)
     count = f"{len(outputs)} sample{'s' * (len(outputs) > 1)}"
-    print(f"{count} of {len(prompts)} prompt{'s' * (len(prompts) > 1)} in {out}, all together in {out / 'grid.png'}")
+    print(
+        f"{count} of {len(prompts)} prompt{'s' * (len(prompts) > 1)} in {out}, all together in {out / 'grid.png'}"
+    )
     return 0
 
 
@@ -422,12 +554,20 @@ def _write_sample(output: "Tensor", stem: Path) -> None:
 
     from genpolicy.report import pixels
 
-    frames = [Image.fromarray(frame) for frame in pixels(output if output.ndim == 4 else output[None])]
+    frames = [
+        Image.fromarray(frame) for frame in pixels(output if output.ndim == 4 else output[None])
+    ]
     if output.ndim == 3:
         frames[0].save(stem.with_suffix(".png"))
     else:
         milliseconds = 1000 // FRAMES_PER_SECOND
-        frames[0].save(stem.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+        frames[0].save(
+            stem.with_suffix(".gif"),
+            save_all=True,
+            append_images=frames[1:],
+            duration=milliseconds,
+            loop=0,
+        )
 
 
 def _compare(args: Any) -> int:
@@ -460,13 +600,18 @@ def _list(args: Any) -> int:
 
 
 def _listed(kind: str) -> Iterator[tuple[str, str]]:
-    """(name, first line of its description). Leaves are read, not imported: some bring half a minute of libraries."""
+    """(name, first line of its description). Leaves are read, not imported: some bring half a
+    minute of libraries.
+    """
     if kind == "configs":
         from genpolicy.resources import configs
 
         for name, file in sorted(configs().items()):
             first = file.read_text(encoding="utf-8").lstrip().splitlines()[:1]
-            yield name, first[0].removeprefix("#").strip() if first and first[0].startswith("#") else ""
+            yield (
+                name,
+                first[0].removeprefix("#").strip() if first and first[0].startswith("#") else "",
+            )
         return
     if kind == "kernels":
         from genpolicy.build import kernels

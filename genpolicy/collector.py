@@ -17,13 +17,24 @@ from genpolicy.micro_batch import MicroBatches
 from genpolicy.policy import ChainPolicy
 from genpolicy.processes import Processes
 from genpolicy.reward import WeightedRewards
-from genpolicy.rollout import Decisions, Judged, Lived, Rollout, collect, concatenate, live, recount, single
+from genpolicy.rollout import (
+    Decisions,
+    Judged,
+    Lived,
+    Rollout,
+    collect,
+    concatenate,
+    live,
+    recount,
+    single,
+)
 from genpolicy.task import Context, ControlTask, Environments, Task
 
 
 @dataclass(frozen=True)
 class Collector:
-    """Who is asked (task, with its environments where it has some), who judges (reward, of prompts), and who takes part.
+    """Who is asked (task, with its environments where it has some), who judges (reward, of
+    prompts), and who takes part.
 
     circumstances: all that an episode depends on beside weights and start, in words.
     """
@@ -49,19 +60,24 @@ class Collector:
         keep: bool = False,
         starts: Sequence[int] | None = None,
     ) -> Rollout:
-        """``groups`` = M prompts or start states of this iteration, ``members`` = N samples or episodes each; the minibatches
-        of ``updates`` get whole groups. branch: the step up to which a group's samples share their chain. keep: write
-        every episode into the store as it ends, and take what is there already from it. starts: reset seeds of the M groups,
-        if not this iteration's own.
+        """``groups`` = M prompts or start states of this iteration, ``members`` = N samples or
+        episodes each; the minibatches of ``updates`` get whole groups. branch: the step up to which
+        a group's samples share their chain. keep: write every episode into the store as it ends,
+        and take what is there already from it. starts: reset seeds of the M groups, if not this
+        iteration's own.
         """
         local = self.processes.groups(groups, updates)
         noise = Noise.rows(self.seed, iteration, local, members)
         if self.environments is None:
             return self._prompts(policy, iteration, groups, members, local, noise, updates, branch)
         if branch is not None:
-            raise ConfigError("shared_prefix is for prompts: the episodes of a group see different states")
+            raise ConfigError(
+                "shared_prefix is for prompts: the episodes of a group see different states"
+            )
         starts = starts or [reset_seed(self.seed, iteration, group) for group in range(groups)]
-        return self._episodes(policy, self.environments, iteration, starts, members, local, noise, updates, keep)
+        return self._episodes(
+            policy, self.environments, iteration, starts, members, local, noise, updates, keep
+        )
 
     def _prompts(
         self,
@@ -82,9 +98,19 @@ class Collector:
 
         def chunk(rows: slice) -> Judged:
             context, phase = Context(asked[rows]), self.journal.phase
-            return collect(policy, context, reward, noise[rows], members=members, branch_at=branch, on_phase=phase)
+            return collect(
+                policy,
+                context,
+                reward,
+                noise[rows],
+                members=members,
+                branch_at=branch,
+                on_phase=phase,
+            )
 
-        judged = concatenate(self.micro_batches(chunk, len(asked), members, recount(policy)), policy)
+        judged = concatenate(
+            self.micro_batches(chunk, len(asked), members, recount(policy)), policy
+        )
         self.journal.phase(None)
         self.journal.collected += len(asked)
         parts = self._of_all(judged.parts, members, updates)
@@ -141,7 +167,9 @@ class Collector:
         )
 
     def _origin(self, policy: ChainPolicy, starts: Sequence[int]) -> str:
-        """What an iteration's episodes come from, as eight letters that are the same on every process."""
+        """What an iteration's episodes come from, as eight letters that are the same on every
+        process.
+        """
         digest = hashlib.sha256(repr((self.seed, self.circumstances, list(starts))).encode())
         for parameter in policy.model.trainable().values():
             digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -150,12 +178,17 @@ class Collector:
 
     def _of_all(self, parts: Mapping[str, Tensor], members: int, updates: int) -> dict[str, Tensor]:
         """This process's values by name [m*N] to everybody's [M,N]."""
-        return {name: self.processes.gather_groups(value.view(-1, members), updates) for name, value in parts.items()}
+        return {
+            name: self.processes.gather_groups(value.view(-1, members), updates)
+            for name, value in parts.items()
+        }
 
 
 @dataclass(frozen=True)
 class _Page:
-    """One iteration's episodes in the store, by their group and member: the names that all processes agree on."""
+    """One iteration's episodes in the store, by their group and member: the names that all
+    processes agree on.
+    """
 
     store: EpisodeStore
     iteration: int
@@ -176,10 +209,12 @@ class _Page:
 
 
 def _placed(lived: Lived, counts: Tensor, everybody: Tensor, local: Tensor) -> Decisions:
-    """Decisions with their places among those of all processes: episode by episode, group-major. counts [m*N] of this
-    process's episodes, everybody [M,N] of all.
+    """Decisions with their places among those of all processes: episode by episode, group-major.
+    counts [m*N] of this process's episodes, everybody [M,N] of all.
     """
     episode = lived.decisions.episode
-    begins = (everybody.flatten().cumsum(0) - everybody.flatten()).view_as(everybody)[local].flatten()
+    begins = (
+        (everybody.flatten().cumsum(0) - everybody.flatten()).view_as(everybody)[local].flatten()
+    )
     within = torch.arange(len(episode)) - (counts.cumsum(0) - counts)[episode]
     return replace(lived.decisions, place=begins[episode] + within, total=int(everybody.sum()))

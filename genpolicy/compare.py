@@ -1,4 +1,6 @@
-"""Compare experiments: same start, same evaluation set, equal budget, the same seeds; a table and one figure."""
+"""Compare experiments: same start, same evaluation set, equal budget, the same seeds; a table and
+one figure.
+"""
 
 import gc
 import json
@@ -24,7 +26,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CLIPPED = ("policy/clip_fraction_positive", "policy/clip_fraction_negative")
-COSTS = ("nfe_per_sample", "evaluations", "env_decisions", "env_steps", "iterations", "training_s", "wall_time_s")
+COSTS = (
+    "nfe_per_sample",
+    "evaluations",
+    "env_decisions",
+    "env_steps",
+    "iterations",
+    "training_s",
+    "wall_time_s",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,9 @@ class Finished:
     metrics: list[dict[str, Any]]
 
     def cost(self, name: str) -> float:
-        """A number of the summary, or the mean over iterations of a metric; NaN where the method has none."""
+        """A number of the summary, or the mean over iterations of a metric; NaN where the method
+        has none.
+        """
         if name in self.summary:
             return float(self.summary[name])
         values = series(self.metrics, name)[1]
@@ -65,11 +77,15 @@ def seeds(text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def compare(configs: Sequence[str], over: Sequence[int], out: Path, overrides: Sequence[str] = ()) -> int:
-    """Train every config with every seed, one run's folder each under out/NAME/seed-S, then write the comparison.
+def compare(
+    configs: Sequence[str], over: Sequence[int], out: Path, overrides: Sequence[str] = ()
+) -> int:
+    """Train every config with every seed, one run's folder each under out/NAME/seed-S, then write
+    the comparison.
 
-    What is finished already is left as it is, what was interrupted is resumed. Returns the exit code. Raises
-    `ConfigError`, before anything is trained, if the arms differ in what must be the same, and says in what.
+    What is finished already is left as it is, what was interrupted is resumed. Returns the exit
+    code. Raises `ConfigError`, before anything is trained, if the arms differ in what must be the
+    same, and says in what.
     """
     arms = [Arm(_name(path), config.load(path, overrides)) for path in configs]
     _require_comparable(arms)
@@ -98,7 +114,8 @@ def compare(configs: Sequence[str], over: Sequence[int], out: Path, overrides: S
     return 0
 
 
-# -- before ---------------------------------------------------------------------------------------------------
+# -- before
+# ---------------------------------------------------------------------------------------------------
 
 
 def _name(path: str) -> str:
@@ -118,13 +135,17 @@ def _require_comparable(arms: Sequence[Arm]) -> None:
     names = [arm.name for arm in arms]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"two of the configs are called {name}: arms are told apart by their file names")
+            raise ConfigError(
+                f"two of the configs are called {name}: arms are told apart by their file names"
+            )
     for arm in arms:
         for what, value in _shared(arm.experiment).items():
             other = _shared(first.experiment)[what]
             if value != other:
                 place = _difference(other, value)
-                raise ConfigError(f"{first.name} and {arm.name} can't be compared: their {what} differs{place}")
+                raise ConfigError(
+                    f"{first.name} and {arm.name} can't be compared: their {what} differs{place}"
+                )
     task = make("tasks", first.experiment.task)
     for arm in arms:
         e = arm.experiment
@@ -143,11 +164,14 @@ def _require_comparable(arms: Sequence[Arm]) -> None:
 def _shared(experiment: Experiment) -> dict[str, Any]:
     """What must be the same for a comparison to mean anything.
 
-    Where a policy acts it is deployed with the mean of the kernel that it was trained with: that may differ, but not
-    what a decision costs.
+    Where a policy acts it is deployed with the mean of the kernel that it was trained with: that
+    may differ, but not what a decision costs.
     """
     e, task = experiment.eval, make("tasks", experiment.task)
-    shared: dict[str, Any] = {"start (the policy section)": experiment.policy, "budget": asdict(experiment.budget)}
+    shared: dict[str, Any] = {
+        "start (the policy section)": experiment.policy,
+        "budget": asdict(experiment.budget),
+    }
     sampler = asdict(deployed_sampler(experiment.chain, e.sampler, is_control(task)))
     if is_control(task):
         shared["task"] = experiment.task
@@ -176,10 +200,15 @@ def _require_same(experiment: Experiment, folder: Path) -> None:
     file = folder / "config.yaml"
     if not file.is_file():
         return
-    there, asked = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(config.to_yaml(experiment))
+    there, asked = (
+        yaml.safe_load(file.read_text(encoding="utf-8")),
+        yaml.safe_load(config.to_yaml(experiment)),
+    )
     if there != asked:
         place = _difference(there, asked)
-        raise ConfigError(f"{folder} holds a run of another experiment, they differ{place}: choose another --out")
+        raise ConfigError(
+            f"{folder} holds a run of another experiment, they differ{place}: choose another --out"
+        )
 
 
 def _read(arm: str, seed: int, folder: Path) -> Finished:
@@ -188,24 +217,39 @@ def _read(arm: str, seed: int, folder: Path) -> Finished:
     return Finished(arm, seed, folder, experiment, summary, report.read(folder))
 
 
-# -- the table ------------------------------------------------------------------------------------------------
+# -- the table
+# ------------------------------------------------------------------------------------------------
 
 
 def summarise(runs: Sequence[Finished]) -> dict[str, Any]:
-    """compare.json: per arm the mean and sd over seeds, the paired difference to the first arm, and every run.
+    """compare.json: per arm the mean and sd over seeds, the paired difference to the first arm, and
+    every run.
 
-    A reward's total is left out where the arms weigh rewards differently: it would not mean the same.
+    A reward's total is left out where the arms weigh rewards differently: it would not mean the
+    same.
     """
     arms = list(dict.fromkeys(run.arm for run in runs))
     shared = [n for n in runs[0].summary["after"] if all(n in run.summary["after"] for run in runs)]
     judged = [name for name in EPISODES if name in shared]
-    if all(run.summary["after"].get("return") == run.summary["after"].get("success_rate") for run in runs):
-        judged = [name for name in judged if name != "return"]  # 1 for a success and 0 otherwise says the same
+    if all(
+        run.summary["after"].get("return") == run.summary["after"].get("success_rate")
+        for run in runs
+    ):
+        judged = [
+            name for name in judged if name != "return"
+        ]  # 1 for a success and 0 otherwise says the same
     names = judged + [name for name in shared if name.startswith("reward/") or name == "diversity"]
     weights = [run.experiment["reward"] for run in runs]
-    if "reward/total" in names and (any(weight != weights[0] for weight in weights) or len(weights[0]) == 1):
+    if "reward/total" in names and (
+        any(weight != weights[0] for weight in weights) or len(weights[0]) == 1
+    ):
         names.remove("reward/total")
-    table: dict[str, Any] = {"seeds": sorted({run.seed for run in runs}), "metrics": names, "arms": {}, "runs": []}
+    table: dict[str, Any] = {
+        "seeds": sorted({run.seed for run in runs}),
+        "metrics": names,
+        "arms": {},
+        "runs": [],
+    }
     for arm in arms:
         mine = [run for run in runs if run.arm == arm]
         entry: dict[str, Any] = {"metrics": {}, "difference": {}}
@@ -222,7 +266,9 @@ def summarise(runs: Sequence[Finished]) -> dict[str, Any]:
         after = run.summary["after"]
         intervals = {name: after.get(f"ci95/{name.removeprefix('reward/')}") for name in names}
         measured = {name: {"value": after[name], "ci95": intervals[name]} for name in names}
-        table["runs"].append({"arm": run.arm, "seed": run.seed, "folder": str(run.folder), "metrics": measured})
+        table["runs"].append(
+            {"arm": run.arm, "seed": run.seed, "folder": str(run.folder), "metrics": measured}
+        )
     return table
 
 
@@ -237,7 +283,9 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
-    """The mean of value - other over seeds and its 95 % interval by Student's t; no interval for a single seed."""
+    """The mean of value - other over seeds and its 95 % interval by Student's t; no interval for a
+    single seed.
+    """
     from scipy.stats import t
 
     spread = _spread([a - b for a, b in zip(values, others, strict=True)])
@@ -268,7 +316,10 @@ def markdown(table: Mapping[str, Any]) -> str:
         row(f"{label} before", (_plain(float(np.mean(e["before"]))) for e in entries))
         row(f"{label} after", (_plus_minus(e) for e in entries))
         if len(arms) > 1:
-            row(f"{label} difference", ["", *(_interval(table["arms"][a]["difference"][name]) for a in arms[1:])])
+            row(
+                f"{label} difference",
+                ["", *(_interval(table["arms"][a]["difference"][name]) for a in arms[1:])],
+            )
     labels = {
         CLIPPED[0]: "clipped, advantage > 0 (share of all rows)",
         CLIPPED[1]: "clipped, advantage < 0 (share of all rows)",
@@ -311,11 +362,14 @@ def _interval(entry: Mapping[str, Any]) -> str:
     return f"{entry['mean']:+.3f} [{entry['ci95'][0]:+.3f}, {entry['ci95'][1]:+.3f}]"
 
 
-# -- the figure -----------------------------------------------------------------------------------------------
+# -- the figure
+# -----------------------------------------------------------------------------------------------
 
 
 def figure(runs: Sequence[Finished], table: Mapping[str, Any], path: Path) -> None:
-    """Evaluations, training, clipped shares, and what the reward cost in diversity; one colour an arm."""
+    """Evaluations, training, clipped shares, and what the reward cost in diversity; one colour an
+    arm.
+    """
     arms = list(table["arms"])
     colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
     xlabel = by_experience(runs[0].metrics)[1]
@@ -334,7 +388,9 @@ def figure(runs: Sequence[Finished], table: Mapping[str, Any], path: Path) -> No
                     axes.plot(x, y, color=colours[arm], alpha=0.3, linewidth=thin)
                 x, y = (np.mean([line[i][:length] for line in lines], 0) for i in (0, 1))
                 marker = None if smoothed else "o"
-                axes.plot(x, y, color=colours[arm], linewidth=2, marker=marker, markersize=3.5, label=arm)
+                axes.plot(
+                    x, y, color=colours[arm], linewidth=2, marker=marker, markersize=3.5, label=arm
+                )
             axes.set_xlabel("seconds of training" if by_time else xlabel, fontsize=8)
 
         return draw
@@ -344,13 +400,22 @@ def figure(runs: Sequence[Finished], table: Mapping[str, Any], path: Path) -> No
     shown = "reward/total" if "reward/total" in names else names[0]
     key = EPISODES[shown][1] if shown in EPISODES else shown
     if all(len(series(run.metrics, key)[0]) for run in runs):
-        panels.append((f"training: {_title(shown)} (running mean)", curves(key, 0.8, smoothed=True)))
+        panels.append(
+            (f"training: {_title(shown)} (running mean)", curves(key, 0.8, smoothed=True))
+        )
     if any(not math.isnan(table["arms"][arm][CLIPPED[0]]["mean"]) for arm in arms):
         panels.append(("clipped share of all rows", lambda axes: _bars(axes, table, colours)))
     if any(run.summary["after"].get("diversity") is not None for run in runs):
-        panels.append(("diversity and reward of each run", lambda axes: _scatter(axes, runs, names[0], colours)))
+        panels.append(
+            (
+                "diversity and reward of each run",
+                lambda axes: _scatter(axes, runs, names[0], colours),
+            )
+        )
     count = len(table["seeds"])
-    report.save_panels(panels, path, title=f"{' · '.join(arms)}: mean of {count} seeds thick, each seed thin")
+    report.save_panels(
+        panels, path, title=f"{' · '.join(arms)}: mean of {count} seeds thick, each seed thin"
+    )
 
 
 def _title(name: str) -> str:
@@ -370,7 +435,14 @@ def _bars(axes: "Axes", table: Mapping[str, Any], colours: Mapping[str, str]) ->
     for i, (arm, colour) in enumerate(colours.items()):
         for place, name in enumerate(CLIPPED):
             entry, x = table["arms"][arm][name], place + (i - (len(colours) - 1) / 2) * width
-            axes.bar(x, entry["mean"], 0.9 * width, color=colour, alpha=0.75, label=None if place else arm)
+            axes.bar(
+                x,
+                entry["mean"],
+                0.9 * width,
+                color=colour,
+                alpha=0.75,
+                label=None if place else arm,
+            )
             axes.plot([x] * len(entry["values"]), entry["values"], "k.", markersize=4)
     axes.set_xticks([0, 1], ["advantage > 0", "advantage < 0"])
 

@@ -1,9 +1,9 @@
-"""Experiments: a YAML, dataclasses, and the leaves they name. Two passes: names first, then the leaves' own
-dataclasses.
+"""Experiments: a YAML, dataclasses, and the leaves they name. Two passes: names first, then the
+leaves' own dataclasses.
 
-A leaf is found by its file name (``method: grpo_guard`` is genpolicy/methods/grpo_guard.py) or by a dotted path
-(``mypkg.mod:fn``). Its entry is the class or function of that file whose name equals the file's, underscores and case
-aside.
+A leaf is found by its file name (``method: grpo_guard`` is genpolicy/methods/grpo_guard.py) or by a
+dotted path (``mypkg.mod:fn``). Its entry is the class or function of that file whose name equals
+the file's, underscores and case aside.
 """
 
 import dataclasses
@@ -37,7 +37,11 @@ class ConfigError(ValueError):
 def nearest(word: str, valid: Sequence[str]) -> str:
     """'; did you mean a, b?' or '; valid are ...', for error messages."""
     close = difflib.get_close_matches(word, valid, n=3)
-    return f"; did you mean {', '.join(close)}?" if close else f"; valid are {', '.join(sorted(valid))}"
+    return (
+        f"; did you mean {', '.join(close)}?"
+        if close
+        else f"; valid are {', '.join(sorted(valid))}"
+    )
 
 
 def choice(what: str, value: Any, valid: Sequence[str]) -> None:
@@ -83,12 +87,13 @@ def divides(where: str, section: Any, part: str, whole: str) -> None:
 class ChainConfig:
     """The sampler: how noise becomes a sample.
 
-    steps: denoising steps K. kernel: {name, ...}: a class of genpolicy.chain (ddim, sde, cps, heun, dpmsolver, ...) or
-    a dotted path. guidance: classifier-free scale, 1 is none. guidance_interval: [low, high] noise times it acts in.
-    negative_gradient: train through the unconditional branch too, as some public scripts do (off: its backward is
-    saved). window: [low, high) steps at which the kernel acts (default: all but the last), the ODE elsewhere.
-    window_size: if set, that many consecutive steps are drawn from the window anew for every iteration. best_of: samples
-    that are drawn for a decision; the policy's critic picks one.
+    steps: denoising steps K. kernel: {name, ...}: a class of genpolicy.chain (ddim, sde, cps, heun,
+    dpmsolver, ...) or a dotted path. guidance: classifier-free scale, 1 is none. guidance_interval:
+    [low, high] noise times it acts in. negative_gradient: train through the unconditional branch
+    too, as some public scripts do (off: its backward is saved). window: [low, high) steps at which
+    the kernel acts (default: all but the last), the ODE elsewhere. window_size: if set, that many
+    consecutive steps are drawn from the window anew for every iteration. best_of: samples that are
+    drawn for a decision; the policy's critic picks one.
     """
 
     steps: int = 10
@@ -102,7 +107,10 @@ class ChainConfig:
 
     def __post_init__(self) -> None:
         at_least("chain", self, steps=1, guidance=0, window_size=1, best_of=1)
-        if self.guidance_interval is not None and not self.guidance_interval[0] < self.guidance_interval[1]:
+        if (
+            self.guidance_interval is not None
+            and not self.guidance_interval[0] < self.guidance_interval[1]
+        ):
             raise ConfigError(
                 f"chain: guidance_interval is {list(self.guidance_interval)}; it must be [low, high] with low < high"
             )
@@ -112,9 +120,10 @@ class ChainConfig:
 class OptimizerConfig:
     """AdamW and what surrounds it.
 
-    lr at its peak; warmup: updates of linear rise; final: the cosine ends at this share of lr (1: constant);
-    max_grad_norm: global norm clip; ema: decay of the averaged weights that are evaluated and saved (0: none),
-    min((1+n)/(10+n), ema) after update n. betas, eps, weight_decay: AdamW's.
+    lr at its peak; warmup: updates of linear rise; final: the cosine ends at this share of lr (1:
+    constant); max_grad_norm: global norm clip; ema: decay of the averaged weights that are
+    evaluated and saved (0: none), min((1+n)/(10+n), ema) after update n. betas, eps, weight_decay:
+    AdamW's.
     """
 
     lr: float = 1e-4
@@ -131,13 +140,15 @@ class OptimizerConfig:
         at_least("optimizer", self, weight_decay=0, warmup=0, final=0, ema=0)
         for name, shares in (("betas", self.betas), ("ema", (self.ema,))):
             if not all(0 <= share < 1 for share in shares):
-                raise ConfigError(f"optimizer: {name} is {', '.join(map(str, shares))}; it must lie in [0, 1)")
+                raise ConfigError(
+                    f"optimizer: {name} is {', '.join(map(str, shares))}; it must lie in [0, 1)"
+                )
 
 
 @dataclass
 class BudgetConfig:
-    """When to stop: at the first of these. nfe: network evaluations; env_decisions, env_steps: decisions and steps in
-    environments; seconds: of wall-clock training, evaluation aside.
+    """When to stop: at the first of these. nfe: network evaluations; env_decisions, env_steps:
+    decisions and steps in environments; seconds: of wall-clock training, evaluation aside.
     """
 
     iterations: int | None = None
@@ -155,13 +166,15 @@ class BudgetConfig:
 
 @dataclass
 class EvalConfig:
-    """Periodic evaluation with the deployed sampler, on its own prompts (or starts) and one fixed noise.
+    """Periodic evaluation with the deployed sampler, on its own prompts (or starts) and one fixed
+    noise.
 
-    every: iterations between evaluations (0: only before and after). prompts: file, one a line (default: the task's).
-    samples: images. episodes: in environments. select: the metric that decides policy_best. sampler: overrides of
-    `chain` for the deployed sampler (default: the same steps and guidance, on prompts with the ODE, in environments with
-    the mean of the kernel, see `Mean`). seed: of the evaluation noise, and the first of the environments' reset seeds,
-    the same for every run that is to be compared.
+    every: iterations between evaluations (0: only before and after). prompts: file, one a line
+    (default: the task's). samples: images. episodes: in environments. select: the metric that
+    decides policy_best. sampler: overrides of `chain` for the deployed sampler (default: the same
+    steps and guidance, on prompts with the ODE, in environments with the mean of the kernel, see
+    `Mean`). seed: of the evaluation noise, and the first of the environments' reset seeds, the same
+    for every run that is to be compared.
     """
 
     every: int = 20
@@ -178,20 +191,28 @@ class EvalConfig:
 
 @dataclass
 class Experiment:
-    """One experiment = one YAML. The resolved form is written to the run's folder and is the file to resume from."""
+    """One experiment = one YAML. The resolved form is written to the run's folder and is the file
+    to resume from.
+    """
 
     policy: dict[str, Any]
     task: dict[str, Any]
     method: dict[str, Any]
     reward: dict[str, Any] = field(default_factory=dict)  # of prompts; environments bring their own
-    data: dict[str, Any] | list[Any] | None = None  # recorded episodes to learn from; a list is several as one
+    data: dict[str, Any] | list[Any] | None = (
+        None  # recorded episodes to learn from; a list is several as one
+    )
     chain: ChainConfig = field(default_factory=ChainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(iterations=100))
     eval: EvalConfig = field(default_factory=EvalConfig)
-    threads: int | None = None  # CPU threads of a process; small networks are fastest on 1 (default: torch's)
+    threads: int | None = (
+        None  # CPU threads of a process; small networks are fastest on 1 (default: torch's)
+    )
     environments: int = 20  # side by side, in each process
-    micro_batch: int | str = "auto"  # rows of one forward and backward; auto: all, halved when memory runs out
+    micro_batch: int | str = (
+        "auto"  # rows of one forward and backward; auto: all, halved when memory runs out
+    )
     checkpoint_every: int = 20  # iterations between checkpoints
     trackers: list[str] = field(default_factory=list)  # accelerate's: tensorboard, wandb, ...
     seed: int = 0
@@ -199,7 +220,9 @@ class Experiment:
 
     def __post_init__(self) -> None:
         at_least("the experiment", self, checkpoint_every=1, threads=1, environments=1)
-        if self.micro_batch != "auto" and not (isinstance(self.micro_batch, int) and self.micro_batch >= 1):
+        if self.micro_batch != "auto" and not (
+            isinstance(self.micro_batch, int) and self.micro_batch >= 1
+        ):
             raise ConfigError(
                 f"the experiment: micro_batch is {self.micro_batch!r}; it must be auto or a number of rows, at least 1"
             )
@@ -212,7 +235,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -227,7 +252,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is not an experiment: it must be a YAML mapping with keys policy, task, method")
+        raise ConfigError(
+            f"{path} is not an experiment: it must be a YAML mapping with keys policy, task, method"
+        )
     return raw
 
 
@@ -243,7 +270,9 @@ def override(raw: dict[str, Any], dotted: str) -> None:
             at[section] = {"name": at[section]}
         at = at.setdefault(section, {})
         if not isinstance(at, dict):
-            raise ConfigError(f"override {dotted!r}: {section} is a plain value and has no key {last!r}")
+            raise ConfigError(
+                f"override {dotted!r}: {section} is a plain value and has no key {last!r}"
+            )
     try:
         at[last] = yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -251,7 +280,9 @@ def override(raw: dict[str, Any], dotted: str) -> None:
 
 
 def parse(raw: Mapping[str, Any]) -> Experiment:
-    """A raw mapping to an `Experiment`; unknown keys, wrong types and missing sections raise `ConfigError`."""
+    """A raw mapping to an `Experiment`; unknown keys, wrong types and missing sections raise
+    `ConfigError`.
+    """
     raw = dict(raw)
     if isinstance(raw.get("reward"), str):
         raw["reward"] = {raw["reward"]: 1.0}
@@ -267,7 +298,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def decode[T](kind: type[T], raw: Mapping[str, Any], where: str) -> T:
-    """A mapping to the dataclass ``kind``, strictly; every complaint is one sentence that names the key."""
+    """A mapping to the dataclass ``kind``, strictly; every complaint is one sentence that names the
+    key.
+    """
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
     for key in raw:
         if key not in fields:
@@ -282,7 +315,10 @@ def decode[T](kind: type[T], raw: Mapping[str, Any], where: str) -> T:
         return kind(**values)
     except ConfigError:
         raise
-    except (ValueError, OSError) as error:  # a field's own complaint; anything else is a bug and keeps its traceback
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # a field's own complaint; anything else is a bug and keeps its traceback
         raise ConfigError(" ".join(f"{where}: {error}".split())) from None
 
 
@@ -309,7 +345,13 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
 
 def _called(hint: Any) -> str:
     """What a person calls a type."""
-    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    plain = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_called(arg) for arg in args)
@@ -323,7 +365,9 @@ def _called(hint: Any) -> str:
 def names(kind: str) -> list[str]:
     """The shipped leaves of a kind, by file name."""
     package = importlib.import_module(f"genpolicy.{kind}")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return sorted(
+        m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
+    )
 
 
 def leaf(kind: str, name: str) -> Any:
@@ -365,9 +409,13 @@ def _resolve(value: Any) -> Any:
 
 
 def make(kind: str, raw: Mapping[str, Any]) -> Any:
-    """Build a leaf from its section: a dataclass is decoded strictly, a plain function is returned as it is."""
+    """Build a leaf from its section: a dataclass is decoded strictly, a plain function is returned
+    as it is.
+    """
     if not isinstance(raw.get("name"), str):
-        raise ConfigError(f"the {kind[:-1]} section needs a name; valid are {', '.join(names(kind))}")
+        raise ConfigError(
+            f"the {kind[:-1]} section needs a name; valid are {', '.join(names(kind))}"
+        )
     entry = leaf(kind, raw["name"])
     if isinstance(entry, type) and dataclasses.is_dataclass(entry):
         return decode(entry, settings(raw), f"{kind[:-1]} {raw['name']}")
@@ -376,7 +424,9 @@ def make(kind: str, raw: Mapping[str, Any]) -> Any:
             f"{kind[:-1]} {raw['name']} is a plain class: make it a @dataclass, its fields are its settings"
         )
     if settings(raw):
-        raise ConfigError(f"{kind[:-1]} {raw['name']} takes no settings, got {', '.join(settings(raw))}")
+        raise ConfigError(
+            f"{kind[:-1]} {raw['name']} takes no settings, got {', '.join(settings(raw))}"
+        )
     return entry
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 
 class Course:
-    """Stages (name, iterations) in order; None iterations: until the budget is spent. hurried: a rehearsal gives one iteration
-    to each.
+    """Stages (name, iterations) in order; None iterations: until the budget is spent. hurried: a
+    rehearsal gives one iteration to each.
     """
 
     def __init__(self, stages: Sequence[tuple[str, int | None]]) -> None:
@@ -24,10 +24,16 @@ class Course:
         return None if length is None else self.done / length
 
     def advance(self, through: bool = False) -> bool:
-        """An iteration is done (``through``: and with it the stage, early). True where the course goes on."""
+        """An iteration is done (``through``: and with it the stage, early). True where the course
+        goes on.
+        """
         self.done += 1
         length = self.stages[self.at][1]
-        if through or (self.hurried and self.at + 1 < len(self.stages)) or (length is not None and self.done >= length):
+        if (
+            through
+            or (self.hurried and self.at + 1 < len(self.stages))
+            or (length is not None and self.done >= length)
+        ):
             self.at, self.done = self.at + 1, 0
         return self.at < len(self.stages)
 

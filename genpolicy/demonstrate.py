@@ -25,7 +25,9 @@ SIDE_BY_SIDE = 20
 
 @dataclass
 class Recorded:
-    """What `demonstrate` wrote: episodes kept of how many tried, how many of the kept succeeded, and their frames."""
+    """What `demonstrate` wrote: episodes kept of how many tried, how many of the kept succeeded,
+    and their frames.
+    """
 
     episodes: int = 0
     tried: int = 0
@@ -34,13 +36,21 @@ class Recorded:
 
 
 def demonstrate(
-    task_section: Mapping[str, Any], out: Path, *, episodes: int, noise: float, seed: int, policy: str | None = None
+    task_section: Mapping[str, Any],
+    out: Path,
+    *,
+    episodes: int,
+    noise: float,
+    seed: int,
+    policy: str | None = None,
 ) -> Recorded:
-    """Write a data set of ``episodes`` to the new folder ``out``; they begin from the reset seeds ``seed``, ``seed`` + 1, ...
+    """Write a data set of ``episodes`` to the new folder ``out``; they begin from the reset seeds
+    ``seed``, ``seed`` + 1, ...
 
-    Without ``policy`` the task's expert acts, with Gaussian ``noise`` (std, in actions) on what it does, and only what
-    succeeds is kept; a policy (a run's or a policy's folder) acts with its deployed sampler, and everything is kept
-    ("next.success" tells). The folder appears when it is complete; meta/genpolicy.json says how it was made.
+    Without ``policy`` the task's expert acts, with Gaussian ``noise`` (std, in actions) on what it
+    does, and only what succeeds is kept; a policy (a run's or a policy's folder) acts with its
+    deployed sampler, and everything is kept ("next.success" tells). The folder appears when it is
+    complete; meta/genpolicy.json says how it was made.
     """
     if episodes < 1:
         raise ConfigError(f"episodes is {episodes}; it must be at least 1")
@@ -60,7 +70,10 @@ def demonstrate(
     done = Recorded()
     made = {"task": dict(task_section), "policy": policy, "noise": noise, "seed": seed}
     writing = leaf("datasets", WRITER)(out, task, made)
-    with writing as keep, tqdm(total=episodes, desc="demonstrate", unit="episode", file=sys.stderr) as bar:
+    with (
+        writing as keep,
+        tqdm(total=episodes, desc="demonstrate", unit="episode", file=sys.stderr) as bar,
+    ):
         while done.episodes < episodes and (episode := next(source, None)) is not None:
             done.tried += 1
             if policy is not None or episode.success:
@@ -87,7 +100,9 @@ def _by_expert(task: ControlTask, seeds: Sequence[int], noise: float) -> Iterato
             raise ConfigError(str(error)) from error
 
 
-def _by_policy(task: ControlTask, seeds: Sequence[int], policy: str, seed: int) -> Iterator[Demonstration]:
+def _by_policy(
+    task: ControlTask, seeds: Sequence[int], policy: str, seed: int
+) -> Iterator[Demonstration]:
     """The policy's episodes, in the order of their seeds."""
     found = saved(policy)
     if not found.acts:
@@ -96,7 +111,9 @@ def _by_policy(task: ControlTask, seeds: Sequence[int], policy: str, seed: int) 
     require_fit(actor.model, task)  # type: ignore[arg-type]  # it acts
     logs = [_Log() for _ in seeds]
 
-    def watch(_slots: Sequence[int], playing: Sequence[int], seen: Context, action: Tensor, step: TaskStep) -> None:
+    def watch(
+        _slots: Sequence[int], playing: Sequence[int], seen: Context, action: Tensor, step: TaskStep
+    ) -> None:
         for row, episode in enumerate(playing):
             logs[episode].add(seen, action, step, row)
 
@@ -133,5 +150,9 @@ class _Log:
         self.over = bool(step.terminated[row] | step.truncated[row])
 
     def demonstration(self) -> Demonstration:
-        observation = {name: torch.stack([frame[name] for frame in self._frames]) for name in self._frames[0]}
-        return Demonstration(observation, torch.stack(self._actions), torch.stack(self._rewards), self._success)
+        observation = {
+            name: torch.stack([frame[name] for frame in self._frames]) for name in self._frames[0]
+        }
+        return Demonstration(
+            observation, torch.stack(self._actions), torch.stack(self._rewards), self._success
+        )

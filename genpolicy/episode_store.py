@@ -1,4 +1,6 @@
-"""Episodes on disk: each is written whole when it ends, so that what a robot has done is never done, or counted, twice."""
+"""Episodes on disk: each is written whole when it ends, so that what a robot has done is never
+done, or counted, twice.
+"""
 
 import os
 import shutil
@@ -12,9 +14,10 @@ FOLDER = "episodes"
 
 
 class EpisodeStore:
-    """The episodes of one run, by iteration and name. A run that was killed while it collected plays only what is missing:
-    an episode is a function of the weights, its seed and its noise, and those are the same again after a resume. Where they
-    are not, because somebody has edited the experiment meanwhile, the name's last part tells: the origin.
+    """The episodes of one run, by iteration and name. A run that was killed while it collected
+    plays only what is missing: an episode is a function of the weights, its seed and its noise, and
+    those are the same again after a resume. Where they are not, because somebody has edited the
+    experiment meanwhile, the name's last part tells: the origin.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,7 +30,9 @@ class EpisodeStore:
         return torch.load(path, weights_only=True) if path.is_file() else None
 
     def write(self, iteration: int, name: str, episode: dict[str, Any]) -> None:
-        """Write an episode (tensors, texts, and lists and mappings of them) by staging and one rename."""
+        """Write an episode (tensors, texts, and lists and mappings of them) by staging and one
+        rename.
+        """
         path = self._path(iteration, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_suffix(".staged")
@@ -44,7 +49,9 @@ class EpisodeStore:
                 path.unlink(missing_ok=True)
 
     def trim(self, iteration: int) -> None:
-        """Delete the episodes up to this iteration, from which a run may be resumed, but for those that are pinned."""
+        """Delete the episodes up to this iteration, from which a run may be resumed, but for those
+        that are pinned.
+        """
         for folder in self.folder.glob("[0-9]*"):
             if int(folder.name) <= iteration and int(folder.name) not in self.pinned:
                 shutil.rmtree(folder)

@@ -12,13 +12,15 @@ from genpolicy.policy import ChainPolicy
 from genpolicy.task import Context, Environments, TaskStep
 
 Watch = Callable[[Sequence[int], Sequence[int], Context, Tensor, TaskStep], None]
-"""(slots, episodes, what they saw, the action [n,1,D], what came of it): called at every environment step."""
+"""(slots, episodes, what they saw, the action [n,1,D], what came of it): called at every
+environment step.
+"""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One decision of n environments at once: whose (``episode`` [n], the ``h``-th of each [n]), what they saw, what was
-    sampled, the actions Float[n,T,D], and what came of it.
+    """One decision of n environments at once: whose (``episode`` [n], the ``h``-th of each [n]),
+    what they saw, what was sampled, the actions Float[n,T,D], and what came of it.
     """
 
     episode: Tensor
@@ -31,7 +33,9 @@ class Decision:
 
 def reset_seed(seed: int, iteration: int, group: int) -> int:
     """The seed from which every member of a group begins its episode: a pure function, 31 bits."""
-    return int(np.random.SeedSequence([seed % 2**64, iteration + 1, group]).generate_state(1)[0] >> 1)
+    return int(
+        np.random.SeedSequence([seed % 2**64, iteration + 1, group]).generate_state(1)[0] >> 1
+    )
 
 
 @torch.no_grad()
@@ -46,10 +50,11 @@ def play(
 ) -> Iterator[Decision]:
     """Play an episode for each of the reset ``seeds``, as many at once as there are environments.
 
-    noise: a row for each episode. An episode is a function of its seed and its noise alone: in which slot it runs, and
-    what runs beside it, changes nothing (beyond the rounding of batched matrix products). keep: the denoising steps to
-    record, by default the stochastic window. watch: looks at every single environment step (chunks are then carried out
-    action by action, with the same result).
+    noise: a row for each episode. An episode is a function of its seed and its noise alone: in
+    which slot it runs, and what runs beside it, changes nothing (beyond the rounding of batched
+    matrix products). keep: the denoising steps to record, by default the stochastic window. watch:
+    looks at every single environment step (chunks are then carried out action by action, with the
+    same result).
     """
     decided = torch.zeros(len(seeds), dtype=torch.long)
     waiting = list(range(len(seeds)))[::-1]
@@ -78,7 +83,9 @@ def _go_on(
     waiting: list[int],
     seeds: Sequence[int],
 ) -> tuple[list[int], list[int], Context]:
-    """Ended episodes make room for waiting ones at once, so that nobody acts on a final observation."""
+    """Ended episodes make room for waiting ones at once, so that nobody acts on a final
+    observation.
+    """
     ended = (step.terminated | step.truncated).tolist()
     going = [row for row, over in enumerate(ended) if not over]
     free = [slot for slot, over in zip(slots, ended, strict=True) if over][: len(waiting)]
@@ -86,7 +93,11 @@ def _go_on(
     contexts = [step.context[torch.tensor(going, dtype=torch.long)]]
     if begun:
         contexts.append(environments.reset(free, [seeds[e] for e in begun]))
-    return [slots[row] for row in going] + free, [playing[row] for row in going] + begun, Context.cat(contexts)
+    return (
+        [slots[row] for row in going] + free,
+        [playing[row] for row in going] + begun,
+        Context.cat(contexts),
+    )
 
 
 def _singly(
@@ -112,7 +123,11 @@ def _singly(
         step = environments.step(asked, actions[rows, j : j + 1])
         watch(asked, [playing[row] for row in seen], before, actions[rows, j : j + 1], step)
         rewards[rows, j], executed[rows] = step.rewards[:, 0], j + 1
-        terminated[rows], truncated[rows], success[rows] = step.terminated, step.truncated, step.success
+        terminated[rows], truncated[rows], success[rows] = (
+            step.terminated,
+            step.truncated,
+            step.success,
+        )
         for place, row in enumerate(seen):
             views[row] = step.context[place : place + 1]
         over = (step.terminated | step.truncated).tolist()

@@ -28,10 +28,11 @@ SHOWN = 64
 
 @dataclass(frozen=True)
 class Evaluation:
-    """S samples: sample i answers prompt i mod P. parts: name -> Float64[S]; outputs: the first ones, for looking at.
+    """S samples: sample i answers prompt i mod P. parts: name -> Float64[S]; outputs: the first
+    ones, for looking at.
 
-    diversity: within a prompt, the root mean square over pixels of the samples' std (in 0..1), on 32-pixel thumbnails,
-    averaged over prompts; NaN where no prompt has two samples.
+    diversity: within a prompt, the root mean square over pixels of the samples' std (in 0..1), on
+    32-pixel thumbnails, averaged over prompts; NaN where no prompt has two samples.
     """
 
     prompts: tuple[str, ...]
@@ -44,7 +45,9 @@ class Evaluation:
         return len(self.prompts)
 
     def metrics(self) -> dict[str, Any]:
-        """reward/<name> and its 95 % interval (Wilson for 0/1 rewards, normal otherwise), and the diversity."""
+        """reward/<name> and its 95 % interval (Wilson for 0/1 rewards, normal otherwise), and the
+        diversity.
+        """
         result: dict[str, Any] = {}
         for name, value in self.parts.items():
             result[f"reward/{name}"] = float(value.mean())
@@ -53,7 +56,9 @@ class Evaluation:
 
 
 def interval(value: Tensor, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of the mean of [S] values: Wilson's for rates (every value 0 or 1), the normal one otherwise."""
+    """95 % interval of the mean of [S] values: Wilson's for rates (every value 0 or 1), the normal
+    one otherwise.
+    """
     n, mean = len(value), float(value.mean())
     if bool(((value == 0) | (value == 1)).all()):
         centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -64,16 +69,18 @@ def interval(value: Tensor, z: float = 1.96) -> tuple[float, float]:
 
 
 def paired(before: Tensor, after: Tensor, prompts: int) -> tuple[float, float, float]:
-    """(mean, low, high): after - before of the same [S] samples, sample i of prompt i mod ``prompts``, with its 95 %
-    interval.
+    """(mean, low, high): after - before of the same [S] samples, sample i of prompt i mod
+    ``prompts``, with its 95 % interval.
 
-    Prompts are the units (samples of one prompt are alike): the mean over prompts of the prompt's mean difference,
-    Student's t.
+    Prompts are the units (samples of one prompt are alike): the mean over prompts of the prompt's
+    mean difference, Student's t.
     """
     from scipy.stats import t
 
     difference = after - before
-    means = torch.stack([difference[p::prompts].mean() for p in range(min(prompts, len(difference)))])
+    means = torch.stack(
+        [difference[p::prompts].mean() for p in range(min(prompts, len(difference)))]
+    )
     centre = float(means.mean())
     if len(means) < 2:
         return centre, math.nan, math.nan
@@ -93,9 +100,9 @@ def evaluate(
     micro_batches: MicroBatches | None = None,
     shown: int = SHOWN,
 ) -> Evaluation:
-    """Sample ``samples`` outputs, prompt i mod P each, and judge them. Noise is named by prompt and repetition: any
-    batch size and any number of processes (``process`` = (index, count), ``gather`` concatenates rows of all) draw the
-    same samples.
+    """Sample ``samples`` outputs, prompt i mod P each, and judge them. Noise is named by prompt and
+    repetition: any batch size and any number of processes (``process`` = (index, count), ``gather``
+    concatenates rows of all) draw the same samples.
     """
     index, count = process
     share = math.ceil(samples / count)
@@ -109,7 +116,9 @@ def evaluate(
 
     fits = micro_batches or MicroBatches("auto", lambda text: None)
     for block in torch.tensor(mine).split(BLOCK):
-        for judged in fits(lambda part, block=block: judge(block[part]), len(block), restart=recount(policy)):
+        for judged in fits(
+            lambda part, block=block: judge(block[part]), len(block), restart=recount(policy)
+        ):
             thumbnails.append(_thumbnail(judged.outputs))
             parts.append({**judged.parts, "total": reward.total(judged.parts)})
             if sum(map(len, outputs)) < shown:
@@ -152,14 +161,16 @@ def measure(
 
 
 def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -> Tensor:
-    """``members`` outputs of each prompt, prompt-major, on the CPU; the samples that `evaluate` draws from this
-    seed.
+    """``members`` outputs of each prompt, prompt-major, on the CPU; the samples that `evaluate`
+    draws from this seed.
     """
     noise = Noise.rows(seed, EVALUATION, torch.arange(len(prompts)), members)
     rows = [prompt for prompt in prompts for _ in range(members)]
 
     def one(part: slice) -> Tensor:
-        trajectory = policy.sample(policy.model.encode(Context(rows[part])), noise[part], keep=(0, 0))
+        trajectory = policy.sample(
+            policy.model.encode(Context(rows[part])), noise[part], keep=(0, 0)
+        )
         with torch.no_grad():
             return policy.model.decode(trajectory.x0).float().cpu()
 
@@ -167,7 +178,11 @@ def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -
     starts = range(0, len(rows), BLOCK)
     blocks = [slice(start, min(start + BLOCK, len(rows))) for start in starts]
     drawn = [
-        fits(lambda part, b=b: one(slice(b.start + part.start, b.start + part.stop)), b.stop - b.start) for b in blocks
+        fits(
+            lambda part, b=b: one(slice(b.start + part.start, b.start + part.stop)),
+            b.stop - b.start,
+        )
+        for b in blocks
     ]
     return torch.cat([chunk for block in drawn for chunk in block])
 
@@ -177,8 +192,8 @@ def latency(
 ) -> dict[str, float]:
     """Milliseconds of ``call(number)``: p50, p95 and p99 over ``calls`` calls.
 
-    ``warm_up`` calls go before; after ``seconds`` no more are made (but 3 at least), and ``calls`` says how many there
-    were.
+    ``warm_up`` calls go before; after ``seconds`` no more are made (but 3 at least), and ``calls``
+    says how many there were.
     """
     times: list[float] = []
     started = time.perf_counter()

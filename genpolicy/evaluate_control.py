@@ -1,4 +1,6 @@
-"""Evaluation of a policy's deployed sampler in environments, on fixed reset seeds and one fixed noise."""
+"""Evaluation of a policy's deployed sampler in environments, on fixed reset seeds and one fixed
+noise.
+"""
 
 import math
 from collections.abc import Callable
@@ -17,7 +19,8 @@ from genpolicy.task import Environments
 
 @dataclass(frozen=True)
 class ControlEvaluation:
-    """E episodes: success, returns and lengths (environment steps) [E] fp64, and decisions taken in all.
+    """E episodes: success, returns and lengths (environment steps) [E] fp64, and decisions taken in
+    all.
 
     ``judged``: whether the task says what success is.
     """
@@ -34,9 +37,15 @@ class ControlEvaluation:
 
     def metrics(self) -> dict[str, Any]:
         """success_rate (Wilson's 95 % interval), return (the normal one), length of an episode, n."""
-        found: dict[str, Any] = {"return": float(self.returns.mean()), "ci95/return": list(interval(self.returns))}
+        found: dict[str, Any] = {
+            "return": float(self.returns.mean()),
+            "ci95/return": list(interval(self.returns)),
+        }
         if self.judged:
-            found |= {"success_rate": float(self.success.mean()), "ci95/success_rate": list(interval(self.success))}
+            found |= {
+                "success_rate": float(self.success.mean()),
+                "ci95/success_rate": list(interval(self.success)),
+            }
         return {**found, "length": float(self.lengths.mean()), "n": self.samples}
 
 
@@ -51,8 +60,9 @@ def evaluate_control(
     gather: Callable[[Tensor], Tensor] = lambda value: value,
     watch: Watch | None = None,
 ) -> ControlEvaluation:
-    """Play ``episodes`` episodes: episode e begins from the reset seed ``seed`` + e, its noise is named by e alone, so that
-    two policies meet the same starts and any number of processes (``process`` = (index, count)) plays the same.
+    """Play ``episodes`` episodes: episode e begins from the reset seed ``seed`` + e, its noise is
+    named by e alone, so that two policies meet the same starts and any number of processes
+    (``process`` = (index, count)) plays the same.
     """
     index, count = process
     share = math.ceil(episodes / count)
@@ -67,5 +77,7 @@ def evaluate_control(
         returns[rows] += step.rewards.double().sum(1)
         lengths[rows] += step.executed.double()
         decided[rows] += 1
-    success, returns, lengths, decided = (gather(v)[:episodes] for v in (success, returns, lengths, decided))
+    success, returns, lengths, decided = (
+        gather(v)[:episodes] for v in (success, returns, lengths, decided)
+    )
     return ControlEvaluation(success, returns, lengths, float(decided.sum()), judged)

@@ -1,4 +1,6 @@
-"""What a run is judged by, before, between and after: prompts and rewards, or episodes in environments."""
+"""What a run is judged by, before, between and after: prompts and rewards, or episodes in
+environments.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +30,9 @@ class Exam(Protocol):
     def __call__(
         self, policy: ChainPolicy, processes: Processes, micro_batches: MicroBatches, folder: Path
     ) -> dict[str, Any]:
-        """The policy's metrics, the same on every process; the main one writes what there is to look at to ``folder``."""
+        """The policy's metrics, the same on every process; the main one writes what there is to
+        look at to ``folder``.
+        """
         ...
 
 

@@ -1,4 +1,6 @@
-"""Experience: all that a run has to learn from off the policy, the data section and what it has collected itself."""
+"""Experience: all that a run has to learn from off the policy, the data section and what it has
+collected itself.
+"""
 
 import math
 from collections.abc import Sequence
@@ -20,16 +22,23 @@ from genpolicy.task import Context
 
 
 class Experience:
-    """The data section's episodes and those of the iterations that were added, as one replay, in memory.
+    """The data section's episodes and those of the iterations that were added, as one replay, in
+    memory.
 
-    What is saved with a checkpoint is which iterations there are; the episodes themselves are in the run's folder
-    (`EpisodeStore`), where every process reads all of them. conditions, features: of the replay's views by the encoder as
-    it is; `renew` says that it has changed. cut_fails: nothing comes after an episode that was cut. own: `replay` holds what
-    the run has collected itself, and the data section's episodes are only imitated.
+    What is saved with a checkpoint is which iterations there are; the episodes themselves are in
+    the run's folder (`EpisodeStore`), where every process reads all of them. conditions, features:
+    of the replay's views by the encoder as it is; `renew` says that it has changed. cut_fails:
+    nothing comes after an episode that was cut. own: `replay` holds what the run has collected
+    itself, and the data section's episodes are only imitated.
     """
 
     def __init__(self, run: Run, cut_fails: bool, own: bool = False) -> None:
-        self.run, self.model, self.cut_fails, self.own = run, cast(ControlModel, run.policy.model), cut_fails, own
+        self.run, self.model, self.cut_fails, self.own = (
+            run,
+            cast(ControlModel, run.policy.model),
+            cut_fails,
+            own,
+        )
         self.iterations: list[int] = []
         self._everything: tuple[Replay, Replay] | None = None
         self.renew()
@@ -48,12 +57,16 @@ class Experience:
 
     @property
     def _both(self) -> tuple[Replay, Replay]:
-        """All decisions, and those that critics and models learn from. Raises `ConfigError` where there are none."""
+        """All decisions, and those that critics and models learn from. Raises `ConfigError` where
+        there are none.
+        """
         if self._everything is None:
             data, store = self.run.data, self.run.collector.store
             parts = [] if data is None else [Replay.of_dataset(data, self.model, self.cut_fails)]
             given = sum(map(len, parts))
-            parts += [Replay.of_episodes(store.episodes(i), self.cut_fails) for i in self.iterations]
+            parts += [
+                Replay.of_episodes(store.episodes(i), self.cut_fails) for i in self.iterations
+            ]
             if not parts or (self.own and not self.iterations):
                 raise ConfigError(
                     "there is nothing to learn from: name recorded episodes in the data section, or collect some"
@@ -85,14 +98,16 @@ class Experience:
         return self.model.features(self.conditions)
 
     def redraw(self, states: int, number: int, samples: int = 1) -> tuple[Rollout, Tensor]:
-        """What the policy would do at ``states`` recorded decisions (of all processes together), ``samples`` times in a row at
-        each, and where this process's stand among the views. number: of this redrawing in its iteration; another finds other
-        decisions and other noise.
+        """What the policy would do at ``states`` recorded decisions (of all processes together),
+        ``samples`` times in a row at each, and where this process's stand among the views. number:
+        of this redrawing in its iteration; another finds other decisions and other noise.
         """
         run = self.run
         key = [run.experiment.seed % 2**64, run.iteration, number]
         drawn = np.random.default_rng(key).integers(len(self.replay), size=states)
-        state = torch.arange(run.processes.index, states, run.processes.count).repeat_interleave(samples)
+        state = torch.arange(run.processes.index, states, run.processes.count).repeat_interleave(
+            samples
+        )
         rows = self.replay.now[torch.from_numpy(drawn)[state]]
         place = state * samples + torch.arange(len(state)) % samples
         return run.redraw(self.conditions[rows], place, states * samples, number), rows
@@ -114,7 +129,9 @@ class Experience:
 
 
 class Failures:
-    """Starts from which an episode failed and none has succeeded since; saved and resumed with the run."""
+    """Starts from which an episode failed and none has succeeded since; saved and resumed with the
+    run.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -122,7 +139,9 @@ class Failures:
         run.register(failures=self)
 
     def mixed(self, fresh: Sequence[int], share: float) -> list[int]:
-        """``fresh`` reset seeds, the last ``share`` of them replaced by failures as far as there are any."""
+        """``fresh`` reset seeds, the last ``share`` of them replaced by failures as far as there
+        are any.
+        """
         count = min(round(share * len(fresh)), len(self.seeds))
         key = [self.run.experiment.seed % 2**64, self.run.iteration]
         drawn = np.random.default_rng(key).permutation(len(self.seeds))[:count]
@@ -146,24 +165,29 @@ class Failures:
 
 
 class Floor:
-    """A floor under what is collected: the policy that a stage began with plays so many of the episodes that their expected
-    return stays at least ``share`` of its own (`safe_share`), by the lower 95 % bound of what the new one did last.
+    """A floor under what is collected: the policy that a stage began with plays so many of the
+    episodes that their expected return stays at least ``share`` of its own (`safe_share`), by the
+    lower 95 % bound of what the new one did last.
     """
 
     def __init__(self, run: Run, share: float, anchor: "Anchor") -> None:
         self.run, self.share, self.anchor = run, share, anchor
-        self.lower = math.inf  # the first iteration is played by the policy that the stage began with anyway
+        self.lower = (
+            math.inf
+        )  # the first iteration is played by the policy that the stage began with anyway
         run.register(floor=self)
 
     def episodes(self, wanted: int) -> int:
-        """How many of the ``wanted`` the new policy may play, at least one in each process and equally many; the others are
-        played here and now.
+        """How many of the ``wanted`` the new policy may play, at least one in each process and
+        equally many; the others are played here and now.
         """
         anchor, processes = self.anchor, self.run.processes.count
         if anchor.rate is None:
             with self.run.using(anchor.weights):
                 anchor.rate = self.run.try_out(wanted, anchor.iteration)
-        allowed = math.floor(safe_share(self.share, anchor.rate, self.lower) * wanted + 1e-9)  # 7.999 is 8
+        allowed = math.floor(
+            safe_share(self.share, anchor.rate, self.lower) * wanted + 1e-9
+        )  # 7.999 is 8
         mine = max(allowed // processes, 1) * processes
         if wanted - mine:
             with self.run.using(anchor.weights):
@@ -182,8 +206,8 @@ class Floor:
 
 
 class Anchor:
-    """The policy that a stage begins with, to which it is held, and what the one in force came to in real episodes (None: not
-    tried): saved and resumed with the run.
+    """The policy that a stage begins with, to which it is held, and what the one in force came to
+    in real episodes (None: not tried): saved and resumed with the run.
     """
 
     def __init__(self, run: Run) -> None:

@@ -1,4 +1,6 @@
-"""An experiment from its YAML to its result: claim the folder, build what it names, train, or only rehearse."""
+"""An experiment from its YAML to its result: claim the folder, build what it names, train, or only
+rehearse.
+"""
 
 import contextlib
 import dataclasses
@@ -36,7 +38,9 @@ from genpolicy.task import Task, is_control
 
 @dataclass(frozen=True)
 class Result:
-    """What `train` returns: the run's folder, the evaluations before and after, and the whole summary."""
+    """What `train` returns: the run's folder, the evaluations before and after, and the whole
+    summary.
+    """
 
     folder: Path
     before: dict[str, Any]
@@ -45,9 +49,11 @@ class Result:
 
 
 def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) -> Result:
-    """Run an experiment (an `Experiment`, a YAML's path, or a shipped config's name) to the end of its budget.
+    """Run an experiment (an `Experiment`, a YAML's path, or a shipped config's name) to the end of
+    its budget.
 
-    A run's own config.yaml resumes that run. Raises `ConfigError` before any work starts if something does not fit.
+    A run's own config.yaml resumes that run. Raises `ConfigError` before any work starts if
+    something does not fit.
     """
     started = time.perf_counter()
     resume, folder = False, None
@@ -60,7 +66,9 @@ def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) ->
     with _folder(folder, resume) if accelerator.is_main_process else contextlib.nullcontext():
         run, method = prepare(experiment, folder, accelerator)
         if experiment.trackers:  # now, not before: they write into the folder
-            accelerator.init_trackers("genpolicy", config={"experiment": config.to_yaml(experiment)})
+            accelerator.init_trackers(
+                "genpolicy", config={"experiment": config.to_yaml(experiment)}
+            )
         with run:
             method.train(run)
             return _finish(run, time.perf_counter() - started)
@@ -94,10 +102,14 @@ def _finish(run: Run, wall_time: float) -> Result:
 
 
 def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, Rehearsal]:
-    """One real iteration of each of an experiment's stages, what they cost, and what its budget will; nothing is written."""
+    """One real iteration of each of an experiment's stages, what they cost, and what its budget
+    will; nothing is written.
+    """
     asked = config.load(experiment, overrides)
     cost = Rehearsal()
-    with tempfile.TemporaryDirectory() as nowhere:  # episodes that a method keeps are written down as they end
+    with (
+        tempfile.TemporaryDirectory() as nowhere
+    ):  # episodes that a method keeps are written down as they end
         run, method = prepare(asked, Path(nowhere), start_processes(asked, None))
         run.rehearse = cost.record
         with run:
@@ -108,8 +120,8 @@ def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Exp
 
 @contextlib.contextmanager
 def _folder(folder: Path, resume: bool) -> Iterator[None]:
-    """Hold the run's folder. A new run that fails on bad input in its first iteration, or before, leaves nothing
-    behind.
+    """Hold the run's folder. A new run that fails on bad input in its first iteration, or before,
+    leaves nothing behind.
     """
     existed = folder.exists()
     if not resume and (folder / "config.yaml").exists():
@@ -124,7 +136,9 @@ def _folder(folder: Path, resume: bool) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            nothing = not (folder / "checkpoints").exists() or isinstance(error, ConfigError | RewardError | OSError)
+            nothing = not (folder / "checkpoints").exists() or isinstance(
+                error, ConfigError | RewardError | OSError
+            )
             if not resume and nothing and not any(m["iteration"] for m in report.read(folder)):
                 for path in folder.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -147,14 +161,23 @@ def finished(folder: Path) -> bool:
 def spent(summary: Mapping[str, Any]) -> bool:
     """Whether a run with this summary has spent its budget."""
     # the other limits are called in the summary what the budget calls them
-    done = {**{name: name for name in summary["asked"]}, "nfe": "evaluations", "seconds": "training_s"}
-    return summary["over"] or any(limit and summary[done[name]] >= limit for name, limit in summary["asked"].items())
+    done = {
+        **{name: name for name in summary["asked"]},
+        "nfe": "evaluations",
+        "seconds": "training_s",
+    }
+    return summary["over"] or any(
+        limit and summary[done[name]] >= limit for name, limit in summary["asked"].items()
+    )
 
 
 def versions() -> dict[str, str]:
     """The versions that decide a run's numbers."""
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
-    return {"genpolicy": genpolicy.__version__, **{name: importlib.metadata.version(name) for name in packages}}
+    return {
+        "genpolicy": genpolicy.__version__,
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def evaluation_prompts(experiment: Experiment, task: Task) -> tuple[str, ...]:
@@ -179,7 +202,9 @@ def prepare(experiment: Experiment, folder: Path, accelerator: Any) -> tuple[Run
         exam: Exam = ControlExam(environments, task.has_success, experiment.eval)
         parts: dict[str, Any] = {"environments": environments, "data": data}
         if experiment.reward:
-            raise ConfigError(f"task {experiment.task['name']} brings its own reward: leave the reward section out")
+            raise ConfigError(
+                f"task {experiment.task['name']} brings its own reward: leave the reward section out"
+            )
     else:
         reward = make_rewards(experiment.reward)
         exam = PromptExam(reward, evaluation_prompts(experiment, task), experiment.eval)

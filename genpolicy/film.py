@@ -1,4 +1,6 @@
-"""GIFs of policies that act: episodes as a camera sees them, alone or side by side from the same start."""
+"""GIFs of policies that act: episodes as a camera sees them, alone or side by side from the same
+start.
+"""
 
 import io
 import math
@@ -31,7 +33,9 @@ COLOURS, BORDER = 128, 3
 
 @dataclass
 class Film:
-    """One episode as it was seen: ``frames`` uint8 [H,W,3], ``seconds`` each. success is None where nobody judges."""
+    """One episode as it was seen: ``frames`` uint8 [H,W,3], ``seconds`` each. success is None where
+    nobody judges.
+    """
 
     seed: int
     seconds: float
@@ -49,7 +53,12 @@ class Film:
 
 
 def film(
-    policy: ChainPolicy, task: ControlTask, environments: Environments, *, seed: int, episodes: Sequence[int]
+    policy: ChainPolicy,
+    task: ControlTask,
+    environments: Environments,
+    *,
+    seed: int,
+    episodes: Sequence[int],
 ) -> list[Film]:
     """Play these episodes of the evaluation from ``seed`` (see `evaluate_control`) before a camera.
 
@@ -58,7 +67,13 @@ def film(
     stride = max(round(task.fps / RATE), math.ceil(task.limit / LONGEST), 1)
     films = [Film(seed + episode, stride / task.fps) for episode in episodes]
 
-    def watch(slots: Sequence[int], playing: Sequence[int], _seen: Context, _action: Tensor, step: TaskStep) -> None:
+    def watch(
+        slots: Sequence[int],
+        playing: Sequence[int],
+        _seen: Context,
+        _action: Tensor,
+        step: TaskStep,
+    ) -> None:
         over = (step.terminated | step.truncated).tolist()
         for row, (slot, episode) in enumerate(zip(slots, playing, strict=True)):
             shot = films[episode]
@@ -70,17 +85,26 @@ def film(
 
     names = torch.tensor(list(episodes))
     noise = Noise(seed, EVALUATION, names, torch.zeros_like(names))
-    for _ in play(policy, environments, [shot.seed for shot in films], noise, keep=(0, 0), watch=watch):
+    for _ in play(
+        policy, environments, [shot.seed for shot in films], noise, keep=(0, 0), watch=watch
+    ):
         pass
     return films
 
 
 def save(films: Mapping[str, Film], path: Path) -> None:
-    """A GIF of one film, or of several side by side, each with its name and outcome below and in its outcome's colour."""
+    """A GIF of one film, or of several side by side, each with its name and outcome below and in
+    its outcome's colour.
+    """
     shots = list(films.values())
     length = max(len(shot.frames) for shot in shots)
-    sheets = [_beside([_framed(name, shot, place) for name, shot in films.items()]) for place in range(length)]
-    pause = 10 * max(round(100 * shots[0].seconds), 2)  # a GIF counts hundredths, and players take 0 and 1 for 10
+    sheets = [
+        _beside([_framed(name, shot, place) for name, shot in films.items()])
+        for place in range(length)
+    ]
+    pause = 10 * max(
+        round(100 * shots[0].seconds), 2
+    )  # a GIF counts hundredths, and players take 0 and 1 for 10
     pauses = [*[pause] * (length - 1), pause + round(1000 * HOLD)]
     encoded = _gif(sheets, pauses)
     while len(encoded) > BYTES:
@@ -93,7 +117,9 @@ def save(films: Mapping[str, Film], path: Path) -> None:
 def side_by_side(
     policies: Mapping[str, ChainPolicy], task: ControlTask, seed: int, path: Path, episode: int = 0
 ) -> dict[str, Film]:
-    """A GIF of policies from the same start with the same noise, by their names from left to right; what was seen."""
+    """A GIF of policies from the same start with the same noise, by their names from left to right;
+    what was seen.
+    """
     films: dict[str, Film] = {}
     for name, policy in policies.items():
         model: ControlModel = policy.model  # type: ignore[assignment]  # what acts in a task has actions
@@ -112,8 +138,14 @@ def _framed(name: str, shot: Film, place: int) -> Image.Image:
     framed = ImageOps.expand(tile(shot.frames[min(place, len(shot.frames) - 1)]), BORDER, colour)
     sheet = Image.new("RGB", (framed.width, framed.height + LINE + GAP), "white")
     sheet.paste(framed)
-    text = f"{name}: {shot.outcome}, {shot.steps} steps" if name else f"{shot.outcome}, {shot.steps} steps"
-    ImageDraw.Draw(sheet).text((BORDER, framed.height + GAP // 2), cut(text, sheet.width), fill="black", font=font())
+    text = (
+        f"{name}: {shot.outcome}, {shot.steps} steps"
+        if name
+        else f"{shot.outcome}, {shot.steps} steps"
+    )
+    ImageDraw.Draw(sheet).text(
+        (BORDER, framed.height + GAP // 2), cut(text, sheet.width), fill="black", font=font()
+    )
     return sheet
 
 
@@ -132,5 +164,13 @@ def _gif(sheets: Sequence[Image.Image], pauses: Sequence[int]) -> bytes:
     palette = _beside([sheets[0], sheets[-1]]).quantize(COLOURS)
     first, *others = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
     file = io.BytesIO()
-    first.save(file, "GIF", save_all=True, append_images=others, duration=list(pauses), loop=0, optimize=False)
+    first.save(
+        file,
+        "GIF",
+        save_all=True,
+        append_images=others,
+        duration=list(pauses),
+        loop=0,
+        optimize=False,
+    )
     return file.getvalue()

@@ -2,8 +2,9 @@
 
     loss = mean over rows, event dims of  (output(x_t, t, condition) - target)^2,    x_t = alpha(t) x_0 + sigma(t) eps
 
-with x_0 the chunk that was done, t from the family's own training distribution and eps standard normal: the denoising loss
-(arXiv 2006.11239 eq. 14; for robots 2303.04137) for every parametrisation.
+with x_0 the chunk that was done, t from the family's own training distribution and eps standard
+normal: the denoising loss (arXiv 2006.11239 eq. 14; for robots 2303.04137) for every
+parametrisation.
 """
 
 from collections.abc import Callable
@@ -25,9 +26,9 @@ Source = Callable[[Tensor], tuple[Context, Tensor, Tensor | None]]
 
 @dataclass
 class Cloning:
-    """The imitation stage of a method of several: iterations of ``updates`` updates of ``batch`` frames; lr falls to 0 along a
-    cosine after ``warmup`` updates; ema: decay of the averaged weights, which go on. (RL-100: batch 256, 1.4e-4 for large
-    networks; small ones take 1e-3.)
+    """The imitation stage of a method of several: iterations of ``updates`` updates of ``batch``
+    frames; lr falls to 0 along a cosine after ``warmup`` updates; ema: decay of the averaged
+    weights, which go on. (RL-100: batch 256, 1.4e-4 for large networks; small ones take 1e-3.)
     """
 
     iterations: int = 20
@@ -44,13 +45,15 @@ class Cloning:
 
     def optimizer(self, common: OptimizerConfig) -> OptimizerConfig:
         """Its optimiser, with the experiment's own betas, eps and decay."""
-        return replace(common, lr=self.lr, warmup=self.warmup, final=0.0, ema=self.ema, max_grad_norm=1.0)
+        return replace(
+            common, lr=self.lr, warmup=self.warmup, final=0.0, ema=self.ema, max_grad_norm=1.0
+        )
 
 
 @dataclass(frozen=True)
 class Imitation:
-    """Updates of ``batch`` rows, drawn alike from the ``rows`` of a source; the encoder learns too. Every number drawn is a
-    function of the run's seed, its iteration and the update's number.
+    """Updates of ``batch`` rows, drawn alike from the ``rows`` of a source; the encoder learns too.
+    Every number drawn is a function of the run's seed, its iteration and the update's number.
     """
 
     run: Run
@@ -73,19 +76,26 @@ class Imitation:
         def losses(part: slice) -> Tensor:
             context, event, mask = self.source(rows[part])
             condition, penalty = model.supervised(context, chance[part])
-            return run.policy.supervised_loss(condition, event, t[part], noise[part].to(event), mask) + penalty
+            return (
+                run.policy.supervised_loss(condition, event, t[part], noise[part].to(event), mask)
+                + penalty
+            )
 
         run.descend(losses, len(rows), "bc")
 
     def draw(self, key: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This process's share of the batch: rows, uniform numbers for the times, noise, uniform numbers for the encoder."""
+        """This process's share of the batch: rows, uniform numbers for the times, noise, uniform
+        numbers for the encoder.
+        """
         generator = np.random.default_rng(key)
         share = slice(self.run.processes.index, None, self.run.processes.count)
         rows = generator.integers(self.rows, size=self.batch)[share]
         uniform = generator.random(self.batch)[share]
         shape = (self.batch, *self.run.policy.model.event_shape)
         noise = generator.standard_normal(shape, dtype=np.float32)[share]
-        chance = generator.random((self.batch, cast(ControlModel, self.run.policy.model).draws))[share]
+        chance = generator.random((self.batch, cast(ControlModel, self.run.policy.model).draws))[
+            share
+        ]
         return tuple(torch.from_numpy(drawn.copy()) for drawn in (rows, uniform, noise, chance))  # type: ignore[return-value]
 
 

@@ -44,8 +44,8 @@ class Journal:
 
 
 def _peak_gigabytes() -> float:
-    """The accelerator's memory at its highest since the last call; without one, this process's at its highest so
-    far.
+    """The accelerator's memory at its highest since the last call; without one, this process's at
+    its highest so far.
     """
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 1e9

@@ -1,4 +1,6 @@
-"""The judge of a best-of-N sampler: a critic of decisions, saved beside the policy that it picks for."""
+"""The judge of a best-of-N sampler: a critic of decisions, saved beside the policy that it picks
+for.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -16,7 +18,9 @@ WEIGHTS, SETTINGS = "judge.safetensors", "judge.json"
 
 @dataclass(frozen=True)
 class QJudge:
-    """mean - pessimism * std of what the critic's members say of a decision, as `genpolicy.policy.Judge`."""
+    """mean - pessimism * std of what the critic's members say of a decision, as
+    `genpolicy.policy.Judge`.
+    """
 
     critic: Critic
     pessimism: float
@@ -48,15 +52,21 @@ class QJudge:
         """The judge that was saved in a folder, not to be trained any further."""
         for name in (SETTINGS, WEIGHTS):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"the policy's judge in {folder} is incomplete: it has no {name}")
+                raise FileNotFoundError(
+                    f"the policy's judge in {folder} is incomplete: it has no {name}"
+                )
         try:
             settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
             pessimism, inputs = float(settings.pop("pessimism")), settings.pop("inputs")
             support = settings.pop("support")
             with torch.device("meta"):  # no weights are drawn that the file's would replace
-                critic = Critic(inputs, support=None if support is None else Support(**support), **settings)
+                critic = Critic(
+                    inputs, support=None if support is None else Support(**support), **settings
+                )
             critic.load_state_dict(load_file(folder / WEIGHTS, device=str(device)), assign=True)
-        except Exception as error:  # json, safetensors and torch each complain in types of their own
+        except (
+            Exception
+        ) as error:  # json, safetensors and torch each complain in types of their own
             raise ConfigError(
                 f"the policy's judge in {folder} is damaged ({' '.join(str(error).split())}): delete that folder to act"
                 " without one"

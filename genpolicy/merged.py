@@ -11,11 +11,11 @@ from genpolicy.task import Context, Dataset
 
 @dataclass(eq=False)
 class Merged:
-    """The frames of ``parts``, one data set after the other, as a `genpolicy.task.Dataset`. Raises `ValueError` where they do not
-    show the same things or were recorded at different rates.
+    """The frames of ``parts``, one data set after the other, as a `genpolicy.task.Dataset`. Raises
+    `ValueError` where they do not show the same things or were recorded at different rates.
 
-    Statistics are those of all frames together (quantiles, which can't be had from the parts', their mean by frames).
-    columns: what all parts have.
+    Statistics are those of all frames together (quantiles, which can't be had from the parts',
+    their mean by frames). columns: what all parts have.
     """
 
     parts: Sequence[Dataset]
@@ -33,13 +33,17 @@ class Merged:
         self._first = counts.cumsum(0) - counts
         self._weight = counts.double() / counts.sum()
         names = [name for name in first.columns if all(name in part.columns for part in self.parts)]
-        self.columns: Mapping[str, Tensor] = {n: torch.cat([part.columns[n] for part in self.parts]) for n in names}
+        self.columns: Mapping[str, Tensor] = {
+            n: torch.cat([part.columns[n] for part in self.parts]) for n in names
+        }
         numbers, episodes = [], 0
         for part in self.parts:
             numbers.append(part.episode.unique_consecutive(return_inverse=True)[1] + episodes)
             episodes = int(numbers[-1].max()) + 1
         self.episode = torch.cat(numbers)
-        self.stats: Mapping[str, Mapping[str, Tensor]] = {name: self._pooled(name) for name in first.stats}
+        self.stats: Mapping[str, Mapping[str, Tensor]] = {
+            name: self._pooled(name) for name in first.stats
+        }
 
     def __len__(self) -> int:
         return len(self.episode)
@@ -59,7 +63,8 @@ class Merged:
 
     def _pooled(self, name: str) -> dict[str, Tensor]:
         values = {
-            kind: torch.stack([part.stats[name][kind] for part in self.parts]) for kind in self.parts[0].stats[name]
+            kind: torch.stack([part.stats[name][kind] for part in self.parts])
+            for kind in self.parts[0].stats[name]
         }
         weight = self._weight.to(values["mean"]).view(-1, *[1] * (values["mean"].ndim - 1))
         pooled = {kind: (weight * value).sum(0) for kind, value in values.items()}

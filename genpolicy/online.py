@@ -1,4 +1,6 @@
-"""Online RL of a control policy: episodes that it plays itself, advantages by GAE, and a value that learns beside it."""
+"""Online RL of a control policy: episodes that it plays itself, advantages by GAE, and a value that
+learns beside it.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -14,14 +16,16 @@ from genpolicy.run import Run
 
 @dataclass
 class Online:
-    """episodes: of an iteration. lam: of GAE (.95). epochs: passes over the rollout (5 to 10). minibatch: what one update sees.
-    lr falls along a cosine to its ``final`` share as the budget is spent; clip (.2). critic_lr, critic_epochs,
-    critic_minibatch: of the value. warm_up: iterations that train the value alone.
+    """episodes: of an iteration. lam: of GAE (.95). epochs: passes over the rollout (5 to 10).
+    minibatch: what one update sees. lr falls along a cosine to its ``final`` share as the budget is
+    spent; clip (.2). critic_lr, critic_epochs, critic_minibatch: of the value. warm_up: iterations
+    that train the value alone.
 
-    ema: decay of the averaged weights, which are what is evaluated and saved: near the ceiling what single batches teach is
-    noise. retry: share of the episodes that begin where an earlier one failed, if there are such starts: they are rare, and
-    without it they are hardly ever met again. floor: for hardware, a share of the return of the policy that the stage began
-    with; it plays as many of the episodes as keep the expected return of all above that (0: none).
+    ema: decay of the averaged weights, which are what is evaluated and saved: near the ceiling what
+    single batches teach is noise. retry: share of the episodes that begin where an earlier one
+    failed, if there are such starts: they are rare, and without it they are hardly ever met again.
+    floor: for hardware, a share of the return of the policy that the stage began with; it plays as
+    many of the episodes as keep the expected return of all above that (0: none).
     """
 
     episodes: int = 48
@@ -40,7 +44,14 @@ class Online:
     warm_up: int = 1
 
     def __post_init__(self) -> None:
-        least = {"episodes": 1, "epochs": 1, "minibatch": 1, "critic_epochs": 1, "critic_minibatch": 1, "warm_up": 0}
+        least = {
+            "episodes": 1,
+            "epochs": 1,
+            "minibatch": 1,
+            "critic_epochs": 1,
+            "critic_minibatch": 1,
+            "warm_up": 0,
+        }
         at_least("method: online", self, **least)
         positive("method: online", self, "lr", "clip", "critic_lr")
         share("method: online", self, "lam", "final", "ema", "retry", "floor")
@@ -51,20 +62,27 @@ class Online:
 
 
 class OnPolicy:
-    """What an on-policy stage plays and learns its value from; all of it is saved and resumed with the run.
+    """What an on-policy stage plays and learns its value from; all of it is saved and resumed with
+    the run.
 
-    gamma: discount per environment step. cut_fails: nothing comes after an episode that its time limit cut. anchor: the policy
-    that the stage began with, which `Online.floor` goes by.
+    gamma: discount per environment step. cut_fails: nothing comes after an episode that its time
+    limit cut. anchor: the policy that the stage began with, which `Online.floor` goes by.
     """
 
-    def __init__(self, run: Run, settings: Online, gamma: float, cut_fails: bool, anchor: Anchor) -> None:
+    def __init__(
+        self, run: Run, settings: Online, gamma: float, cut_fails: bool, anchor: Anchor
+    ) -> None:
         self.run, self.s, self.cut_fails = run, settings, cut_fails
         s = settings
-        self.critic = DecisionValue(run, gamma, s.lam, s.critic_lr, s.critic_epochs, s.critic_minibatch)
+        self.critic = DecisionValue(
+            run, gamma, s.lam, s.critic_lr, s.critic_epochs, s.critic_minibatch
+        )
         self.failures, self.floor = Failures(run), Floor(run, s.floor, anchor)
 
     def rollout(self, log_ratio: LogRatio) -> tuple[Rollout, Tensor, Tensor]:
-        """The iteration's episodes, every decision's advantage, and what the value is to learn from it; both [R]."""
+        """The iteration's episodes, every decision's advantage, and what the value is to learn from
+        it; both [R].
+        """
         run, s = self.run, self.s
         episodes = self.floor.episodes(s.episodes) if s.floor else s.episodes
         starts = self.failures.mixed(run.starts(episodes), s.retry)
@@ -73,5 +91,7 @@ class OnPolicy:
         self.floor.note(rollout.rewards)
         rollout = run.verified(rollout, log_ratio, s.clip / 10)
         if self.cut_fails:
-            rollout = replace(rollout, decisions=replace(rollout.decisions, terminated=rollout.decisions.last))
+            rollout = replace(
+                rollout, decisions=replace(rollout.decisions, terminated=rollout.decisions.last)
+            )
         return rollout, *self.critic.advantage(rollout)

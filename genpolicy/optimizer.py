@@ -1,4 +1,6 @@
-"""The optimiser and what surrounds it: AdamW, learning-rate schedule, gradient scaler, clipping, averaged weights."""
+"""The optimiser and what surrounds it: AdamW, learning-rate schedule, gradient scaler, clipping,
+averaged weights.
+"""
 
 import contextlib
 import math
@@ -15,7 +17,8 @@ from genpolicy.policy import swapped
 class Optimizer:
     """AdamW over ``parameters`` with everything an update needs; it has a state_dict.
 
-    ``reduce`` sums a flat gradient over processes (None: one process). fp16 networks get a gradient scaler.
+    ``reduce`` sums a flat gradient over processes (None: one process). fp16 networks get a gradient
+    scaler.
     """
 
     def __init__(
@@ -29,16 +32,27 @@ class Optimizer:
         self.updates = 0
         o = settings
         self.adamw = torch.optim.AdamW(
-            self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, foreach=True
+            self.parameters,
+            lr=o.lr,
+            betas=o.betas,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            foreach=True,
         )
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=fp16)
         self.ema = [p.detach().clone() for p in self.parameters] if o.ema else None
 
     def lr(self, progress: float) -> float:
-        """Linear warm-up over updates, then a cosine over ``progress`` in [0, 1] of the budget down to final * lr."""
+        """Linear warm-up over updates, then a cosine over ``progress`` in [0, 1] of the budget down
+        to final * lr.
+        """
         o = self.settings
         rise = min(1.0, (self.updates + 1) / o.warmup) if o.warmup else 1.0
-        return o.lr * rise * (o.final + (1 - o.final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+        return (
+            o.lr
+            * rise
+            * (o.final + (1 - o.final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+        )
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -49,17 +63,25 @@ class Optimizer:
         self.scaler.scale(loss).backward()
 
     def step(self, progress: float) -> float:
-        """Sum the gradients over processes, clip, apply, average; returns the gradient's norm before clipping.
+        """Sum the gradients over processes, clip, apply, average; returns the gradient's norm
+        before clipping.
 
-        A norm that is not finite raises `FloatingPointError` before anything is applied (fp16: the scaler skips the
-        step).
+        A norm that is not finite raises `FloatingPointError` before anything is applied (fp16: the
+        scaler skips the step).
         """
         if self.reduce is not None:
-            # what nobody reached keeps no gradient, as in one process: weight decay then leaves it alone
-            there = self.reduce(torch.tensor([float(p.grad is not None) for p in self.parameters])) > 0
-            reached = [p for p, anybody in zip(self.parameters, there.tolist(), strict=True) if anybody]
+            # what nobody reached keeps no gradient, as in one process: weight decay then leaves it
+            # alone
+            there = (
+                self.reduce(torch.tensor([float(p.grad is not None) for p in self.parameters])) > 0
+            )
+            reached = [
+                p for p, anybody in zip(self.parameters, there.tolist(), strict=True) if anybody
+            ]
             flat = self.reduce(torch.cat([_gradient(p).flatten() for p in reached]))
-            for parameter, gradient in zip(reached, flat.split([p.numel() for p in reached]), strict=True):
+            for parameter, gradient in zip(
+                reached, flat.split([p.numel() for p in reached]), strict=True
+            ):
                 parameter.grad = gradient.view_as(parameter).clone()
         self.scaler.unscale_(self.adamw)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
@@ -95,11 +117,15 @@ class Optimizer:
         self.updates = state["updates"]
         self.adamw.load_state_dict(state["adamw"])
         o = self.settings
-        for group in self.adamw.param_groups:  # what was asked for now, not what the checkpoint was made with
+        for group in (
+            self.adamw.param_groups
+        ):  # what was asked for now, not what the checkpoint was made with
             group.update(betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            self.ema = [value.to(p.device) for value, p in zip(state["ema"], self.parameters, strict=True)]
+            self.ema = [
+                value.to(p.device) for value, p in zip(state["ema"], self.parameters, strict=True)
+            ]
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

@@ -1,4 +1,6 @@
-"""The contracts of a policy: `Model`, a family of networks, and `ChainPolicy`, a model with its sampler."""
+"""The contracts of a policy: `Model`, a family of networks, and `ChainPolicy`, a model with its
+sampler.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,17 +14,26 @@ from torch import Tensor
 from genpolicy.chain import Chain, ClipX0, Condition, Guidance, Noise, Prediction, Trajectory
 from genpolicy.chain.kernel import gain
 from genpolicy.chain.schedule import Schedule, Step
-from genpolicy.chain.values import Denoiser, Gaussian, Parametrisation, expand, output_gain, reduce_event
+from genpolicy.chain.values import (
+    Denoiser,
+    Gaussian,
+    Parametrisation,
+    expand,
+    output_gain,
+    reduce_event,
+)
 from genpolicy.task import Context, Dataset
 
 
 class Model(Protocol):
-    """A family of networks behind one meaning: encode, denoise, decode. Everything here is what `ChainPolicy` needs.
+    """A family of networks behind one meaning: encode, denoise, decode. Everything here is what
+    `ChainPolicy` needs.
 
-    schedule, parametrisation: how the network's output is read. event_shape: E of one sample as the chain sees it.
-    clip: (bound, recompute_eps) of the predicted x0 (see `ClipX0`), None where the family does not clip.
-    evaluations: network evaluations so far, in rows; a row whose evaluation is differentiated counts twice (its forward
-    and its backward: the notes' "F per sample", with a backward priced as a forward).
+    schedule, parametrisation: how the network's output is read. event_shape: E of one sample as the
+    chain sees it. clip: (bound, recompute_eps) of the predicted x0 (see `ClipX0`), None where the
+    family does not clip. evaluations: network evaluations so far, in rows; a row whose evaluation
+    is differentiated counts twice (its forward and its backward: the notes' "F per sample", with a
+    backward priced as a forward).
     """
 
     schedule: Schedule
@@ -38,7 +49,9 @@ class Model(Protocol):
         ...
 
     def encode(self, context: Context) -> Condition:
-        """Condition of B rows: prompts once per distinct one and cached, observations normalised and encoded."""
+        """Condition of B rows: prompts once per distinct one and cached, observations normalised
+        and encoded.
+        """
         ...
 
     def negative(self, condition: Condition) -> Condition:
@@ -46,12 +59,14 @@ class Model(Protocol):
         ...
 
     def denoise(self, x: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        """One unguided, unclipped network evaluation, counted. x [B,*E] fp32, t [B] (or [B,T]) -> Prediction, fp32."""
+        """One unguided, unclipped network evaluation, counted. x [B,*E] fp32, t [B] (or [B,T]) ->
+        Prediction, fp32.
+        """
         ...
 
     def scored(self, value: Tensor) -> Tensor:
-        """The dims of [B,*E] (or of what broadcasts to it) that likelihoods count: all but those that no parameter acts
-        through (padding).
+        """The dims of [B,*E] (or of what broadcasts to it) that likelihoods count: all but those
+        that no parameter acts through (padding).
         """
         ...
 
@@ -60,8 +75,8 @@ class Model(Protocol):
         ...
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Samples [B,*E] to outputs: images Float[B,3,H,W] in [0,1], videos Float[B,F,3,H,W], or the chunk of actions
-        that is executed, Float[B,T,D] in the environment's units.
+        """Samples [B,*E] to outputs: images Float[B,3,H,W] in [0,1], videos Float[B,F,3,H,W], or
+        the chunk of actions that is executed, Float[B,T,D] in the environment's units.
         """
         ...
 
@@ -77,10 +92,11 @@ class Model(Protocol):
 class ControlModel(Model, Protocol):
     """A model whose samples are chunks of actions.
 
-    pretrained: None for one that is still to be given its shapes and statistics by `initialise`. history: observation
-    frames it sees. shapes: of the observations it needs, by LeRobot's names. action_dim: D of the environment.
-    executed: how many of a chunk's actions are carried out, T of `decode`. horizon: offsets, relative to the current
-    frame, of the actions that one event holds. draws: uniform numbers that a row of `supervised` takes.
+    pretrained: None for one that is still to be given its shapes and statistics by `initialise`.
+    history: observation frames it sees. shapes: of the observations it needs, by LeRobot's names.
+    action_dim: D of the environment. executed: how many of a chunk's actions are carried out, T of
+    `decode`. horizon: offsets, relative to the current frame, of the actions that one event holds.
+    draws: uniform numbers that a row of `supervised` takes.
     """
 
     pretrained: str | None
@@ -92,8 +108,9 @@ class ControlModel(Model, Protocol):
     draws: int
 
     def supervised(self, context: Context, uniform: Tensor) -> tuple[Condition, Tensor]:
-        """The condition of B rows to imitate from, and what the encoder's own losses add to each row's loss [B]. uniform
-        [B,``draws``] in [0,1): all its chance (augmentation, a bottleneck's samples). A model without any says `encode`, 0.
+        """The condition of B rows to imitate from, and what the encoder's own losses add to each
+        row's loss [B]. uniform [B,``draws``] in [0,1): all its chance (augmentation, a bottleneck's
+        samples). A model without any says `encode`, 0.
         """
         ...
 
@@ -102,24 +119,29 @@ class ControlModel(Model, Protocol):
         ...
 
     def event(self, actions: Tensor) -> Tensor:
-        """Actions Float[B,T,D] in the environment's units, at the offsets ``horizon``, as the chain's x0 [B,*E]."""
+        """Actions Float[B,T,D] in the environment's units, at the offsets ``horizon``, as the
+        chain's x0 [B,*E].
+        """
         ...
 
     def event_mask(self, pad: Tensor) -> Tensor | None:
-        """The dims of an event that a supervised loss counts, bool, broadcastable to [B,*E] (None: all), where ``pad``
-        bool[B,T] says which actions lie outside their episode: what the family's own training does.
+        """The dims of an event that a supervised loss counts, bool, broadcastable to [B,*E] (None:
+        all), where ``pad`` bool[B,T] says which actions lie outside their episode: what the
+        family's own training does.
         """
         ...
 
     def times(self, uniform: Tensor) -> Tensor:
-        """Noise times to train at, [B] fp64, from uniform numbers in [0,1): the family's own training distribution."""
+        """Noise times to train at, [B] fp64, from uniform numbers in [0,1): the family's own
+        training distribution.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen network for the noisier part of a chain: values of the model's trainable parameters, used at noise times
-    above ``above`` (DPPO's steps before the last K').
+    """A frozen network for the noisier part of a chain: values of the model's trainable parameters,
+    used at noise times above ``above`` (DPPO's steps before the last K').
     """
 
     weights: Sequence[Tensor]
@@ -127,7 +149,9 @@ class Base:
 
 
 Judge = Callable[[Tensor, Tensor], Tensor]
-"""(features [B,F], scored event [B,*E]) -> what that decision is worth, [B]: a critic, as the sampler sees it."""
+"""(features [B,F], scored event [B,*E]) -> what that decision is worth, [B]: a critic, as the
+sampler sees it.
+"""
 
 StdOf = Callable[[Tensor, Tensor], Tensor]
 """(t [B], features [B,F]) -> std [B,*E]: noise that is learned beside the network (ReinFlow)."""
@@ -135,13 +159,15 @@ StdOf = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ChainPolicy:
-    """A model and the sampler that acts: a chain with its guidance. The sampler is part of the policy.
+    """A model and the sampler that acts: a chain with its guidance. The sampler is part of the
+    policy.
 
-    guidance: classifier-free scale, 1 is none (one evaluation a step). guidance_interval: (low, high] in noise time.
-    negative_gradient: differentiate the unconditional branch too (see `Guidance`). base: who denoises the noisier part,
-    if not the network that learns. std_of: what replaces the kernel's std, if the noise is learned. best_of: samples that are
-    drawn for a decision; ``judge`` picks the one that is carried out. Such a policy acts and is not trained: the chosen
-    chain's likelihood is not the sampler's.
+    guidance: classifier-free scale, 1 is none (one evaluation a step). guidance_interval: (low,
+    high] in noise time. negative_gradient: differentiate the unconditional branch too (see
+    `Guidance`). base: who denoises the noisier part, if not the network that learns. std_of: what
+    replaces the kernel's std, if the noise is learned. best_of: samples that are drawn for a
+    decision; ``judge`` picks the one that is carried out. Such a policy acts and is not trained:
+    the chosen chain's likelihood is not the sampler's.
     """
 
     model: Model
@@ -156,7 +182,9 @@ class ChainPolicy:
 
     @property
     def denoiser(self) -> Denoiser:
-        """The denoiser that acts *and* is scored: the model, clipped and guided where family and sampler say so."""
+        """The denoiser that acts *and* is scored: the model, clipped and guided where family and
+        sampler say so.
+        """
         denoise = self.model.denoise
         if self.model.clip is not None:
             denoise = ClipX0(denoise, self.model.schedule, *self.model.clip)
@@ -174,11 +202,18 @@ class ChainPolicy:
         return replace(self, chain=replace(self.chain, window=window))
 
     def sample(self, condition: Condition, noise: Noise, **options: Any) -> Trajectory:
-        """`Chain.sample` with this policy's denoiser; of ``best_of`` samples of every row the one that is judged best."""
+        """`Chain.sample` with this policy's denoiser; of ``best_of`` samples of every row the one
+        that is judged best.
+        """
         if self.best_of > 1:
             return self._best(condition, noise, **options)
         return self.chain.sample(
-            self.denoiser, condition, noise, self.model.event_shape, device=self.model.device, **options
+            self.denoiser,
+            condition,
+            noise,
+            self.model.event_shape,
+            device=self.model.device,
+            **options,
         )
 
     @torch.no_grad()
@@ -196,8 +231,8 @@ class ChainPolicy:
         return self.chain.transition(self.denoiser, trajectory, k)
 
     def gain(self, k: int | Tensor) -> Tensor:
-        """d mean / d (guided) network output at step k, [1] (or at each of steps k [b]): the scalar kappa_k by which the step
-        amplifies the network.
+        """d mean / d (guided) network output at step k, [1] (or at each of steps k [b]): the scalar
+        kappa_k by which the step amplifies the network.
         """
         step = self._step(k)
         d_x0, d_eps = output_gain(self.model.parametrisation, step.alpha_t, step.sigma_t)
@@ -215,12 +250,18 @@ class ChainPolicy:
         return Gaussian(self.model.scored(gaussian.mean), self.model.scored(gaussian.std))
 
     def supervised_loss(
-        self, condition: Condition, event: Tensor, t: Tensor, noise: Tensor, mask: Tensor | None = None
+        self,
+        condition: Condition,
+        event: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """mean over E of (output - target)^2 at x_t = alpha x_0 + sigma eps, for each row: [B].
 
-        In terms of the prediction: output error = d_output/d_x0 (x0_hat - x_0), so one formula serves every
-        parametrisation. event, noise [B,*E]; t [B] noise times; mask bool, broadcastable to [B,*E].
+        In terms of the prediction: output error = d_output/d_x0 (x0_hat - x_0), so one formula
+        serves every parametrisation. event, noise [B,*E]; t [B] noise times; mask bool,
+        broadcastable to [B,*E].
         """
         schedule, kind = self.model.schedule, self.model.parametrisation
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -264,7 +305,9 @@ class _LearnedStd:
 
 @contextmanager
 def swapped(parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Run with other values in the parameters' place, without a copy: references and averages are evaluated in here."""
+    """Run with other values in the parameters' place, without a copy: references and averages are
+    evaluated in here.
+    """
     originals = [p.data for p in parameters]
     try:
         for parameter, value in zip(parameters, values, strict=True):

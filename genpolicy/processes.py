@@ -1,4 +1,6 @@
-"""Many processes as one: who collects which groups, and sums and gathers over all. World size enters nowhere else."""
+"""Many processes as one: who collects which groups, and sums and gathers over all. World size
+enters nowhere else.
+"""
 
 from typing import Any
 
@@ -21,7 +23,9 @@ class Processes:
         return self.accelerator.is_main_process
 
     def groups(self, groups: int, updates: int) -> Tensor:
-        """This process's groups [m] of M: whole ones, and the same number in each of the updates' minibatches."""
+        """This process's groups [m] of M: whole ones, and the same number in each of the updates'
+        minibatches.
+        """
         if groups % (updates * self.count):
             raise ConfigError(
                 f"{groups} groups can't be split evenly into {updates} updates on {self.count} processes: "
@@ -34,11 +38,19 @@ class Processes:
         if self.count == 1:
             return local
         gathered = self.gather(local)
-        return gathered.view(self.count, updates, -1, local.shape[1]).transpose(0, 1).reshape(-1, local.shape[1])
+        return (
+            gathered.view(self.count, updates, -1, local.shape[1])
+            .transpose(0, 1)
+            .reshape(-1, local.shape[1])
+        )
 
     def gather(self, value: Tensor) -> Tensor:
         """The rows of all processes, in their order, on the CPU."""
-        return value if self.count == 1 else self.accelerator.gather(value.to(self.accelerator.device)).cpu()
+        return (
+            value
+            if self.count == 1
+            else self.accelerator.gather(value.to(self.accelerator.device)).cpu()
+        )
 
     def reduce(self, value: Tensor) -> Tensor:
         """The sum over all processes, on the value's device."""

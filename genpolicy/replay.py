@@ -1,7 +1,8 @@
-"""Replay: recorded decisions to learn from off the policy: what was seen, what was done, what came of it, what was seen next.
+"""Replay: recorded decisions to learn from off the policy: what was seen, what was done, what came
+of it, what was seen next.
 
-It stores observations, not features: what a critic sees of them is computed when the encoder is settled, and again when it
-has changed (`encoded`).
+It stores observations, not features: what a critic sees of them is computed when the encoder is
+settled, and again when it has changed (`encoded`).
 """
 
 import math
@@ -26,10 +27,11 @@ AT_ONCE = 1024
 class Replay:
     """R decisions over F views.
 
-    views: F observations. now, after [R]: the views before and after each decision (where nothing comes after it, any).
-    event [R,*E]: the chunk, as the chain has it. rewards [R,T]: of its environment steps. executed [R]: how many were
-    taken. terminated [R]: nothing comes after. success [R]: its episode succeeded. episode [R]: whose it is. first [R]: it
-    is the first of its episode.
+    views: F observations. now, after [R]: the views before and after each decision (where nothing
+    comes after it, any). event [R,*E]: the chunk, as the chain has it. rewards [R,T]: of its
+    environment steps. executed [R]: how many were taken. terminated [R]: nothing comes after.
+    success [R]: its episode succeeded. episode [R]: whose it is. first [R]: it is the first of its
+    episode.
     """
 
     views: Context
@@ -59,37 +61,56 @@ class Replay:
         for part in parts:
             shift = {"now": views, "after": views, "episode": episodes}
             for name, values in rows.items():
-                values.append(getattr(part, name) + shift[name] if name in shift else getattr(part, name))
+                values.append(
+                    getattr(part, name) + shift[name] if name in shift else getattr(part, name)
+                )
             views += len(part.views)
             episodes += int(part.episode.max()) + 1 if len(part) else 0
-        return cls(Context.cat([p.views for p in parts]), **{name: torch.cat(values) for name, values in rows.items()})
+        return cls(
+            Context.cat([p.views for p in parts]),
+            **{name: torch.cat(values) for name, values in rows.items()},
+        )
 
     @classmethod
-    def of_episodes(cls, episodes: Sequence[Mapping[str, Any]], cut_fails: bool = False) -> "Replay":
-        """Episodes as `genpolicy.rollout.live` writes them: a row is a decision of the policy. cut_fails: nothing comes after
-        an episode that was cut.
+    def of_episodes(
+        cls, episodes: Sequence[Mapping[str, Any]], cut_fails: bool = False
+    ) -> "Replay":
+        """Episodes as `genpolicy.rollout.live` writes them: a row is a decision of the policy.
+        cut_fails: nothing comes after an episode that was cut.
         """
         contexts, parts, begin = [], [], 0
         for number, e in enumerate(episodes):
             length = len(e["x0"])
-            contexts += [Context(e["prompts"], e["observation"]), Context(e["prompts"][-1:], e["final"])]
+            contexts += [
+                Context(e["prompts"], e["observation"]),
+                Context(e["prompts"][-1:], e["final"]),
+            ]
             now = begin + torch.arange(length)
             row = {"now": now, "after": now + 1, "event": e["x0"], "rewards": e["rewards"].double()}
-            row |= {"executed": e["executed"], "terminated": e["terminated"] | (e["truncated"] & cut_fails)}
-            row |= {"success": e["success"][-1:].repeat(length), "episode": torch.full((length,), number)}
+            row |= {
+                "executed": e["executed"],
+                "terminated": e["terminated"] | (e["truncated"] & cut_fails),
+            }
+            row |= {
+                "success": e["success"][-1:].repeat(length),
+                "episode": torch.full((length,), number),
+            }
             row["first"] = torch.arange(length) == 0
             parts.append(row)
             begin += length + 1
-        return cls(Context.cat(contexts), **{name: torch.cat([p[name] for p in parts]) for name in ROWS})
+        return cls(
+            Context.cat(contexts), **{name: torch.cat([p[name] for p in parts]) for name in ROWS}
+        )
 
     @classmethod
     def of_dataset(cls, data: Dataset, model: ControlModel, cut_fails: bool = False) -> "Replay":
-        """A data set's frames, each as the decision that it could have been: the chunk that follows it.
+        """A data set's frames, each as the decision that it could have been: the chunk that follows
+        it.
 
-        Without "next.success" an episode succeeded where it was rewarded, and without "next.reward" too it is a
-        demonstration, rewarded with 1 at its last frame. It ended by itself where
-        it succeeded; where it was cut, what comes after its last chunk was not recorded, and that chunk is left out, unless
-        nothing does (``cut_fails``).
+        Without "next.success" an episode succeeded where it was rewarded, and without "next.reward"
+        too it is a demonstration, rewarded with 1 at its last frame. It ended by itself where it
+        succeeded; where it was cut, what comes after its last chunk was not recorded, and that
+        chunk is left out, unless nothing does (``cut_fails``).
         """
         number = data.episode.unique_consecutive(return_inverse=True)[1]
         lengths = number.bincount()
@@ -119,8 +140,8 @@ class Replay:
         return whole[(~ends | whole.terminated).nonzero().flatten()]
 
     def returns(self, gamma: float) -> Tensor:
-        """What every decision's episode came to from there on, sum_j gamma^j r_j over its environment steps: [R] fp64, nan where
-        the recording stops before the episode does.
+        """What every decision's episode came to from there on, sum_j gamma^j r_j over its
+        environment steps: [R] fp64, nan where the recording stops before the episode does.
         """
         row_of = torch.full((len(self.views) + 1,), -1)
         row_of[self.now] = torch.arange(len(self))

@@ -22,14 +22,17 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 """Okabe and Ito's, told apart also by those who see fewer colours."""
 GREY, GOOD, BAD = "#999999", "#009E73", "#D55E00"
 SMALLEST, LARGEST = 96, 256
-"""Pixels of a tile's longer side: small pictures are magnified (pixels stay pixels), large ones reduced."""
+"""Pixels of a tile's longer side: small pictures are magnified (pixels stay pixels), large ones
+reduced.
+"""
 FRAMES = 4
 """A video is shown as so many of its frames side by side."""
 GAP, FONT, LINE, LINES = 8, 10, 13, 3
 """Pixels between cells, of the font and from line to line; a prompt gets so many lines."""
 
 
-# -- numbers --------------------------------------------------------------------------------------------------
+# -- numbers
+# --------------------------------------------------------------------------------------------------
 
 
 def append(folder: Path, metrics: Mapping[str, Any]) -> None:
@@ -83,7 +86,8 @@ def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, 
     return np.array([x for x, _ in points], float), np.array([y for _, y in points], float)
 
 
-# -- pictures -------------------------------------------------------------------------------------------------
+# -- pictures
+# -------------------------------------------------------------------------------------------------
 
 
 def pixels(outputs: Tensor) -> np.ndarray:
@@ -92,10 +96,14 @@ def pixels(outputs: Tensor) -> np.ndarray:
 
 
 def grid(outputs: Tensor, prompts: Sequence[str], path: Path, columns: int = 8) -> None:
-    """Pictures [B,3,H,W] or videos [B,F,3,H,W], each over its prompt; the prompts whole in a text file beside."""
+    """Pictures [B,3,H,W] or videos [B,F,3,H,W], each over its prompt; the prompts whole in a text
+    file beside.
+    """
     cells = [_Cell([tile], prompt) for tile, prompt in zip(_tiles(outputs), prompts, strict=False)]
     _save(cells, columns, path)
-    path.with_suffix(".txt").write_text("".join(f"{cell.text}\n" for cell in cells), encoding="utf-8")
+    path.with_suffix(".txt").write_text(
+        "".join(f"{cell.text}\n" for cell in cells), encoding="utf-8"
+    )
 
 
 def before_after(
@@ -106,13 +114,16 @@ def before_after(
     rewards: tuple[Tensor, Tensor] | None = None,
     columns: int = 4,
 ) -> None:
-    """Pairs from the same prompt and noise: before on the left, after on the right, the prompt below.
+    """Pairs from the same prompt and noise: before on the left, after on the right, the prompt
+    below.
 
-    rewards: ([B], [B]), drawn beside the prompt as "before → after" and as the frames' colour: green where the
-    reward is over the middle of what occurs, orange below.
+    rewards: ([B], [B]), drawn beside the prompt as "before → after" and as the frames' colour:
+    green where the reward is over the middle of what occurs, orange below.
     """
     cells = []
-    middle = 0.0 if rewards is None else float((min(map(min, rewards)) + max(map(max, rewards))) / 2)
+    middle = (
+        0.0 if rewards is None else float((min(map(min, rewards)) + max(map(max, rewards))) / 2)
+    )
     for i, pair in enumerate(zip(_tiles(before), _tiles(after), strict=True)):
         cell = _Cell(pair, prompts[i])
         if rewards is not None:
@@ -124,7 +135,9 @@ def before_after(
 
 
 def group(outputs: Tensor, prompt: str, rewards: Tensor, advantages: Tensor, path: Path) -> None:
-    """One group, best first, with every member's reward and advantage; green frames were pushed up, orange down."""
+    """One group, best first, with every member's reward and advantage; green frames were pushed up,
+    orange down.
+    """
     tiles, cells = _tiles(outputs), []
     for i in rewards.argsort(descending=True, stable=True).tolist():
         reward, advantage = float(rewards[i]), float(advantages[i])
@@ -153,7 +166,12 @@ class _Cell:
 def _tiles(outputs: Tensor) -> list[Image.Image]:
     if outputs.ndim == 4:
         return [tile(picture) for picture in pixels(outputs)]
-    shown = np.linspace(0, outputs.shape[1] - 1, min(FRAMES, outputs.shape[1])).round().astype(int).tolist()
+    shown = (
+        np.linspace(0, outputs.shape[1] - 1, min(FRAMES, outputs.shape[1]))
+        .round()
+        .astype(int)
+        .tolist()
+    )
     return [_strip([tile(frame) for frame in video]) for video in pixels(outputs[:, shown])]
 
 
@@ -213,7 +231,9 @@ def _save(cells: Sequence[_Cell], columns: int, path: Path, title: str = "") -> 
     text_top = max(cell.height for cell in cells) + 2
     height = text_top + max(map(len, texts)) * LINE + GAP
     top = LINE + 2 * GAP if title else GAP
-    sheet = Image.new("RGB", (columns * width + GAP, math.ceil(len(cells) / columns) * height + top), "white")
+    sheet = Image.new(
+        "RGB", (columns * width + GAP, math.ceil(len(cells) / columns) * height + top), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text((GAP, GAP), cut(title, sheet.width - 2 * GAP), fill="black", font=font())
@@ -231,7 +251,8 @@ def _save(cells: Sequence[_Cell], columns: int, path: Path, title: str = "") -> 
     sheet.save(path)
 
 
-# -- curves ---------------------------------------------------------------------------------------------------
+# -- curves
+# ---------------------------------------------------------------------------------------------------
 
 Panel = tuple[str, Callable[["Axes"], None]]
 """A title and what draws below it."""
@@ -244,7 +265,9 @@ def figures(folder: Path) -> None:
 
 
 def by_experience(metrics: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """The lines, and what "iteration" is in them: where a run learns in environments, their steps so far."""
+    """The lines, and what "iteration" is in them: where a run learns in environments, their steps
+    so far.
+    """
     steps = {0: 0.0, **{m["iteration"]: m["env_steps"] for m in metrics if "env_steps" in m}}
     if not any(steps.values()):
         return metrics, "iteration"
@@ -294,7 +317,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def curve(axes: "Axes", metrics: Sequence[Mapping[str, Any]], key: str, label: str, colour: str) -> None:
+def curve(
+    axes: "Axes", metrics: Sequence[Mapping[str, Any]], key: str, label: str, colour: str
+) -> None:
     """A metric of every iteration: the values faint, their running mean over them."""
     x, y = series(metrics, key)
     if len(x):
@@ -302,8 +327,12 @@ def curve(axes: "Axes", metrics: Sequence[Mapping[str, Any]], key: str, label: s
         axes.plot(x, smooth(y), color=colour, linewidth=1.6, label=label)
 
 
-def evaluation(axes: "Axes", metrics: Sequence[Mapping[str, Any]], key: str, label: str, colour: str) -> None:
-    """An evaluation's points, the one before training included, with their 95 % intervals where there are some."""
+def evaluation(
+    axes: "Axes", metrics: Sequence[Mapping[str, Any]], key: str, label: str, colour: str
+) -> None:
+    """An evaluation's points, the one before training included, with their 95 % intervals where
+    there are some.
+    """
     x, y = series(metrics, f"eval/{key}")
     band = series(metrics, f"eval/ci95/{key.removeprefix('reward/')}")[1]
     if len(x):
@@ -317,7 +346,9 @@ EPISODES = {
     "return": ("return", "reward/return"),
     "length": ("environment steps of an episode", "episode/length"),
 }
-"""What an evaluation in environments measures: its title, and what the training sampler's is called."""
+"""What an evaluation in environments measures: its title, and what the training sampler's is
+called.
+"""
 PLAIN = {
     "policy/kl": "KL, as the method defines it",
     "grad_norm": "gradient norm before clipping",
@@ -328,12 +359,16 @@ PLAIN = {
 
 
 def _learned(metrics: list[dict[str, Any]], keys: Mapping[str, None]) -> list[Panel]:
-    """A panel for everything that an evaluation measures: each reward, or success, return and length of episodes."""
+    """A panel for everything that an evaluation measures: each reward, or success, return and
+    length of episodes.
+    """
     names = [key.removeprefix("eval/") for key in keys if key.startswith("eval/reward/")]
     if len(names) == 2:
         names.remove("reward/total")  # one reward: its total says the same
     episodes = [name for name in EPISODES if f"eval/{name}" in keys]
-    if "success_rate" in episodes and all(m.get("eval/return") == m.get("eval/success_rate") for m in metrics):
+    if "success_rate" in episodes and all(
+        m.get("eval/return") == m.get("eval/success_rate") for m in metrics
+    ):
         episodes.remove("return")  # 1 for a success and 0 otherwise says the same
     panels: list[Panel] = []
     for name in [*names, *episodes]:
@@ -356,7 +391,9 @@ def _panels(metrics: list[dict[str, Any]]) -> list[Panel]:
     if "eval/diversity" in keys:
 
         def diversity(axes: "Axes") -> None:
-            axes.plot(*series(metrics, "eval/diversity"), marker="o", markersize=3.5, color=COLOURS[2])
+            axes.plot(
+                *series(metrics, "eval/diversity"), marker="o", markersize=3.5, color=COLOURS[2]
+            )
             axes.set_ylim(bottom=0)
 
         panels.append(("diversity within a prompt (pixel std)", diversity))
@@ -392,6 +429,13 @@ def _stack(axes: "Axes", metrics: Sequence[Mapping[str, Any]], phases: Sequence[
     lines = [m for m in metrics if any(phase in m for phase in phases)]
     times = np.array([[m.get(phase) or 0.0 for m in lines] for phase in phases])
     names = [phase.removeprefix("time/") for phase in phases]
-    axes.stackplot([m["iteration"] for m in lines], times, labels=names, colors=COLOURS, linewidth=0, alpha=0.85)
+    axes.stackplot(
+        [m["iteration"] for m in lines],
+        times,
+        labels=names,
+        colors=COLOURS,
+        linewidth=0,
+        alpha=0.85,
+    )
     axes.set_ylim(0, 1.5 * float(np.quantile(times.sum(0), 0.95)))  # the first iterations warm up
     axes.legend(fontsize=7, frameon=False, loc="upper right", ncols=3)

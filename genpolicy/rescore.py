@@ -1,5 +1,5 @@
-"""Scoring a stored rollout again under unchanged weights: how exact replay is, and the means of the training
-forward.
+"""Scoring a stored rollout again under unchanged weights: how exact replay is, and the means of the
+training forward.
 """
 
 from collections.abc import Callable
@@ -24,21 +24,34 @@ CHECK = "replay check"
 
 
 class ReplayCheck:
-    """Replay must be exact: on a run's first rollout, |log-ratio| of unchanged weights must stay below a tolerance.
+    """Replay must be exact: on a run's first rollout, |log-ratio| of unchanged weights must stay
+    below a tolerance.
 
-    Over it, the rollout's means are scored again with the training forward (counted as evaluations), from then on for every
-    rollout; if even two training forwards disagree, the run refuses to start and names the step. gap: what was found;
-    again: whether rollouts are scored again (both None: not looked yet). Saved and resumed with the run.
+    Over it, the rollout's means are scored again with the training forward (counted as
+    evaluations), from then on for every rollout; if even two training forwards disagree, the run
+    refuses to start and names the step. gap: what was found; again: whether rollouts are scored
+    again (both None: not looked yet). Saved and resumed with the run.
     """
 
     def __init__(
-        self, journal: Journal, micro_batches: MicroBatches, processes: Processes, say: Callable[[str], None]
+        self,
+        journal: Journal,
+        micro_batches: MicroBatches,
+        processes: Processes,
+        say: Callable[[str], None],
     ) -> None:
-        self.journal, self.micro_batches, self.processes, self.say = journal, micro_batches, processes, say
+        self.journal, self.micro_batches, self.processes, self.say = (
+            journal,
+            micro_batches,
+            processes,
+            say,
+        )
         self.gap: float | None = None
         self.again: bool | None = None
 
-    def __call__(self, policy: ChainPolicy, rollout: Rollout, log_ratio: LogRatio, tolerance: float) -> Rollout:
+    def __call__(
+        self, policy: ChainPolicy, rollout: Rollout, log_ratio: LogRatio, tolerance: float
+    ) -> Rollout:
         """The rollout, whose old means are those of the training forward to within ``tolerance``."""
         if self.again is None:
             self.journal.phase(CHECK)
@@ -49,9 +62,13 @@ class ReplayCheck:
         if not self.again:
             return rollout
         self.journal.phase("rescore")
-        return replace(rollout, trajectory=scored_again(policy, rollout.trajectory, self.micro_batches))
+        return replace(
+            rollout, trajectory=scored_again(policy, rollout.trajectory, self.micro_batches)
+        )
 
-    def _look(self, policy: ChainPolicy, trajectory: Trajectory, log_ratio: LogRatio, tolerance: float) -> None:
+    def _look(
+        self, policy: ChainPolicy, trajectory: Trajectory, log_ratio: LogRatio, tolerance: float
+    ) -> None:
         self.gap, k = self._worst(policy, trajectory, log_ratio)
         self.again = self.gap > tolerance
         if not self.again:
@@ -68,7 +85,9 @@ class ReplayCheck:
                 f"more than a tenth of the clip range ({tolerance:.1e}); use precision fp32, a smaller window or a larger clip"
             )
 
-    def _worst(self, policy: ChainPolicy, trajectory: Trajectory, log_ratio: LogRatio) -> tuple[float, int]:
+    def _worst(
+        self, policy: ChainPolicy, trajectory: Trajectory, log_ratio: LogRatio
+    ) -> tuple[float, int]:
         """The gap of whichever process finds the largest: all must decide alike."""
         gap, k = replay_gap(policy, trajectory, log_ratio, self.micro_batches)
         found = self.processes.gather(torch.tensor([[gap, float(k)]], dtype=torch.float64))
@@ -85,7 +104,9 @@ class ReplayCheck:
 def replay_gap(
     policy: ChainPolicy, trajectory: Trajectory, log_ratio: LogRatio, micro_batches: MicroBatches
 ) -> tuple[float, int]:
-    """The largest |log-ratio| of the same weights over all rows and kept steps, and the step it is found at."""
+    """The largest |log-ratio| of the same weights over all rows and kept steps, and the step it is
+    found at.
+    """
     gaps = {}
     for k in trajectory.steps:
 
@@ -93,7 +114,10 @@ def replay_gap(
             part = trajectory[rows]
             with torch.enable_grad():
                 new = policy.transition(part, k)
-            now, acted = policy.scored(Gaussian(new.mean.detach(), new.std.detach())), policy.scored(part.acted(k))
+            now, acted = (
+                policy.scored(Gaussian(new.mean.detach(), new.std.detach())),
+                policy.scored(part.acted(k)),
+            )
             return float(log_ratio(now, acted, policy.model.scored(part.after(k))).abs().max())
 
         gaps[k] = max(micro_batches(gap, len(trajectory), trajectory.shared))
@@ -101,8 +125,12 @@ def replay_gap(
     return gaps[worst], worst
 
 
-def scored_again(policy: ChainPolicy, trajectory: Trajectory, micro_batches: MicroBatches) -> Trajectory:
-    """The trajectory with the means that the training forward gives: one more evaluation per row and kept step."""
+def scored_again(
+    policy: ChainPolicy, trajectory: Trajectory, micro_batches: MicroBatches
+) -> Trajectory:
+    """The trajectory with the means that the training forward gives: one more evaluation per row
+    and kept step.
+    """
     means = []
     for k in trajectory.steps:
 

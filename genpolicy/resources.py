@@ -1,7 +1,8 @@
-"""Find what ships with genpolicy, by its name in the repository: `assets/…`, `configs/…`, `robots/…`.
+"""Find what ships with genpolicy, by its name in the repository: `assets/…`, `configs/…`,
+`robots/…`.
 
-A user's own file in the current directory comes first, then the checkout, then the installed wheel, which
-carries the same folders inside the package as `_assets`, `_configs` and `_robots`.
+A user's own file in the current directory comes first, then the checkout, then the installed wheel,
+which carries the same folders inside the package as `_assets`, `_configs` and `_robots`.
 """
 
 from collections import Counter
@@ -36,11 +37,15 @@ def path(name: str | Path) -> Path:
         for home in homes
         for found in (*home.glob("*"), *home.joinpath(*rest).parent.glob("*"))
     ]
-    raise FileNotFoundError(f"There is no '{name}', here or among what ships{_nearest(name, beside)}.")
+    raise FileNotFoundError(
+        f"There is no '{name}', here or among what ships{_nearest(name, beside)}."
+    )
 
 
 def configs() -> dict[str, Path]:
-    """Every YAML below `configs/`, by its path there without the suffix, such as `debug/grpo_guard`."""
+    """Every YAML below `configs/`, by its path there without the suffix, such as
+    `debug/grpo_guard`.
+    """
     found: dict[str, Path] = {}
     for home in _homes("configs"):
         for file in sorted(home.rglob("*")):
@@ -59,7 +64,11 @@ def find_config(name: str | Path) -> Path:
     if asked.is_file():
         return asked
     known = configs()
-    key = (asked.with_suffix("") if asked.suffix in SUFFIXES else asked).as_posix().removeprefix("configs/")
+    key = (
+        (asked.with_suffix("") if asked.suffix in SUFFIXES else asked)
+        .as_posix()
+        .removeprefix("configs/")
+    )
     if key in known:
         return known[key]
     stems = Counter(_stem(full) for full in known)
@@ -67,17 +76,23 @@ def find_config(name: str | Path) -> Path:
     if len(same_stem) == 1:
         return known[same_stem[0]]
     if same_stem:
-        raise FileNotFoundError(f"Several configs are called '{name}': {', '.join(sorted(same_stem))}.")
+        raise FileNotFoundError(
+            f"Several configs are called '{name}': {', '.join(sorted(same_stem))}."
+        )
     names = {*known, *(stem for stem, count in stems.items() if count == 1)}
     nearest = _nearest(key, names) or "; `genpolicy list configs` shows all"
-    raise FileNotFoundError(f"There is no config '{name}', neither a file nor one that ships{nearest}.")
+    raise FileNotFoundError(
+        f"There is no config '{name}', neither a file nor one that ships{nearest}."
+    )
 
 
 def _homes(folder: str) -> Iterator[Path]:
     """The places that may hold one of `FOLDERS`, in the order in which they are asked."""
     checkout = _PACKAGE.parent
     candidates = [Path.cwd() / folder]
-    if (checkout / "pyproject.toml").is_file():  # otherwise it is site-packages, with strangers' folders
+    if (
+        checkout / "pyproject.toml"
+    ).is_file():  # otherwise it is site-packages, with strangers' folders
         candidates.append(checkout / folder)
     candidates.append(_PACKAGE / f"_{folder}")
     return (home for home in dict.fromkeys(candidates) if home.is_dir())

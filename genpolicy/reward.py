@@ -1,4 +1,6 @@
-"""Rewards: any callable (outputs, context) -> Float[B]; a plain function is a Reward. Sums keep their parts by name."""
+"""Rewards: any callable (outputs, context) -> Float[B]; a plain function is a Reward. Sums keep
+their parts by name.
+"""
 
 import traceback
 from collections.abc import Callable, Mapping
@@ -25,15 +27,21 @@ class WeightedRewards:
     rewards: Mapping[str, tuple[Reward, float]]
 
     def parts(self, outputs: Tensor, context: Context) -> dict[str, Tensor]:
-        """name -> Float64[B] on the CPU. Raises `RewardError`, naming the reward and the row, on NaN or infinity."""
+        """name -> Float64[B] on the CPU. Raises `RewardError`, naming the reward and the row, on
+        NaN or infinity.
+        """
         parts = {}
         for name, (reward, _) in self.rewards.items():
             try:
                 value = torch.as_tensor(reward(outputs, context)).detach().double().cpu()
-            except ValueError as error:  # a caption that it can't read, a picture of the wrong shape
+            except (
+                ValueError
+            ) as error:  # a caption that it can't read, a picture of the wrong shape
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 where = f"{Path(place.filename).name}:{place.lineno}"
-                raise RewardError(f"reward {name} can't judge these outputs: {error} ({where})") from error
+                raise RewardError(
+                    f"reward {name} can't judge these outputs: {error} ({where})"
+                ) from error
             if value.shape != (len(context),):
                 raise RewardError(
                     f"reward {name} returned shape {tuple(value.shape)} for {len(context)} outputs, not ({len(context)},)"

@@ -21,12 +21,13 @@ OUTCOME = ("rewards", "executed", "terminated", "truncated", "success")
 
 @dataclass(frozen=True)
 class Decisions:
-    """What came of a rollout's R rows. A row is one decision; an episode's rows stand together, in order.
+    """What came of a rollout's R rows. A row is one decision; an episode's rows stand together, in
+    order.
 
-    episode [R]: whose it is, counted over this process's episodes (group-major). rewards [R,T]: of its environment
-    steps. executed [R]: how many it took. terminated [R]: nothing comes after it. last [R]: its episode ended here, by
-    itself or cut. final: what was seen at the end of each episode. place [R]: its number among ``total`` rows of all
-    processes, whatever their count.
+    episode [R]: whose it is, counted over this process's episodes (group-major). rewards [R,T]: of
+    its environment steps. executed [R]: how many it took. terminated [R]: nothing comes after it.
+    last [R]: its episode ended here, by itself or cut. final: what was seen at the end of each
+    episode. place [R]: its number among ``total`` rows of all processes, whatever their count.
     """
 
     episode: Tensor
@@ -41,11 +42,13 @@ class Decisions:
 
 @dataclass(frozen=True)
 class Rollout:
-    """M groups of N episodes, of which this process owns some; a prompt is an episode of one decision.
+    """M groups of N episodes, of which this process owns some; a prompt is an episode of one
+    decision.
 
-    trajectory, context, outputs: the R rows (decisions) of the groups ``local`` [m], group-major. parts, rewards: of
-    the episodes of *all* groups, [M,N] fp64 on the CPU, so that every process computes the same advantages. weights: of
-    the parts. prompts: the M groups' prompts. success: of the episodes, like the rewards, where the task has it.
+    trajectory, context, outputs: the R rows (decisions) of the groups ``local`` [m], group-major.
+    parts, rewards: of the episodes of *all* groups, [M,N] fp64 on the CPU, so that every process
+    computes the same advantages. weights: of the parts. prompts: the M groups' prompts. success: of
+    the episodes, like the rewards, where the task has it.
     """
 
     trajectory: Trajectory
@@ -61,22 +64,32 @@ class Rollout:
 
     @property
     def ragged(self) -> bool:
-        """Whether episodes, of whatever process, have several decisions, so that rows are not groups of N."""
+        """Whether episodes, of whatever process, have several decisions, so that rows are not
+        groups of N.
+        """
         return self.decisions.total > self.rewards.numel()
 
     def rows(self, values: Tensor) -> Tensor:
-        """Pick this process's rows from episodes' values [M,N]: [R] fp32 on the trajectory's device."""
-        return values[self.local].flatten()[self.decisions.episode].float().to(self.trajectory.x0.device)
+        """Pick this process's rows from episodes' values [M,N]: [R] fp32 on the trajectory's
+        device.
+        """
+        return (
+            values[self.local]
+            .flatten()[self.decisions.episode]
+            .float()
+            .to(self.trajectory.x0.device)
+        )
 
 
 @dataclass(frozen=True)
 class Scored:
     """A stored step of b rows under the current weights: all that a loss on transitions needs.
 
-    new: the transition now (with its graph); old: the one that acted; reference: the one of the policy at step 0, if
-    asked; x [b,*E] the sample all three are scored on, restricted to the dims that likelihoods count; advantage [b];
-    std: the step's total std; dt = t - s > 0; gain: kappa = d mean / d output. index: the step's place 0 .. steps - 1
-    among the kept steps. std, dt, gain and index are [b] where rows are at steps of their own.
+    new: the transition now (with its graph); old: the one that acted; reference: the one of the
+    policy at step 0, if asked; x [b,*E] the sample all three are scored on, restricted to the dims
+    that likelihoods count; advantage [b]; std: the step's total std; dt = t - s > 0; gain: kappa =
+    d mean / d output. index: the step's place 0 .. steps - 1 among the kept steps. std, dt, gain
+    and index are [b] where rows are at steps of their own.
     """
 
     new: Gaussian
@@ -113,14 +126,18 @@ def collect(
     storage: torch.dtype = torch.float32,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Judged:
-    """Sample one output per row of ``context`` (group-major, ``members`` to a group), decode it and judge it.
+    """Sample one output per row of ``context`` (group-major, ``members`` to a group), decode it and
+    judge it.
 
-    ``on_phase`` is told "sample", "decode", "reward" as each begins (timing, moving models in turn).
+    ``on_phase`` is told "sample", "decode", "reward" as each begins (timing, moving models in
+    turn).
     """
     on_phase("sample")
     with torch.no_grad():
         condition = policy.model.encode(context)
-    trajectory = policy.sample(condition, noise, members=members, branch_at=branch_at, keep=keep, storage=storage)
+    trajectory = policy.sample(
+        condition, noise, members=members, branch_at=branch_at, keep=keep, storage=storage
+    )
     on_phase("decode")
     with torch.no_grad():
         outputs = policy.model.decode(trajectory.x0)
@@ -130,7 +147,9 @@ def collect(
 
 
 def recount(policy: ChainPolicy) -> Callable[[], None]:
-    """What to call before work begins again: evaluations since now are forgotten, because aborted work does not count."""
+    """What to call before work begins again: evaluations since now are forgotten, because aborted
+    work does not count.
+    """
     counted = policy.model.evaluations
 
     def restart() -> None:
@@ -148,7 +167,10 @@ def concatenate(judged: list[Judged], policy: ChainPolicy) -> Judged:
     trajectory = replace(
         first,
         condition=policy.model.encode(Context(prompts)),
-        **{name: torch.cat([getattr(j.trajectory, name) for j in judged]) for name in ("x", "mean", "std", "x0")},
+        **{
+            name: torch.cat([getattr(j.trajectory, name) for j in judged])
+            for name in ("x", "mean", "std", "x0")
+        },
     )
     parts = {name: torch.cat([j.parts[name] for j in judged]) for name in judged[0].parts}
     return Judged(trajectory, Context(prompts), torch.cat([j.outputs for j in judged]), parts)
@@ -166,7 +188,9 @@ class Lived:
 
 
 class Ledger(Protocol):
-    """Where the episodes of a rollout are written down as they end, and read again after a run was killed."""
+    """Where the episodes of a rollout are written down as they end, and read again after a run was
+    killed.
+    """
 
     def read(self, episode: int) -> dict[str, Any] | None:
         """An episode that is there already, as it was written."""
@@ -184,12 +208,17 @@ def live(
     ledger: Ledger | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Lived:
-    """Play an episode from each seed, and keep everything a method may learn from. parts: return, success, length.
+    """Play an episode from each seed, and keep everything a method may learn from. parts: return,
+    success, length.
 
     ledger: what it has is not played again, and what is played is written there.
     """
     on_phase("sample")
-    known = {} if ledger is None else {e: rows for e in range(len(seeds)) if (rows := ledger.read(e)) is not None}
+    known = (
+        {}
+        if ledger is None
+        else {e: rows for e in range(len(seeds)) if (rows := ledger.read(e)) is not None}
+    )
     world = _Recalling(environments, known) if known else environments
     made = dict(known)
     for episode, rows in _episodes(policy, world, seeds, noise):
@@ -201,9 +230,9 @@ def live(
 
 
 class _Recalling:
-    """Environments of which some episodes are known: those answer with what was written down, and nothing moves. Everybody else
-    acts beside the same rows as if all were played, so that not even a matrix product is rounded in another way. Episodes
-    must begin in their order, as in `play`.
+    """Environments of which some episodes are known: those answer with what was written down, and
+    nothing moves. Everybody else acts beside the same rows as if all were played, so that not even
+    a matrix product is rounded in another way. Episodes must begin in their order, as in `play`.
     """
 
     def __init__(self, environments: Environments, known: Mapping[int, Mapping[str, Any]]) -> None:
@@ -218,7 +247,9 @@ class _Recalling:
         moving = self._moving(slots)
         seen = [self._recalled(slot) for slot in slots]
         if moving:
-            fresh = self._world.reset([slots[row] for row in moving], [seeds[row] for row in moving])
+            fresh = self._world.reset(
+                [slots[row] for row in moving], [seeds[row] for row in moving]
+            )
             for place, row in enumerate(moving):
                 seen[row] = fresh[place : place + 1]
         return Context.cat(seen)
@@ -239,7 +270,10 @@ class _Recalling:
             for place, row in enumerate(moving):
                 seen[row] = fresh.context[place : place + 1]
                 parts[row] = {name: getattr(fresh, name)[place : place + 1] for name in OUTCOME}
-        return TaskStep(Context.cat(seen), **{name: torch.cat([part[name] for part in parts]) for name in OUTCOME})
+        return TaskStep(
+            Context.cat(seen),
+            **{name: torch.cat([part[name] for part in parts]) for name in OUTCOME},
+        )
 
     def render(self, slot: int) -> Any:
         return self._world.render(slot)
@@ -260,7 +294,8 @@ class _Recalling:
         if h == len(rows["x0"]):
             return Context(rows["prompts"][-1:], rows["final"])
         return Context(
-            rows["prompts"][h : h + 1], {name: value[h : h + 1] for name, value in rows["observation"].items()}
+            rows["prompts"][h : h + 1],
+            {name: value[h : h + 1] for name, value in rows["observation"].items()},
         )
 
 
@@ -276,16 +311,21 @@ def _episodes(
             one = slice(row, row + 1)
             made: dict[str, Any] = {name: getattr(chain, name)[one].clone() for name in CHAIN}
             made |= {name: getattr(step, name)[one].clone() for name in OUTCOME}
-            made |= {"actions": decision.actions[one].clone(), "observation": _observed(decision.context, one)}
+            made |= {
+                "actions": decision.actions[one].clone(),
+                "observation": _observed(decision.context, one),
+            }
             made["prompts"] = [decision.context.prompts[row]]
             going.setdefault(episode, []).append(made)
             if last[row]:
                 rows = going.pop(episode)
                 whole: dict[str, Any] = {
-                    name: torch.cat([r[name] for r in rows]) for name in (*CHAIN, *OUTCOME, "actions")
+                    name: torch.cat([r[name] for r in rows])
+                    for name in (*CHAIN, *OUTCOME, "actions")
                 }
                 whole["observation"] = {
-                    name: torch.cat([r["observation"][name] for r in rows]) for name in made["observation"]
+                    name: torch.cat([r["observation"][name] for r in rows])
+                    for name in made["observation"]
                 }
                 whole["prompts"] = [prompt for r in rows for prompt in r["prompts"]]
                 whole["final"] = _observed(step.context, one)
@@ -312,7 +352,11 @@ def _lived(episodes: Sequence[dict[str, Any]], policy: ChainPolicy) -> Lived:
         condition = policy.model.encode(context)
     x, mean, std, x0 = (joined(name).to(policy.model.device) for name in CHAIN)
     trajectory = Trajectory(condition, x, mean, std, x0, first=policy.chain.stochastic.start)
-    terminated, truncated, rewards = joined("terminated"), joined("truncated"), joined("rewards").double()
+    terminated, truncated, rewards = (
+        joined("terminated"),
+        joined("truncated"),
+        joined("rewards").double(),
+    )
     last, executed = terminated | truncated, joined("executed")
     zeros = torch.zeros(len(episodes), dtype=torch.float64)
     parts = {
@@ -320,7 +364,9 @@ def _lived(episodes: Sequence[dict[str, Any]], policy: ChainPolicy) -> Lived:
         "success": joined("success")[last].double(),
         "length": zeros.index_add(0, number, executed.double()),
     }
-    decisions = Decisions(number, rewards, executed, terminated, last, final, torch.arange(len(last)), len(last))
+    decisions = Decisions(
+        number, rewards, executed, terminated, last, final, torch.arange(len(last)), len(last)
+    )
     return Lived(trajectory, context, joined("actions"), parts, decisions)
 
 
@@ -331,4 +377,6 @@ def _stacked(observations: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def single(rewards: Tensor, context: Context, place: Tensor, total: int) -> Decisions:
     """Prompts as episodes of one decision: rewards [B], all over after it."""
     rows, ended = torch.arange(len(rewards)), torch.ones(len(rewards), dtype=torch.bool)
-    return Decisions(rows, rewards[:, None], torch.ones_like(rows), ended, ended, context, place, total)
+    return Decisions(
+        rows, rewards[:, None], torch.ones_like(rows), ended, ended, context, place, total
+    )

@@ -1,7 +1,8 @@
 """Run: the verbs that a method is written in. The only file that imports accelerate.
 
-World size never enters a config: global sizes are stated, Run divides them and keeps groups whole. There is no wrapper
-around the network: gradients are summed over processes by hand, so that a pipeline's own code keeps running.
+World size never enters a config: global sizes are stated, Run divides them and keeps groups whole.
+There is no wrapper around the network: gradients are summed over processes by hand, so that a
+pipeline's own code keeps running.
 """
 
 import contextlib
@@ -61,7 +62,9 @@ COUNTERS = [
 ]
 """What a checkpoint has of the run itself, beside weights, optimiser and what was registered."""
 REDRAW = 30.0
-"""Seconds between two drawings of the curves: one costs a second, which short runs would spend again and again."""
+"""Seconds between two drawings of the curves: one costs a second, which short runs would spend
+again and again.
+"""
 
 
 class Stateful(Protocol):
@@ -81,7 +84,8 @@ class Method(Protocol):
 class Run:
     """The state of one training run: policy, task, optimiser, counters, folder.
 
-    reward: of prompts. environments: of a control task. data: the recorded episodes, if the experiment names some.
+    reward: of prompts. environments: of a control task. data: the recorded episodes, if the
+    experiment names some.
     """
 
     def __init__(
@@ -105,12 +109,15 @@ class Run:
         self.deployed = make_policy(policy.model, self.sampler)
         self.window = policy.chain.stochastic
         self.iteration = 0
-        # of training so far; evaluations, decisions and steps of environments of all processes together
+        # of training so far; evaluations, decisions and steps of environments of all processes
+        # together
         self.seconds = self.evaluations = self.env_decisions = self.env_steps = 0.0
         self.trainable = list(policy.model.trainable().values())
         self.stages: Mapping[str, OptimizerConfig] = {WHOLE: experiment.optimizer}
         self.enter(WHOLE)
-        self.pace: float | None = None  # how far a method's stage is, where that and not the budget sets the lr
+        self.pace: float | None = (
+            None  # how far a method's stage is, where that and not the budget sets the lr
+        )
         self.over = False  # a method whose course is run says so
         self.micro_batches = MicroBatches(experiment.micro_batch, self.say)
         self.journal = Journal()
@@ -145,8 +152,8 @@ class Run:
     # ---------------------------------------------------------------- the loop
 
     def iterations(self) -> Iterator[int]:
-        """Yield 1, 2, ... until the budget is spent or a signal asks to stop; resume, evaluate, checkpoint and log
-        around it.
+        """Yield 1, 2, ... until the budget is spent or a signal asks to stop; resume, evaluate,
+        checkpoint and log around it.
         """
         if self.rehearse is not None:
             yield from self.rehearse(self)
@@ -157,14 +164,19 @@ class Run:
         if self.iteration == 0 and not self.before:
             self.before = self.evaluate()
             self._save()
-        handlers = {s: signal.signal(s, self._request_stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        handlers = {
+            s: signal.signal(s, self._request_stop)
+            for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        }
         try:
             with self._bar() as bar:
                 while self.progress < 1 and not self._stopping():
                     started, counted = time.perf_counter(), self.policy.model.evaluations
                     self.iteration += 1
                     yield self.iteration
-                    self._account(time.perf_counter() - started, self.policy.model.evaluations - counted)
+                    self._account(
+                        time.perf_counter() - started, self.policy.model.evaluations - counted
+                    )
                     self._finish_iteration(self.policy.model.evaluations - counted, bar)
             self._save()
         finally:
@@ -173,21 +185,32 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """The share of the budget that is spent, by whichever of its limits is nearest; 1 when the method is through."""
+        """The share of the budget that is spent, by whichever of its limits is nearest; 1 when the
+        method is through.
+        """
         if self.over:
             return 1.0
         b = self.experiment.budget
-        spent = {"iterations": self.iteration, "nfe": self.evaluations, "env_decisions": self.env_decisions}
+        spent = {
+            "iterations": self.iteration,
+            "nfe": self.evaluations,
+            "env_decisions": self.env_decisions,
+        }
         spent |= {"env_steps": self.env_steps, "seconds": self.seconds}
         limits = {name: getattr(b, name) for name in spent}
         return max((spent[name] / limit for name, limit in limits.items() if limit), default=0.0)
 
     def _account(self, seconds: float, evaluations: float) -> None:
-        """Add an iteration's cost: the main process's clock and everybody's evaluations, the same numbers on every process,
-        because budget and learning rate follow from them.
+        """Add an iteration's cost: the main process's clock and everybody's evaluations, the same
+        numbers on every process, because budget and learning rate follow from them.
         """
         decisions = self.journal.collected if self.journal.env_steps else 0
-        mine = [seconds if self.processes.main else 0.0, evaluations, decisions, self.journal.env_steps]
+        mine = [
+            seconds if self.processes.main else 0.0,
+            evaluations,
+            decisions,
+            self.journal.env_steps,
+        ]
         spent = self.processes.reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
         self.seconds += spent[0]
         self.evaluations += spent[1]
@@ -206,23 +229,30 @@ class Run:
         keep: bool = False,
         starts: Sequence[int] | None = None,
     ) -> Rollout:
-        """Roll the policy out: ``groups`` = M prompts or start states of this iteration, ``members`` = N samples or episodes
-        each.
+        """Roll the policy out: ``groups`` = M prompts or start states of this iteration,
+        ``members`` = N samples or episodes each.
 
-        updates: how many minibatches the rollout will be split into (each gets whole groups, evenly over the
-        processes). shared_prefix: the members of a group share everything before the window (prompts only). keep: episodes
-        are written down as they end (`EpisodeStore`), and a run that was killed meanwhile plays only those that are
-        missing. starts: reset seeds of the groups, if not the iteration's own (`starts`).
+        updates: how many minibatches the rollout will be split into (each gets whole groups, evenly
+        over the processes). shared_prefix: the members of a group share everything before the
+        window (prompts only). keep: episodes are written down as they end (`EpisodeStore`), and a
+        run that was killed meanwhile plays only those that are missing. starts: reset seeds of the
+        groups, if not the iteration's own (`starts`).
         """
         window = self._draw_window()
         policy = self.policy.with_window(window)
         branch = window[0] if shared_prefix else None
-        rollout = self.collector(policy, self.iteration, groups, members, updates, branch, keep, starts)
+        rollout = self.collector(
+            policy, self.iteration, groups, members, updates, branch, keep, starts
+        )
         for name, value in {**rollout.parts, "total": rollout.rewards}.items():
             self.log(f"reward/{name}", value.mean().item())
         rewards = rollout.rewards
-        self.log("reward/total_ci95", 1.96 * rewards.mean(1).std().item() / math.sqrt(max(groups, 2)))
-        self.log("reward/group_std_zero", (rewards.std(1, correction=0) == 0).double().mean().item())
+        self.log(
+            "reward/total_ci95", 1.96 * rewards.mean(1).std().item() / math.sqrt(max(groups, 2))
+        )
+        self.log(
+            "reward/group_std_zero", (rewards.std(1, correction=0) == 0).double().mean().item()
+        )
         return rollout
 
     def starts(self, groups: int) -> list[int]:
@@ -230,9 +260,10 @@ class Run:
         return [reset_seed(self.experiment.seed, self.iteration, group) for group in range(groups)]
 
     def redraw(self, condition: Condition, place: Tensor, total: int, draw: int = 0) -> Rollout:
-        """What the policy would do where it is shown this process's B rows of ``condition``: decisions that nobody carried out,
-        to be judged by a critic. place [B]: their numbers among the ``total`` of all processes, which name their noise;
-        draw: the number of this redrawing in its iteration.
+        """What the policy would do where it is shown this process's B rows of ``condition``:
+        decisions that nobody carried out, to be judged by a critic. place [B]: their numbers among
+        the ``total`` of all processes, which name their noise; draw: the number of this redrawing
+        in its iteration.
         """
         self.journal.phase("sample")
         policy = self.policy.with_window(self._draw_window())
@@ -242,7 +273,17 @@ class Run:
         context, unknown = Context([""] * len(place)), torch.zeros(len(place), dtype=torch.float64)
         decisions = single(unknown, context, place, total)
         outputs = trajectory.x0
-        return Rollout(trajectory, context, outputs, {}, {}, unknown[:, None], (), torch.arange(len(place)), decisions)
+        return Rollout(
+            trajectory,
+            context,
+            outputs,
+            {},
+            {},
+            unknown[:, None],
+            (),
+            torch.arange(len(place)),
+            decisions,
+        )
 
     def _draw_window(self) -> tuple[int, int]:
         """This iteration's window of steps: a pure function of seed and iteration."""
@@ -279,7 +320,9 @@ class Run:
         return (values - mean) / (max(second / count - mean**2, 0.0) ** 0.5 + 1e-8)
 
     def verified(self, rollout: Rollout, log_ratio: LogRatio, tolerance: float) -> Rollout:
-        """A rollout that the training forward replays to within a log-ratio of ``tolerance`` (`rescore.ReplayCheck`)."""
+        """A rollout that the training forward replays to within a log-ratio of ``tolerance``
+        (`rescore.ReplayCheck`).
+        """
         return self.replay_check(self._window_of(rollout.trajectory), rollout, log_ratio, tolerance)
 
     def _window_of(self, trajectory: Trajectory) -> ChainPolicy:
@@ -296,16 +339,21 @@ class Run:
         reference: Sequence[Tensor] | None = None,
         also: Sequence[Optimizer] = (),
     ) -> dict[str, float]:
-        """One optimiser step on the mean of ``loss`` over these rows and steps, in micro-batches, over all processes;
-        returns the means of the loss and its metrics.
+        """One optimiser step on the mean of ``loss`` over these rows and steps, in micro-batches,
+        over all processes; returns the means of the loss and its metrics.
 
-        advantage: of episodes [M,N], or of this process's rows [R]. reference: a snapshot under which every step is
-        scored too, without gradients. also: optimisers of other parts that the loss reaches, stepped together.
+        advantage: of episodes [M,N], or of this process's rows [R]. reference: a snapshot under
+        which every step is scored too, without gradients. also: optimisers of other parts that the
+        loss reaches, stepped together.
         """
         self.journal.phase("update")
-        rows = advantage.to(rollout.trajectory.x0) if advantage.ndim == 1 else rollout.rows(advantage)
+        rows = (
+            advantage.to(rollout.trajectory.x0) if advantage.ndim == 1 else rollout.rows(advantage)
+        )
         chains, weight = rollout.trajectory[batch.rows], 1.0
-        if not len(chains):  # another process has all of a small minibatch; few networks can be asked about no row
+        if not len(
+            chains
+        ):  # another process has all of a small minibatch; few networks can be asked about no row
             batch, weight = minibatch.stand_in(rollout, batch), 0.0
             chains = rollout.trajectory[batch.rows]
         advantages = rows[batch.rows]
@@ -316,10 +364,14 @@ class Run:
         def accumulate(part: slice) -> None:
             for k in steps:
                 k = k if isinstance(k, int) else k[part]
-                value, metrics = loss(self._score(policy, chains[part], k, advantages[part], reference))
+                value, metrics = loss(
+                    self._score(policy, chains[part], k, advantages[part], reference)
+                )
                 self.optimizer.backward(weight * value.sum() / count)
                 for name, metric in {"loss": value, **metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + weight * float(metric.detach().double().sum())
+                    sums[name] = sums.get(name, 0.0) + weight * float(
+                        metric.detach().double().sum()
+                    )
 
         forget = recount(policy)
 
@@ -338,7 +390,9 @@ class Run:
         self.log("grad_norm", self.optimizer.step(self._pace))
         for optimizer in also:
             optimizer.step(self._pace)
-        totals = self.processes.reduce(torch.tensor(list(sums.values()), dtype=torch.float64)) / count
+        totals = (
+            self.processes.reduce(torch.tensor(list(sums.values()), dtype=torch.float64)) / count
+        )
         means = dict(zip(sums, totals.tolist(), strict=True))
         for name, value in means.items():
             self.log(f"policy/{name}", value)
@@ -346,10 +400,15 @@ class Run:
         return means
 
     def descend(
-        self, losses: Callable[[slice], Tensor], rows: int, name: str, optimizer: Optimizer | None = None
+        self,
+        losses: Callable[[slice], Tensor],
+        rows: int,
+        name: str,
+        optimizer: Optimizer | None = None,
     ) -> None:
-        """One step of ``optimizer`` (the policy's by default) on the mean of ``losses(rows) -> [b]`` over this process's
-        ``rows`` and everybody else's, in micro-batches; logged as NAME/loss.
+        """One step of ``optimizer`` (the policy's by default) on the mean of ``losses(rows) ->
+        [b]`` over this process's ``rows`` and everybody else's, in micro-batches; logged as
+        NAME/loss.
         """
         self.journal.phase(f"update {name}" if optimizer else "update")
         optimizer = optimizer or self.optimizer
@@ -371,7 +430,10 @@ class Run:
         restart()
         self.micro_batches(accumulate, rows, restart=restart)
         self.log(f"{name}/grad_norm", optimizer.step(self._pace))
-        self.log(f"{name}/loss", float(self.processes.reduce(torch.tensor([total], dtype=torch.float64))) / count)
+        self.log(
+            f"{name}/loss",
+            float(self.processes.reduce(torch.tensor([total], dtype=torch.float64))) / count,
+        )
         self.journal.phase(None)
 
     def _count(self, rows: int) -> int:
@@ -382,16 +444,21 @@ class Run:
         return self.progress if self.pace is None else self.pace
 
     def enter(self, stage: str) -> None:
-        """Go on with the fresh optimiser of one of ``stages``. Where the last one averaged the weights, the averages are what
-        goes on: they are what was evaluated and saved.
+        """Go on with the fresh optimiser of one of ``stages``. Where the last one averaged the
+        weights, the averages are what goes on: they are what was evaluated and saved.
         """
         if hasattr(self, "optimizer") and self.optimizer.ema is not None:
             self.restore(self.optimizer.ema)
         reduce = self.processes.reduce if self.processes.count > 1 else None
         fp16 = self.policy.model.precision == "fp16"
-        self.stage, self.optimizer = stage, Optimizer(self.stages[stage], self.trainable, fp16, reduce)
+        self.stage, self.optimizer = (
+            stage,
+            Optimizer(self.stages[stage], self.trainable, fp16, reduce),
+        )
 
-    def learner(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerConfig) -> Optimizer:
+    def learner(
+        self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerConfig
+    ) -> Optimizer:
         """An optimiser of its own for a critic or another part beside the policy; `register` it."""
         reduce = self.processes.reduce if self.processes.count > 1 else None
         return Optimizer(settings, list(parameters), False, reduce)
@@ -442,7 +509,9 @@ class Run:
             parameter.data.copy_(value)
 
     def save_point(self) -> tuple[list[Tensor], Any]:
-        """Everything that an update of the policy changes: its weights, its optimiser, their averages."""
+        """Everything that an update of the policy changes: its weights, its optimiser, their
+        averages.
+        """
         return self.snapshot(), copy.deepcopy(self.optimizer.state_dict())
 
     def rewind(self, point: tuple[list[Tensor], Any]) -> None:
@@ -452,36 +521,49 @@ class Run:
         self.optimizer.load_state_dict(copy.deepcopy(optimizer))
 
     def milestone(self, name: str, judge: QJudge | None = None, best_of: int = 1) -> None:
-        """Examine the policy as it stands, log NAME/metric, and keep it as stages/NAME. judge: instead of the deployed sampler,
-        the best of ``best_of`` samples of the training kernel (its last step without noise) by this critic. A rehearsal passes none.
+        """Examine the policy as it stands, log NAME/metric, and keep it as stages/NAME. judge:
+        instead of the deployed sampler, the best of ``best_of`` samples of the training kernel (its
+        last step without noise) by this critic. A rehearsal passes none.
         """
         if self.rehearse is not None:
             return
         if judge is None:
             sampler, policy, metrics = self.sampler, self.deployed, self.evaluate()
         else:
-            sampler = without_last_noise(replace(self.experiment.chain, window_size=None, best_of=best_of))
+            sampler = without_last_noise(
+                replace(self.experiment.chain, window_size=None, best_of=best_of)
+            )
             policy = replace(make_policy(self.policy.model, sampler, judge), base=self.policy.base)
             metrics = self._examine(policy)
         if self.processes.main:
-            shown = "  ".join(f"{each.removeprefix('reward/')} {metrics[each]:.3f}" for each in self.exam.measured)
+            shown = "  ".join(
+                f"{each.removeprefix('reward/')} {metrics[each]:.3f}" for each in self.exam.measured
+            )
             self.say(f"{name} (n {metrics['n']}): {shown}")
-            report.append(self.folder, {"iteration": self.iteration, **{f"{name}/{k}": v for k, v in metrics.items()}})
+            report.append(
+                self.folder,
+                {"iteration": self.iteration, **{f"{name}/{k}": v for k, v in metrics.items()}},
+            )
         self.keep(name, policy, sampler)
 
-    def keep(self, name: str, policy: ChainPolicy | None = None, sampler: ChainConfig | None = None) -> None:
+    def keep(
+        self, name: str, policy: ChainPolicy | None = None, sampler: ChainConfig | None = None
+    ) -> None:
         """Save the policy as it stands, with the deployed sampler or another, as stages/NAME."""
         if self.processes.main:
             (self.folder / STAGES).mkdir(parents=True, exist_ok=True)
             with self.optimizer.averaged():
                 save_policy(
-                    policy or self.deployed, self.experiment, sampler or self.sampler, self.folder / STAGES / name
+                    policy or self.deployed,
+                    self.experiment,
+                    sampler or self.sampler,
+                    self.folder / STAGES / name,
                 )
         self.processes.wait()
 
     def try_out(self, episodes: int, name: int) -> float:
-        """The success rate (or mean return) of the deployed sampler in real episodes, which count as any others that the run
-        collects; of one ``name`` they always begin from the same starts.
+        """The success rate (or mean return) of the deployed sampler in real episodes, which count
+        as any others that the run collects; of one ``name`` they always begin from the same starts.
         """
         assert self.environments is not None
         found = evaluate_control(
@@ -539,14 +621,16 @@ class Run:
             self.collector.store.trim(min(checkpoint.iterations(self.folder)))
             if self.iteration:
                 with self.optimizer.averaged():
-                    save_policy(self.deployed, self.experiment, self.sampler, self.folder / "policy")
+                    save_policy(
+                        self.deployed, self.experiment, self.sampler, self.folder / "policy"
+                    )
         self.processes.wait()
 
     # ---------------------------------------------------------------- evaluating and telling
 
     def evaluate(self) -> dict[str, Any]:
-        """Examine the deployed sampler (with averaged weights, if any) on the fixed evaluation set; keep the best
-        policy.
+        """Examine the deployed sampler (with averaged weights, if any) on the fixed evaluation set;
+        keep the best policy.
         """
         metrics = self._examine(self.deployed)
         if self.processes.main:
@@ -566,15 +650,24 @@ class Run:
 
     def _keep(self, metrics: dict[str, Any]) -> None:
         select = self.experiment.eval.select or self.exam.measured[0]
-        report.append(self.folder, {"iteration": self.iteration, **{f"eval/{k}": v for k, v in metrics.items()}})
-        if self.iteration and metrics[select] >= self.best:  # of equals the one that has learned longer
+        report.append(
+            self.folder,
+            {"iteration": self.iteration, **{f"eval/{k}": v for k, v in metrics.items()}},
+        )
+        if (
+            self.iteration and metrics[select] >= self.best
+        ):  # of equals the one that has learned longer
             self.best = metrics[select]
             save_policy(self.deployed, self.experiment, self.sampler, self.folder / "policy_best")
-        shown = "  ".join(f"{name.removeprefix('reward/')} {metrics[name]:.3f}" for name in self.exam.measured)
+        shown = "  ".join(
+            f"{name.removeprefix('reward/')} {metrics[name]:.3f}" for name in self.exam.measured
+        )
         self.say(f"evaluation after {self.iteration} iterations (n {metrics['n']}): {shown}")
 
     def show(self, rollout: Rollout, advantage: Tensor) -> None:
-        """Where an evaluation is due, draw one group of pictures with its rewards and advantages [M,N]."""
+        """Where an evaluation is due, draw one group of pictures with its rewards and advantages
+        [M,N].
+        """
         if self._evaluation_due() and self.processes.main and self.environments is None:
             n = rollout.rewards.shape[1]
             group = int(rollout.local[0])
@@ -618,11 +711,17 @@ class Run:
             shown = f"reward {metrics['reward/total']:.3f} ± {metrics['reward/total_ci95']:.3f}"
         else:
             shown = f"loss {next((v for name, v in metrics.items() if name.endswith('/loss')), math.nan):.4f}"
-        bar.set_postfix_str(f"{shown}, {metrics['nfe_per_sample']:.1f} evaluations/sample", refresh=False)
+        bar.set_postfix_str(
+            f"{shown}, {metrics['nfe_per_sample']:.1f} evaluations/sample", refresh=False
+        )
         bar.update(advance)
         if (self._evaluation_due() or self.progress >= 1) and self.evaluated_at < self.iteration:
             self.evaluate()
-            if self.processes.main and self.progress < 1 and time.monotonic() - self._drawn > REDRAW:
+            if (
+                self.processes.main
+                and self.progress < 1
+                and time.monotonic() - self._drawn > REDRAW
+            ):
                 report.figures(self.folder)  # `finish` draws the last
                 self._drawn = time.monotonic()
         if self.iteration % self.experiment.checkpoint_every == 0:
@@ -652,8 +751,14 @@ class Run:
         return bool(self.processes.reduce(torch.tensor([float(self._stop)]))[0] > 0)
 
     def conclude(self) -> dict[str, Any]:
-        """The last evaluation: of the end, or, where a signal stopped the run, the one before (the run will go on from there)."""
-        return self.last if self.evaluated_at == self.iteration or self.progress < 1 else self.evaluate()
+        """The last evaluation: of the end, or, where a signal stopped the run, the one before (the
+        run will go on from there).
+        """
+        return (
+            self.last
+            if self.evaluated_at == self.iteration or self.progress < 1
+            else self.evaluate()
+        )
 
     @property
     def features(self) -> int:
@@ -666,15 +771,20 @@ class Run:
             return self.policy.model.features(self.policy.model.encode(context)).shape[1]
 
     def freeze_base(self) -> None:
-        """Where the window begins inside the chain, leave what comes before it to the policy as it is now, for good. Call it
-        before `iterations`.
+        """Where the window begins inside the chain, leave what comes before it to the policy as it
+        is now, for good. Call it before `iterations`.
         """
         if self.window.start:
             base = Base(self.snapshot(), float(self.policy.chain.grid[self.window.start]))
-            self.policy, self.deployed = replace(self.policy, base=base), replace(self.deployed, base=base)
+            self.policy, self.deployed = (
+                replace(self.policy, base=base),
+                replace(self.deployed, base=base),
+            )
 
     def require_density(self) -> None:
-        """Raise unless every step of the window has a density: a likelihood method can't train a point."""
+        """Raise unless every step of the window has a density: a likelihood method can't train a
+        point.
+        """
         for k in self.window:
             if float(self.policy.std(k)) == 0:
                 raise ConfigError(
@@ -700,5 +810,7 @@ def start_processes(experiment: Experiment, folder: Path | None) -> Accelerator:
 
 
 def end_processes() -> None:
-    """Leave them: at the end of a program, not of a run, after which another may follow (`genpolicy compare`)."""
+    """Leave them: at the end of a program, not of a run, after which another may follow (`genpolicy
+    compare`).
+    """
     PartialState().destroy_process_group()

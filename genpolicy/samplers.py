@@ -1,4 +1,6 @@
-"""Other samplers of a policy that acts, by name: its score depends on them as much as on its weights."""
+"""Other samplers of a policy that acts, by name: its score depends on them as much as on its
+weights.
+"""
 
 import re
 from collections.abc import Sequence
@@ -27,7 +29,9 @@ BEST_OF = re.compile(r"best_of_([1-9]\d*)")
 
 @dataclass(frozen=True)
 class Variant:
-    """A sampler by the name that it was asked for. ``native``: on the grid that the model's own library visits."""
+    """A sampler by the name that it was asked for. ``native``: on the grid that the model's own
+    library visits.
+    """
 
     name: str
     sampler: ChainConfig
@@ -47,9 +51,10 @@ class Variant:
 
 
 def variants(asked: Sequence[str], found: Saved) -> list[Variant]:
-    """The deployed sampler, and the ones that are asked for, each once: names of `PRESETS`, of which only best_of_N draws
-    several samples, or K=V of `ChainConfig`: the deployed one but for this key. (best_of=N of a deployed mean is N times the
-    work for nearly the same action: what the mean leaves of the noise is hardly a choice.)
+    """The deployed sampler, and the ones that are asked for, each once: names of `PRESETS`, of
+    which only best_of_N draws several samples, or K=V of `ChainConfig`: the deployed one but for
+    this key. (best_of=N of a deployed mean is N times the work for nearly the same action: what the
+    mean leaves of the noise is hardly a choice.)
     """
     return [_variant(name, found) for name in dict.fromkeys([DEPLOYED, *asked])]
 
@@ -68,15 +73,23 @@ def _variant(name: str, found: Saved) -> Variant:
         return Variant(name, deployed)
     if name == "ode":
         ode = {"name": "ddim", "eta": 0.0}
-        return Variant(name, replace(deployed, kernel=ode, window=None, window_size=None, best_of=1))
+        return Variant(
+            name, replace(deployed, kernel=ode, window=None, window_size=None, best_of=1)
+        )
     if name == "native":
         own = native_sampler(str(found.policy.get("pretrained")))
         if own is None:
-            raise ConfigError(f"--samplers: native is LeRobot's own sampler, and {found.where} is no LeRobot policy")
+            raise ConfigError(
+                f"--samplers: native is LeRobot's own sampler, and {found.where} is no LeRobot policy"
+            )
         return Variant(name, resampled(own, {}), native=True)
-    stochastic = replace(resampled(asdict(_trained(name, found)), {"steps": deployed.steps}), window_size=None)
+    stochastic = replace(
+        resampled(asdict(_trained(name, found)), {"steps": deployed.steps}), window_size=None
+    )
     if name == "mean":
-        return Variant(name, replace(stochastic, kernel={"name": "mean", "kernel": stochastic.kernel}))
+        return Variant(
+            name, replace(stochastic, kernel={"name": "mean", "kernel": stochastic.kernel})
+        )
     if name == "last_mean":
         return Variant(name, without_last_noise(stochastic))
     return Variant(name, stochastic)

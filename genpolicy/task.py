@@ -1,4 +1,6 @@
-"""Tasks: what a policy is asked to do. A prompt is a task of horizon 1; an environment is one of many decisions."""
+"""Tasks: what a policy is asked to do. A prompt is a task of horizon 1; an environment is one of
+many decisions.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +11,9 @@ import torch
 from torch import Tensor
 
 Observation = Mapping[str, Tensor]
-"""LeRobot's names ("observation.state", "observation.images.top", ...) -> Float[B,history,*shape], the oldest frame
-first; images are [C,H,W] in [0,1]."""
+"""LeRobot's names ("observation.state", "observation.images.top", ...) -> Float[B,history,*shape],
+the oldest frame first; images are [C,H,W] in [0,1].
+"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Context:
     def __getitem__(self, rows: slice | Tensor) -> "Context":
         index = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
         return Context(
-            [self.prompts[row] for row in index], {name: value[rows] for name, value in self.observation.items()}
+            [self.prompts[row] for row in index],
+            {name: value[rows] for name, value in self.observation.items()},
         )
 
     @classmethod
@@ -34,11 +38,15 @@ class Context:
         """The rows of several contexts, one after the other."""
         prompts = [prompt for context in contexts for prompt in context.prompts]
         names = contexts[0].observation
-        return cls(prompts, {name: torch.cat([c.observation[name] for c in contexts]) for name in names})
+        return cls(
+            prompts, {name: torch.cat([c.observation[name] for c in contexts]) for name in names}
+        )
 
 
 class Task(Protocol):
-    """Episodes by number. The same number is the same episode on any machine and any number of processes."""
+    """Episodes by number. The same number is the same episode on any machine and any number of
+    processes.
+    """
 
     def reset(self, episodes: range) -> Context:
         """Begin the given episodes: their prompts, one row each."""
@@ -49,10 +57,10 @@ class Task(Protocol):
 class TaskStep:
     """What one decision (a chunk of up to T actions) did in n environments.
 
-    context: what is seen after it, n rows; where the episode ended, its final observation. rewards [n,T]: of each
-    environment step, 0 after the end. executed [n]: how many of the T actions were taken. terminated [n]: the episode
-    ended by itself (nothing comes after); truncated [n]: it was cut by the time limit (never both). success [n]:
-    the task's own verdict so far.
+    context: what is seen after it, n rows; where the episode ended, its final observation. rewards
+    [n,T]: of each environment step, 0 after the end. executed [n]: how many of the T actions were
+    taken. terminated [n]: the episode ended by itself (nothing comes after); truncated [n]: it was
+    cut by the time limit (never both). success [n]: the task's own verdict so far.
     """
 
     context: Context
@@ -69,7 +77,9 @@ class Environments(Protocol):
     count: int
 
     def reset(self, slots: Sequence[int], seeds: Sequence[int]) -> Context:
-        """Begin an episode in each of the slots; the same seed is the same episode, whatever ran in the slot before."""
+        """Begin an episode in each of the slots; the same seed is the same episode, whatever ran in
+        the slot before.
+        """
         ...
 
     def step(self, slots: Sequence[int], actions: Tensor) -> TaskStep:
@@ -77,7 +87,9 @@ class Environments(Protocol):
         ...
 
     def render(self, slot: int) -> Any:
-        """What a camera sees, uint8 [H,W,3]; raises `RenderError` with one sentence where there is none."""
+        """What a camera sees, uint8 [H,W,3]; raises `RenderError` with one sentence where there is
+        none.
+        """
         ...
 
     def close(self) -> None:
@@ -87,8 +99,9 @@ class Environments(Protocol):
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One episode of somebody who knows the task, L steps: observation name -> [L,*shape] (what was seen before each
-    action), actions [L,D] as executed, rewards [L], and whether it succeeded. All fp32 on the CPU.
+    """One episode of somebody who knows the task, L steps: observation name -> [L,*shape] (what was
+    seen before each action), actions [L,D] as executed, rewards [L], and whether it succeeded. All
+    fp32 on the CPU.
     """
 
     observation: Mapping[str, Tensor]
@@ -100,9 +113,10 @@ class Demonstration:
 class ControlTask(Protocol):
     """A task of many decisions: environments that a policy acts in.
 
-    shapes: of what is seen, by LeRobot's names. action_dim: D. limit: environment steps after which an episode is cut.
-    fps: environment steps a second of the robot's time. instruction: what is asked, in words. has_success: whether the
-    task itself says what success is (else there are only returns).
+    shapes: of what is seen, by LeRobot's names. action_dim: D. limit: environment steps after which
+    an episode is cut. fps: environment steps a second of the robot's time. instruction: what is
+    asked, in words. has_success: whether the task itself says what success is (else there are only
+    returns).
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -113,12 +127,14 @@ class ControlTask(Protocol):
     has_success: bool
 
     def environments(self, count: int, history: int) -> Environments:
-        """``count`` environments whose observations carry the last ``history`` frames (the first one repeated)."""
+        """``count`` environments whose observations carry the last ``history`` frames (the first
+        one repeated).
+        """
         ...
 
     def demonstrate(self, seed: int, noise: float) -> Demonstration:
-        """An expert's episode from this reset seed, with Gaussian ``noise`` (std) on its actions. Raises `ValueError`
-        with one sentence where the task has no expert.
+        """An expert's episode from this reset seed, with Gaussian ``noise`` (std) on its actions.
+        Raises `ValueError` with one sentence where the task has no expert.
         """
         ...
 
@@ -126,9 +142,10 @@ class ControlTask(Protocol):
 class Dataset(Protocol):
     """Recorded episodes, frame by frame.
 
-    shapes: of the observations and of "action". stats: name -> {min, max, mean, std, q01, q99} Float[*shape].
-    columns: the vectors of every frame, Float[F,*shape]; "next.reward" and "next.success" where they were recorded.
-    episode [F]: the number of each frame's episode; its frames stand together, in time.
+    shapes: of the observations and of "action". stats: name -> {min, max, mean, std, q01, q99}
+    Float[*shape]. columns: the vectors of every frame, Float[F,*shape]; "next.reward" and
+    "next.success" where they were recorded. episode [F]: the number of each frame's episode; its
+    frames stand together, in time.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -142,15 +159,17 @@ class Dataset(Protocol):
         ...
 
     def rows(self, index: Tensor, history: int, actions: range) -> tuple[Context, Tensor, Tensor]:
-        """The frames ``index`` [B] with their last ``history`` observations, the actions [B,T,D] at the offsets
-        ``actions`` (relative to the frame), and which of those lie outside the episode, bool [B,T] (there the nearest
-        action inside is repeated).
+        """The frames ``index`` [B] with their last ``history`` observations, the actions [B,T,D] at
+        the offsets ``actions`` (relative to the frame), and which of those lie outside the episode,
+        bool [B,T] (there the nearest action inside is repeated).
         """
         ...
 
 
 def is_control(task: Task | ControlTask) -> TypeGuard[ControlTask]:
-    """Whether a task has environments to act in; otherwise it is prompts, judged by the run's reward."""
+    """Whether a task has environments to act in; otherwise it is prompts, judged by the run's
+    reward.
+    """
     return hasattr(task, "environments")
 
 
@@ -159,7 +178,9 @@ def read_prompts(path: str) -> tuple[str, ...]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"prompt file {path} does not exist")
-    lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = tuple(
+        line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
+    )
     if not lines:
         raise ValueError(f"prompt file {path} has no prompts: it needs one a line")
     return lines

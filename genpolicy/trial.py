@@ -1,4 +1,6 @@
-"""The verb evaluate where a policy acts: episodes from fixed starts, with one sampler or several, and GIFs of some."""
+"""The verb evaluate where a policy acts: episodes from fixed starts, with one sampler or several,
+and GIFs of some.
+"""
 
 import sys
 import time
@@ -29,8 +31,8 @@ GIFS = "episodes"
 
 @dataclass(frozen=True)
 class Plan:
-    """What to play: ``episodes`` from the reset seeds ``seed``, ``seed`` + 1, ..., so many ``environments`` side by side;
-    GIFs of so many successes and so many failures.
+    """What to play: ``episodes`` from the reset seeds ``seed``, ``seed`` + 1, ..., so many
+    ``environments`` side by side; GIFs of so many successes and so many failures.
     """
 
     episodes: int
@@ -47,7 +49,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Measured:
-    """A sampler's evaluation and the seconds that it took; network evaluations of a decision, and milliseconds of one."""
+    """A sampler's evaluation and the seconds that it took; network evaluations of a decision, and
+    milliseconds of one.
+    """
 
     variant: Variant
     evaluation: ControlEvaluation
@@ -58,8 +62,16 @@ class Measured:
     def entry(self) -> dict[str, Any]:
         """Its part of eval.json."""
         metrics = self.evaluation.metrics()
-        rates = {name: value for name, value in metrics.items() if not name.startswith("ci95/") and name != "n"}
-        intervals = {name.removeprefix("ci95/"): value for name, value in metrics.items() if name.startswith("ci95/")}
+        rates = {
+            name: value
+            for name, value in metrics.items()
+            if not name.startswith("ci95/") and name != "n"
+        }
+        intervals = {
+            name.removeprefix("ci95/"): value
+            for name, value in metrics.items()
+            if name.startswith("ci95/")
+        }
         return {
             **rates,
             "ci95": intervals,
@@ -74,13 +86,19 @@ class Measured:
         pairs = {"return": (theirs.returns, mine.returns)}
         if mine.judged:
             pairs["success_rate"] = theirs.success, mine.success
-        found = {name: paired(before, after, mine.samples) for name, (before, after) in pairs.items()}
-        return {name: {"mean": mean, "ci95": [low, high]} for name, (mean, low, high) in found.items()}
+        found = {
+            name: paired(before, after, mine.samples) for name, (before, after) in pairs.items()
+        }
+        return {
+            name: {"mean": mean, "ci95": [low, high]} for name, (mean, low, high) in found.items()
+        }
 
 
-def trial(found: Saved, task_section: Mapping[str, Any], plan: Plan, asked: Sequence[str], out: Path) -> dict[str, Any]:
-    """Play, measure and film a policy with its deployed sampler and the others that are ``asked`` for (see `variants`);
-    print a table, write out/eval.json and return what it holds.
+def trial(
+    found: Saved, task_section: Mapping[str, Any], plan: Plan, asked: Sequence[str], out: Path
+) -> dict[str, Any]:
+    """Play, measure and film a policy with its deployed sampler and the others that are ``asked``
+    for (see `variants`); print a table, write out/eval.json and return what it holds.
     """
     task = make("tasks", task_section)
     if not is_control(task):
@@ -115,7 +133,9 @@ def _measure(
     variant: Variant, policy: ChainPolicy, task: ControlTask, environments: Environments, plan: Plan
 ) -> Measured:
     counted, started = policy.model.evaluations, time.perf_counter()
-    found = evaluate_control(policy, environments, episodes=plan.episodes, seed=plan.seed, judged=task.has_success)
+    found = evaluate_control(
+        policy, environments, episodes=plan.episodes, seed=plan.seed, judged=task.has_success
+    )
     seconds = time.perf_counter() - started
     nfe = (policy.model.evaluations - counted) / found.decisions
     return Measured(variant, found, nfe, seconds, _latency(policy, environments, plan.seed))
@@ -123,7 +143,9 @@ def _measure(
 
 @torch.no_grad()
 def _latency(policy: ChainPolicy, environments: Environments, seed: int) -> dict[str, float]:
-    """Of one decision for one robot: observation encoded, chain sampled, actions decoded and brought to the CPU."""
+    """Of one decision for one robot: observation encoded, chain sampled, actions decoded and
+    brought to the CPU.
+    """
     context = environments.reset([0], [seed])
     row = torch.zeros(1, dtype=torch.long)
 
@@ -135,7 +157,9 @@ def _latency(policy: ChainPolicy, environments: Environments, seed: int) -> dict
     return latency(decide, DECISIONS, WARM_UP, SECONDS)
 
 
-def _result(found: Saved, task_section: Mapping[str, Any], plan: Plan, measured: Sequence[Measured]) -> dict[str, Any]:
+def _result(
+    found: Saved, task_section: Mapping[str, Any], plan: Plan, measured: Sequence[Measured]
+) -> dict[str, Any]:
     """eval.json: the deployed sampler's numbers, and those of the others under "samplers"."""
     deployed, *others = measured
     result = {
@@ -148,7 +172,8 @@ def _result(found: Saved, task_section: Mapping[str, Any], plan: Plan, measured:
     }
     if others:
         result["samplers"] = [
-            {"name": other.variant.name, **other.entry(), "difference": other.difference(deployed)} for other in others
+            {"name": other.variant.name, **other.entry(), "difference": other.difference(deployed)}
+            for other in others
         ]
     return result
 
@@ -156,7 +181,9 @@ def _result(found: Saved, task_section: Mapping[str, Any], plan: Plan, measured:
 def _head(width: int, judged: bool, several: bool) -> str:
     """What stands over the columns of `_line`."""
     rate = "success rate, 95 %" if judged else "return, 95 %"
-    columns = f"{'sampler':>{width}}  {rate:>24}  {'return':>9}  {'steps':>6}  {'NFE':>5}  {'p50 ms':>7}"
+    columns = (
+        f"{'sampler':>{width}}  {rate:>24}  {'return':>9}  {'steps':>6}  {'NFE':>5}  {'p50 ms':>7}"
+    )
     return columns + ("   difference to the deployed one, paired" if several else "")
 
 
@@ -165,7 +192,9 @@ def _line(one: Measured, deployed: Measured, width: int) -> str:
     name, entry = "success_rate" if one.evaluation.judged else "return", one.entry()
     low, high = entry["ci95"][name]
     rate = f"{entry[name]:.3f} [{low:.3f}, {high:.3f}]"
-    numbers = f"{entry['return']:9.3f}  {entry['length']:6.1f}  {one.nfe:5.4g}  {one.latency['p50']:7.2f}"
+    numbers = (
+        f"{entry['return']:9.3f}  {entry['length']:6.1f}  {one.nfe:5.4g}  {one.latency['p50']:7.2f}"
+    )
     line = f"{one.variant.name:>{width}}  {rate:>24}  {numbers}"
     if one is deployed:
         return line
@@ -182,11 +211,17 @@ def _film(
     evaluation: ControlEvaluation,
     folder: Path,
 ) -> None:
-    """GIFs of the first successes and failures, or of the first episodes where nobody judges; each is played again, and is
-    called what it then is.
+    """GIFs of the first successes and failures, or of the first episodes where nobody judges; each
+    is played again, and is called what it then is.
     """
-    kinds = [evaluation.success > 0, evaluation.success == 0] if task.has_success else [evaluation.returns.isfinite()]
-    chosen = sorted(episode for kind in kinds for episode in kind.nonzero().flatten()[: plan.gifs].tolist())
+    kinds = (
+        [evaluation.success > 0, evaluation.success == 0]
+        if task.has_success
+        else [evaluation.returns.isfinite()]
+    )
+    chosen = sorted(
+        episode for kind in kinds for episode in kind.nonzero().flatten()[: plan.gifs].tolist()
+    )
     try:
         films = film(policy, task, environments, seed=plan.seed, episodes=chosen)
     except RenderError as error:

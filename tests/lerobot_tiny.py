@@ -41,7 +41,9 @@ class Recorded:
         self.values: dict[str, Tensor] = {}
         for name in (*names, "action"):
             value = torch.rand(60, *DIMS[name], generator=generator)
-            self.values[name] = value if len(DIMS[name]) == 3 else value * torch.linspace(1, 40, DIMS[name][0]) - 3
+            self.values[name] = (
+                value if len(DIMS[name]) == 3 else value * torch.linspace(1, 40, DIMS[name][0]) - 3
+            )
         if WORLD in names:
             self.values[WORLD][:, -1] = 2.5
         self.shapes = {name: DIMS[name] for name in self.values}
@@ -50,7 +52,13 @@ class Recorded:
     @staticmethod
     def _stats(value: Tensor) -> dict[str, Tensor]:
         quantiles = {"q01": value.quantile(0.01, 0), "q99": value.quantile(0.99, 0)}
-        return {"min": value.amin(0), "max": value.amax(0), "mean": value.mean(0), "std": value.std(0), **quantiles}
+        return {
+            "min": value.amin(0),
+            "max": value.amax(0),
+            "mean": value.mean(0),
+            "std": value.std(0),
+            **quantiles,
+        }
 
     def __len__(self) -> int:
         return 60
@@ -66,7 +74,9 @@ class Recorded:
         )
 
 
-def diffusion(*names: str, train: Any = "full", spacing: Any = "lerobot", **config: Any) -> LeRobotDiffusion:
+def diffusion(
+    *names: str, train: Any = "full", spacing: Any = "lerobot", **config: Any
+) -> LeRobotDiffusion:
     """A fresh tiny policy that sees ``names``."""
     model = LeRobotDiffusion(config={**SMALL, **config}, train=train, spacing=spacing, device="cpu")
     model.initialise(Recorded(*names))

@@ -42,7 +42,12 @@ def stats() -> dict[str, dict[str, torch.Tensor]]:
 
     def of(dim: int, shift: float) -> dict[str, torch.Tensor]:
         middle, reach = shift + 0.1 * torch.arange(dim), 0.5 + 0.25 * torch.arange(dim)
-        edges = {"min": middle - reach, "max": middle + reach, "q01": middle - reach, "q99": middle + reach}
+        edges = {
+            "min": middle - reach,
+            "max": middle + reach,
+            "q01": middle - reach,
+            "q99": middle + reach,
+        }
         return {"mean": middle, "std": reach, **edges}
 
     return {"observation.state": of(STATE, 0.2), "action": of(ACTION, -0.3)}
@@ -66,7 +71,9 @@ def _shrink(module: Any, patch: pytest.MonkeyPatch) -> None:
 
     def gemma(variant: str) -> Any:
         width = 64 if variant == "gemma_2b" else 32
-        return module.GemmaConfig(width=width, depth=2, mlp_dim=64, num_heads=8, num_kv_heads=1, head_dim=8)
+        return module.GemmaConfig(
+            width=width, depth=2, mlp_dim=64, num_heads=8, num_kv_heads=1, head_dim=8
+        )
 
     class Mapping:
         def __getitem__(self, name: str) -> Any:
@@ -74,7 +81,12 @@ def _shrink(module: Any, patch: pytest.MonkeyPatch) -> None:
 
     def small_vision() -> Any:
         config = mapping["paligemma"]()
-        vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}
+        vision = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "patch_size": 16,
+        }
         for name, value in vision.items():
             setattr(config.vision_config, name, value)
         return config
@@ -107,7 +119,11 @@ def features() -> dict[str, Any]:
 
 def build(family: str, folder: Path, **settings: Any) -> Path:
     """A policy of the family with random weights and its processors, saved as LeRobot saves them. Needs `sizes`."""
-    from lerobot.policies.factory import get_policy_class, make_policy_config, make_pre_post_processors
+    from lerobot.policies.factory import (
+        get_policy_class,
+        make_policy_config,
+        make_pre_post_processors,
+    )
 
     common = {
         **features(),
@@ -121,7 +137,11 @@ def build(family: str, folder: Path, **settings: Any) -> Path:
     }
     if family == "smolvla":
         write_vlm(folder / "vlm", image=IMAGE, patch=8, width=32, layers=2)
-        own = {"vlm_model_name": str(folder / "vlm"), "load_vlm_weights": False, "num_vlm_layers": 2}
+        own = {
+            "vlm_model_name": str(folder / "vlm"),
+            "load_vlm_weights": False,
+            "num_vlm_layers": 2,
+        }
         own |= {"resize_imgs_with_padding": (IMAGE, IMAGE), "num_steps": STEPS}
     else:
         own = {"image_resolution": (IMAGE, IMAGE), "num_inference_steps": STEPS}
@@ -161,5 +181,7 @@ def saved(family: str) -> Path:
 def observation(rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random frames [rows,1,*shape] in the environment's units."""
     generator = torch.Generator().manual_seed(seed)
-    images = {camera: torch.rand(rows, 1, 3, IMAGE, IMAGE, generator=generator) for camera in CAMERAS}
+    images = {
+        camera: torch.rand(rows, 1, 3, IMAGE, IMAGE, generator=generator) for camera in CAMERAS
+    }
     return {**images, "observation.state": torch.rand(rows, 1, STATE, generator=generator)}

@@ -25,7 +25,9 @@ class Meeting:
         values = list(self.values)
         self.barrier.wait()
         if len({v.shape for v in values}) > 1:
-            raise RuntimeError(f"peers exchange different shapes: {[tuple(v.shape) for v in values]}")
+            raise RuntimeError(
+                f"peers exchange different shapes: {[tuple(v.shape) for v in values]}"
+            )
         return values
 
 

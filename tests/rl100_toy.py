@@ -45,7 +45,14 @@ SMALL: dict[str, Any] = {
         "starts": 8,
         "best_of": 3,
     },
-    "online": {"episodes": 8, "epochs": 1, "minibatch": 32, "critic_epochs": 1, "critic_minibatch": 16, "warm_up": 0},
+    "online": {
+        "episodes": 8,
+        "epochs": 1,
+        "minibatch": 32,
+        "critic_epochs": 1,
+        "critic_minibatch": 16,
+        "warm_up": 0,
+    },
 }
 """Its course: imitate 1 and 2, collect 3, criticise 4, improve 5 and 6, online from 7 on."""
 
@@ -59,9 +66,17 @@ class Outcomes(Recorded):
         task = Point(limit=self.limit, skill=self.skill)
         made = [task.demonstrate(seed, self.noise) for seed in range(self.episodes)]
         self.succeeded = [d.success for d in made]
-        success = [torch.arange(len(d.actions)) == (len(d.actions) - 1 if d.success else -1) for d in made]
-        outcome = {"next.reward": torch.cat([d.rewards for d in made]), "next.success": torch.cat(success)}
-        self.columns = {**self.values, **{name: value.float()[:, None] for name, value in outcome.items()}}
+        success = [
+            torch.arange(len(d.actions)) == (len(d.actions) - 1 if d.success else -1) for d in made
+        ]
+        outcome = {
+            "next.reward": torch.cat([d.rewards for d in made]),
+            "next.success": torch.cat(success),
+        }
+        self.columns = {
+            **self.values,
+            **{name: value.float()[:, None] for name, value in outcome.items()},
+        }
 
 
 class Frames:
@@ -100,7 +115,11 @@ class Frames:
         wanted = index[:, None] + torch.tensor(actions)
         inside = wanted.clamp(low, high)
         seen = {"observation.state": self.columns["observation.state"][past]}
-        return Context(["walk"] * len(index), seen), self.columns["action"][inside], wanted != inside
+        return (
+            Context(["walk"] * len(index), seen),
+            self.columns["action"][inside],
+            wanted != inside,
+        )
 
 
 class WatchedWalk(Walk):

@@ -20,7 +20,9 @@ HONEST = action_value.Critic, action_value.StateValue
 def built(tmp_path, chunk=4, **options):
     """A run on the toy with chunks of so many actions, and its values."""
     run, _ = prepared(
-        tmp_path, policy={"name": "mlp", "hidden": 16, "blocks": 1, "chunk": chunk}, method={"name": "bc"}
+        tmp_path,
+        policy={"name": "mlp", "hidden": 16, "blocks": 1, "chunk": chunk},
+        method={"name": "bc"},
     )
     return run, ActionValue(run, GAMMA, **options)
 
@@ -33,8 +35,20 @@ def some(rows, chunk=4, terminated=False):
     rewards = random(rows, chunk).double() * (torch.arange(chunk) < executed[:, None])
     end = torch.full((rows,), terminated) if isinstance(terminated, bool) else terminated
     truth, number = torch.ones(rows, dtype=torch.bool), torch.arange(rows)
-    values = (number, number + rows, random(rows, chunk, 2), rewards, executed, end, truth, number, truth)
-    return Replay(Context([""] * 2 * rows), **dict(zip(ROWS, values, strict=True))), random(2 * rows, 4)
+    values = (
+        number,
+        number + rows,
+        random(rows, chunk, 2),
+        rewards,
+        executed,
+        end,
+        truth,
+        number,
+        truth,
+    )
+    return Replay(Context([""] * 2 * rows), **dict(zip(ROWS, values, strict=True))), random(
+        2 * rows, 4
+    )
 
 
 def told(run, monkeypatch):
@@ -84,7 +98,9 @@ def test_one_update_is_the_formulas(tmp_path, monkeypatch, pessimism, monte_carl
             y = sum(GAMMA**j * float(replay.rewards[0, j]) for j in range(n))
             own = y
             y += 0.0 if end else GAMMA**n * float(value.v(after))
-            y = 0.7 * y + 0.3 * own if monte_carlo and end else y  # what came of the other is not recorded
+            y = (
+                0.7 * y + 0.3 * own if monte_carlo and end else y
+            )  # what came of the other is not recorded
             expected = weight * u**2 + ((y - value.q(now, event)[:, 0]) ** 2).sum()
             chunked = y if end else y + (GAMMA**4 - GAMMA**n) * float(value.v(after))
             wrong = weight * u**2 + ((chunked - value.q(now, event)[:, 0]) ** 2).sum()
@@ -96,7 +112,9 @@ def test_one_update_is_the_formulas(tmp_path, monkeypatch, pessimism, monte_carl
         assert float(losses) == pytest.approx(float(expected), rel=1e-4)
         if not end and n < 4:
             assert float(losses) != pytest.approx(float(wrong), rel=1e-3)
-        for old, new, online in zip(before, value.target.parameters(), value.q.parameters(), strict=True):
+        for old, new, online in zip(
+            before, value.target.parameters(), value.q.parameters(), strict=True
+        ):
             assert torch.allclose(new, old + 0.02 * (online - old), atol=1e-7)
             assert not new.requires_grad
     assert run.journal.collected == 2, "each row that was learned from is counted"
@@ -153,7 +171,9 @@ def test_everything_is_resumed(tmp_path):
         each.learn(replay, features, 2)
     event = torch.randn(9, 4, 2)
     assert torch.equal(value.advantage(features[:9], event), other.advantage(features[:9], event))
-    assert not torch.equal(value.advantage(features[:9], event), third.advantage(features[:9], event))
+    assert not torch.equal(
+        value.advantage(features[:9], event), third.advantage(features[:9], event)
+    )
 
 
 def walk(chunk):
@@ -166,7 +186,17 @@ def walk(chunk):
     truth = torch.ones(LENGTH, dtype=torch.bool)
     event = torch.full((LENGTH, chunk, 2), 0.5)
     number = torch.zeros(LENGTH, dtype=torch.long)
-    values = (place, (place + chunk).clamp_max(LENGTH), event, rewards, executed, ends, truth, number, place == 0)
+    values = (
+        place,
+        (place + chunk).clamp_max(LENGTH),
+        event,
+        rewards,
+        executed,
+        ends,
+        truth,
+        number,
+        place == 0,
+    )
     angle = torch.arange(LENGTH + 1) * torch.pi / LENGTH
     features = torch.stack([angle.cos(), angle.sin(), (2 * angle).cos(), (2 * angle).sin()], 1)
     replay = Replay(Context([""] * (LENGTH + 1)), **dict(zip(ROWS, values, strict=True)))
@@ -204,11 +234,15 @@ def test_values_do_not_depend_on_the_features_units(tmp_path, monkeypatch):
 
     plain, other = learned("plain", lambda f: f), learned("other", lambda f: 0.2 * f + 3)
     assert torch.allclose(plain, other, atol=1e-4)
-    assert not torch.allclose(learned("a", lambda f: f, False), learned("b", lambda f: 0.2 * f + 3, False), atol=1e-2)
+    assert not torch.allclose(
+        learned("a", lambda f: f, False), learned("b", lambda f: 0.2 * f + 3, False), atol=1e-2
+    )
 
 
 @pytest.mark.parametrize(("polyak", "reached"), [(0.1, True), (0.005, False)])
-def test_a_success_reaches_the_beginning_unless_the_target_is_too_slow(tmp_path, monkeypatch, polyak, reached):
+def test_a_success_reaches_the_beginning_unless_the_target_is_too_slow(
+    tmp_path, monkeypatch, polyak, reached
+):
     """350 updates are 35 decisions at .1 and not two at .005 (the control): there nobody knows what the beginning is worth."""
     value, _, features, truth = walked(tmp_path, monkeypatch, 1, polyak=polyak)
     with torch.no_grad():

@@ -12,7 +12,14 @@ import yaml
 from torch import Tensor
 
 from genpolicy import config
-from genpolicy.build import deployed_sampler, load, make_policy, require_trainable, save_policy, saved
+from genpolicy.build import (
+    deployed_sampler,
+    load,
+    make_policy,
+    require_trainable,
+    save_policy,
+    saved,
+)
 from genpolicy.chain import Noise
 from genpolicy.chain.noise import PRIOR
 from genpolicy.cli import main
@@ -51,7 +58,9 @@ def seen() -> Tensor:
 
 
 def names(rows: int = ROWS) -> Noise:
-    return Noise(7, 3, torch.arange(rows), torch.zeros(rows, dtype=torch.long), torch.arange(rows) + 2)
+    return Noise(
+        7, 3, torch.arange(rows), torch.zeros(rows, dtype=torch.long), torch.arange(rows) + 2
+    )
 
 
 def best(model: MLP, n: int, judge: Any = near_one) -> ChainPolicy:
@@ -62,7 +71,9 @@ def candidates(policy: ChainPolicy, seen: Tensor, n: int) -> Tensor:
     """Each row's N samples one by one: the noise of candidate c is named by member + c 2^32. [B,N,*E]."""
     noise = names()
     each = [replace(noise, member=noise.member + (c << 32)) for c in range(n)]
-    return torch.stack([policy.chain.sample(policy.denoiser, seen, rows, (2, 2)).x0 for rows in each], 1)
+    return torch.stack(
+        [policy.chain.sample(policy.denoiser, seen, rows, (2, 2)).x0 for rows in each], 1
+    )
 
 
 # -- which sample is carried out ------------------------------------------------------------------------------
@@ -79,7 +90,9 @@ def test_it_is_the_best_of_exactly_these(model: MLP, seen: Tensor, n: int):
     assert torch.allclose(chain.x0, drawn[torch.arange(ROWS), picked], atol=1e-5)
     assert torch.equal(chain.condition, seen)
     assert chain.x.shape == (ROWS, STEPS, 2, 2)
-    assert not torch.allclose(chain.x0, drawn[torch.arange(ROWS), worth.argmin(1)], atol=1e-2), "the negative control"
+    assert not torch.allclose(chain.x0, drawn[torch.arange(ROWS), worth.argmin(1)], atol=1e-2), (
+        "the negative control"
+    )
 
 
 def test_the_best_of_one_is_what_it_was(model: MLP, seen: Tensor):
@@ -95,7 +108,9 @@ def test_the_first_candidate_is_the_rows_own():
     for k in (PRIOR, 0, 2):
         own, fan = noise(k, (2, 2)), noise.fan(16)(k, (2, 2)).view(ROWS, 16, 2, 2)
         assert torch.equal(fan[:, 0], own)
-        assert torch.equal(noise.fan(4)(k, (2, 2)).view(ROWS, 4, 2, 2), fan[:, :4]), "few are the first of many"
+        assert torch.equal(noise.fan(4)(k, (2, 2)).view(ROWS, 4, 2, 2), fan[:, :4]), (
+            "few are the first of many"
+        )
         assert len(fan.flatten(0, 1).flatten(1).unique(dim=0)) == ROWS * 16, "no two are alike"
 
 
@@ -124,7 +139,9 @@ def test_it_is_the_same_in_any_company(model: MLP, seen: Tensor):
     assert torch.allclose(together, alone, atol=1e-5)
     order = torch.tensor([4, 0, 5, 2])
     assert torch.allclose(policy.sample(seen[order], names()[order]).x0, together[order], atol=1e-5)
-    assert not torch.allclose(policy.sample(seen[order], names(4)).x0, together[order], atol=1e-2), "other names"
+    assert not torch.allclose(
+        policy.sample(seen[order], names(4)).x0, together[order], atol=1e-2
+    ), "other names"
 
 
 def test_every_candidate_is_counted(model: MLP, seen: Tensor):
@@ -153,7 +170,9 @@ def test_the_judge_sees_features_and_scored_events(model: MLP, seen: Tensor):
 
 
 def test_several_samples_need_a_judge(model: MLP):
-    with pytest.raises(ConfigError, match=r"best_of is 16, but the policy has no critic .* RL-100's offline stage"):
+    with pytest.raises(
+        ConfigError, match=r"best_of is 16, but the policy has no critic .* RL-100's offline stage"
+    ):
         make_policy(model, replace(SAMPLER, best_of=16))
     with pytest.raises(ConfigError, match="best_of is 0; it must be at least 1"):
         replace(SAMPLER, best_of=0)
@@ -167,13 +186,19 @@ def test_what_is_deployed_by_default():
     assert deployed_sampler(SAMPLER, {"best_of": 16, "steps": 2}, control=True).window == (0, 1)
     whole = replace(SAMPLER, window=(1, STEPS))
     assert deployed_sampler(whole, {"best_of": 16}, control=True).window == (1, STEPS - 1)
-    for asked in ({"best_of": 16, "window": (1, 4)}, {"best_of": 16, "kernel": {"name": "ddim", "eta": 0.0}}):
+    for asked in (
+        {"best_of": 16, "window": (1, 4)},
+        {"best_of": 16, "kernel": {"name": "ddim", "eta": 0.0}},
+    ):
         assert deployed_sampler(SAMPLER, asked, control=True) == replace(SAMPLER, **asked)
 
 
 def test_they_are_not_trained():
     require_trainable(SAMPLER)
-    with pytest.raises(ConfigError, match=r"no likelihood to train on: leave it at 1, and set eval\.sampler\.best_of"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no likelihood to train on: leave it at 1, and set eval\.sampler\.best_of",
+    ):
         require_trainable(replace(SAMPLER, best_of=2))
 
 
@@ -183,7 +208,9 @@ def test_a_training_run_that_asks_for_it_is_refused(tmp_path: Path, capsys, plan
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment(tmp_path)))
     arguments = ["train", str(tmp_path / "experiment.yaml"), *plan]
     assert "best_of is 2" in complaint(capsys, tmp_path / "run", *arguments, "--chain.best_of=2")
-    assert "best_of is 2, but" in complaint(capsys, tmp_path / "run", *arguments, "--eval.sampler.best_of=2")
+    assert "best_of is 2, but" in complaint(
+        capsys, tmp_path / "run", *arguments, "--eval.sampler.best_of=2"
+    )
 
 
 # -- a critic as the judge ------------------------------------------------------------------------------------
@@ -196,7 +223,11 @@ def judge(seed: int = 0, **options: Any) -> QJudge:
     return QJudge(critic, 0.5)
 
 
-CRITICS = {"squares": {}, "histograms": {"support": Support(-2.0, 1.0)}, "one layer": {"layers": 1, "members": 1}}
+CRITICS = {
+    "squares": {},
+    "histograms": {"support": Support(-2.0, 1.0)},
+    "one layer": {"layers": 1, "members": 1},
+}
 
 
 @pytest.mark.parametrize("options", CRITICS.values(), ids=CRITICS)
@@ -211,7 +242,9 @@ def test_a_judge_comes_back_as_it_was(tmp_path: Path, options: dict[str, Any]):
     assert torch.equal(again(features, event), pessimistic(made.critic(features, event), 0.5))
     assert not again(features, event).requires_grad
     assert not made(features, event).requires_grad
-    assert not torch.equal(judge(1, **options)(features, event), again(features, event)), "the negative control"
+    assert not torch.equal(judge(1, **options)(features, event), again(features, event)), (
+        "the negative control"
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,7 +258,9 @@ def test_a_judge_comes_back_as_it_was(tmp_path: Path, options: dict[str, Any]):
         ("judge.safetensors", b"nothing", "is damaged"),
     ],
 )
-def test_a_damaged_judge_is_one_sentence(tmp_path: Path, file: str, content: bytes | None, said: str):
+def test_a_damaged_judge_is_one_sentence(
+    tmp_path: Path, file: str, content: bytes | None, said: str
+):
     judge().save(tmp_path)
     if content is None:
         (tmp_path / file).unlink()
@@ -250,7 +285,9 @@ def test_a_judge_of_another_shape_is_damaged(tmp_path: Path):
 def progress() -> QJudge:
     """A critic that has learned how near to its goal the point of the toy is after a chunk of two actions."""
     data, generator = Recorded(skill=0.15), torch.Generator().manual_seed(0)
-    mean, std = (torch.cat([data.stats[name][s] for name in (STATE, GOAL)]) for s in ("mean", "std"))
+    mean, std = (
+        torch.cat([data.stats[name][s] for name in (STATE, GOAL)]) for s in ("mean", "std")
+    )
     low, high = data.stats["action"]["min"], data.stats["action"]["max"]
     torch.manual_seed(0)
     critic = Critic(4, 4, members=2, hidden=32)
@@ -296,7 +333,9 @@ def test_a_policy_comes_back_with_its_judge(run: Path, tmp_path: Path):
     assert again.best_of == 8, "the sampler that is saved is the policy's"
     assert torch.equal(acted(again), acted(several))
     plain = replace(several, best_of=1, judge=None)
-    save_policy(plain, config.load(run / "config.yaml"), replace(sampler, best_of=8), tmp_path / "again")
+    save_policy(
+        plain, config.load(run / "config.yaml"), replace(sampler, best_of=8), tmp_path / "again"
+    )
     assert (saved(tmp_path / "again").judge, load(tmp_path / "again").best_of) == (None, 1)
     with pytest.raises(ConfigError, match="best_of is 8, but the policy has no critic"):
         load(tmp_path / "again", best_of=8)
@@ -320,10 +359,16 @@ def test_what_best_of_n_is(run: Path):
 
 def test_there_is_something_to_pick_from(run: Path):
     """...but for a kernel's mean, the negative control: in a policy that has learned it is nearly one for all noise."""
-    policy, condition = saved(run).load(), torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(2))
+    policy, condition = (
+        saved(run).load(),
+        torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(2)),
+    )
     chain = config.load(run / "config.yaml").chain
     deployed = (deployed_sampler(chain, {"best_of": n}, control=True) for n in (1, 16))
-    drawn = [candidates(make_policy(policy.model, sampler, policy.judge), condition, 16) for sampler in deployed]
+    drawn = [
+        candidates(make_policy(policy.model, sampler, policy.judge), condition, 16)
+        for sampler in deployed
+    ]
     mean, several = (float(x.std(1).mean()) for x in drawn)
     assert several > 20 * mean
 
@@ -341,7 +386,9 @@ def test_evaluate_tells_what_it_costs_and_brings(run: Path, tmp_path: Path, caps
     assert main([*asked, "--samplers", "last_mean", "best_of_4", "best_of_16"]) == 0
     found = json.loads((tmp_path / "eval.json").read_text())
     others = {entry["name"]: entry for entry in found["samplers"]}
-    assert [others[name]["nfe_per_decision"] for name in ("last_mean", "best_of_4", "best_of_16")] == [4, 16, 64]
+    assert [
+        others[name]["nfe_per_decision"] for name in ("last_mean", "best_of_4", "best_of_16")
+    ] == [4, 16, 64]
     assert others["best_of_4"]["sampler"]["best_of"] == 4
     assert found["sampler"]["best_of"] == 1
     assert others["best_of_16"]["latency_ms"]["p50"] > 0
@@ -387,7 +434,9 @@ def test_it_is_listed(capsys):
         (["--samplers", "best_of=2.5"], "best_of is 2.5; it must be a whole number"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(run: Path, tmp_path: Path, capsys, arguments: list[str], said: str):
+def test_what_does_not_fit_is_one_sentence(
+    run: Path, tmp_path: Path, capsys, arguments: list[str], said: str
+):
     out = tmp_path / "out"
     assert said in complaint(capsys, out, "evaluate", str(run), "--out", str(out), *FEW, *arguments)
 
@@ -397,7 +446,15 @@ def test_a_policy_without_a_judge_says_so(run: Path, tmp_path: Path, capsys):
     folder.rename(hidden)
     try:
         for arguments in (["--samplers", "best_of_4"], ["--sampler", "best_of=4"]):
-            said = complaint(capsys, tmp_path / "out", "evaluate", str(run), "--out", str(tmp_path / "out"), *arguments)
+            said = complaint(
+                capsys,
+                tmp_path / "out",
+                "evaluate",
+                str(run),
+                "--out",
+                str(tmp_path / "out"),
+                *arguments,
+            )
             assert "best_of is 4, but the policy has no critic" in said
     finally:
         hidden.rename(folder)
@@ -408,7 +465,9 @@ def test_a_policy_with_a_damaged_judge_says_so(run: Path, tmp_path: Path, capsys
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     try:
-        said = complaint(capsys, tmp_path / "out", "evaluate", str(run), "--out", str(tmp_path / "out"))
+        said = complaint(
+            capsys, tmp_path / "out", "evaluate", str(run), "--out", str(tmp_path / "out")
+        )
         assert "judge is damaged" in said
     finally:
         file.write_bytes(whole)

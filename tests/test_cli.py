@@ -62,7 +62,11 @@ heavy = {"torch", "numpy", "diffusers", "transformers", "lerobot", "gymnasium", 
 assert not heavy, heavy
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
 
@@ -127,14 +131,20 @@ def test_train_leaves_the_folder_of_the_design(run: Path):
 def test_a_finished_run_stays_as_it_is(run: Path, capsys):
     before = (run / "metrics.jsonl").read_bytes(), (run / "policy" / "toy.safetensors").read_bytes()
     assert main(["train", str(run / "config.yaml")]) == 0
-    assert ((run / "metrics.jsonl").read_bytes(), (run / "policy" / "toy.safetensors").read_bytes()) == before
+    assert (
+        (run / "metrics.jsonl").read_bytes(),
+        (run / "policy" / "toy.safetensors").read_bytes(),
+    ) == before
     assert "brightness" in capsys.readouterr().out
 
 
 def test_overrides_reach_the_run(tmp_path: Path):
     path = write(tmp_path)
     out = f"--output={tmp_path / 'other'}"
-    assert main(["train", path, "--budget.iterations=1", "--optimizer.lr=1e-5", "--eval.every=0", out]) == 0
+    assert (
+        main(["train", path, "--budget.iterations=1", "--optimizer.lr=1e-5", "--eval.every=0", out])
+        == 0
+    )
     resolved = yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())
     assert resolved["budget"]["iterations"] == 1
     assert float(resolved["optimizer"]["lr"]) == 1e-5
@@ -149,7 +159,9 @@ def test_plan_measures_and_leaves_nothing(tmp_path: Path, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
     assert yaml.safe_load(text.partition("\n\n")[0])["chain"]["window"] == [0, 2]
-    assert "16 samples, 8.0 network evaluations each" in text  # 4 to sample, 2 to score with gradients
+    assert (
+        "16 samples, 8.0 network evaluations each" in text
+    )  # 4 to sample, 2 to score with gradients
     assert all(phase in text for phase in ("sample", "decode", "reward", "replay check", "update"))
     assert "the whole budget: 4 iterations, 512 network evaluations" in text
 
@@ -168,7 +180,9 @@ def test_evaluate_a_run_repeats_its_last_evaluation(run: Path, capsys):
     assert found["seeds"] == {"eval": 1_000_003}
     assert found["sampler"]["kernel"] == {"name": "ddim", "eta": 0.0}
     assert found["sampler"]["steps"] == found["nfe_per_sample"] == 4
-    assert 0 < found["latency_ms"]["p50"] <= found["latency_ms"]["p95"] <= found["latency_ms"]["p99"]
+    assert (
+        0 < found["latency_ms"]["p50"] <= found["latency_ms"]["p95"] <= found["latency_ms"]["p99"]
+    )
     assert "brightness" in capsys.readouterr().out
 
 
@@ -185,22 +199,34 @@ def test_evaluate_as_asked(run: Path, tmp_path: Path):
         "tests.toy:constant",
     ]
     sampler = ["--steps", "6", "--guidance", "2", "--sampler", "kernel.name=heun"]
-    assert main(["evaluate", str(run / "policy_best"), *asked, *sampler, "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            ["evaluate", str(run / "policy_best"), *asked, *sampler, "--out", str(tmp_path / "out")]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert found["reward/constant"] == 1.0
     assert "reward/brightness" not in found
     assert (found["n"], found["seeds"]) == (10, {"eval": 5})
     assert found["sampler"]["kernel"] == {"name": "heun"}
-    assert found["nfe_per_sample"] == 2 * (2 * 6 - 1)  # Heun: two a step but for the last; guidance: twice
+    assert found["nfe_per_sample"] == 2 * (
+        2 * 6 - 1
+    )  # Heun: two a step but for the last; guidance: twice
     assert found["policy"].endswith("policy_best")
 
 
 def test_evaluation_is_that_of_any_batch(run: Path):
     policy, rewards = saved(run).load(), make_rewards({"tests.toy:brightness": 1.0})
     results = [
-        evaluate(policy, rewards, prompts=PROMPTS, samples=10, seed=3, micro_batches=MicroBatches(size, print)).parts[
-            "total"
-        ]
+        evaluate(
+            policy,
+            rewards,
+            prompts=PROMPTS,
+            samples=10,
+            seed=3,
+            micro_batches=MicroBatches(size, print),
+        ).parts["total"]
         for size in (10, 3)
     ]
     assert torch.allclose(*results, atol=1e-6)
@@ -240,15 +266,28 @@ def test_sample_writes_a_picture_each_and_a_grid(run: Path, tmp_path: Path, caps
     assert "6 samples of 2 prompts" in capsys.readouterr().out
     names = sorted(path.name for path in (tmp_path / "one").glob("*.png"))
     assert names == [*(f"{p:03d}_{m:02d}.png" for p in range(2) for m in range(3)), "grid.png"]
-    pictures = [np.asarray(Image.open(tmp_path / folder / name)) for folder in ("one", "two") for name in names]
-    assert all(np.array_equal(a, b) for a, b in zip(pictures[:7], pictures[7:], strict=True)), "not deterministic"
+    pictures = [
+        np.asarray(Image.open(tmp_path / folder / name))
+        for folder in ("one", "two")
+        for name in names
+    ]
+    assert all(np.array_equal(a, b) for a, b in zip(pictures[:7], pictures[7:], strict=True)), (
+        "not deterministic"
+    )
     assert pictures[0].shape == (8, 8, 3)
     assert not np.array_equal(pictures[0], pictures[1])
 
 
 def test_sample_of_one_text(run: Path, tmp_path: Path):
-    assert main(["sample", str(run), "--prompts", "bright picture", "--out", str(tmp_path / "out")]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"000_00.png", "grid.png", "grid.txt"}
+    assert (
+        main(["sample", str(run), "--prompts", "bright picture", "--out", str(tmp_path / "out")])
+        == 0
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "000_00.png",
+        "grid.png",
+        "grid.txt",
+    }
     assert (tmp_path / "out" / "grid.txt").read_text() == "bright picture\n"
 
 
@@ -256,7 +295,12 @@ def test_videos_become_gifs(tmp_path: Path):
     video = {"name": "toy", "frames": 5}
     path = write(tmp_path, policy=video, budget={"iterations": 1}, eval={"every": 0, "samples": 4})
     assert main(["train", path]) == 0
-    assert main(["sample", str(tmp_path / "run"), "--prompts", "bright", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            ["sample", str(tmp_path / "run"), "--prompts", "bright", "--out", str(tmp_path / "out")]
+        )
+        == 0
+    )
     gif = Image.open(tmp_path / "out" / "000_00.gif")
     assert gif.n_frames == 5
     assert (tmp_path / "out" / "grid.png").is_file()
@@ -285,9 +329,24 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compared")
     paths = []
     for name in ARMS:
-        method = {"name": name, "groups": 4, "group": 4, "updates": 2, "reduce": "sum", "clip": 0.05}
+        method = {
+            "name": name,
+            "groups": 4,
+            "group": 4,
+            "updates": 2,
+            "reduce": "sum",
+            "clip": 0.05,
+        }
         paths.append(write(folder, name, method=method, budget={"iterations": 9}))
-    asked = [*paths, "--seeds", "0-1", "--out", str(folder / "out"), "--budget.iterations=3", "--optimizer.lr=3e-2"]
+    asked = [
+        *paths,
+        "--seeds",
+        "0-1",
+        "--out",
+        str(folder / "out"),
+        "--budget.iterations=3",
+        "--optimizer.lr=3e-2",
+    ]
     assert main(["compare", *asked]) == 0
     return folder
 
@@ -306,7 +365,12 @@ def test_compare_writes_the_table(compared: Path):
     table = json.loads((compared / "out" / "compare.json").read_text())
     assert table["seeds"] == [0, 1]
     assert list(table["arms"]) == list(ARMS)
-    assert table["metrics"] == ["reward/brightness", "reward/brightness_strict", "reward/total", "diversity"]
+    assert table["metrics"] == [
+        "reward/brightness",
+        "reward/brightness_strict",
+        "reward/total",
+        "diversity",
+    ]
     runs = {(run["arm"], run["seed"]): run["metrics"] for run in table["runs"]}
     for arm in ARMS:
         entry = table["arms"][arm]["metrics"]["reward/brightness"]
@@ -317,12 +381,15 @@ def test_compare_writes_the_table(compared: Path):
         assert entry["before"][0] == entry["before"][1], "same start, same evaluation set"
     difference = table["arms"]["grpo_guard"]["difference"]["reward/brightness"]
     pairs = [
-        runs["grpo_guard", s]["reward/brightness"]["value"] - runs["flow_grpo", s]["reward/brightness"]["value"]
+        runs["grpo_guard", s]["reward/brightness"]["value"]
+        - runs["flow_grpo", s]["reward/brightness"]["value"]
         for s in (0, 1)
     ]
     assert difference["mean"] == pytest.approx(np.mean(pairs))
     half = 12.7062 * np.std(pairs, ddof=1) / np.sqrt(2)  # Student's t with one degree of freedom
-    assert difference["ci95"] == pytest.approx([np.mean(pairs) - half, np.mean(pairs) + half], rel=1e-4)
+    assert difference["ci95"] == pytest.approx(
+        [np.mean(pairs) - half, np.mean(pairs) + half], rel=1e-4
+    )
     assert table["arms"]["flow_grpo"]["nfe_per_sample"]["mean"] == 10
     text = (compared / "out" / "compare.md").read_text()
     assert "clipped, advantage > 0" in text
@@ -358,7 +425,13 @@ def test_compare_of_one_seed_claims_no_interval(compared: Path, capsys):
 
 def test_compare_leaves_out_totals_that_mean_different_things():
     def fake(arm: str, weight: float) -> compare.Finished:
-        after = {"reward/a": 1.0, "reward/b": 2.0, "reward/total": weight, "ci95/a": [0.9, 1.1], "diversity": None}
+        after = {
+            "reward/a": 1.0,
+            "reward/b": 2.0,
+            "reward/total": weight,
+            "ci95/a": [0.9, 1.1],
+            "diversity": None,
+        }
         summary = {
             "before": after,
             "after": after,
@@ -367,14 +440,17 @@ def test_compare_leaves_out_totals_that_mean_different_things():
             "training_s": 1,
             "wall_time_s": 1,
         }
-        return compare.Finished(arm, 0, Path("nowhere"), {"reward": {"a": weight, "b": 1.0}}, summary, [])
+        return compare.Finished(
+            arm, 0, Path("nowhere"), {"reward": {"a": weight, "b": 1.0}}, summary, []
+        )
 
     assert "reward/total" in compare.summarise([fake("one", 1.0), fake("two", 1.0)])["metrics"]
     assert "reward/total" not in compare.summarise([fake("one", 1.0), fake("two", 2.0)])["metrics"]
 
 
 @pytest.mark.parametrize(
-    ("text", "seeds"), [("0-2", [0, 1, 2]), ("7", [7]), ("0,3,7", [0, 3, 7]), ("1-2,2,9", [1, 2, 9])]
+    ("text", "seeds"),
+    [("0-2", [0, 1, 2]), ("7", [7]), ("0,3,7", [0, 3, 7]), ("1-2,2,9", [1, 2, 9])],
 )
 def test_seeds(text: str, seeds: list[int]):
     assert compare.seeds(text) == seeds

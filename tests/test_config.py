@@ -24,7 +24,15 @@ def overridden(raw: dict[str, Any], *overrides: str) -> Experiment:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-4", 1e-4), ("1E-4", 1e-4), (".5e-3", 5e-4), ("-1e3", -1e3), ("1e-4 ", 1e-4), ("3", 3.0), ("0.1", 0.1)],
+    [
+        ("1e-4", 1e-4),
+        ("1E-4", 1e-4),
+        (".5e-3", 5e-4),
+        ("-1e3", -1e3),
+        ("1e-4 ", 1e-4),
+        ("3", 3.0),
+        ("0.1", 0.1),
+    ],
 )
 def test_numbers_are_numbers(text: str, value: float):
     """PyYAML alone reads 1e-4 as text."""
@@ -55,7 +63,9 @@ def test_override_values_are_yaml(text: str, value: Any):
 
 def test_overrides_reach_into_bare_names(tmp_path):
     raw = toy.experiment(tmp_path, method="flow_grpo")
-    experiment = overridden(raw, "--method.group=8", "--chain.kernel=sde", "--budget.iterations=1e3")
+    experiment = overridden(
+        raw, "--method.group=8", "--chain.kernel=sde", "--budget.iterations=1e3"
+    )
     assert experiment.method == {"name": "flow_grpo", "group": 8}
     assert experiment.chain.kernel == {"name": "sde"}
     assert experiment.budget.iterations == 1000
@@ -63,7 +73,12 @@ def test_overrides_reach_into_bare_names(tmp_path):
 
 
 def test_a_bare_name_means_its_defaults(tmp_path):
-    bare = {"policy": "toy", "method": "flow_grpo", "reward": "shapes_strict", "chain": {"kernel": "cps"}}
+    bare = {
+        "policy": "toy",
+        "method": "flow_grpo",
+        "reward": "shapes_strict",
+        "chain": {"kernel": "cps"},
+    }
     experiment = config.parse(toy.experiment(tmp_path, **bare))
     assert config.make("methods", experiment.method) == FlowGRPO()
     assert isinstance(config.make("models", experiment.policy), Toy)
@@ -72,7 +87,9 @@ def test_a_bare_name_means_its_defaults(tmp_path):
 
 
 def test_config_yaml_is_the_experiment(tmp_path):
-    experiment = overridden(toy.experiment(tmp_path), "--chain.window=[0,2]", "--optimizer.lr=1e-5", "--seed=7")
+    experiment = overridden(
+        toy.experiment(tmp_path), "--chain.window=[0,2]", "--optimizer.lr=1e-5", "--seed=7"
+    )
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml(experiment))
     again = config.load(file)
@@ -113,7 +130,9 @@ def test_every_shipped_config_is_short_and_explained(name: str):
 def test_kernels_by_name_and_nested():
     assert make_kernel({"name": "sde", "a": 1.0}) == SDE(1.0)
     assert make_kernel({"name": "heun"}) == Heun()
-    assert make_kernel({"name": "clipstd", "kernel": {"name": "ddim"}, "high": 0.1}) == ClipStd(DDIM(), high=0.1)
+    assert make_kernel({"name": "clipstd", "kernel": {"name": "ddim"}, "high": 0.1}) == ClipStd(
+        DDIM(), high=0.1
+    )
     assert make_kernel({"name": "genpolicy.chain.kernel:DDIM", "eta": 0.5}) == DDIM(0.5)
 
 
@@ -145,4 +164,6 @@ def test_shipped_paths_are_found_from_anywhere(tmp_path, monkeypatch):
 
 def test_defaults_are_valid_and_survive_yaml():
     chain = ChainConfig()
-    assert config.decode(ChainConfig, yaml.safe_load(yaml.safe_dump(asdict(chain))), "chain") == chain
+    assert (
+        config.decode(ChainConfig, yaml.safe_load(yaml.safe_dump(asdict(chain))), "chain") == chain
+    )

@@ -21,7 +21,9 @@ def test_every_stage_takes_its_iterations_in_order():
     names = ["imitate"] * 3 + ["collect"] + ["improve"] * 6 + ["online"] * 3
     assert [stage for stage, _ in seen] == names
     assert [share for _, share in seen[:4]] == [0, pytest.approx(1 / 3), pytest.approx(2 / 3), 0]
-    assert [share for _, share in seen[4:10]] == [0, 0.25, 0.5, 0.75, 0, 0.5], "of its own stage, not of its name"
+    assert [share for _, share in seen[4:10]] == [0, 0.25, 0.5, 0.75, 0, 0.5], (
+        "of its own stage, not of its name"
+    )
     assert all(share is None for _, share in seen[10:]), "a stage without an end has no share"
 
 

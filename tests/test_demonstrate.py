@@ -16,11 +16,18 @@ CART = {"name": "tests.datasets.cart:Cart"}
 
 
 def columns(folder: Path) -> dict[str, bytes]:
-    return {name: value.numpy().tobytes() for name, value in LeRobotDataset(str(folder)).columns.items()}
+    return {
+        name: value.numpy().tobytes() for name, value in LeRobotDataset(str(folder)).columns.items()
+    }
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path):
-    for name, seed, noise in (("a", 5, 0.1), ("b", 5, 0.1), ("other seed", 6, 0.1), ("other noise", 5, 0.2)):
+    for name, seed, noise in (
+        ("a", 5, 0.1),
+        ("b", 5, 0.1),
+        ("other seed", 6, 0.1),
+        ("other noise", 5, 0.2),
+    ):
         done = demonstrate(CART, tmp_path / name, episodes=3, noise=noise, seed=seed)
         assert (done.episodes, done.successes) == (3, 3)
     assert columns(tmp_path / "a") == columns(tmp_path / "b")
@@ -53,7 +60,9 @@ def test_failures_of_the_expert_are_dropped(tmp_path: Path):
         (CART, {"policy": "/nowhere"}, "no such folder"),
     ],
 )
-def test_what_does_not_work_is_one_sentence_and_leaves_nothing(tmp_path: Path, task, settings: dict, says: str):
+def test_what_does_not_work_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, task, settings: dict, says: str
+):
     with pytest.raises(ConfigError, match=says):
         demonstrate(task, tmp_path / "set", **{"episodes": 2, "noise": 0.0, "seed": 0, **settings})
     assert not any(tmp_path.iterdir())
@@ -72,14 +81,18 @@ def test_a_policy_records_what_it_does_with_its_failures(tmp_path: Path):
     description = {"policy": {"name": "mlp"}, "chain": sampler}
     (tmp_path / "policy" / "genpolicy.json").write_text(json.dumps(description))
     for name in ("a", "b"):
-        done = demonstrate(CART, tmp_path / name, episodes=25, noise=0.0, seed=9, policy=str(tmp_path / "policy"))
+        done = demonstrate(
+            CART, tmp_path / name, episodes=25, noise=0.0, seed=9, policy=str(tmp_path / "policy")
+        )
         assert (done.episodes, done.tried) == (25, 25)
     assert columns(tmp_path / "a") == columns(tmp_path / "b")
     data = LeRobotDataset(str(tmp_path / "a"))
     state, action = data.columns["observation.state"], data.columns["action"].clamp(-0.1, 0.1)
     counts = data.episode.bincount()
     assert torch.equal(state[:, 1], torch.cat([torch.arange(c) for c in counts]).float())
-    torch.testing.assert_close(state[state[:, 1] == 0, 0], torch.tensor([start(9 + e) for e in range(25)]))
+    torch.testing.assert_close(
+        state[state[:, 1] == 0, 0], torch.tensor([start(9 + e) for e in range(25)])
+    )
     inside = state[1:, 1] > 0
     torch.testing.assert_close((state[:-1, 0] + action[:-1, 0])[inside], state[1:, 0][inside])
     succeeded = [bool(data.columns["next.success"][data.episode == e].any()) for e in range(25)]

@@ -35,7 +35,9 @@ def test_what_is_written_is_read(tmp_path):
     store.write(3, "0-0", sample(7))
     found = store.read(3, "0-0")
     assert torch.equal(found["x0"], sample(7)["x0"])
-    assert torch.equal(found["observation"]["observation.state"], sample(7)["observation"]["observation.state"])
+    assert torch.equal(
+        found["observation"]["observation.state"], sample(7)["observation"]["observation.state"]
+    )
     assert found["prompts"] == ["walk", "to the goal"]
     assert found["success"].dtype == torch.bool
     assert store.read(3, "0-1") is None
@@ -66,7 +68,9 @@ def test_what_was_staged_when_the_process_died_is_no_episode(tmp_path):
     assert torch.equal(store.read(1, "0-0")["x0"], sample(0)["x0"])
     store.write(1, "1-0", sample(1))
     assert [float(e["x0"][0, 0]) for e in store.episodes(1)] == [0, 1]
-    (folder / "2-0.pt").write_bytes(whole[: len(whole) // 2])  # control: under an episode's name it would be read
+    (folder / "2-0.pt").write_bytes(
+        whole[: len(whole) // 2]
+    )  # control: under an episode's name it would be read
     with pytest.raises(Exception):  # noqa: B017, PT011
         store.episodes(1)
 
@@ -133,7 +137,13 @@ class Eye:
     """Environments that remember the seeds they were reset with, and break down after so many calls of step."""
 
     def __init__(self, inner, calls=10**9):
-        self.inner, self.count, self.calls, self.seeds, self.ended = inner, inner.count, calls, [], 0
+        self.inner, self.count, self.calls, self.seeds, self.ended = (
+            inner,
+            inner.count,
+            calls,
+            [],
+            0,
+        )
 
     def reset(self, slots, seeds):
         self.seeds += list(seeds)
@@ -158,7 +168,9 @@ SEEDS = list(range(100, 100 + EPISODES))
 
 
 def lived(run, book, eye, seeds=SEEDS, noise=0):
-    return live(run.policy, eye, seeds, Noise.rows(noise, 1, torch.arange(len(seeds)), 1), ledger=book)
+    return live(
+        run.policy, eye, seeds, Noise.rows(noise, 1, torch.arange(len(seeds)), 1), ledger=book
+    )
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +190,10 @@ def differences(a, b):
             found[field.name] = getattr(a.decisions, field.name), getattr(b.decisions, field.name)
     for name in a.context.observation:
         found[name] = a.context.observation[name], b.context.observation[name]
-        found[f"final {name}"] = a.decisions.final.observation[name], b.decisions.final.observation[name]
+        found[f"final {name}"] = (
+            a.decisions.final.observation[name],
+            b.decisions.final.observation[name],
+        )
     found |= {f"part {name}": (a.parts[name], b.parts[name]) for name in a.parts}
     found["outputs"] = a.outputs, b.outputs
     return {
@@ -227,7 +242,10 @@ def test_whichever_episodes_are_known_the_others_are_the_same_to_the_bit(run, wh
         again = lived(run, Book({e: book.known[e] for e in known}), eye)
         assert len(eye.seeds) == EPISODES - len(known)
         found = differences(again, result)
-        assert max(found.values()) == 0, (known, {name: value for name, value in found.items() if value})
+        assert max(found.values()) == 0, (
+            known,
+            {name: value for name, value in found.items() if value},
+        )
 
 
 def test_control_other_seeds_and_other_noise_are_other_episodes(run, whole):
@@ -289,10 +307,14 @@ def test_a_run_that_was_killed_while_it_collected(tmp_path):
     assert torch.equal(again.trajectory.x0, result.trajectory.x0)
     assert torch.equal(again.rewards, result.rewards)
     assert torch.equal(again.decisions.place, result.decisions.place)
-    assert resumed.journal.env_steps == one.journal.env_steps == float(result.decisions.executed.sum())
+    assert (
+        resumed.journal.env_steps == one.journal.env_steps == float(result.decisions.executed.sum())
+    )
     assert resumed.journal.collected == one.journal.collected
     resumed.iteration = 2
-    assert not torch.equal(resumed.collect(8, 2, keep=True).rewards, result.rewards), "control: another iteration"
+    assert not torch.equal(resumed.collect(8, 2, keep=True).rewards, result.rewards), (
+        "control: another iteration"
+    )
 
 
 @pytest.mark.parametrize("edited", ["weights", "limit", "starts", None])
@@ -312,7 +334,9 @@ def test_episodes_of_an_experiment_that_was_edited_are_played_again(tmp_path, ed
     after = [path.name for path in (run.folder / "episodes/1").iterdir()]
     assert len(eye.seeds) == (8 if edited else 0)
     assert len(after) == 8
-    assert (set(before) == set(after)) is (edited is None), "what is not this run's is not learned from either"
+    assert (set(before) == set(after)) is (edited is None), (
+        "what is not this run's is not learned from either"
+    )
 
 
 def test_who_does_not_ask_keeps_nothing(tmp_path):

@@ -39,7 +39,12 @@ def played(policy, task, slots, seeds=SEEDS, noise=None, watch=None, history=2):
     found = {}
     environments = task.environments(slots, history)
     for d in play(
-        policy, environments, seeds, noise if noise is not None else names(len(seeds)), keep=(0, K), watch=watch
+        policy,
+        environments,
+        seeds,
+        noise if noise is not None else names(len(seeds)),
+        keep=(0, K),
+        watch=watch,
     ):
         for row, name in enumerate(zip(d.episode.tolist(), d.h.tolist(), strict=True)):
             assert name not in found, "a decision is made once"
@@ -48,7 +53,10 @@ def played(policy, task, slots, seeds=SEEDS, noise=None, watch=None, history=2):
                 **{f"then {n}": v[row] for n, v in d.step.context.observation.items()},
                 "chain": d.trajectory.x[row],
                 "actions": d.actions[row],
-                **{n: getattr(d.step, n)[row] for n in ("rewards", "executed", "terminated", "truncated", "success")},
+                **{
+                    n: getattr(d.step, n)[row]
+                    for n in ("rewards", "executed", "terminated", "truncated", "success")
+                },
             }
     return found
 
@@ -57,7 +65,11 @@ def difference(one, other):
     """The largest difference of two plays; infinite where they have other decisions."""
     if one.keys() != other.keys():
         return float("inf")
-    return max(float((one[name][n].double() - other[name][n].double()).abs().max()) for name in one for n in one[name])
+    return max(
+        float((one[name][n].double() - other[name][n].double()).abs().max())
+        for name in one
+        for n in one[name]
+    )
 
 
 class Stream(Noise):
@@ -91,14 +103,22 @@ def test_the_same_whatever_the_number_of_slots(slots):
     policy = walker()
     one, many = played(policy, TASK, 1), played(policy, TASK, slots)
     assert difference(one, many) < ROUNDING
-    lengths = {e: sum(int(d["executed"]) for (episode, _), d in one.items() if episode == e) for e in range(len(SEEDS))}
-    assert len(set(lengths.values())) > 1, "the toy must have episodes of several lengths for this to say anything"
+    lengths = {
+        e: sum(int(d["executed"]) for (episode, _), d in one.items() if episode == e)
+        for e in range(len(SEEDS))
+    }
+    assert len(set(lengths.values())) > 1, (
+        "the toy must have episodes of several lengths for this to say anything"
+    )
 
 
 def test_control_a_shared_stream_depends_on_the_slots():
     policy, noise = walker(), names()
     stream = Stream(noise.seed, noise.iteration, noise.group, noise.member)
-    assert difference(played(policy, TASK, 1, noise=stream), played(policy, TASK, 3, noise=stream)) > 0.1
+    assert (
+        difference(played(policy, TASK, 1, noise=stream), played(policy, TASK, 3, noise=stream))
+        > 0.1
+    )
 
 
 def test_the_same_in_any_order():
@@ -106,7 +126,9 @@ def test_the_same_in_any_order():
     order = torch.tensor([4, 0, 8, 2, 6, 1, 3, 7, 5])
     straight = played(policy, TASK, 4)
     shuffled = played(policy, TASK, 4, [SEEDS[e] for e in order.tolist()], noise[order])
-    assert difference(straight, {(int(order[e]), h): d for (e, h), d in shuffled.items()}) < ROUNDING
+    assert (
+        difference(straight, {(int(order[e]), h): d for (e, h), d in shuffled.items()}) < ROUNDING
+    )
     assert difference(straight, shuffled) > 0.1  # control: another name is another episode
 
 
@@ -117,7 +139,8 @@ def test_the_same_alone():
         alone = played(policy, TASK, 1, [SEEDS[e]], noise[e : e + 1])
         assert (
             difference(
-                {name: d for name, d in together.items() if name[0] == e}, {(e, h): d for (_, h), d in alone.items()}
+                {name: d for name, d in together.items() if name[0] == e},
+                {(e, h): d for (_, h), d in alone.items()},
             )
             < ROUNDING
         )
@@ -133,7 +156,9 @@ def test_noise_is_named_by_group_member_and_decision(slots):
     starts = {e: [] for e in range(len(SEEDS))}
     for (e, _), decision in played(policy, TASK, slots, noise=unaware).items():
         starts[e].append(decision["chain"][0])
-    assert any(len(s) > 1 and torch.equal(s[0], s[1]) for s in starts.values())  # control: what decisions are named for
+    assert any(
+        len(s) > 1 and torch.equal(s[0], s[1]) for s in starts.values()
+    )  # control: what decisions are named for
 
 
 def test_decisions_of_an_episode_follow_one_another():
@@ -156,7 +181,9 @@ def test_decisions_of_an_episode_follow_one_another():
                 after = float((goal - place).norm())
                 frames.append(place.clone())
                 taken, executed = taken + 1, executed + 1
-                assert float(d["rewards"][j]) == pytest.approx(before - after + (after < NEAR), abs=1e-5)
+                assert float(d["rewards"][j]) == pytest.approx(
+                    before - after + (after < NEAR), abs=1e-5
+                )
                 if after < NEAR or taken == TASK.limit:
                     ended = True
                     break
@@ -200,7 +227,9 @@ class Strict:
 @pytest.mark.parametrize("watched", [False, True])
 def test_ended_episodes_are_never_acted_upon_and_every_seed_is_begun_once(slots, watched):
     strict = Strict(TASK, slots)
-    steps = list(play(walker(), strict, SEEDS, names(), watch=(lambda *_: None) if watched else None))
+    steps = list(
+        play(walker(), strict, SEEDS, names(), watch=(lambda *_: None) if watched else None)
+    )
     assert sorted(strict.begun) == sorted(SEEDS)
     assert sum(int(d.step.executed.sum()) for d in steps) == strict.steps
     assert max(len(d.episode) for d in steps) == min(slots, len(SEEDS))
@@ -242,7 +271,14 @@ def test_watching_changes_nothing(task):
         assert len(slots) == len(episodes) == len(before) == len(step.executed)
         assert (step.executed == 1).all()
         for row, episode in enumerate(episodes):
-            calls.append((episode, before[row : row + 1].observation[STATE][0], action[row, 0], step.rewards[row, 0]))
+            calls.append(
+                (
+                    episode,
+                    before[row : row + 1].observation[STATE][0],
+                    action[row, 0],
+                    step.rewards[row, 0],
+                )
+            )
 
     plain, watched = played(policy, task, 3), played(policy, task, 3, watch=watch)
     assert difference(plain, watched) == 0
@@ -274,14 +310,20 @@ def test_what_success_was_stays_where_the_goal_does_not_end_the_episode():
 def test_nothing_is_kept_that_is_not_asked_for():
     policy = walker()
     assert all(
-        d.trajectory.mean.shape[1] == 0 for d in play(policy, TASK.environments(2, 2), SEEDS[:2], names(2), keep=(0, 0))
+        d.trajectory.mean.shape[1] == 0
+        for d in play(policy, TASK.environments(2, 2), SEEDS[:2], names(2), keep=(0, 0))
     )
-    assert all(list(d.trajectory.steps) == [0, 1] for d in play(policy, TASK.environments(2, 2), SEEDS[:2], names(2)))
+    assert all(
+        list(d.trajectory.steps) == [0, 1]
+        for d in play(policy, TASK.environments(2, 2), SEEDS[:2], names(2))
+    )
 
 
 def test_no_graph_is_built():
     decisions = list(play(walker(), TASK.environments(2, 2), SEEDS[:2], names(2)))
-    assert not any(d.trajectory.mean.requires_grad or d.trajectory.x0.requires_grad for d in decisions)
+    assert not any(
+        d.trajectory.mean.requires_grad or d.trajectory.x0.requires_grad for d in decisions
+    )
     assert torch.is_grad_enabled()
 
 
@@ -289,7 +331,12 @@ def test_no_graph_is_built():
 
 
 def test_reset_seeds_are_a_pure_function_and_all_different():
-    names = [(seed, iteration, group) for seed in range(3) for iteration in range(-1, 5) for group in range(40)]
+    names = [
+        (seed, iteration, group)
+        for seed in range(3)
+        for iteration in range(-1, 5)
+        for group in range(40)
+    ]
     seeds = {name: reset_seed(*name) for name in names}
     assert len(set(seeds.values())) == len(names)
     assert all(0 <= s < 2**31 for s in seeds.values())
@@ -306,17 +353,27 @@ def test_any_seed_that_noise_takes_resets_too(seed):
 
 
 def evaluated(slots=4, episodes=11, seed=50, task=TASK, **options):
-    return evaluate_control(walker(), task.environments(slots, 2), episodes=episodes, seed=seed, **options)
+    return evaluate_control(
+        walker(), task.environments(slots, 2), episodes=episodes, seed=seed, **options
+    )
 
 
 def test_evaluation_plays_the_seeds_one_by_one():
     found, direct = (
         evaluated(),
-        played(walker(), TASK, 2, [50 + e for e in range(11)], Noise(50, -1, torch.arange(11), torch.zeros(11).long())),
+        played(
+            walker(),
+            TASK,
+            2,
+            [50 + e for e in range(11)],
+            Noise(50, -1, torch.arange(11), torch.zeros(11).long()),
+        ),
     )
     for e in range(11):
         mine = [d for (episode, _), d in direct.items() if episode == e]
-        assert float(found.returns[e]) == pytest.approx(sum(float(d["rewards"].sum()) for d in mine), abs=1e-5)
+        assert float(found.returns[e]) == pytest.approx(
+            sum(float(d["rewards"].sum()) for d in mine), abs=1e-5
+        )
         assert int(found.lengths[e]) == sum(int(d["executed"]) for d in mine)
         assert bool(found.success[e]) == bool(mine[-1]["success"])
     assert found.decisions == len(direct)
@@ -330,7 +387,10 @@ def test_evaluation_is_the_same_on_any_number_of_processes(count):
     for index in range(count):
         evaluated(process=(index, count), gather=lambda value: sent.append(value) or value)
     fields = 4
-    joined = [torch.cat([sent[process * fields + field] for process in range(count)]) for field in range(fields)]
+    joined = [
+        torch.cat([sent[process * fields + field] for process in range(count)])
+        for field in range(fields)
+    ]
     for value, mine in zip((whole.success, whole.returns, whole.lengths), joined, strict=False):
         assert torch.allclose(value, mine[:11], atol=ROUNDING)
     assert whole.decisions == float(joined[3][:11].sum())

@@ -62,7 +62,9 @@ def test_evaluate_a_run_repeats_its_last_evaluation(run: Path, capsys):
     assert found["n"] == 20
     assert found["sampler"]["kernel"]["name"] == "mean"
     assert found["nfe_per_decision"] == found["sampler"]["steps"] == 4
-    assert 0 < found["latency_ms"]["p50"] <= found["latency_ms"]["p95"] <= found["latency_ms"]["p99"]
+    assert (
+        0 < found["latency_ms"]["p50"] <= found["latency_ms"]["p95"] <= found["latency_ms"]["p99"]
+    )
     assert found["env_steps_per_s"] > 0
     assert found["task"] == {"name": "tests.toy_control:Point"}
     assert "samplers" not in found
@@ -70,7 +72,19 @@ def test_evaluate_a_run_repeats_its_last_evaluation(run: Path, capsys):
 
 
 def test_as_asked(run: Path, tmp_path: Path):
-    asked = ["--episodes", "7", "--seed", "5", "--environments", "3", "--steps", "2", "--task.limit=3", "--gifs", "0"]
+    asked = [
+        "--episodes",
+        "7",
+        "--seed",
+        "5",
+        "--environments",
+        "3",
+        "--steps",
+        "2",
+        "--task.limit=3",
+        "--gifs",
+        "0",
+    ]
     found = evaluated(tmp_path, str(run / "policy_best"), *asked)
     assert (found["n"], found["seeds"]) == (7, {"first": 5, "episodes": 7})
     assert found["nfe_per_decision"] == found["sampler"]["steps"] == 2
@@ -87,13 +101,26 @@ def test_a_policy_of_no_run_needs_a_task(run: Path, tmp_path: Path, capsys):
     moved = tmp_path / "moved"
     (run / "policy").rename(moved)
     try:
-        said = complaint(capsys, tmp_path / "out", "evaluate", str(moved), "--out", str(tmp_path / "out"))
-        assert "comes from no run of ours: name its --task" in said
-        (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"task": {"name": "tests.toy_control:Point", "limit": 4}}))
-        by_name = evaluated(
-            tmp_path / "a", str(moved), "--task", "tests.toy_control:Point", "--task.limit=4", "--seed", "9", *FEW
+        said = complaint(
+            capsys, tmp_path / "out", "evaluate", str(moved), "--out", str(tmp_path / "out")
         )
-        by_file = evaluated(tmp_path / "b", str(moved), "--task", str(tmp_path / "mine.yaml"), "--seed", "9", *FEW)
+        assert "comes from no run of ours: name its --task" in said
+        (tmp_path / "mine.yaml").write_text(
+            yaml.safe_dump({"task": {"name": "tests.toy_control:Point", "limit": 4}})
+        )
+        by_name = evaluated(
+            tmp_path / "a",
+            str(moved),
+            "--task",
+            "tests.toy_control:Point",
+            "--task.limit=4",
+            "--seed",
+            "9",
+            *FEW,
+        )
+        by_file = evaluated(
+            tmp_path / "b", str(moved), "--task", str(tmp_path / "mine.yaml"), "--seed", "9", *FEW
+        )
         assert by_name["return"] == by_file["return"]
         assert by_name["length"] <= 4
     finally:
@@ -117,7 +144,9 @@ def test_samplers_meet_the_same_episodes(run: Path, tmp_path: Path, capsys):
     assert list(others) == ["ode", "mean", "stochastic", "last_mean", "steps=2"]
     assert others["mean"]["return"] == pytest.approx(found["return"]), "deployed is the mean"
     assert others["mean"]["difference"]["return"] == {"mean": 0.0, "ci95": [0.0, 0.0]}
-    assert others["ode"]["return"] != pytest.approx(found["return"]), "the negative control: another process"
+    assert others["ode"]["return"] != pytest.approx(found["return"]), (
+        "the negative control: another process"
+    )
     assert [others[n]["nfe_per_decision"] for n in ("ode", "steps=2")] == [4, 2]
     difference = others["ode"]["difference"]["return"]
     assert difference["mean"] == pytest.approx(others["ode"]["return"] - found["return"], abs=1e-6)
@@ -127,14 +156,19 @@ def test_samplers_meet_the_same_episodes(run: Path, tmp_path: Path, capsys):
 
 
 def test_what_the_presets_are(run: Path):
-    asked = {v.name: v.sampler for v in variants(["ode", "mean", "stochastic", "last_mean", "steps=2"], saved(run))}
+    asked = {
+        v.name: v.sampler
+        for v in variants(["ode", "mean", "stochastic", "last_mean", "steps=2"], saved(run))
+    }
     floor = {"name": "floorstd", "kernel": {"name": "ddim", "eta": 1.0}, "floor": 0.1}
     assert asked["stochastic"].kernel == floor
     assert asked["deployed"].kernel == asked["mean"].kernel == {"name": "mean", "kernel": floor}
     assert asked["ode"].kernel == {"name": "ddim", "eta": 0.0}
     assert asked["steps=2"].steps == 2
     policy = saved(run).load()
-    made = {v.name: v.of(policy).chain for v in variants(["stochastic", "last_mean", "ode"], saved(run))}
+    made = {
+        v.name: v.of(policy).chain for v in variants(["stochastic", "last_mean", "ode"], saved(run))
+    }
     assert made["stochastic"].kernel == FloorStd(DDIM(1.0), 0.1)
     assert made["deployed"].kernel == Mean(FloorStd(DDIM(1.0), 0.1))
     assert made["ode"].kernel == DDIM(0.0)
@@ -152,9 +186,18 @@ def test_a_window_over_the_whole_chain_stays_whole(tmp_path: Path, run: Path):
     description = json.loads((folder / "policy" / "genpolicy.json").read_text())
     description["chain"]["window"] = [0, 4]
     (folder / "policy" / "genpolicy.json").write_text(json.dumps(description))
-    whole = {v.name: v.sampler for v in variants(["mean", "stochastic", "last_mean", "ode"], saved(folder, steps=6))}
+    whole = {
+        v.name: v.sampler
+        for v in variants(["mean", "stochastic", "last_mean", "ode"], saved(folder, steps=6))
+    }
     windows = {name: sampler.window and tuple(sampler.window) for name, sampler in whole.items()}
-    assert windows == {"deployed": (0, 6), "mean": (0, 6), "stochastic": (0, 6), "last_mean": (0, 5), "ode": None}
+    assert windows == {
+        "deployed": (0, 6),
+        "mean": (0, 6),
+        "stochastic": (0, 6),
+        "last_mean": (0, 5),
+        "ode": None,
+    }
 
 
 def test_a_moved_policy_knows_its_kernel_from_its_mean(run: Path, tmp_path: Path):
@@ -178,7 +221,11 @@ def test_a_lerobot_folder_acts_with_its_own_sampler(tmp_path: Path, scheduler: s
     folder = lerobot.saved(lerobot.diffusion(lerobot.STATE, lerobot.WORLD, **settings), tmp_path)
     found = saved(folder)
     assert found.acts
-    assert found.policy == {"name": "lerobot_diffusion", "pretrained": str(folder), "spacing": "lerobot"}
+    assert found.policy == {
+        "name": "lerobot_diffusion",
+        "pretrained": str(folder),
+        "spacing": "lerobot",
+    }
     assert (found.sampler.steps, found.sampler.kernel) == (5, {"name": "ddim", "eta": eta})
     policy = found.load()
     deployed, native = (v.of(policy).chain for v in variants(["native"], found))
@@ -195,7 +242,11 @@ def test_a_lerobot_folder_acts_with_its_own_sampler(tmp_path: Path, scheduler: s
         ({"type": "smolvla", "num_steps": 7}, "lerobot_flow", 7),
         ({"type": "pi0", "num_inference_steps": 3}, "lerobot_flow", 3),
         ({"type": "pi05"}, "lerobot_flow", 10),
-        ({"type": "diffusion", "num_train_timesteps": 50, "num_inference_steps": None}, "lerobot_diffusion", 50),
+        (
+            {"type": "diffusion", "num_train_timesteps": 50, "num_inference_steps": None},
+            "lerobot_diffusion",
+            50,
+        ),
         ({"model_type": "clip"}, "diffusers_pipeline", 10),
     ],
 )
@@ -221,7 +272,10 @@ def test_gifs_of_successes_and_failures(run: Path, tmp_path: Path, capsys):
 
 def test_gifs_where_nobody_judges(run: Path, tmp_path: Path):
     evaluated(tmp_path, str(run), "--episodes", "5", "--gifs", "2", "--task.judged=false")
-    assert {path.stem for path in (tmp_path / "episodes").iterdir()} == {"episode-1000003", "episode-1000004"}
+    assert {path.stem for path in (tmp_path / "episodes").iterdir()} == {
+        "episode-1000003",
+        "episode-1000004",
+    }
 
 
 def test_no_camera_no_gifs(run: Path, tmp_path: Path, capsys, monkeypatch):
@@ -252,12 +306,17 @@ def test_no_camera_no_gifs(run: Path, tmp_path: Path, capsys, monkeypatch):
         (["--task", "metawrld"], "there is no task 'metawrld'; did you mean metaworld"),
         (["--task", "nowhere.yaml"], "nowhere.yaml"),
         (["--task", "prompts", "--task.prompts=README.md"], "task prompts has no environments"),
-        (["--task", "tests.datasets.cart:Cart"], "needs observation.environment_state of shape (2,); the task has"),
+        (
+            ["--task", "tests.datasets.cart:Cart"],
+            "needs observation.environment_state of shape (2,); the task has",
+        ),
         (["--task.lmit=3"], "no key 'lmit'; did you mean limit"),
         (["--tusk.limit=3"], "evaluate does not take '--tusk.limit=3'"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(run: Path, tmp_path: Path, capsys, arguments: list[str], said: str):
+def test_what_does_not_fit_is_one_sentence(
+    run: Path, tmp_path: Path, capsys, arguments: list[str], said: str
+):
     out = tmp_path / "out"
     assert said in complaint(capsys, out, "evaluate", str(run), "--out", str(out), *arguments)
 
@@ -265,7 +324,10 @@ def test_what_does_not_fit_is_one_sentence(run: Path, tmp_path: Path, capsys, ar
 def test_a_lerobot_policy_that_does_not_denoise(tmp_path: Path, capsys):
     (tmp_path / "config.json").write_text('{"type": "act"}')
     said = complaint(capsys, tmp_path / "out", "evaluate", str(tmp_path), "--task", "metaworld")
-    assert "of type act; those that denoise, and can be loaded, are diffusion, smolvla, pi0, pi05" in said
+    assert (
+        "of type act; those that denoise, and can be loaded, are diffusion, smolvla, pi0, pi05"
+        in said
+    )
 
 
 def test_select_what_the_task_does_not_measure(tmp_path: Path, capsys):
@@ -297,7 +359,10 @@ def test_plan_of_an_experiment_in_environments(tmp_path: Path, run: Path, capsys
     assert "one evaluation: 20 episodes, about " in text
     (tmp_path / "bc.yaml").write_text(yaml.safe_dump(experiment(tmp_path)))
     assert main(["train", str(tmp_path / "bc.yaml"), "--plan"]) == 0
-    assert "one real iteration: 640 recorded frames, 2.0 network evaluations each" in capsys.readouterr().out
+    assert (
+        "one real iteration: 640 recorded frames, 2.0 network evaluations each"
+        in capsys.readouterr().out
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bc.yaml", "rl.yaml"]
 
 
@@ -309,7 +374,9 @@ def test_train_says_what_became_of_success(tmp_path: Path, run: Path, capsys):
 def test_demonstrate_where_a_yaml_says(tmp_path: Path, run: Path, capsys):
     data = {"name": "lerobot_dataset", "root": str(tmp_path / "set")}
     (tmp_path / "bc.yaml").write_text(yaml.safe_dump(experiment(tmp_path, data=data)))
-    assert main(["demonstrate", str(tmp_path / "bc.yaml"), "--episodes", "3", "--task.limit=20"]) == 0
+    assert (
+        main(["demonstrate", str(tmp_path / "bc.yaml"), "--episodes", "3", "--task.limit=20"]) == 0
+    )
     assert "3 episodes of 3 tried, 3 of them successful" in capsys.readouterr().out
     made = json.loads((tmp_path / "set" / "meta" / "genpolicy.json").read_text())
     assert (made["noise"], made["seed"], made["task"]["limit"]) == (0.1, 10_000, 20)
@@ -330,23 +397,33 @@ ARMS = {"first": {"name": "dppo", **SMALL}, "second": {"name": "dppo", "clip": 0
 
 def arms(folder: Path, start: Path, **second: Any) -> list[str]:
     """The YAMLs of two arms."""
-    sections = {"policy": {"name": "mlp", "pretrained": str(start)}, "data": None, "budget": {"env_steps": 100}}
+    sections = {
+        "policy": {"name": "mlp", "pretrained": str(start)},
+        "data": None,
+        "budget": {"env_steps": 100},
+    }
     for name, method in ARMS.items():
-        raw = experiment(folder, method=method, **{**sections, **(second if name == "second" else {})})
+        raw = experiment(
+            folder, method=method, **{**sections, **(second if name == "second" else {})}
+        )
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(raw))
     return [str(folder / f"{name}.yaml") for name in ARMS]
 
 
 def test_compare_in_environments(run: Path, tmp_path: Path, capsys):
     out = tmp_path / "out"
-    assert main(["compare", *arms(tmp_path, run / "policy"), "--seeds", "0-1", "--out", str(out)]) == 0
+    assert (
+        main(["compare", *arms(tmp_path, run / "policy"), "--seeds", "0-1", "--out", str(out)]) == 0
+    )
     table = json.loads((out / "compare.json").read_text())
     assert table["metrics"] == ["success_rate", "return", "length"]
     runs = {(r["arm"], r["seed"]): r["metrics"]["success_rate"] for r in table["runs"]}
     entries = {arm: table["arms"][arm]["metrics"]["success_rate"] for arm in ARMS}
     for arm, entry in entries.items():
         assert entry["values"] == [runs[arm, seed]["value"] for seed in (0, 1)]
-        assert entry["before"] == entries["first"]["before"], "same start, same episodes, same deployed sampler"
+        assert entry["before"] == entries["first"]["before"], (
+            "same start, same episodes, same deployed sampler"
+        )
         assert table["arms"][arm]["env_steps"]["mean"] >= 100
     pairs = [runs["second", seed]["value"] - runs["first", seed]["value"] for seed in (0, 1)]
     difference = table["arms"]["second"]["difference"]["success_rate"]

@@ -77,14 +77,18 @@ def test_the_floor_holds_in_expectation(run, monkeypatch):
     assert mine == 8, "a fifth"
     assert played[1:] == [(40 - mine, run.iteration)], "the baseline plays the others"
     assert mine * floor.lower + (40 - mine) * 0.5 >= 0.8 * 0.5 * 40 - 1e-6
-    assert (mine + 1) * floor.lower + (39 - mine) * 0.5 < 0.8 * 0.5 * 40, "control: one more would be too many"
+    assert (mine + 1) * floor.lower + (39 - mine) * 0.5 < 0.8 * 0.5 * 40, (
+        "control: one more would be too many"
+    )
     floor.note(torch.ones(40, 1))
     assert floor.episodes(40) == 40
 
 
 def test_the_floor_goes_by_a_lower_bound(run, monkeypatch):
     floor, _ = floored(run, 0.95, 0.5, monkeypatch)
-    floor.note(torch.arange(40).remainder(2).double()[:, None])  # .5, as good as the baseline: but of 40 only
+    floor.note(
+        torch.arange(40).remainder(2).double()[:, None]
+    )  # .5, as good as the baseline: but of 40 only
     assert 0.3 < floor.lower < 0.5
     assert floor.episodes(40) == math.floor(safe_share(0.95, 0.5, floor.lower) * 40) < 40
 
@@ -114,7 +118,11 @@ def test_what_comes_after_a_cut(run, cut_fails):
     d = rollout.decisions
     cut = d.last
     assert bool(d.terminated[d.last].all()) is cut_fails
-    value = on_policy.critic.value(run.policy.model.features(rollout.trajectory.condition)).detach().double()
+    value = (
+        on_policy.critic.value(run.policy.model.features(rollout.trajectory.condition))
+        .detach()
+        .double()
+    )
     paid = (d.rewards * 0.9 ** torch.arange(d.rewards.shape[1])).sum(1)
     alone = torch.allclose(advantage[cut].double(), paid[cut].double() - value[cut], atol=1e-6)
     assert alone is cut_fails
@@ -124,7 +132,11 @@ def test_what_comes_after_a_cut(run, cut_fails):
 def test_what_failed_comes_again(run):
     on_policy = OnPolicy(run, Online(episodes=6, retry=0.5), 0.9, True, Anchor(run))
     rollout = on_policy.rollout(lambda new, old, x: torch.zeros(len(x)))[0]
-    failed = [seed for seed, good in zip(run.starts(6), rollout.success.mean(1).tolist(), strict=True) if good < 1]
+    failed = [
+        seed
+        for seed, good in zip(run.starts(6), rollout.success.mean(1).tolist(), strict=True)
+        if good < 1
+    ]
     assert on_policy.failures.seeds == failed
     assert len(failed) >= 3
     run.iteration = 2

@@ -84,7 +84,8 @@ def frames(count: int, size: int = 24) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("success", "colour", "said"), [(True, GOOD, "success"), (False, BAD, "failure"), (None, GREY, "return 2.5")]
+    ("success", "colour", "said"),
+    [(True, GOOD, "success"), (False, BAD, "failure"), (None, GREY, "return 2.5")],
 )
 def test_the_border_tells_the_outcome(tmp_path: Path, success: bool | None, colour: str, said: str):
     shot = Film(7, 0.1, frames(5), steps=5, total=2.5, success=success)
@@ -100,12 +101,18 @@ def test_the_border_tells_the_outcome(tmp_path: Path, success: bool | None, colo
 
 
 def test_side_by_side_holds_the_end_of_the_shorter(tmp_path: Path):
-    short, long = Film(7, 0.1, frames(2), 2, success=True), Film(7, 0.1, frames(6), 6, success=False)
+    short, long = (
+        Film(7, 0.1, frames(2), 2, success=True),
+        Film(7, 0.1, frames(6), 6, success=False),
+    )
     save({"before": long, "after": short}, tmp_path / "pair.gif")
     shown, _ = opened(tmp_path / "pair.gif")
     assert len(shown) == 6
     half = (shown[0].shape[1] - GAP) // 2
-    left, right = [picture[:, :half] for picture in shown], [picture[:, -half:] for picture in shown]
+    left, right = (
+        [picture[:, :half] for picture in shown],
+        [picture[:, -half:] for picture in shown],
+    )
     assert near(left[0][1, 1], BAD)
     assert near(right[0][1, 1], GOOD)
     assert not np.array_equal(left[1], left[5])
@@ -115,7 +122,9 @@ def test_side_by_side_holds_the_end_of_the_shorter(tmp_path: Path):
 
 def test_side_by_side_plays_one_start(tmp_path: Path, policy: ChainPolicy):
     task = Point(limit=30)
-    pair = side_by_side({"before": policy, "after": policy}, task, SEED, tmp_path / "pair.gif", episode=3)
+    pair = side_by_side(
+        {"before": policy, "after": policy}, task, SEED, tmp_path / "pair.gif", episode=3
+    )
     (alone,) = film(policy, task, task.environments(1, 1), seed=SEED, episodes=[3])
     assert list(pair) == ["before", "after"]
     for shot in pair.values():

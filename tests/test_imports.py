@@ -36,7 +36,11 @@ def loaded_by(code: str) -> set[str]:
     """The top-level modules that a fresh interpreter holds after `code`."""
     tell = "import json, sys; print(); print(json.dumps([name for name in sys.modules if '.' not in name]))"
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{tell}"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", f"{code}\n{tell}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
@@ -44,7 +48,11 @@ def loaded_by(code: str) -> set[str]:
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", LINT, "--no-cache"], cwd=folder, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", LINT, "--no-cache"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -52,7 +60,9 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 def house(tmp_path: Path) -> Path:
     """A copy of the package and its contracts, to trespass in."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    shutil.copytree(ROOT / "genpolicy", tmp_path / "genpolicy", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "genpolicy", tmp_path / "genpolicy", ignore=shutil.ignore_patterns("__pycache__")
+    )
     return tmp_path
 
 
@@ -60,7 +70,9 @@ def test_import_genpolicy_loads_no_torch():
     loaded = loaded_by("import genpolicy")
     assert "genpolicy" in loaded
     assert not loaded & {"torch", "numpy", "draccus"}
-    assert "torch" in loaded_by("import genpolicy.chain")  # the control: the probe does see what is loaded
+    assert "torch" in loaded_by(
+        "import genpolicy.chain"
+    )  # the control: the probe does see what is loaded
 
 
 def test_help_loads_no_ecosystem():

@@ -59,17 +59,23 @@ def demonstrations(tmp_path_factory: Any) -> Path:
 def policy_folder(demonstrations: Path, tmp_path_factory: Any) -> Path:
     """A policy that we trained for a minute and saved: it succeeds sometimes."""
     torch.manual_seed(0)
-    model = LeRobotDiffusion(config={**SMALL, "num_inference_steps": STEPS}, spacing="lerobot", device="cpu")
+    model = LeRobotDiffusion(
+        config={**SMALL, "num_inference_steps": STEPS}, spacing="lerobot", device="cpu"
+    )
     dataset = LeRobotDataset(str(demonstrations))
     model.initialise(dataset)
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(STEPS), DDIM(0.0)))
     optimiser = torch.optim.Adam(model.trainable().values(), 3e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, UPDATES)
     for _ in range(UPDATES):
-        context, actions, _ = dataset.rows(torch.randint(0, len(dataset), (64,)), model.history, model.horizon)
+        context, actions, _ = dataset.rows(
+            torch.randint(0, len(dataset), (64,)), model.history, model.horizon
+        )
         event, t = model.event(actions), model.times(torch.rand(64).double())
         optimiser.zero_grad()
-        policy.supervised_loss(model.encode(context), event, t, torch.randn_like(event)).mean().backward()
+        policy.supervised_loss(
+            model.encode(context), event, t, torch.randn_like(event)
+        ).mean().backward()
         optimiser.step()
         decay.step()
     return saved(model, tmp_path_factory.mktemp("policy"))
@@ -77,8 +83,15 @@ def policy_folder(demonstrations: Path, tmp_path_factory: Any) -> Path:
 
 def run_lerobot(command: str, *arguments: str, path: Path | None = None) -> None:
     script = Path(sys.executable).with_name(command)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{path or ''}:{ROOT}"}
-    done = subprocess.run([str(script), *arguments], env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{path or ''}:{ROOT}",
+    }
+    done = subprocess.run(
+        [str(script), *arguments], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -115,7 +128,9 @@ def test_what_lerobot_train_trained_is_loaded(demonstrations: Path, tmp_path: Pa
     folder = tmp_path / "out" / "checkpoints" / "000030" / "pretrained_model"
     model = LeRobotDiffusion(pretrained=str(folder), device="cpu")
     assert model.shapes == {STATE: (4,), WORLD: (35,)}
-    context, _, _ = LeRobotDataset(str(demonstrations)).rows(torch.arange(6), model.history, model.horizon)
+    context, _, _ = LeRobotDataset(str(demonstrations)).rows(
+        torch.arange(6), model.history, model.horizon
+    )
     noise = torch.randn(6, *model.event_shape)
     batch = model.processors.pre(dict(context.observation))
     expected = model.processors.post(model.policy.predict_action_chunk(batch, noise=noise.clone()))
@@ -124,7 +139,9 @@ def test_what_lerobot_train_trained_is_loaded(demonstrations: Path, tmp_path: Pa
     assert (ours - expected).abs().max() < 1e-5
 
 
-def test_lerobot_eval_runs_what_we_saved(installed: Path, policy_folder: Path, tmp_path: Path) -> None:
+def test_lerobot_eval_runs_what_we_saved(
+    installed: Path, policy_folder: Path, tmp_path: Path
+) -> None:
     settings = {
         "policy.path": str(policy_folder),
         "policy.device": "cpu",
@@ -137,7 +154,9 @@ def test_lerobot_eval_runs_what_we_saved(installed: Path, policy_folder: Path, t
         "seed": "7",
         "output_dir": str(tmp_path),
     }
-    run_lerobot("lerobot-eval", *(f"--{name}={value}" for name, value in settings.items()), path=installed)
+    run_lerobot(
+        "lerobot-eval", *(f"--{name}={value}" for name, value in settings.items()), path=installed
+    )
     told = json.loads((tmp_path / "eval_info.json").read_text())
     assert 0 <= told["overall"]["pc_success"] <= 100
     assert told["overall"]["n_episodes"] == 4
@@ -179,16 +198,22 @@ def by_lerobot(config: Any, folder: Path, seeds: list[int]) -> SimpleNamespace:
     return SimpleNamespace(drawn=drawn, **told)
 
 
-def by_us(folder: Path, reward: Any, seeds: list[int], drawn: list[Tensor]) -> list[SimpleNamespace]:
+def by_us(
+    folder: Path, reward: Any, seeds: list[int], drawn: list[Tensor]
+) -> list[SimpleNamespace]:
     """The same episodes from the same noise in our environments, by our chain: each one's actions [L,D], return, success."""
     policy = chain(LeRobotDiffusion(pretrained=str(folder), device="cpu"))
     model: Any = policy.model
-    environments = MetaWorld(env=ENV, reward=reward, limit=LIMIT).environments(len(seeds), model.history)
+    environments = MetaWorld(env=ENV, reward=reward, limit=LIMIT).environments(
+        len(seeds), model.history
+    )
     context, live = environments.reset(range(len(seeds)), seeds), list(range(len(seeds)))
     episodes = [SimpleNamespace(actions=[], sum=0.0, success=False) for _ in seeds]
     for h, noise in enumerate(drawn):
         rows = Noise.rows(0, 0, torch.tensor(live), 1).at(torch.full((len(live),), h))
-        actions = model.decode(policy.sample(model.encode(context), rows, start=(0, noise[live])).x0)
+        actions = model.decode(
+            policy.sample(model.encode(context), rows, start=(0, noise[live])).x0
+        )
         step = environments.step(live, actions)
         for row, slot in enumerate(live):
             episodes[slot].actions += list(actions[row, : step.executed[row]])
@@ -203,7 +228,9 @@ def by_us(folder: Path, reward: Any, seeds: list[int], drawn: list[Tensor]) -> l
 
 
 @pytest.mark.parametrize("reward", ["sparse", "dense"])
-def test_an_episode_is_the_same_in_lerobots_loop_and_in_ours(plugin: Any, policy_folder: Path, reward: str) -> None:
+def test_an_episode_is_the_same_in_lerobots_loop_and_in_ours(
+    plugin: Any, policy_folder: Path, reward: str
+) -> None:
     """Ten episodes: actions, lengths, returns and verdicts. One that has ended waits for the others in LeRobot's loop."""
     seeds = list(range(50, 60))
     theirs = by_lerobot(plugin(task=ENV, episode_length=LIMIT, reward=reward), policy_folder, seeds)

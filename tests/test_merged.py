@@ -33,19 +33,28 @@ def test_episodes_stay_apart_and_statistics_are_of_all_frames():
     one, two = parts()
     for part in (one, two):  # the toy's own divide by n - 1; a LeRobotDataset's by n
         seen, chunk, _ = part.rows(torch.arange(len(part)), 1, range(1))
-        values = {**{name: value[:, 0] for name, value in seen.observation.items()}, "action": chunk[:, 0]}
+        values = {
+            **{name: value[:, 0] for name, value in seen.observation.items()},
+            "action": chunk[:, 0],
+        }
         part.stats = {
-            name: {**part.stats[name], "std": v.std(0, correction=0), "mean": v.mean(0)} for name, v in values.items()
+            name: {**part.stats[name], "std": v.std(0, correction=0), "mean": v.mean(0)}
+            for name, v in values.items()
         }
     both = Merged([one, two])
     assert len(both.episode.unique()) == 7
     seen, chunk, _ = both.rows(torch.arange(len(both)), 1, range(1))
-    for name, values in {**{n: v[:, 0] for n, v in seen.observation.items()}, "action": chunk[:, 0]}.items():
+    for name, values in {
+        **{n: v[:, 0] for n, v in seen.observation.items()},
+        "action": chunk[:, 0],
+    }.items():
         assert torch.allclose(both.stats[name]["mean"], values.mean(0), atol=1e-5)
         assert torch.allclose(both.stats[name]["std"], values.std(0, correction=0), atol=1e-4)
         assert torch.equal(both.stats[name]["max"], values.amax(0))
         plain = (one.stats[name]["mean"] + two.stats[name]["mean"]) / 2
-        assert not torch.allclose(both.stats[name]["mean"], plain, atol=1e-5), "control: frames count, not data sets"
+        assert not torch.allclose(both.stats[name]["mean"], plain, atol=1e-5), (
+            "control: frames count, not data sets"
+        )
 
 
 def test_what_does_not_fit_is_told():

@@ -24,7 +24,10 @@ STARTS, HORIZON = 24, 3
 def toy(folder, **sections):
     """A run on the toy with RL-100's kernel."""
     raw = experiment(folder, **sections)
-    return prepared(folder, **{name: raw[name] for name in ("policy", "chain", "data", "optimizer", "environments")})[0]
+    return prepared(
+        folder,
+        **{name: raw[name] for name in ("policy", "chain", "data", "optimizer", "environments")},
+    )[0]
 
 
 class Stage:
@@ -38,7 +41,9 @@ class Stage:
         self.features = self.run.policy.model.features(self.replay.encoded(self.run.policy.model))
         self.value = ActionValue(self.run, 0.99)
         self.gate = OfflineEvaluation(
-            self.run, self.value, **{"horizon": HORIZON, "starts": STARTS, "caution": 0.0, "batch": 60, **options}
+            self.run,
+            self.value,
+            **{"horizon": HORIZON, "starts": STARTS, "caution": 0.0, "batch": 60, **options},
         )
 
     def score(self):
@@ -53,7 +58,9 @@ def stage(tmp_path):
 def changed(run, by=0.02):
     """Other weights, for as long as this lasts."""
     draw = torch.Generator().manual_seed(3)
-    return run.using([p.detach() + by * torch.randn(p.shape, generator=draw) for p in run.trainable])
+    return run.using(
+        [p.detach() + by * torch.randn(p.shape, generator=draw) for p in run.trainable]
+    )
 
 
 # -- the score ------------------------------------------------------------------------------------------------------------
@@ -74,7 +81,9 @@ def test_the_same_weights_score_the_same_to_the_bit(stage):
     with changed(stage.run):
         assert not torch.equal(stage.score(), one), "control: another policy is another score"
     stage.run.iteration = 2
-    assert compare(stage.score(), one).error > 0, "control: another iteration has other starts and luck"
+    assert compare(stage.score(), one).error > 0, (
+        "control: another iteration has other starts and luck"
+    )
 
 
 def test_the_same_luck_tells_small_differences_apart(stage):
@@ -110,7 +119,9 @@ def test_starts_are_what_decisions_saw(stage, monkeypatch):
     assert torch.equal(luck(0, (3,)), again(0, (3,)))
     assert not torch.equal(luck(0, (3,)), fresh(0, (3,)))
     rollout = Noise.rows(0, 1, torch.arange(STARTS), 1).at(torch.zeros(STARTS, dtype=torch.long))
-    assert not torch.equal(luck.at(torch.zeros(STARTS, dtype=torch.long))(0, (3,)), rollout(0, (3,)))
+    assert not torch.equal(
+        luck.at(torch.zeros(STARTS, dtype=torch.long))(0, (3,)), rollout(0, (3,))
+    )
     assert luck.iteration == GATE + 1
 
 
@@ -124,12 +135,18 @@ def test_one_decision_is_q_of_the_deployed_samplers_action(tmp_path):
         noise = Noise(0, GATE + 1, names, torch.zeros_like(names), torch.zeros_like(names))
 
         def q(policy):
-            return pessimistic(stage.value.q(starts, policy.sample(starts, noise, keep=(0, 0)).x0), 1.0)
+            return pessimistic(
+                stage.value.q(starts, policy.sample(starts, noise, keep=(0, 0)).x0), 1.0
+            )
 
         generator = offline_evaluation.np.random.default_rng([0, 1, STARTS])
-        starts = stage.features[stage.replay.now[torch.from_numpy(generator.integers(len(stage.replay), size=STARTS))]]
+        starts = stage.features[
+            stage.replay.now[torch.from_numpy(generator.integers(len(stage.replay), size=STARTS))]
+        ]
         assert torch.allclose(found, q(run.deployed), atol=1e-6)
-        assert not torch.allclose(found, q(run.policy), atol=1e-4), "control: the sampler that explores"
+        assert not torch.allclose(found, q(run.policy), atol=1e-4), (
+            "control: the sampler that explores"
+        )
 
 
 def test_the_score_reads_like_a_value_at_any_horizon(tmp_path):
@@ -140,7 +157,9 @@ def test_the_score_reads_like_a_value_at_any_horizon(tmp_path):
         stage = Stage(tmp_path / str(horizon), horizon=horizon)
         stage.gate.model.step = lambda features, event, uniform, noise: features
         stage.value.lower = lambda critic, features, event: features.sum(1)
-        stage.gate.end.forward = lambda features, event: torch.full((1, len(features)), -torch.inf)  # it never ends
+        stage.gate.end.forward = lambda features, event: torch.full(
+            (1, len(features)), -torch.inf
+        )  # it never ends
         scores.append(stage.score())
     assert torch.allclose(*scores, atol=1e-6)
 
@@ -152,7 +171,9 @@ def test_who_has_succeeded_is_paid_and_not_asked_again(tmp_path):
     stage.value.lower = lambda critic, features, event: features.sum(1)
     first = []
     for logit in (torch.inf, -torch.inf):
-        stage.gate.end.forward = lambda features, event, logit=logit: torch.full((1, len(features)), logit)
+        stage.gate.end.forward = lambda features, event, logit=logit: torch.full(
+            (1, len(features)), logit
+        )
         first.append(stage.score())
     over = stage.replay.terminated & stage.replay.success
     pays = float(stage.replay.rewards[over].sum(1).mean())
@@ -210,7 +231,9 @@ def test_elites_are_chosen_on_episodes_that_nobody_learned_from(stage, monkeypat
     assert not learned & set(tested)
     known = ~stage.replay.terminated  # what a whole chunk leads to was not seen at an end
     held = stage.replay.episode[known].unique(return_inverse=True)[1] % 10 == 0
-    both = torch.cat([stage.features[stage.replay.now], stage.features[stage.replay.after]], 1)[known]
+    both = torch.cat([stage.features[stage.replay.now], stage.features[stage.replay.after]], 1)[
+        known
+    ]
     assert {tuple(row) for row in both[held].tolist()} == set(tested)
     assert learned == {tuple(row) for row in both[~held].tolist()}
     assert sorted(stage.gate.model.elites.tolist()) == [0, 2, 4, 5, 6]
@@ -222,11 +245,16 @@ def test_what_comes_after_an_end_is_not_learned(stage, monkeypatch):
     alone = stage.replay.terminated.clone()
     assert alone.any()
     after = torch.where(alone, stage.replay.now, stage.replay.after)
-    replay = Replay(stage.replay.views, **{**{n: getattr(stage.replay, n) for n in offline_rows}, "after": after})
+    replay = Replay(
+        stage.replay.views,
+        **{**{n: getattr(stage.replay, n) for n in offline_rows}, "after": after},
+    )
     seen = []
     honest = stage.gate.model.loss
     monkeypatch.setattr(
-        stage.gate.model, "loss", lambda f, e, a: seen.append((f - a).abs().sum(1).min()) or honest(f, e, a)
+        stage.gate.model,
+        "loss",
+        lambda f, e, a: seen.append((f - a).abs().sum(1).min()) or honest(f, e, a),
     )
     stage.gate.learn(replay, stage.features, 10)
     assert min(map(float, seen)) > 0
@@ -256,12 +284,16 @@ def test_every_member_is_shown_its_own_resampling(stage, monkeypatch):
 
 def test_processes_share_what_is_drawn(stage):
     drawn = {}
-    stage.gate.model.loss = lambda f, e, a: torch.cat([f, a], 1).sum(1).expand(stage.gate.model.members, -1)
+    stage.gate.model.loss = lambda f, e, a: (
+        torch.cat([f, a], 1).sum(1).expand(stage.gate.model.members, -1)
+    )
     for count in (1, 3):
         for index in range(count):
             stage.run.processes = SimpleNamespace(index=index, count=count)
             drawn[count, index] = made = []
-            stage.run.descend = lambda losses, rows, name, optimizer, made=made: made.append(losses(slice(0, rows)))
+            stage.run.descend = lambda losses, rows, name, optimizer, made=made: made.append(
+                losses(slice(0, rows))
+            )
             stage.gate.learn(stage.replay, stage.features, 3)
     for update in range(3):
         for index in range(3):

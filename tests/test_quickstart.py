@@ -41,7 +41,9 @@ def test_quickstart(small: Path, capsys):
     assert 0.2 < found["before"]["value"] < 0.7
     low, high = found["difference"]["ci95"]
     assert low <= found["difference"]["value"] <= high
-    assert found["difference"]["value"] == pytest.approx(found["after"]["value"] - found["before"]["value"])
+    assert found["difference"]["value"] == pytest.approx(
+        found["after"]["value"] - found["before"]["value"]
+    )
     assert found["before"]["diversity"] > 0
     assert min(Image.open(out / "figures" / "before_after.png").size) > 300
     capsys.readouterr()
@@ -85,7 +87,9 @@ def test_robot_half(small_robot: Path, capsys):
     assert "Success in 4 episodes" in text
     found = json.loads((out / "quickstart.json").read_text())
     assert found["n"] == 4
-    assert found["difference"]["value"] == pytest.approx(found["after"]["value"] - found["as cloned"]["value"])
+    assert found["difference"]["value"] == pytest.approx(
+        found["after"]["value"] - found["as cloned"]["value"]
+    )
     assert main(start) == 0
     assert "Going on with the run" in capsys.readouterr().out
     assert json.loads((out / "quickstart.json").read_text()) == found

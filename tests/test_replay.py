@@ -18,7 +18,9 @@ SUCCEEDED = [True, False, False, True, True, False, True]
 def model(executed, history=1, begin=0, horizon=None):
     """As much of a control model as a replay needs: its event is a tenth of the actions."""
     offsets = range(begin, begin + (horizon or executed))
-    return SimpleNamespace(executed=executed, history=history, horizon=offsets, event=lambda actions: actions / 10)
+    return SimpleNamespace(
+        executed=executed, history=history, horizon=offsets, event=lambda actions: actions / 10
+    )
 
 
 def outcomes():
@@ -57,7 +59,9 @@ def test_returns_are_what_came_of_it(T, cut_fails):
             if frame in found:
                 left = rewards[frame : begin + length].double()
                 known = float((left * gamma ** torch.arange(len(left))).sum())
-                assert found[frame] == pytest.approx(known if good or cut_fails else float("nan"), nan_ok=True)
+                assert found[frame] == pytest.approx(
+                    known if good or cut_fails else float("nan"), nan_ok=True
+                )
         begin += length
     twice = Replay.cat([replay, replay]).returns(gamma)
     assert torch.equal(twice.nan_to_num(-1), replay.returns(gamma).repeat(2).nan_to_num(-1))
@@ -69,24 +73,36 @@ def test_every_frame_is_the_decision_that_it_could_have_been(T):
     found = Replay.of_dataset(Frames(LENGTHS, success, rewards), model(T))
     expected = by_hand(T, success, rewards)
     assert len(found) == len(expected)
-    for name, values in zip([n for n in ROWS if n != "event"], zip(*expected, strict=True), strict=True):
+    for name, values in zip(
+        [n for n in ROWS if n != "event"], zip(*expected, strict=True), strict=True
+    ):
         assert torch.equal(getattr(found, name).double(), torch.tensor(values).double()), name
     assert found.rewards.dtype == torch.float64
     for row, (now, _, _, executed, *_) in enumerate(expected):
-        assert torch.allclose(found.event[row, :executed, 0] * 10, now + torch.arange(executed).float())
-    unmasked = torch.stack([rewards[(int(n) + torch.arange(T)).clamp(max=len(rewards) - 1)] for n in found.now])
-    assert (T == 1) == torch.equal(unmasked.double(), found.rewards), "control: rewards of the episode that comes next"
+        assert torch.allclose(
+            found.event[row, :executed, 0] * 10, now + torch.arange(executed).float()
+        )
+    unmasked = torch.stack(
+        [rewards[(int(n) + torch.arange(T)).clamp(max=len(rewards) - 1)] for n in found.now]
+    )
+    assert (T == 1) == torch.equal(unmasked.double(), found.rewards), (
+        "control: rewards of the episode that comes next"
+    )
 
 
 def test_only_chunks_of_cut_episodes_that_run_past_their_end_are_left_out():
     success, rewards = outcomes()
     found = Replay.of_dataset(Frames(LENGTHS, success, rewards), model(3))
     kept = found.episode.bincount(minlength=7).tolist()
-    assert kept == [n if good else max(n - 3, 0) for n, good in zip(LENGTHS, SUCCEEDED, strict=True)]
+    assert kept == [
+        n if good else max(n - 3, 0) for n, good in zip(LENGTHS, SUCCEEDED, strict=True)
+    ]
     cut = ~found.success
     assert not found.terminated[cut].any()
     assert (found.executed[cut] == 3).all()
-    assert (found.after[cut] == found.now[cut] + 3).all(), "what is seen T frames later was recorded"
+    assert (found.after[cut] == found.now[cut] + 3).all(), (
+        "what is seen T frames later was recorded"
+    )
     assert not found.success[found.terminated].logical_not().any()
     everything = torch.ones_like(success)  # control: where everybody succeeds nothing is left out
     assert len(Replay.of_dataset(Frames(LENGTHS, everything, rewards), model(3))) == sum(LENGTHS)
@@ -121,14 +137,18 @@ def test_what_was_recorded_wins_over_what_is_assumed():
 def test_the_models_own_view_of_a_chunk():
     """Two frames of history, an event that begins before now and is longer than what is executed."""
     success, rewards = outcomes()
-    found = Replay.of_dataset(Frames(LENGTHS, success, rewards), model(3, history=2, begin=-1, horizon=6))
+    found = Replay.of_dataset(
+        Frames(LENGTHS, success, rewards), model(3, history=2, begin=-1, horizon=6)
+    )
     assert found.event.shape == (len(found), 6, 1)
     assert found.rewards.shape == (len(found), 3)
     seen = found.views.observation[STATE][found.now, :, 0]
     inner = ~found.first
     assert torch.equal(seen[:, 1], found.now.float())
     assert torch.equal(seen[inner, 0], found.now[inner].float() - 1)
-    assert torch.equal(seen[found.first, 0], found.now[found.first].float()), "the first frame is repeated"
+    assert torch.equal(seen[found.first, 0], found.now[found.first].float()), (
+        "the first frame is repeated"
+    )
     assert torch.allclose(found.event[inner, 0, 0] * 10, found.now[inner].float() - 1)
 
 
@@ -142,7 +162,10 @@ def belongs(replay, episodes):
     for row in range(len(replay)):
         low, high = spans[int(replay.episode[row])]
         done = (replay.event[row, :, 0] * 10).round()
-        seen = [float(replay.views.observation[STATE][view[row], 0, 0]) for view in (replay.now, replay.after)]
+        seen = [
+            float(replay.views.observation[STATE][view[row], 0, 0])
+            for view in (replay.now, replay.after)
+        ]
         if not all(low <= value <= high for value in [*seen, *done.tolist()]):
             return False
     return True
@@ -158,7 +181,10 @@ def test_two_episodes_never_share_a_transition():
         Replay(
             whole.views,
             **{n: getattr(whole, n)[: len(whole)] for n in ROWS[:-2]}
-            | {"episode": torch.repeat_interleave(torch.arange(7), torch.tensor(LENGTHS)), "first": whole.first},
+            | {
+                "episode": torch.repeat_interleave(torch.arange(7), torch.tensor(LENGTHS)),
+                "first": whole.first,
+            },
         ),
         LENGTHS,
     )
@@ -167,10 +193,16 @@ def test_two_episodes_never_share_a_transition():
 def test_recordings_side_by_side_keep_their_rows_apart():
     success, rewards = outcomes()
     one = Replay.of_dataset(Frames(LENGTHS, success, rewards), model(4))
-    other = Replay.of_dataset(Frames([6, 3], numbers=[0, 1]), model(4))  # numbers that the first has too
+    other = Replay.of_dataset(
+        Frames([6, 3], numbers=[0, 1]), model(4)
+    )  # numbers that the first has too
     both = Replay.cat([one, other, one])
     assert len(both) == 2 * len(one) + len(other)
-    parts = [slice(0, len(one)), slice(len(one), len(one) + len(other)), slice(len(one) + len(other), None)]
+    parts = [
+        slice(0, len(one)),
+        slice(len(one), len(one) + len(other)),
+        slice(len(one) + len(other), None),
+    ]
     for part, source in zip(parts, (one, other, one), strict=True):
         for name in ROWS:
             if name not in ("now", "after", "episode"):
@@ -179,12 +211,15 @@ def test_recordings_side_by_side_keep_their_rows_apart():
             seen = both.views.observation[STATE][getattr(both, name)[part]]
             assert torch.equal(seen, source.views.observation[STATE][getattr(source, name)])
         assert torch.equal(
-            both.episode[part].unique(return_inverse=True)[1], source.episode.unique(return_inverse=True)[1]
+            both.episode[part].unique(return_inverse=True)[1],
+            source.episode.unique(return_inverse=True)[1],
         )
     numbers = [set(both.episode[part].tolist()) for part in parts]
     assert sum(map(len, numbers)) == len(set().union(*numbers)), "no number is anybody else's"
     assert bool((both.now[parts[1]] >= len(one.views)).all())
-    assert float(both.views.observation[STATE][other.now[-1], 0, 0]) == float(other.now[-1]), "control: unshifted"
+    assert float(both.views.observation[STATE][other.now[-1], 0, 0]) == float(other.now[-1]), (
+        "control: unshifted"
+    )
 
 
 def test_a_recording_without_a_decision_adds_none():
@@ -194,7 +229,9 @@ def test_a_recording_without_a_decision_adds_none():
     assert len(short) == 0
     both = Replay.cat([short, other])
     assert len(both) == len(other)
-    assert torch.equal(both.views.observation[STATE][both.now], other.views.observation[STATE][other.now])
+    assert torch.equal(
+        both.views.observation[STATE][both.now], other.views.observation[STATE][other.now]
+    )
 
 
 def test_some_of_the_decisions_are_over_the_same_views():
@@ -242,7 +279,9 @@ def test_what_was_seen_next_is_the_next_decisions_view_or_the_final_one(lived):
         assert torch.equal(views[found.after][going], seen[going + 1])
         assert torch.equal(views[found.after][d.last], d.final.observation[name])
     ends = d.last.nonzero().flatten()[:-1]
-    beyond = rollout.context.observation[STATE][ends + 1]  # control: the next row is another episode's beginning
+    beyond = rollout.context.observation[STATE][
+        ends + 1
+    ]  # control: the next row is another episode's beginning
     assert not torch.equal(found.views.observation[STATE][found.after][ends], beyond)
 
 
@@ -252,7 +291,9 @@ def test_views_are_encoded_in_slices_as_at_once(lived, monkeypatch):
     with torch.no_grad():
         whole = encode(found.views)
     sizes = []
-    monkeypatch.setattr(run.policy.model, "encode", lambda context: sizes.append(len(context)) or encode(context))
+    monkeypatch.setattr(
+        run.policy.model, "encode", lambda context: sizes.append(len(context)) or encode(context)
+    )
     monkeypatch.setattr(module, "AT_ONCE", 17)
     parts = found.encoded(run.policy.model)
     assert not parts.requires_grad
@@ -271,4 +312,6 @@ def test_recorded_and_lived_together(lived):
     both = Replay.cat([recorded, found])
     assert both.event.shape[1:] == run.policy.model.event_shape
     assert len(both.encoded(run.policy.model)) == len(both.views) == len(data) + len(found) + 30
-    assert torch.allclose(run.policy.model.decode(recorded.event[:1])[0, 0], data.values["action"][0], atol=1e-5)
+    assert torch.allclose(
+        run.policy.model.decode(recorded.event[:1])[0, 0], data.values["action"][0], atol=1e-5
+    )

@@ -47,12 +47,17 @@ def test_truncate_drops_what_is_written_again(tmp_path):
 
 def test_write_json_is_whole_and_strict(tmp_path):
     report.write_json(tmp_path / "deep" / "eval.json", {"a": math.nan, "b": {"c": (1, 2.5)}})
-    assert json.loads((tmp_path / "deep" / "eval.json").read_text()) == {"a": None, "b": {"c": [1, 2.5]}}
+    assert json.loads((tmp_path / "deep" / "eval.json").read_text()) == {
+        "a": None,
+        "b": {"c": [1, 2.5]},
+    }
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["eval.json"]
 
 
 def test_series_skips_what_is_missing():
-    x, y = report.series([{"iteration": 1, "a": 2.0}, {"iteration": 2}, {"iteration": 3, "a": None}], "a")
+    x, y = report.series(
+        [{"iteration": 1, "a": 2.0}, {"iteration": 2}, {"iteration": 3, "a": None}], "a"
+    )
     assert x.tolist() == [1.0]
     assert y.tolist() == [2.0]
 
@@ -125,11 +130,21 @@ def run_metrics(iterations: int) -> list[dict]:
     for i in range(iterations + 1):
         if i % 5 == 0:
             numbers = {"eval/reward/score": 0.1 * i, "eval/ci95/score": [0.1 * i - 1, 0.1 * i + 1]}
-            found.append({"iteration": i, **numbers, "eval/reward/total": 0.1 * i, "eval/diversity": 0.2})
+            found.append(
+                {"iteration": i, **numbers, "eval/reward/total": 0.1 * i, "eval/diversity": 0.2}
+            )
         if i:
-            updates = {f"policy/clip_fraction{sign}": 0.1 for sign in ("", "_positive", "_negative")}
-            times = {"time/sample": 1.0, "time/update": 2.0, **({"time/replay check": 1.0} if i == 1 else {})}
-            found.append({"iteration": i, "reward/score": 0.1 * i, "grad_norm": 1.0, **updates, **times})
+            updates = {
+                f"policy/clip_fraction{sign}": 0.1 for sign in ("", "_positive", "_negative")
+            }
+            times = {
+                "time/sample": 1.0,
+                "time/update": 2.0,
+                **({"time/replay check": 1.0} if i == 1 else {}),
+            }
+            found.append(
+                {"iteration": i, "reward/score": 0.1 * i, "grad_norm": 1.0, **updates, **times}
+            )
     return found
 
 
@@ -154,7 +169,10 @@ def test_evaluation_includes_the_one_before_training():
     axes = Figure().add_subplot()
     report.evaluation(axes, run_metrics(20), "reward/score", "evaluation", report.COLOURS[0])
     assert axes.lines[0].get_xdata().tolist() == [0, 5, 10, 15, 20]
-    low, high = (axes.collections[0].get_paths()[0].vertices[:, 1].__getattribute__(end)() for end in ("min", "max"))
+    low, high = (
+        axes.collections[0].get_paths()[0].vertices[:, 1].__getattribute__(end)()
+        for end in ("min", "max")
+    )
     assert (low, high) == (-1.0, 3.0)
 
 
@@ -164,11 +182,22 @@ def control_metrics(iterations: int, sparse: bool = True) -> list[dict]:
     for i in range(iterations + 1):
         if i:
             steps, critic = 150.0 * i * (i + 1), {"critic/explained": 0.5, "critic/loss": 0.1}
-            episodes = {"episode/success": 0.01 * i, "episode/length": 90.0, "reward/return": 0.01 * i}
-            found.append({"iteration": i, "env_steps": steps, "time/sample": 1.0, **episodes, **critic})
+            episodes = {
+                "episode/success": 0.01 * i,
+                "episode/length": 90.0,
+                "reward/return": 0.01 * i,
+            }
+            found.append(
+                {"iteration": i, "env_steps": steps, "time/sample": 1.0, **episodes, **critic}
+            )
         if i % 5 == 0:
             rate, band = 0.02 * i, [0.02 * i - 0.1, 0.02 * i + 0.1]
-            judged = {"eval/success_rate": rate, "eval/ci95/success_rate": band, "eval/length": 80.0, "eval/n": 9}
+            judged = {
+                "eval/success_rate": rate,
+                "eval/ci95/success_rate": band,
+                "eval/length": 80.0,
+                "eval/n": 9,
+            }
             returns = {"eval/return": rate if sparse else 7.0 + i, "eval/ci95/return": band}
             found.append({"iteration": i, **judged, **returns})
     return found
@@ -184,7 +213,9 @@ def test_panels_of_a_run_in_environments():
     ]
     dense = [title for title, _ in report._panels(control_metrics(20, sparse=False))]
     assert dense[:3] == ["success rate", "return", "environment steps of an episode"]
-    unjudged = [{k: v for k, v in line.items() if "success" not in k} for line in control_metrics(20)]
+    unjudged = [
+        {k: v for k, v in line.items() if "success" not in k} for line in control_metrics(20)
+    ]
     assert next(title for title, _ in report._panels(unjudged)) == "return"
 
 
@@ -196,7 +227,13 @@ def test_success_is_drawn_over_what_was_experienced():
     axes = Figure().add_subplot()
     dict(report._panels(lines))["success rate"](axes)
     evaluated = next(line for line in axes.lines if line.get_label() == "evaluation, 95 % interval")
-    assert evaluated.get_xdata().tolist() == [0, 150 * 5 * 6, 150 * 10 * 11, 150 * 15 * 16, 150 * 20 * 21]
+    assert evaluated.get_xdata().tolist() == [
+        0,
+        150 * 5 * 6,
+        150 * 10 * 11,
+        150 * 15 * 16,
+        150 * 20 * 21,
+    ]
     assert evaluated.get_ydata() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     assert any(line.get_label() == "training sampler" for line in axes.lines)
     assert report.by_experience(run_metrics(20)) == (run_metrics(20), "iteration")

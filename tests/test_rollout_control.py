@@ -20,7 +20,15 @@ from tests import toy
 from tests.peers import peers, together
 from tests.toy_control import GOAL, NEAR, SPEED, STATE, Walk, cloned, experiment, prepared
 
-GRPO = {"name": "flow_grpo", "groups": 4, "group": 3, "updates": 2, "clip": 0.2, "reduce": "sum", "advantage": "group"}
+GRPO = {
+    "name": "flow_grpo",
+    "groups": 4,
+    "group": 3,
+    "updates": 2,
+    "clip": 0.2,
+    "reduce": "sum",
+    "advantage": "group",
+}
 LIMIT = 10
 
 
@@ -43,8 +51,12 @@ def test_rows_are_episodes_in_order_and_each_in_time(tmp_path):
         place, goal, taken = torch.from_numpy(walk.place), torch.from_numpy(walk.goal), 0
         while True:
             assert int(d.episode[row]) == episode
-            assert torch.allclose(rollout.context.observation[STATE][row, 0], place.float(), atol=1e-5)
-            assert torch.allclose(rollout.context.observation[GOAL][row, 0], goal.float(), atol=1e-5)
+            assert torch.allclose(
+                rollout.context.observation[STATE][row, 0], place.float(), atol=1e-5
+            )
+            assert torch.allclose(
+                rollout.context.observation[GOAL][row, 0], goal.float(), atol=1e-5
+            )
             executed = 0
             for action in rollout.outputs[row]:
                 before = (goal - place).norm()
@@ -62,7 +74,9 @@ def test_rows_are_episodes_in_order_and_each_in_time(tmp_path):
             assert bool(d.last[row]) == (near or taken == LIMIT)
             row += 1
             if near or taken == LIMIT:
-                assert torch.allclose(d.final.observation[STATE][episode, 0], place.float(), atol=1e-5)
+                assert torch.allclose(
+                    d.final.observation[STATE][episode, 0], place.float(), atol=1e-5
+                )
                 success[episode] = near
                 break
     assert row == len(rollout.trajectory) == len(d.episode) == d.total
@@ -93,7 +107,9 @@ def test_members_of_a_group_start_alike_and_go_their_own_ways(tmp_path):
     _, _, rollout = collected(tmp_path)
     episode = rollout.decisions.episode
     first = torch.tensor([int((episode == e).nonzero()[0]) for e in range(12)])
-    starts = torch.cat([rollout.context.observation[name][first, 0] for name in (STATE, GOAL)], -1).view(4, 3, 4)
+    starts = torch.cat(
+        [rollout.context.observation[name][first, 0] for name in (STATE, GOAL)], -1
+    ).view(4, 3, 4)
     assert torch.equal(starts, starts[:, :1].expand_as(starts))
     assert len(torch.unique(starts[:, 0], dim=0)) == 4
     assert len(torch.unique(rollout.trajectory.x0[first], dim=0)) == 12
@@ -128,7 +144,10 @@ def test_a_group_relative_advantage_reaches_every_decision_of_its_episode(tmp_pa
     for batch in run.minibatches(rollout, 2):
         run.update(rollout, batch, advantage, loss)
         expected = torch.tensor(
-            [float(advantage.flatten()[int(rollout.decisions.episode[row])]) for row in batch.rows.tolist()]
+            [
+                float(advantage.flatten()[int(rollout.decisions.episode[row])])
+                for row in batch.rows.tolist()
+            ]
         )
         assert torch.allclose(seen[-1], expected, atol=1e-6)
         assert len(seen) % len(rollout.trajectory.steps) == 0
@@ -146,7 +165,9 @@ def test_environments_side_by_side_change_nothing(tmp_path):
         folder.mkdir()
         runs.append(collected(folder, environments=count)[2])
     for other in runs[1:]:
-        assert torch.allclose(other.trajectory.x, runs[0].trajectory.x, atol=1e-4)  # 1e-7 over the noisiest alpha
+        assert torch.allclose(
+            other.trajectory.x, runs[0].trajectory.x, atol=1e-4
+        )  # 1e-7 over the noisiest alpha
         assert torch.equal(other.decisions.executed, runs[0].decisions.executed)
         assert torch.allclose(other.rewards, runs[0].rewards, atol=1e-5)
         assert torch.equal(other.decisions.episode, runs[0].decisions.episode)
@@ -159,7 +180,9 @@ def test_a_shared_prefix_is_refused_with_a_sentence(tmp_path):
 
 
 def test_prompts_are_episodes_of_one_decision(tmp_path):
-    run, _ = prepare(config.parse(toy.experiment(tmp_path)), tmp_path / "run", Accelerator(cpu=True))
+    run, _ = prepare(
+        config.parse(toy.experiment(tmp_path)), tmp_path / "run", Accelerator(cpu=True)
+    )
     run.iteration = 1
     rollout = run.collect(4, 4)
     d = rollout.decisions
@@ -205,15 +228,17 @@ def test_places_are_the_rows_of_one_process(tmp_path):
         place = rollout.decisions.place
         assert torch.allclose(rollout.trajectory.x0, one.trajectory.x0[place], atol=1e-5)
         assert torch.allclose(rollout.decisions.rewards, one.decisions.rewards[place], atol=1e-5)
-        assert torch.equal(rollout.rewards, one.rewards) or torch.allclose(rollout.rewards, one.rewards, atol=1e-5)
+        assert torch.equal(rollout.rewards, one.rewards) or torch.allclose(
+            rollout.rewards, one.rewards, atol=1e-5
+        )
         advantage = group_relative(one.rewards)
         assert torch.allclose(rollout.rows(advantage), one.rows(advantage)[place], atol=1e-4)
 
 
 KINDS = {
-    "minibatches": lambda run, rollout, updates, epoch: list(run.minibatches(rollout, updates, epoch + 1))[
-        epoch * updates :
-    ],
+    "minibatches": lambda run, rollout, updates, epoch: list(
+        run.minibatches(rollout, updates, epoch + 1)
+    )[epoch * updates :],
     "pairs": lambda run, rollout, updates, epoch: list(run.pairs(rollout, updates, epoch)),
     "chains": lambda run, rollout, updates, epoch: list(run.chains(rollout, updates, epoch)),
 }
@@ -228,7 +253,9 @@ def rows_of(rollout, batch):
 
 def whole(kind, total, steps):
     """What an epoch must hold, each once."""
-    return sorted((row, k) for row in range(total) for k in ([-1] if kind == "minibatches" else steps))
+    return sorted(
+        (row, k) for row in range(total) for k in ([-1] if kind == "minibatches" else steps)
+    )
 
 
 def sorted_rows(batches):
@@ -240,7 +267,10 @@ def sorted_rows(batches):
 def test_an_epoch_holds_everything_once_and_epochs_differ(tmp_path, kind, updates):
     run, _, rollout = collected(tmp_path)
     steps = list(rollout.trajectory.steps)
-    epochs = [[rows_of(rollout, b) for b in KINDS[kind](run, rollout, updates, epoch)] for epoch in range(3)]
+    epochs = [
+        [rows_of(rollout, b) for b in KINDS[kind](run, rollout, updates, epoch)]
+        for epoch in range(3)
+    ]
     for epoch in epochs:
         assert len(epoch) == updates
         assert sorted_rows(epoch) == whole(kind, rollout.decisions.total, steps)
@@ -261,7 +291,9 @@ def test_a_chains_steps_stand_together_in_their_order(tmp_path):
     for batch in run.chains(rollout, 3, 0):
         assert batch.whole == len(steps)
         assert batch.k is not None
-        assert torch.equal(batch.k.view(-1, len(steps)), torch.tensor(steps).expand(len(batch.k) // len(steps), -1))
+        assert torch.equal(
+            batch.k.view(-1, len(steps)), torch.tensor(steps).expand(len(batch.k) // len(steps), -1)
+        )
         assert (batch.rows.view(-1, len(steps)) == batch.rows.view(-1, len(steps))[:, :1]).all()
 
 
@@ -270,7 +302,9 @@ def test_a_chains_steps_stand_together_in_their_order(tmp_path):
 def test_minibatches_are_the_same_on_any_number_of_processes(tmp_path, kind, count):
     def draw(run: Run, method):
         rollout = run.collect(4, 3)
-        return [[rows_of(rollout, b) for b in KINDS[kind](run, rollout, 3, epoch)] for epoch in range(2)]
+        return [
+            [rows_of(rollout, b) for b in KINDS[kind](run, rollout, 3, epoch)] for epoch in range(2)
+        ]
 
     (one,) = on_processes(tmp_path, 1, draw)
     several = on_processes(tmp_path, count, draw)
@@ -313,11 +347,17 @@ def test_processes_agree_on_whether_episodes_have_several_decisions(tmp_path):
 
     _, _, rollout = collected(tmp_path)
     d = rollout.decisions
-    short = replace(d, episode=torch.arange(3), last=torch.ones(3, dtype=torch.bool), place=torch.arange(3))
-    short = replace(short, terminated=d.terminated[:3], rewards=d.rewards[:3], executed=d.executed[:3])
+    short = replace(
+        d, episode=torch.arange(3), last=torch.ones(3, dtype=torch.bool), place=torch.arange(3)
+    )
+    short = replace(
+        short, terminated=d.terminated[:3], rewards=d.rewards[:3], executed=d.executed[:3]
+    )
     assert short.total > 3
     part = replace(rollout, decisions=short, trajectory=rollout.trajectory[:3])
-    assert part.ragged, "other processes have rows of the same episodes: 3 rows of this one are not all there is"
+    assert part.ragged, (
+        "other processes have rows of the same episodes: 3 rows of this one are not all there is"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -332,7 +372,9 @@ def test_a_process_may_have_no_row_of_a_minibatch(tmp_path, kind):
         chains = torch.arange(rollout.decisions.total).float()[rollout.decisions.place]
 
         def loss(step):
-            return step.new.mean.flatten(1).sum(1) * step.advantage, {"index": torch.as_tensor(step.advantage)}
+            return step.new.mean.flatten(1).sum(1) * step.advantage, {
+                "index": torch.as_tensor(step.advantage)
+            }
 
         means = [run.update(rollout, b, chains, loss)["index"] for b in batches]
         return sizes, means, run.snapshot()
@@ -366,11 +408,25 @@ def test_a_critic_learns_with_empty_shares_too(tmp_path):
 SPARSE = {
     "dppo": {
         "chain": {"steps": 5, "kernel": {"name": "ddim", "eta": 1.0}, "window": [2, 4]},
-        "method": {"name": "dppo", "episodes": 4, "warm_up": 0, "epochs": 2, "minibatch": 3, "critic_minibatch": 2},
+        "method": {
+            "name": "dppo",
+            "episodes": 4,
+            "warm_up": 0,
+            "epochs": 2,
+            "minibatch": 3,
+            "critic_minibatch": 2,
+        },
     },
     "reinflow": {
         "chain": {"steps": 3, "kernel": {"name": "ddim", "eta": 0.0}, "window": [0, 3]},
-        "method": {"name": "reinflow", "episodes": 4, "warm_up": 0, "epochs": 2, "minibatch": 2, "critic_minibatch": 2},
+        "method": {
+            "name": "reinflow",
+            "episodes": 4,
+            "warm_up": 0,
+            "epochs": 2,
+            "minibatch": 2,
+            "critic_minibatch": 2,
+        },
     },
     "flow_grpo": {"method": {**GRPO, "groups": 4, "group": 2, "updates": 1}},
 }
@@ -408,7 +464,9 @@ def test_methods_learn_the_same_with_empty_shares(tmp_path, monkeypatch, name):
 def test_normalised_is_over_the_rows_of_everybody(tmp_path):
     values = torch.randn(10).double() * 3 + 5
     share = {0: values[:7], 1: values[7:]}
-    found = torch.cat(on_processes(tmp_path, 2, lambda run, _: run.normalised(share[run.processes.index])))
+    found = torch.cat(
+        on_processes(tmp_path, 2, lambda run, _: run.normalised(share[run.processes.index]))
+    )
     expected = (values - values.mean()) / (values.std(correction=0) + 1e-8)
     assert torch.allclose(found, expected, atol=1e-9)
     apart = torch.cat([(v - v.mean()) / v.std(correction=0) for v in share.values()])
@@ -430,7 +488,14 @@ def slow(tmp_path_factory):
 
 
 def improved(folder, pretrained, method):
-    sizes = {"groups": 8, "group": 8, "updates": 2, "clip": 0.2, "reduce": "sum", "advantage": "group"}
+    sizes = {
+        "groups": 8,
+        "group": 8,
+        "updates": 2,
+        "clip": 0.2,
+        "reduce": "sum",
+        "advantage": "group",
+    }
     raw = experiment(
         folder,
         policy={"name": "mlp", "pretrained": pretrained},

@@ -18,8 +18,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def call(*command: str | Path, cwd: Path) -> str:
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=1800)
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+    }
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=1800
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -44,7 +50,11 @@ def shipped() -> set[str]:
 def find_uv() -> str:
     """The uv that make brought, else one that runs."""
     for found in (ROOT / ".tools" / "uv", shutil.which("uv")):
-        if found and os.path.exists(found) and subprocess.run([found, "--version"], cwd=ROOT).returncode == 0:
+        if (
+            found
+            and os.path.exists(found)
+            and subprocess.run([found, "--version"], cwd=ROOT).returncode == 0
+        ):
             return str(found)
     raise AssertionError("No uv that runs: `make setup` brings one.")
 
@@ -52,7 +62,9 @@ def find_uv() -> str:
 def test_wheel_carries_the_shipped_folders(tmp_path: Path):
     with zipfile.ZipFile(build("wheel", tmp_path)) as wheel:
         names = set(wheel.namelist())
-    remapped = {name.removeprefix("genpolicy/_") for name in names if name.startswith("genpolicy/_")}
+    remapped = {
+        name.removeprefix("genpolicy/_") for name in names if name.startswith("genpolicy/_")
+    }
     carried = {name for name in remapped if name.split("/")[0] in resources.FOLDERS}
     assert carried == shipped()
     assert {"assets", "configs"} <= {name.split("/")[0] for name in carried}
@@ -86,7 +98,9 @@ def test_wheel_works_outside_the_checkout(tmp_path: Path):
 
     assert "quickstart" in call(venv / "bin" / "genpolicy", "--help", cwd=outside)
     listed = call(venv / "bin" / "genpolicy", "list", "configs", cwd=outside)
-    names = [name.removeprefix("configs/").removesuffix(".yaml") for name in shipped() if ".yaml" in name]
+    names = [
+        name.removeprefix("configs/").removesuffix(".yaml") for name in shipped() if ".yaml" in name
+    ]
     assert names
     assert [name for name in names if name not in listed] == []
     where = "from genpolicy import resources; print(resources.path('assets'), resources.__file__)"

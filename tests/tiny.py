@@ -65,13 +65,18 @@ def clip_tokenizer() -> CLIPTokenizer:
             if left not in vocabulary:
                 vocabulary.append(left)
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={v: i for i, v in enumerate(vocabulary)}, merges=merges, model_max_length=LENGTH)
+    return CLIPTokenizer(
+        vocab={v: i for i, v in enumerate(vocabulary)}, merges=merges, model_max_length=LENGTH
+    )
 
 
 def t5_tokenizer() -> T5TokenizerFast:
     """A unigram vocabulary: whole words of `WORDS`, letters for everything else."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", *("▁" + word for word in WORDS), *LETTERS]
-    scores = [(piece, 0.0 if i < 3 else -1.0 - len(pieces[3:]) * (len(piece) == 1)) for i, piece in enumerate(pieces)]
+    scores = [
+        (piece, 0.0 if i < 3 else -1.0 - len(pieces[3:]) * (len(piece) == 1))
+        for i, piece in enumerate(pieces)
+    ]
     return T5TokenizerFast(vocab=scores, extra_ids=0, model_max_length=LENGTH)
 
 
@@ -128,7 +133,9 @@ def vae(**options: Any) -> AutoencoderKL:
 
 def flow_vae() -> AutoencoderKL:
     """SD3's and Flux's: without quantisation convolutions; without a shift factor their decoding raises."""
-    return vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5)
+    return vae(
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5
+    )
 
 
 def unet(**options: Any) -> UNet2DConditionModel:
@@ -228,7 +235,9 @@ def sd3() -> StableDiffusion3Pipeline:
 def flux() -> FluxPipeline:
     tokenizer, t5_words = clip_tokenizer(), t5_tokenizer()
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15
+        ),
         vae=flow_vae(),
         text_encoder=clip(tokenizer),
         tokenizer=tokenizer,
@@ -394,7 +403,15 @@ CALL: dict[str, dict[str, Any]] = {
 }
 """Family -> the settings' ``call``."""
 
-GUIDANCE = {"sd15": 5.0, "sdxl": 5.0, "sd3": 4.5, "flux": 1.0, "wan": 4.0, "ltx": 3.0, "cogvideox": 6.0}
+GUIDANCE = {
+    "sd15": 5.0,
+    "sdxl": 5.0,
+    "sd3": 4.5,
+    "flux": 1.0,
+    "wan": 4.0,
+    "ltx": 3.0,
+    "cogvideox": 6.0,
+}
 """Family -> classifier-free guidance scale; 1 where the family has none of its own."""
 
 

@@ -17,7 +17,9 @@ PROMPTS = ("bright", "dark", "bright picture", "dark picture")
 
 def brightness(outputs: Tensor, context: Context) -> Tensor:
     """How bright a "bright" picture is, or how dark any other, in [-.5, .5]: all white or all black is right."""
-    sign = torch.tensor([1.0 if "bright" in prompt else -1.0 for prompt in context.prompts]).to(outputs)
+    sign = torch.tensor([1.0 if "bright" in prompt else -1.0 for prompt in context.prompts]).to(
+        outputs
+    )
     return sign * (outputs.flatten(1).mean(1) - 0.5)
 
 

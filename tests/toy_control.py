@@ -48,7 +48,9 @@ class Walk:
         generator = np.random.default_rng(seed)
         self.place = generator.uniform(-1, 1, 2)
         angle = generator.uniform(0, 2 * np.pi)
-        self.goal = self.place + generator.uniform(0.6, 1.2) * np.array([np.cos(angle), np.sin(angle)])
+        self.goal = self.place + generator.uniform(0.6, 1.2) * np.array(
+            [np.cos(angle), np.sin(angle)]
+        )
         return self._frame(), {"success": False}
 
     def step(self, action: np.ndarray) -> tuple[Frame, float, bool, bool, dict[str, Any]]:
@@ -93,7 +95,12 @@ class Point:
 
     def __post_init__(self) -> None:
         self.shapes: Mapping[str, tuple[int, ...]] = {STATE: (2,), GOAL: (2,)}
-        self.action_dim, self.fps, self.instruction, self.has_success = 2, 10, "walk to the goal", self.judged
+        self.action_dim, self.fps, self.instruction, self.has_success = (
+            2,
+            10,
+            "walk to the goal",
+            self.judged,
+        )
 
     def environments(self, count: int, history: int) -> Environments:
         return Environments(partial(Walk, self.ends), count, history, self.limit, self.instruction)
@@ -116,12 +123,18 @@ class Recorded:
         task = Point(limit=self.limit, skill=self.skill)
         made = [task.demonstrate(seed, self.noise) for seed in range(self.episodes)]
         self.fps = task.fps
-        self.values = {name: torch.cat([d.observation[name] for d in made]) for name in (STATE, GOAL)}
+        self.values = {
+            name: torch.cat([d.observation[name] for d in made]) for name in (STATE, GOAL)
+        }
         self.values["action"] = torch.cat([d.actions for d in made])
-        self.shapes: Mapping[str, tuple[int, ...]] = {n: tuple(v.shape[1:]) for n, v in self.values.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            n: tuple(v.shape[1:]) for n, v in self.values.items()
+        }
         self.stats = {name: _statistics(value) for name, value in self.values.items()}
         lengths = torch.tensor([len(d.actions) for d in made])
-        self.first = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)  # of each frame's episode
+        self.first = (lengths.cumsum(0) - lengths).repeat_interleave(
+            lengths
+        )  # of each frame's episode
         self.end = lengths.cumsum(0).repeat_interleave(lengths)
         self.columns, self.episode = self.values, torch.arange(len(made)).repeat_interleave(lengths)
 
@@ -134,7 +147,11 @@ class Recorded:
         wanted = index[:, None] + torch.tensor(actions)
         inside = torch.minimum(torch.maximum(wanted, first), end - 1)
         seen = {name: self.values[name][past] for name in (STATE, GOAL)}
-        return Context(["walk to the goal"] * len(index), seen), self.values["action"][inside], wanted != inside
+        return (
+            Context(["walk to the goal"] * len(index), seen),
+            self.values["action"][inside],
+            wanted != inside,
+        )
 
 
 @dataclass
@@ -149,14 +166,23 @@ class Shuffled(Recorded):
 
 def _statistics(value: Tensor) -> dict[str, Tensor]:
     quantiles = {name: value.quantile(q, 0) for name, q in (("q01", 0.01), ("q99", 0.99))}
-    return {"min": value.amin(0), "max": value.amax(0), "mean": value.mean(0), "std": value.std(0), **quantiles}
+    return {
+        "min": value.amin(0),
+        "max": value.amax(0),
+        "mean": value.mean(0),
+        "std": value.std(0),
+        **quantiles,
+    }
 
 
 def experiment(folder: Path, **sections: Any) -> dict[str, Any]:
     """A raw experiment on the toy: output folder/run; ``sections`` replace sections."""
     raw: dict[str, Any] = {
         "policy": {"name": "mlp", "hidden": 32, "blocks": 1, "chunk": 4},
-        "chain": {"steps": 4, "kernel": {"name": "floorstd", "kernel": {"name": "ddim", "eta": 1.0}, "floor": 0.1}},
+        "chain": {
+            "steps": 4,
+            "kernel": {"name": "floorstd", "kernel": {"name": "ddim", "eta": 1.0}, "floor": 0.1},
+        },
         "task": {"name": "tests.toy_control:Point"},
         "data": {"name": "tests.toy_control:Recorded"},
         "method": {"name": "bc", "batch": 64, "updates": 10},

@@ -1,9 +1,10 @@
-"""The denoising chain as a policy: schedules, kernels, and the one transition that acting and scoring share.
+"""The denoising chain as a policy: schedules, kernels, and the one transition that acting and
+scoring share.
 
-Legend (one meaning each, everywhere): **B** batch, **N** group members, **K** denoising steps, **E** event dims
-((C,H,W) latents, (C,F,H,W) video, (T,D) action chunk). ``t`` is noise time, larger is noisier, 0 is data;
-``x_t = alpha(t) x_0 + sigma(t) eps``; a step goes from t to s < t; ``k`` counts steps, 0 is the noisiest;
-``std`` is always the total standard deviation of a transition.
+Legend (one meaning each, everywhere): **B** batch, **N** group members, **K** denoising steps,
+**E** event dims ((C,H,W) latents, (C,F,H,W) video, (T,D) action chunk). ``t`` is noise time, larger
+is noisier, 0 is data; ``x_t = alpha(t) x_0 + sigma(t) eps``; a step goes from t to s < t; ``k``
+counts steps, 0 is the noisiest; ``std`` is always the total standard deviation of a transition.
 """
 
 from genpolicy.chain.chain import Chain, Trajectory

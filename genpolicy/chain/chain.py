@@ -18,11 +18,13 @@ ODE = DDIM(eta=0.0)
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What is kept of B chains: the states around the kept steps ``first`` .. ``first + W - 1``, and the result.
+    """What is kept of B chains: the states around the kept steps ``first`` .. ``first + W - 1``,
+    and the result.
 
-    x [B,W+1,*E] (x[:, j] is the state before kept step j, x[:, j+1] after it), mean [B,W,*E] and std [B,W,*1 or *E] of
-    the transitions that acted, x0 [B,*E] the final sample. ``shared`` = N says that the N consecutive rows of each
-    group have the same x[:, 0]: it is evaluated once per group.
+    x [B,W+1,*E] (x[:, j] is the state before kept step j, x[:, j+1] after it), mean [B,W,*E] and
+    std [B,W,*1 or *E] of the transitions that acted, x0 [B,*E] the final sample. ``shared`` = N
+    says that the N consecutive rows of each group have the same x[:, 0]: it is evaluated once per
+    group.
     """
 
     condition: Condition
@@ -42,7 +44,9 @@ class Trajectory:
         return range(self.first, self.first + self.mean.shape[1])
 
     def __getitem__(self, rows: slice | Tensor) -> "Trajectory":
-        """A stretch of rows, or the rows of an index [b]; where a start is shared it must be a stretch of whole groups."""
+        """A stretch of rows, or the rows of an index [b]; where a start is shared it must be a
+        stretch of whole groups.
+        """
         if isinstance(rows, slice):
             start, stop, stride = rows.indices(len(self))
             if stride != 1 or start % self.shared or stop % self.shared:
@@ -67,7 +71,9 @@ class Trajectory:
         return Gaussian(self._at(self.mean, k), self._at(self.std, k))
 
     def before(self, k: int | Tensor) -> Tensor:
-        """x before step k, [B,*E]: what the network saw. k may be each row's own, [B], here and below."""
+        """x before step k, [B,*E]: what the network saw. k may be each row's own, [B], here and
+        below.
+        """
         return self._at(self.x, k)
 
     def after(self, k: int | Tensor) -> Tensor:
@@ -87,10 +93,12 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Chain:
-    """Gaussian steps along ``grid`` [K+1]: ``kernel`` inside ``window`` = [low, high), the ODE outside.
+    """Gaussian steps along ``grid`` [K+1]: ``kernel`` inside ``window`` = [low, high), the ODE
+    outside.
 
-    By default the last step is outside: it is taken at its mean and not trained (a method that trains it passes
-    window=(0, K)). A `Solver` in the place of the kernel samples the whole grid and keeps no step.
+    By default the last step is outside: it is taken at its mean and not trained (a method that
+    trains it passes window=(0, K)). A `Solver` in the place of the kernel samples the whole grid
+    and keeps no step.
     """
 
     schedule: Schedule
@@ -102,7 +110,9 @@ class Chain:
     def __post_init__(self) -> None:
         low, high = self.stochastic.start, self.stochastic.stop
         if not 0 <= low <= high <= self.K:
-            raise ValueError(f"window [{low}, {high}) does not lie inside the chain's {self.K} steps")
+            raise ValueError(
+                f"window [{low}, {high}) does not lie inside the chain's {self.K} steps"
+            )
 
     @property
     def K(self) -> int:
@@ -117,8 +127,8 @@ class Chain:
         return range(*self.window) if self.window is not None else range(self.K - 1)
 
     def step(self, k: int | Tensor, rows: int) -> Step:
-        """The coefficients of step k (of each row's own, if k is [rows]) for a batch, from grid[k] to grid[k+1]: fp64 on
-        the CPU, whatever device x is on.
+        """The coefficients of step k (of each row's own, if k is [rows]) for a batch, from grid[k]
+        to grid[k+1]: fp64 on the CPU, whatever device x is on.
         """
         if isinstance(k, int):
             t, s = (self.grid[j].expand(rows, *self.grid[j].shape) for j in (k, k + 1))
@@ -127,32 +137,44 @@ class Chain:
         return step(self.schedule, t, s)
 
     def kernel_at(self, k: int | Tensor) -> Kernel:
-        """The kernel that acts at step k: the ODE outside the window. Steps [B] must lie all inside it, or all outside."""
+        """The kernel that acts at step k: the ODE outside the window. Steps [B] must lie all inside
+        it, or all outside.
+        """
         if isinstance(self.kernel, Solver):
-            raise ValueError(f"{type(self.kernel).__name__} is a solver: it samples but has no transition to score")
+            raise ValueError(
+                f"{type(self.kernel).__name__} is a solver: it samples but has no transition to score"
+            )
         steps = torch.as_tensor(k)
         inside = (steps >= self.stochastic.start) & (steps < self.stochastic.stop)
         if bool(inside.any()) and not bool(inside.all()):
-            raise ValueError("these steps lie partly inside and partly outside the stochastic window")
+            raise ValueError(
+                "these steps lie partly inside and partly outside the stochastic window"
+            )
         return self.kernel if bool(inside.all()) else ODE
 
-    def _act(self, denoiser: Denoiser, x: Tensor, k: int | Tensor, condition: Condition) -> Gaussian:
+    def _act(
+        self, denoiser: Denoiser, x: Tensor, k: int | Tensor, condition: Condition
+    ) -> Gaussian:
         """The one place that acting and scoring both go through."""
         here = self.step(k, len(x))
         return transition(self.kernel_at(k), x, denoiser(x, here.t, condition), here)
 
     def transition(self, denoiser: Denoiser, trajectory: Trajectory, k: int | Tensor) -> Gaussian:
-        """Re-score stored step k: the Gaussian over x after it under ``denoiser``, with gradients if they are on. k [B]
-        gives each row its own step.
+        """Re-score stored step k: the Gaussian over x after it under ``denoiser``, with gradients
+        if they are on. k [B] gives each row its own step.
 
         A start that a group shares is evaluated once per group (exact: the rows are equal).
         """
         if self.kernel_at(k) is ODE:
-            raise ValueError(f"step {k} is a point (ODE or last step): it has no density and is never trained on")
+            raise ValueError(
+                f"step {k} is a point (ODE or last step): it has no density and is never trained on"
+            )
         x, condition, shared = trajectory.before(k), trajectory.condition, trajectory.shared
         if shared > 1 and isinstance(k, int) and k == trajectory.first:
             gaussian = self._act(denoiser, x[::shared], k, condition[::shared])
-            return Gaussian(*(v.repeat_interleave(shared, 0) for v in (gaussian.mean, gaussian.std)))
+            return Gaussian(
+                *(v.repeat_interleave(shared, 0) for v in (gaussian.mean, gaussian.std))
+            )
         return self._act(denoiser, x, k, condition)
 
     @torch.no_grad()
@@ -171,13 +193,15 @@ class Chain:
         storage: torch.dtype = torch.float32,
         on_step: Callable[[int], None] | None = None,
     ) -> Trajectory:
-        """Sample B rows. ``condition`` and ``noise`` have B rows (group-major, ``members`` = N to a group), shape is E.
+        """Sample B rows. ``condition`` and ``noise`` have B rows (group-major, ``members`` = N to a
+        group), shape is E.
 
-        start: (k, x [B,*E]) enters the chain before step k instead of drawing from the prior.
-        keep: [low, high) steps to record, by default the stochastic window.
-        branch_at: the N rows of a group share everything before step ``branch_at`` (0: the initial noise), which is
+        start: (k, x [B,*E]) enters the chain before step k instead of drawing from the prior. keep:
+        [low, high) steps to record, by default the stochastic window. branch_at: the N rows of a
+        group share everything before step ``branch_at`` (0: the initial noise), which is
             evaluated once per group, as is the network at that step itself.
-        storage: dtype that recorded states are rounded to *before* the chain goes on from them, so that what is scored
+        storage: dtype that recorded states are rounded to *before* the chain goes on from them, so
+        that what is scored
             is what acted.
         on_step: called with k after each step (progress).
         """
@@ -189,10 +213,14 @@ class Chain:
             raise ValueError(f"keep [{low}, {high}) does not lie inside the chain's {self.K} steps")
         shared = members if branch_at is not None else 1
         if shared > 1 and (len(noise) % members or not first <= branch_at <= low):  # type: ignore[operator]
-            raise ValueError(f"branch_at {branch_at} must lie between step {first} and the first kept step {low}")
+            raise ValueError(
+                f"branch_at {branch_at} must lie between step {first} and the first kept step {low}"
+            )
         if x is None:
             draw = noise.trunk(members) if shared > 1 else noise
-            x = self.prior(condition[::shared], shape, self._scale(), device).sample(draw(PRIOR, shape, device))
+            x = self.prior(condition[::shared], shape, self._scale(), device).sample(
+                draw(PRIOR, shape, device)
+            )
         else:
             x = x[::shared]
         if isinstance(self.kernel, Solver):
@@ -207,7 +235,9 @@ class Chain:
             gaussian = self._act(denoiser, x, k, condition if whole else condition[::shared])
             if branching:
                 x = x.repeat_interleave(shared, 0)
-                gaussian = Gaussian(*(v.repeat_interleave(shared, 0) for v in (gaussian.mean, gaussian.std)))
+                gaussian = Gaussian(
+                    *(v.repeat_interleave(shared, 0) for v in (gaussian.mean, gaussian.std))
+                )
             if low <= k < high:
                 states.append(x)
                 acted.append(gaussian)
@@ -235,12 +265,16 @@ class Chain:
         )
 
     def _scale(self) -> float:
-        """sqrt(alpha^2 + sigma^2) at the first time: the std of x_t for data of unit variance (1 on flows and VP)."""
+        """sqrt(alpha^2 + sigma^2) at the first time: the std of x_t for data of unit variance (1 on
+        flows and VP).
+        """
         t = self.grid[:1].flatten()[:1]
         return float((self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2).sqrt())
 
     def _solve(self, denoiser: Denoiser, condition: Condition, x: Tensor, first: int) -> Trajectory:
         assert isinstance(self.kernel, Solver)
-        x0 = self.kernel.integrate(lambda x, t: denoiser(x, t, condition), x, self.schedule, self.grid[first:])
+        x0 = self.kernel.integrate(
+            lambda x, t: denoiser(x, t, condition), x, self.schedule, self.grid[first:]
+        )
         empty = x0[:, None][:, :0]
         return Trajectory(condition, empty, empty, empty, x0, first=0)

@@ -16,9 +16,10 @@ class Guidance:
 
         p = p_negative + scale (p_positive - p_negative),    p in {x0, eps}   (linear in the network's output)
 
-    The negative branch is evaluated outside the graph: the gradient is that of a loss that detaches it, and its
-    backward is saved. ``negative_gradient`` differentiates it too, as the public DDPO and Flow-GRPO scripts do. Outside
-    ``interval`` = (low, high] in noise time t the negative branch is not evaluated at all.
+    The negative branch is evaluated outside the graph: the gradient is that of a loss that detaches
+    it, and its backward is saved. ``negative_gradient`` differentiates it too, as the public DDPO
+    and Flow-GRPO scripts do. Outside ``interval`` = (low, high] in noise time t the negative branch
+    is not evaluated at all.
     """
 
     denoiser: Denoiser
@@ -47,7 +48,8 @@ class Guidance:
 class ClipX0:
     """Clamp the predicted x0 into [-bound, bound]; the gain is 0 where it acts.
 
-    ``recompute_eps``: take eps = (x - alpha x0)/sigma of the clipped x0 (diffusers' DDPM does, its DDIM does not).
+    ``recompute_eps``: take eps = (x - alpha x0)/sigma of the clipped x0 (diffusers' DDPM does, its
+    DDIM does not).
     """
 
     denoiser: Denoiser

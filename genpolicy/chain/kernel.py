@@ -20,7 +20,9 @@ from genpolicy.chain.values import Gaussian, Prediction, expand
 
 @dataclass(frozen=True)
 class Coefficients:
-    """mean = x * x_t + x0 * x0_hat + eps * eps_hat; std is the total std. Each [B] (or [B,T]) in fp64."""
+    """mean = x * x_t + x0 * x0_hat + eps * eps_hat; std is the total std. Each [B] (or [B,T]) in
+    fp64.
+    """
 
     x: Tensor
     x0: Tensor
@@ -47,22 +49,28 @@ def transition(kernel: Kernel, x: Tensor, prediction: Prediction, step: Step) ->
 
 
 def gain(kernel: Kernel, step: Step, d_x0: Tensor, d_eps: Tensor) -> Tensor:
-    """d mean / d network output, [B]; d_x0, d_eps from `values.output_gain`. It can be negative: weigh by |gain|."""
+    """d mean / d network output, [B]; d_x0, d_eps from `values.output_gain`. It can be negative:
+    weigh by |gain|.
+    """
     c = kernel.coefficients(step)
     return c.x0 * d_x0 + c.eps * d_eps
 
 
 def preserving(step: Step, std: Tensor) -> Coefficients:
-    """mean = alpha_s x0 + sqrt(max(sigma_s^2 - std^2, 0)) eps: mean and noise together keep sigma_s."""
+    """mean = alpha_s x0 + sqrt(max(sigma_s^2 - std^2, 0)) eps: mean and noise together keep
+    sigma_s.
+    """
     direction = (step.sigma_s**2 - std**2).clamp_min(0).sqrt()
     return Coefficients(torch.zeros_like(std), step.alpha_s, direction, std)
 
 
 @dataclass(frozen=True)
 class DDIM:
-    """DDIM (arXiv 2010.02502 eq. 12, 16): std = eta (sigma_s/sigma_t) sqrt(sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2).
+    """DDIM (arXiv 2010.02502 eq. 12, 16): std = eta (sigma_s/sigma_t) sqrt(sigma_t^2 -
+    (alpha_t/alpha_s)^2 sigma_s^2).
 
-    eta 0 is DDIM, and the Euler ODE step of a flow; eta 1 is DDPM. Keeps the marginals on every schedule.
+    eta 0 is DDIM, and the Euler ODE step of a flow; eta 1 is DDPM. Keeps the marginals on every
+    schedule.
     """
 
     eta: float = 1.0
@@ -77,10 +85,11 @@ class DDIM:
 
 @dataclass(frozen=True)
 class CPS:
-    """Coefficients-preserving sampling: std = sigma_s sin(a pi/2) (flow_grpo sd3_sde_with_logprob.py, sde_type='cps').
+    """Coefficients-preserving sampling: std = sigma_s sin(a pi/2) (flow_grpo
+    sd3_sde_with_logprob.py, sde_type='cps').
 
-    The coefficients of x0 and noise stay on the schedule; the marginals do not (the samples are too narrow however many
-    steps are taken).
+    The coefficients of x0 and noise stay on the schedule; the marginals do not (the samples are too
+    narrow however many steps are taken).
     """
 
     a: float = 0.8
@@ -98,9 +107,9 @@ class SDE:
 
     mean = x + [v + g^2/(2t) (x + (1-t) v)] dt,  std = g sqrt(-dt),  and x + (1-t) v = eps.
 
-    ``noise='flow_grpo'``: g = a sqrt(t/(1-t)), at t = 1 with the next grid time in the denominator (Flow-GRPO, arXiv
-    2505.05470; a = .7 is flow_grpo config/base.py's noise_level): the patched first step inflates the std of x_s.
-    ``noise='constant'``: g = a (DanceGRPO, a = .3).
+    ``noise='flow_grpo'``: g = a sqrt(t/(1-t)), at t = 1 with the next grid time in the denominator
+    (Flow-GRPO, arXiv 2505.05470; a = .7 is flow_grpo config/base.py's noise_level): the patched
+    first step inflates the std of x_s. ``noise='constant'``: g = a (DanceGRPO, a = .3).
     """
 
     a: float = 0.7
@@ -108,15 +117,20 @@ class SDE:
 
     def __post_init__(self) -> None:
         if self.noise not in ("flow_grpo", "constant"):
-            raise ValueError(f"kernel sde: noise is {self.noise!r}; valid are 'flow_grpo', 'constant'")
+            raise ValueError(
+                f"kernel sde: noise is {self.noise!r}; valid are 'flow_grpo', 'constant'"
+            )
 
     def coefficients(self, step: Step) -> Coefficients:
         t, s = step.t, step.s
         linear = [
-            (a + b - 1).abs().max() < 1e-9 for a, b in ((step.alpha_t, step.sigma_t), (step.alpha_s, step.sigma_s))
+            (a + b - 1).abs().max() < 1e-9
+            for a, b in ((step.alpha_t, step.sigma_t), (step.alpha_s, step.sigma_s))
         ]
         if not all(linear):
-            raise ValueError("kernel sde is derived for the linear (flow) schedule; use kernel ddim on this model")
+            raise ValueError(
+                "kernel sde is derived for the linear (flow) schedule; use kernel ddim on this model"
+            )
         if self.noise == "constant":
             g = torch.full_like(t, self.a)
         else:
@@ -128,7 +142,9 @@ class SDE:
 
 @dataclass(frozen=True)
 class Consistency:
-    """Multistep consistency sampling (arXiv 2303.01469 alg. 1): jump to x0, re-noise: mean alpha_s x0, std sigma_s."""
+    """Multistep consistency sampling (arXiv 2303.01469 alg. 1): jump to x0, re-noise: mean alpha_s
+    x0, std sigma_s.
+    """
 
     def coefficients(self, step: Step) -> Coefficients:
         zero = torch.zeros_like(step.t)
@@ -136,7 +152,9 @@ class Consistency:
 
 
 class StdKernel(Kernel, Protocol):
-    """A kernel that is known by its std alone (DDIM, CPS): the wrappers below can change it consistently."""
+    """A kernel that is known by its std alone (DDIM, CPS): the wrappers below can change it
+    consistently.
+    """
 
     def std(self, step: Step) -> Tensor: ...
 
@@ -145,7 +163,8 @@ class StdKernel(Kernel, Protocol):
 class ClipStd:
     """Clip a kernel's std into [low, high] (RL-100) and recompute the direction term with it.
 
-    ``consistent=False`` gives the published form, which keeps the direction term of the unclipped std.
+    ``consistent=False`` gives the published form, which keeps the direction term of the unclipped
+    std.
     """
 
     kernel: StdKernel
@@ -167,9 +186,9 @@ class ClipStd:
 class FloorStd:
     """Floor a kernel's std for exploration (DPPO, arXiv 2409.00588): std = max(kernel.std, floor).
 
-    What exceeds sigma_s is exploration noise: it is added to the std and dropped at deployment; the direction term is
-    recomputed with the part up to sigma_s. ``consistent=False`` gives the published form (direction of the unfloored
-    std).
+    What exceeds sigma_s is exploration noise: it is added to the std and dropped at deployment; the
+    direction term is recomputed with the part up to sigma_s. ``consistent=False`` gives the
+    published form (direction of the unfloored std).
     """
 
     kernel: StdKernel
@@ -181,7 +200,9 @@ class FloorStd:
 
     def coefficients(self, step: Step) -> Coefficients:
         std = self.std(step)
-        mean = preserving(step, torch.minimum(std, step.sigma_s) if self.consistent else self.kernel.std(step))
+        mean = preserving(
+            step, torch.minimum(std, step.sigma_s) if self.consistent else self.kernel.std(step)
+        )
         return Coefficients(mean.x, mean.x0, mean.eps, std)
 
 
@@ -189,9 +210,9 @@ class FloorStd:
 class Mean:
     """The mean of a kernel without its noise: std 0, the direction term as if the noise were drawn.
 
-    Reinforcement learning changes a network where the kernel that acts visits it. The ODE of the same network is another
-    process: it goes through states that were never trained. The mean stays where the training was, and it is narrower
-    than the data: right for actions, wrong for pictures.
+    Reinforcement learning changes a network where the kernel that acts visits it. The ODE of the
+    same network is another process: it goes through states that were never trained. The mean stays
+    where the training was, and it is narrower than the data: right for actions, wrong for pictures.
     """
 
     kernel: Kernel

@@ -1,6 +1,7 @@
 """Noise as a pure function of where it is used: never a shared stream.
 
-This is what makes one process equal two, any batch split equal another, and a resumed run equal an uninterrupted one.
+This is what makes one process equal two, any batch split equal another, and a resumed run equal an
+uninterrupted one.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ from torch import Tensor
 PRIOR = -1
 """The ``k`` of the draw that starts a chain."""
 TRUNK = -1
-"""The ``member`` of the rows that a whole group shares (a common start, the trunk before a branch)."""
+"""The ``member`` of the rows that a whole group shares (a common start, the trunk before a branch).
+"""
 
 FAN = 1 << 32
 """What the members of a row's fan are apart: more than a group ever has."""
@@ -22,9 +24,10 @@ FAN = 1 << 32
 class Noise:
     """Standard normal noise(seed, iteration, group, member, decision, k), drawn per row.
 
-    group, member [B] name the rows, and with environments so does the ``decision`` h of their episode. Philox is a
-    counter-based generator: (seed, iteration) is its key and (member, group, (h, k)) the upper three words of its
-    counter, so that two different names can't share a stretch of the stream.
+    group, member [B] name the rows, and with environments so does the ``decision`` h of their
+    episode. Philox is a counter-based generator: (seed, iteration) is its key and (member, group,
+    (h, k)) the upper three words of its counter, so that two different names can't share a stretch
+    of the stream.
     """
 
     seed: int
@@ -51,27 +54,37 @@ class Noise:
         return replace(self, decision=decision)
 
     def fan(self, width: int) -> "Noise":
-        """``width`` rows for each, with draws of their own: [B width]. The first of a row's are the row's own draws."""
+        """``width`` rows for each, with draws of their own: [B width]. The first of a row's are the
+        row's own draws.
+        """
         every = torch.arange(len(self)).repeat_interleave(width)
         within = torch.arange(width).repeat(len(self))
         rows = self[every]
         return replace(rows, member=rows.member + FAN * within)
 
     def trunk(self, members: int) -> "Noise":
-        """One row per group of ``members`` consecutive rows, drawn independently of all of them: [B / members]."""
+        """One row per group of ``members`` consecutive rows, drawn independently of all of them: [B
+        / members].
+        """
         first = self[::members]
         return replace(first, member=torch.full_like(first.group, TRUNK))
 
-    def __call__(self, k: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    def __call__(
+        self, k: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
+    ) -> Tensor:
         """[B,*shape] fp32 standard normal for step ``k`` (``PRIOR`` for the start of the chain)."""
         draws = np.empty((len(self), *shape), dtype=np.float32)
         key = np.array([self.seed % 2**64, self.iteration % 2**64], dtype=np.uint64)
         decisions = torch.zeros_like(self.group) if self.decision is None else self.decision
-        philox = np.random.Philox(key=key)  # one for all rows, set to each row's counter: a new one costs five times that
+        philox = np.random.Philox(
+            key=key
+        )  # one for all rows, set to each row's counter: a new one costs five times that
         generator, start = np.random.Generator(philox), philox.state
         names: list[list[int]] = torch.stack([self.group, self.member, decisions], 1).tolist()  # type: ignore[assignment]
         for row, (group, member, decision) in enumerate(names):
-            counter = np.array([0, member + 1, group, (decision << 32) + k + 1], dtype=np.int64).astype(np.uint64)
+            counter = np.array(
+                [0, member + 1, group, (decision << 32) + k + 1], dtype=np.int64
+            ).astype(np.uint64)
             philox.state = {**start, "state": {"counter": counter, "key": key}}
             generator.standard_normal(dtype=np.float32, out=draws[row])
         return torch.as_tensor(draws).to(device)

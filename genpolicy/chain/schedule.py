@@ -1,7 +1,8 @@
-"""Noise schedules: alpha(t) and sigma(t) of x_t = alpha x_0 + sigma eps, and the grid of times a chain visits.
+"""Noise schedules: alpha(t) and sigma(t) of x_t = alpha x_0 + sigma eps, and the grid of times a
+chain visits.
 
-One table is read by acting and by scoring. Coefficients are fp64 scalars per row on the CPU (some devices have no
-fp64); only what multiplies x is fp32 and on its device.
+One table is read by acting and by scoring. Coefficients are fp64 scalars per row on the CPU (some
+devices have no fp64); only what multiplies x is fp32 and on its device.
 """
 
 import math
@@ -15,7 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """The coefficients of one denoising step from t to s < t, each [B] (or [B,T] per token) in fp64."""
+    """The coefficients of one denoising step from t to s < t, each [B] (or [B,T] per token) in
+    fp64.
+    """
 
     t: Tensor
     s: Tensor
@@ -26,7 +29,9 @@ class Step:
 
 
 class Schedule(Protocol):
-    """alpha(t), sigma(t) for t [B] (or [B,T]), and grid(K, start): K+1 decreasing times ending at 0."""
+    """alpha(t), sigma(t) for t [B] (or [B,T]), and grid(K, start): K+1 decreasing times ending at
+    0.
+    """
 
     def alpha(self, t: Tensor) -> Tensor: ...
 
@@ -49,9 +54,9 @@ def _check_steps(steps: int) -> None:
 class Linear:
     """Rectified flow: alpha = 1 - t, sigma = t on [0, 1].
 
-    grid(K): u = 1, (K-1)/K, ..., 1/K, 0 mapped by ``shift`` u / (1 + (shift - 1) u): K *real* steps (diffusers' own
-    uniform grid of K steps ends at t = .001, so that its last evaluation does nothing). Resolution-dependent
-    ("dynamic") shifting is shift = exp(mu), see ``dynamic_shift``.
+    grid(K): u = 1, (K-1)/K, ..., 1/K, 0 mapped by ``shift`` u / (1 + (shift - 1) u): K *real* steps
+    (diffusers' own uniform grid of K steps ends at t = .001, so that its last evaluation does
+    nothing). Resolution-dependent ("dynamic") shifting is shift = exp(mu), see ``dynamic_shift``.
     """
 
     shift: float = 1.0
@@ -66,14 +71,22 @@ class Linear:
         _check_steps(steps)
         u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         if start is not None:
-            u = u * start / (self.shift - (self.shift - 1) * start)  # the u that the shift maps to `start`
+            u = (
+                u * start / (self.shift - (self.shift - 1) * start)
+            )  # the u that the shift maps to `start`
         return u / (u + (1 - u) / self.shift)  # exactly 1 at u = 1
 
 
 def dynamic_shift(
-    tokens: int, base_tokens: int = 256, max_tokens: int = 4096, base_shift: float = 0.5, max_shift: float = 1.15
+    tokens: int,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
 ) -> float:
-    """exp(mu), mu linear in the number of latent tokens (Flux: diffusers pipeline_flux.calculate_shift)."""
+    """exp(mu), mu linear in the number of latent tokens (Flux: diffusers
+    pipeline_flux.calculate_shift).
+    """
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     return math.exp(base_shift + slope * (tokens - base_tokens))
 
@@ -82,8 +95,9 @@ def dynamic_shift(
 class VariancePreserving:
     """alpha^2 + sigma^2 = 1 from a table of cumulative products ``alpha_bar`` [T].
 
-    Integer level i stands at t = (i + 1) / T; t = 0 is the family's own end, ``final_alpha_bar`` (1, or alpha_bar[0]
-    where the scheduler says ``set_alpha_to_one=False``). Times between levels are rounded to the nearest level.
+    Integer level i stands at t = (i + 1) / T; t = 0 is the family's own end, ``final_alpha_bar``
+    (1, or alpha_bar[0] where the scheduler says ``set_alpha_to_one=False``). Times between levels
+    are rounded to the nearest level.
     """
 
     alpha_bar: Tensor
@@ -104,18 +118,24 @@ class VariancePreserving:
         return (1 - self._alpha_bar(t)).sqrt()
 
     def grid(self, steps: int, start: float | None = None) -> Tensor:
-        """Trailing spacing: the first level is the noisiest, so that one step from pure noise is a real step."""
+        """Trailing spacing: the first level is the noisiest, so that one step from pure noise is a
+        real step.
+        """
         _check_steps(steps)
         levels = len(self.alpha_bar)
         top = levels if start is None else max(1, round(start * levels))
         if steps > top:
             raise ValueError(f"{steps} steps do not fit into the schedule's {top} levels")
-        return torch.linspace(top, 0, steps + 1, dtype=torch.float64).round() / levels  # half to even at ties
+        return (
+            torch.linspace(top, 0, steps + 1, dtype=torch.float64).round() / levels
+        )  # half to even at ties
 
 
 @dataclass(frozen=True)
 class EDM:
-    """Variance exploding in Karras' form (arXiv 2206.00364): alpha = 1, sigma = t; grid is its eq. 5 with rho."""
+    """Variance exploding in Karras' form (arXiv 2206.00364): alpha = 1, sigma = t; grid is its eq.
+    5 with rho.
+    """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0

@@ -1,4 +1,5 @@
-"""Solvers: deterministic samplers with several evaluations a step or a history. They have no density.
+"""Solvers: deterministic samplers with several evaluations a step or a history. They have no
+density.
 
 They sample (evaluation, data for methods without likelihoods) and refuse to be scored.
 """
@@ -21,7 +22,9 @@ Predict = Callable[[Tensor, Tensor], Prediction]
 class Solver(Protocol):
     """integrate(predict, x at grid[0], schedule, grid [K+1]) -> x at grid[K]."""
 
-    def integrate(self, predict: Predict, x: Tensor, schedule: Schedule, grid: Tensor) -> Tensor: ...
+    def integrate(
+        self, predict: Predict, x: Tensor, schedule: Schedule, grid: Tensor
+    ) -> Tensor: ...
 
 
 def _rows(time: Tensor, x: Tensor) -> Tensor:
@@ -30,10 +33,12 @@ def _rows(time: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Heun:
-    """Heun's method on the probability-flow ODE dx = x0 dalpha + eps dsigma, second order on every schedule:
+    """Heun's method on the probability-flow ODE dx = x0 dalpha + eps dsigma, second order on every
+    schedule:
 
-    x_s = x + (alpha_s - alpha_t)(x0_t + x0_s)/2 + (sigma_s - sigma_t)(eps_t + eps_s)/2, two evaluations a step, and one
-    (Euler) for the last step. On EDM this is arXiv 2206.00364 alg. 1 without churn, on flows Heun on the velocity.
+    x_s = x + (alpha_s - alpha_t)(x0_t + x0_s)/2 + (sigma_s - sigma_t)(eps_t + eps_s)/2, two
+    evaluations a step, and one (Euler) for the last step. On EDM this is arXiv 2206.00364 alg. 1
+    without churn, on flows Heun on the velocity.
     """
 
     def integrate(self, predict: Predict, x: Tensor, schedule: Schedule, grid: Tensor) -> Tensor:
@@ -53,11 +58,13 @@ class Heun:
 
 @dataclass(frozen=True)
 class DPMSolver:
-    """DPM-Solver++(2M) (arXiv 2211.01095 alg. 2): second order, one evaluation a step, history of one prediction.
+    """DPM-Solver++(2M) (arXiv 2211.01095 alg. 2): second order, one evaluation a step, history of
+    one prediction.
 
-    With lambda = log(alpha/sigma), h = lambda_s - lambda_t, r = h_previous/h: x_s = (sigma_s/sigma_t) x - alpha_s
-    expm1(-h) [(1 + 1/(2r)) x0 - x0_previous/(2r)]; first order where h or h_previous is infinite: the first two steps
-    from alpha = 0, and a step to sigma = 0 (as diffusers does).
+    With lambda = log(alpha/sigma), h = lambda_s - lambda_t, r = h_previous/h: x_s =
+    (sigma_s/sigma_t) x - alpha_s expm1(-h) [(1 + 1/(2r)) x0 - x0_previous/(2r)]; first order where
+    h or h_previous is infinite: the first two steps from alpha = 0, and a step to sigma = 0 (as
+    diffusers does).
     """
 
     def integrate(self, predict: Predict, x: Tensor, schedule: Schedule, grid: Tensor) -> Tensor:

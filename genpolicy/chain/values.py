@@ -13,14 +13,18 @@ Parametrisation = Literal["epsilon", "sample", "v_prediction", "velocity"]
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """Reshape a coefficient [B] (or [B,T] per token) so that it broadcasts over ``like`` [B,*E], in its dtype, on its
-    device.
+    """Reshape a coefficient [B] (or [B,T] per token) so that it broadcasts over ``like`` [B,*E], in
+    its dtype, on its device.
     """
-    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)).to(like.dtype).to(like.device)
+    return (
+        value.reshape(value.shape + (1,) * (like.ndim - value.ndim)).to(like.dtype).to(like.device)
+    )
 
 
 def reduce_event(value: Tensor, reduce: Reduce, mask: Tensor | None = None) -> Tensor:
-    """Reduce [B,*E] over E to [B]; with ``mask`` (bool, broadcastable to [B,*E]) only over the dims it keeps."""
+    """Reduce [B,*E] over E to [B]; with ``mask`` (bool, broadcastable to [B,*E]) only over the dims
+    it keeps.
+    """
     if reduce == "none":
         return value
     if reduce not in ("sum", "mean"):
@@ -37,10 +41,12 @@ def reduce_event(value: Tensor, reduce: Reduce, mask: Tensor | None = None) -> T
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Diagonal N(mean, std^2 I) over E. mean [B,*E]; std broadcastable to it; a dim with std 0 is a point.
+    """Diagonal N(mean, std^2 I) over E. mean [B,*E]; std broadcastable to it; a dim with std 0 is a
+    point.
 
-    A point has no density: ``log_prob`` and ``kl`` raise on it unless ``mask`` (bool, broadcastable to [B,*E],
-    True = counts) leaves it out. Masked-out dims are removed *before* dividing, so that their gradients are 0, not NaN.
+    A point has no density: ``log_prob`` and ``kl`` raise on it unless ``mask`` (bool, broadcastable
+    to [B,*E], True = counts) leaves it out. Masked-out dims are removed *before* dividing, so that
+    their gradients are 0, not NaN.
     """
 
     mean: Tensor
@@ -51,10 +57,11 @@ class Gaussian:
         return self.mean + self.std * noise
 
     def log_prob(self, x: Tensor, *, reduce: Reduce, mask: Tensor | None = None) -> Tensor:
-        """log N(x; mean, std^2) = -(x-mean)^2 / (2 std^2) - log std - log(2 pi)/2, reduced over E as asked.
+        """log N(x; mean, std^2) = -(x-mean)^2 / (2 std^2) - log std - log(2 pi)/2, reduced over E
+        as asked.
 
-        ``reduce`` has no default on purpose: clip ranges only mean something beside it ("mean": 1e-6..1e-3 on images,
-        "sum": 0.1..0.3).
+        ``reduce`` has no default on purpose: clip ranges only mean something beside it ("mean":
+        1e-6..1e-3 on images, "sum": 0.1..0.3).
         """
         std = self._density_std(mask)
         difference = _keep(x - self.mean, mask)
@@ -62,7 +69,9 @@ class Gaussian:
         return reduce_event(_keep(density, mask), reduce, mask)
 
     def kl(self, other: "Gaussian", *, reduce: Reduce, mask: Tensor | None = None) -> Tensor:
-        """KL(self || other) = log(s2/s1) + (s1^2 + (m1-m2)^2) / (2 s2^2) - 1/2, reduced over E as asked."""
+        """KL(self || other) = log(s2/s1) + (s1^2 + (m1-m2)^2) / (2 s2^2) - 1/2, reduced over E as
+        asked.
+        """
         std, other_std = self._density_std(mask), other._density_std(mask)
         difference = _keep(self.mean - other.mean, mask)
         ratio = std / other_std
@@ -96,13 +105,15 @@ class Prediction:
     std: Tensor | None = None
 
     @classmethod
-    def of(cls, kind: Parametrisation, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Self:
+    def of(
+        cls, kind: Parametrisation, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor
+    ) -> Self:
         """Translate a network output [B,*E] at x_t [B,*E] with alpha(t), sigma(t) [B] (or [B,T]).
 
-        epsilon: eps = out, x0 = (x - sigma out)/alpha. sample: x0 = out, eps = (x - alpha out)/sigma.
-        v_prediction (alpha^2 + sigma^2 = 1): x0 = alpha x - sigma out, eps = alpha out + sigma x.
-        velocity (alpha + sigma = 1, out = eps - x0): x0 = x - sigma out, eps = x + alpha out.
-        Everything is done in fp32 whatever dtype the network ran in.
+        epsilon: eps = out, x0 = (x - sigma out)/alpha. sample: x0 = out, eps = (x - alpha
+        out)/sigma. v_prediction (alpha^2 + sigma^2 = 1): x0 = alpha x - sigma out, eps = alpha out
+        + sigma x. velocity (alpha + sigma = 1, out = eps - x0): x0 = x - sigma out, eps = x + alpha
+        out. Everything is done in fp32 whatever dtype the network ran in.
         """
         x, output = x.float(), output.float()
         a, s = expand(alpha, x), expand(sigma, x)
@@ -114,7 +125,9 @@ class Prediction:
             return cls(a * x - s * output, a * output + s * x)
         if kind == "velocity":
             return cls(x - s * output, x + a * output)
-        raise ValueError(f"parametrisation {kind!r} is unknown; valid are epsilon, sample, v_prediction, velocity")
+        raise ValueError(
+            f"parametrisation {kind!r} is unknown; valid are epsilon, sample, v_prediction, velocity"
+        )
 
 
 def output_gain(kind: Parametrisation, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +143,9 @@ def output_gain(kind: Parametrisation, alpha: Tensor, sigma: Tensor) -> tuple[Te
 
 
 class Condition(Protocol):
-    """What the network is conditioned on, encoded once per prompt or observation: B rows that can be picked."""
+    """What the network is conditioned on, encoded once per prompt or observation: B rows that can
+    be picked.
+    """
 
     def __len__(self) -> int: ...
 
@@ -138,4 +153,6 @@ class Condition(Protocol):
 
 
 Denoiser = Callable[[Tensor, Tensor, Condition], Prediction]
-"""(x_t [B,*E], t [B] or [B,T], condition of B rows) -> Prediction: one network evaluation, counted by its owner."""
+"""(x_t [B,*E], t [B] or [B,T], condition of B rows) -> Prediction: one network evaluation, counted
+by its owner.
+"""

@@ -11,11 +11,14 @@ from genpolicy.config import ConfigError
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars of `datasets`, and not the traceback of pages that torchcodec prints where FFmpeg is missing (LeRobot
-    then decodes videos with PyAV).
+    """No bars of `datasets`, and not the traceback of pages that torchcodec prints where FFmpeg is
+    missing (LeRobot then decodes videos with PyAV).
     """
     datasets = _needed("datasets")
-    imports, barred = logging.getLogger("lerobot.utils.import_utils"), datasets.is_progress_bar_enabled()
+    imports, barred = (
+        logging.getLogger("lerobot.utils.import_utils"),
+        datasets.is_progress_bar_enabled(),
+    )
     level = imports.level
     imports.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -36,4 +39,6 @@ def _needed(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError("LeRobot data sets need lerobot: pip install genpolicy[robots]") from error
+        raise ConfigError(
+            "LeRobot data sets need lerobot: pip install genpolicy[robots]"
+        ) from error

@@ -18,11 +18,14 @@ MADE = "genpolicy.json"
 
 
 @contextmanager
-def recording(out: Path, task: ControlTask, made: Mapping[str, Any]) -> Iterator[Callable[[Demonstration], None]]:
+def recording(
+    out: Path, task: ControlTask, made: Mapping[str, Any]
+) -> Iterator[Callable[[Demonstration], None]]:
     """A data set being written: hand it episodes, one by one.
 
-    Leaving it renames the finished folder to ``out``; leaving by an exception removes everything. ``made`` is written
-    at the end as meta/genpolicy.json. Raises `FileExistsError` if ``out`` is there.
+    Leaving it renames the finished folder to ``out``; leaving by an exception removes everything.
+    ``made`` is written at the end as meta/genpolicy.json. Raises `FileExistsError` if ``out`` is
+    there.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists already: choose another folder, or delete it")
@@ -34,7 +37,11 @@ def recording(out: Path, task: ControlTask, made: Mapping[str, Any]) -> Iterator
             from lerobot.datasets.lerobot_dataset import LeRobotDataset as Theirs
 
             writing = Theirs.create(
-                repo_id=f"local/{out.name}", fps=task.fps, features=_features(task), root=staged, use_videos=False
+                repo_id=f"local/{out.name}",
+                fps=task.fps,
+                features=_features(task),
+                root=staged,
+                use_videos=False,
             )
             try:
                 yield lambda episode: _add(writing, episode, task.instruction)
@@ -71,7 +78,12 @@ def _add(writing: Any, episode: Demonstration, instruction: str) -> None:
         success = np.array([episode.success and h == len(actions) - 1])
         writing.add_frame(
             {name: frames[h] for name, frames in seen.items()}
-            | {"action": actions[h], "next.reward": rewards[h : h + 1], "next.success": success, "task": instruction}
+            | {
+                "action": actions[h],
+                "next.reward": rewards[h : h + 1],
+                "next.success": success,
+                "task": instruction,
+            }
         )
     writing.save_episode()
 

@@ -1,7 +1,8 @@
-"""A LeRobotDataset (v3): vectors are read into memory at once; pictures are decoded all together when the first row asks for
-them, or, where they would not fit into memory, whenever a row asks.
+"""A LeRobotDataset (v3): vectors are read into memory at once; pictures are decoded all together
+when the first row asks for them, or, where they would not fit into memory, whenever a row asks.
 
-Vectors come straight from the parquet files, without importing lerobot; pictures come from LeRobot's own reader.
+Vectors come straight from the parquet files, without importing lerobot; pictures come from
+LeRobot's own reader.
 """
 
 import json
@@ -34,13 +35,14 @@ BOOKS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 class LeRobotDataset:
     """The frames of a data set's episodes, in order: the contract is `genpolicy.task.Dataset`.
 
-    root: the data set's folder. repo_id: its hub id instead (or where ``root`` is to be downloaded from).
-    episodes: those, or the first so many; default all. success_only: only episodes in which "next.success" came true
-    (the first so many are then counted among these).
+    root: the data set's folder. repo_id: its hub id instead (or where ``root`` is to be downloaded
+    from). episodes: those, or the first so many; default all. success_only: only episodes in which
+    "next.success" came true (the first so many are then counted among these).
 
-    columns: every vector feature, name -> fp32 [F,*shape] of the F frames, "action", "next.reward" and "next.success"
-    among them. episode [F]: the number of each frame's episode. stats: of exactly these episodes; of vectors over
-    all their frames, of pictures as LeRobot sampled them while recording.
+    columns: every vector feature, name -> fp32 [F,*shape] of the F frames, "action", "next.reward"
+    and "next.success" among them. episode [F]: the number of each frame's episode. stats: of
+    exactly these episodes; of vectors over all their frames, of pictures as LeRobot sampled them
+    while recording.
     """
 
     root: str | None = None
@@ -54,23 +56,33 @@ class LeRobotDataset:
         features: Mapping[str, Any] = info["features"]
         _check_whole(self._folder, info)
         if "action" not in features:
-            raise ValueError(f"{self._folder} has no feature 'action'; it has {', '.join(features)}")
+            raise ValueError(
+                f"{self._folder} has no feature 'action'; it has {', '.join(features)}"
+            )
         self.fps = int(info["fps"])
         self.cameras = [name for name in features if features[name]["dtype"] in CAMERA]
-        vectors = [n for n in features if features[n]["dtype"] not in CAMERA + TEXT and n not in BOOKS]
+        vectors = [
+            n for n in features if features[n]["dtype"] not in CAMERA + TEXT and n not in BOOKS
+        ]
         table = _table(self._folder / "data", [*vectors, "index", "episode_index", "task_index"])
         order = np.argsort(table["index"].to_numpy(), kind="stable")
         episode = table["episode_index"].to_numpy()[order]
         succeeded = table[SUCCESS].to_numpy()[order] if SUCCESS in vectors else None
-        self._place = order[np.isin(episode, self._chosen(episode, succeeded))]  # which rows of the files, in time
-        self.columns = {name: _tensor(table[name], features[name]["shape"], self._place) for name in vectors}
+        self._place = order[
+            np.isin(episode, self._chosen(episode, succeeded))
+        ]  # which rows of the files, in time
+        self.columns = {
+            name: _tensor(table[name], features[name]["shape"], self._place) for name in vectors
+        }
         self.episode = torch.from_numpy(table["episode_index"].to_numpy()[self._place])
         self._task = table["task_index"].to_numpy()[self._place]
         lengths = self.episode.unique_consecutive(return_counts=True)[1]
         self._last = (lengths.cumsum(0) - 1).repeat_interleave(lengths)
         self._first = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         self._vectors = [name for name in vectors if name.startswith("observation.")]
-        self.shapes = {name: _shape(features[name]) for name in (*self._vectors, *self.cameras, "action")}
+        self.shapes = {
+            name: _shape(features[name]) for name in (*self._vectors, *self.cameras, "action")
+        }
         self.stats = {name: _statistics(self.columns[name]) for name in (*self._vectors, "action")}
         self.stats |= self._picture_stats()
 
@@ -110,19 +122,27 @@ class LeRobotDataset:
         kept = there
         if self.success_only:
             if succeeded is None:
-                raise ValueError(f"success_only needs the feature {SUCCESS!r}, which {self._folder} does not have")
+                raise ValueError(
+                    f"success_only needs the feature {SUCCESS!r}, which {self._folder} does not have"
+                )
             kept = np.unique(episode[succeeded.astype(bool)]).tolist()
         if isinstance(self.episodes, list):
             for number in self.episodes:
                 if number not in there:
-                    raise ValueError(f"episodes has {number}; {self._folder} has episodes {there[0]} to {there[-1]}")
+                    raise ValueError(
+                        f"episodes has {number}; {self._folder} has episodes {there[0]} to {there[-1]}"
+                    )
             kept = [number for number in kept if number in self.episodes]
         elif self.episodes is not None:
             if not 1 <= self.episodes <= len(kept):
-                raise ValueError(f"episodes is {self.episodes}; {self._folder} has {len(kept)} to choose from")
+                raise ValueError(
+                    f"episodes is {self.episodes}; {self._folder} has {len(kept)} to choose from"
+                )
             kept = kept[: self.episodes]
         if not kept:
-            raise ValueError(f"{self._folder}: no episode is left of {len(there)}; relax episodes or success_only")
+            raise ValueError(
+                f"{self._folder}: no episode is left of {len(there)}; relax episodes or success_only"
+            )
         return kept
 
     @cached_property
@@ -152,8 +172,13 @@ class LeRobotDataset:
         return self._decoded(torch.arange(len(self)))
 
     def _decoded(self, frames: Tensor) -> dict[str, Tensor]:
-        """Every camera's pictures of some frames as bytes, uint8 [n,C,H,W]: LeRobot's reader gives such bytes, over 255."""
-        made = {name: torch.empty(len(frames), *self.shapes[name], dtype=torch.uint8) for name in self.cameras}
+        """Every camera's pictures of some frames as bytes, uint8 [n,C,H,W]: LeRobot's reader gives
+        such bytes, over 255.
+        """
+        made = {
+            name: torch.empty(len(frames), *self.shapes[name], dtype=torch.uint8)
+            for name in self.cameras
+        }
         for row, place in enumerate(self._place[frames.numpy()]):
             item = self._theirs[int(place)]
             for name, pictures in made.items():
@@ -163,7 +188,9 @@ class LeRobotDataset:
     def _picture_stats(self) -> dict[str, dict[str, Tensor]]:
         if not self.cameras:
             return {}
-        names = [f"stats/{camera}/{kind}" for camera in self.cameras for kind in (*STATISTICS, "count")]
+        names = [
+            f"stats/{camera}/{kind}" for camera in self.cameras for kind in (*STATISTICS, "count")
+        ]
         table = _table(self._folder / "meta" / "episodes", ["episode_index", *names])
         with quiet():
             from lerobot.datasets.compute_stats import aggregate_stats
@@ -171,11 +198,17 @@ class LeRobotDataset:
         episodes = [row for row in table.to_pylist() if row["episode_index"] in chosen]
         stats = aggregate_stats(
             [
-                {c: {k: np.array(row[f"stats/{c}/{k}"]) for k in (*STATISTICS, "count")} for c in self.cameras}
+                {
+                    c: {k: np.array(row[f"stats/{c}/{k}"]) for k in (*STATISTICS, "count")}
+                    for c in self.cameras
+                }
                 for row in episodes
             ]
         )
-        return {c: {kind: torch.from_numpy(stats[c][kind]).float() for kind in STATISTICS} for c in self.cameras}
+        return {
+            c: {kind: torch.from_numpy(stats[c][kind]).float() for kind in STATISTICS}
+            for c in self.cameras
+        }
 
 
 def _info(folder: Path) -> dict[str, Any]:
@@ -187,7 +220,10 @@ def _info(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} is no LeRobotDataset: it has no {INFO}")
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
-        version = [info[key] for key in ("features", "fps", "total_frames", "total_episodes", "codebase_version")][-1]
+        version = [
+            info[key]
+            for key in ("features", "fps", "total_frames", "total_episodes", "codebase_version")
+        ][-1]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not version.startswith("v3."):
@@ -199,7 +235,9 @@ def _info(folder: Path) -> dict[str, Any]:
 
 
 def _check_whole(folder: Path, info: Mapping[str, Any]) -> None:
-    """Raise unless every frame and episode is in files that were closed: parquet writes its footer last."""
+    """Raise unless every frame and episode is in files that were closed: parquet writes its footer
+    last.
+    """
     for part, total in (("data", "total_frames"), ("meta/episodes", "total_episodes")):
         counts = [_count(file) for file in _files(folder / part)]
         if not counts or None in counts or sum(filter(None, counts)) != info[total]:
@@ -222,7 +260,9 @@ def _count(file: Path) -> int | None:
 
 
 def _table(folder: Path, columns: Sequence[str]) -> Any:
-    """These columns of all files as one pyarrow table. Raises with the names of those that are missing."""
+    """These columns of all files as one pyarrow table. Raises with the names of those that are
+    missing.
+    """
     parquet = arrow().parquet
     files = _files(folder)
     have = parquet.read_schema(files[0]).names
@@ -235,14 +275,18 @@ def _table(folder: Path, columns: Sequence[str]) -> Any:
 def _tensor(column: Any, shape: Iterable[int], rows: np.ndarray) -> Tensor:
     """A column of numbers, or of (nested) lists of them, as fp32 [len(rows),*shape]."""
     array = column.combine_chunks()
-    while hasattr(array, "storage") or hasattr(array, "flatten"):  # an extension type (a matrix), lists
+    while hasattr(array, "storage") or hasattr(
+        array, "flatten"
+    ):  # an extension type (a matrix), lists
         array = array.storage if hasattr(array, "storage") else array.flatten()
     values = array.to_numpy(zero_copy_only=False).astype(np.float32)
     return torch.from_numpy(values.reshape(len(column), *shape)[rows])
 
 
 def _shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
-    """A feature's shape; of pictures [C,H,W], which is what LeRobot's reader returns however they were declared."""
+    """A feature's shape; of pictures [C,H,W], which is what LeRobot's reader returns however they
+    were declared.
+    """
     shape = tuple(feature["shape"])
     last = (feature.get("names") or [""])[-1] if feature["dtype"] in CAMERA else ""
     return (shape[2], *shape[:2]) if last in ("channel", "channels") else shape
@@ -253,4 +297,6 @@ def _statistics(values: Tensor) -> dict[str, Tensor]:
     wide = values.double().numpy()
     low, high = np.quantile(wide, [0.01, 0.99], axis=0)
     found = (wide.min(0), wide.max(0), wide.mean(0), wide.std(0), low, high)
-    return {name: torch.as_tensor(value).float() for name, value in zip(STATISTICS, found, strict=True)}
+    return {
+        name: torch.as_tensor(value).float() for name, value in zip(STATISTICS, found, strict=True)
+    }

@@ -1,7 +1,8 @@
-"""Advantages: from rewards to how much better than expected each row was. Pure functions on fp64 tensors.
+"""Advantages: from rewards to how much better than expected each row was. Pure functions on fp64
+tensors.
 
-Rewards of whole episodes come as [M,N]: M groups of N members (one prompt, or one start state, each); rewards of
-decisions as [R,T]: R decisions (rows) of up to T environment steps each.
+Rewards of whole episodes come as [M,N]: M groups of N members (one prompt, or one start state,
+each); rewards of decisions as [R,T]: R decisions (rows) of up to T environment steps each.
 """
 
 from collections import deque
@@ -19,9 +20,10 @@ Combine = Literal["sum", "z_sum"]
 def group_relative(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -> Tensor:
     """A = (R - mean of the group) / (std + eps), [M,N] -> [M,N]; std is biased (ddof 0).
 
-    scale: "group" the group's std (GRPO, arXiv 2402.03300; GRPO-Guard's configs), "all" the std of every reward of the
-    iteration (flow_grpo's global_std, its SD3 default), "none" divides by nothing (Dr. GRPO, arXiv 2503.20783). eps:
-    flow_grpo stat_tracking.py. A group whose rewards are all equal gives zeros.
+    scale: "group" the group's std (GRPO, arXiv 2402.03300; GRPO-Guard's configs), "all" the std of
+    every reward of the iteration (flow_grpo's global_std, its SD3 default), "none" divides by
+    nothing (Dr. GRPO, arXiv 2503.20783). eps: flow_grpo stat_tracking.py. A group whose rewards are
+    all equal gives zeros.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     if scale == "none":
@@ -34,7 +36,9 @@ def group_relative(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """RLOO (arXiv 2402.14740): A_i = R_i - mean of the others in its group = N/(N-1) (R_i - mean), [M,N] -> [M,N]."""
+    """RLOO (arXiv 2402.14740): A_i = R_i - mean of the others in its group = N/(N-1) (R_i - mean),
+    [M,N] -> [M,N].
+    """
     members = rewards.shape[1]
     if members < 2:
         raise ValueError("leave-one-out needs at least 2 members in a group")
@@ -56,18 +60,21 @@ def gae(
     gamma: float,
     lam: float,
 ) -> Tensor:
-    """Generalised advantage estimation (arXiv 1506.02438 eq. 16) over decisions of n_h environment steps each, [R]:
+    """Generalised advantage estimation (arXiv 1506.02438 eq. 16) over decisions of n_h environment
+    steps each, [R]:
 
         delta_h = sum_j gamma^j r_{h,j} + gamma^{n_h} V(s_{h+1}) (1 - terminated_h) - V(s_h)
         A_h     = delta_h + gamma^{n_h} lam A_{h+1} (1 - last_h)
 
-    Rows are decisions, each episode's in order and together. rewards [R,T]; executed [R] = n_h; values [R] = V(s_h);
-    next_values [R] = V of what is seen after the decision, where the episode was cut its *final* observation, never the
-    first of the next one; terminated [R]: nothing comes after (no bootstrap); last [R]: the episode ended here, by
-    itself or cut (the trace ends).
+    Rows are decisions, each episode's in order and together. rewards [R,T]; executed [R] = n_h;
+    values [R] = V(s_h); next_values [R] = V of what is seen after the decision, where the episode
+    was cut its *final* observation, never the first of the next one; terminated [R]: nothing comes
+    after (no bootstrap); last [R]: the episode ended here, by itself or cut (the trace ends).
     """
     discount = gamma ** executed.to(values.dtype)
-    delta = discounted(rewards.to(values.dtype), gamma) + discount * next_values * ~terminated - values
+    delta = (
+        discounted(rewards.to(values.dtype), gamma) + discount * next_values * ~terminated - values
+    )
     carry = discount * lam * ~last
     advantage = torch.empty_like(delta)
     following = 0.0
@@ -78,10 +85,12 @@ def gae(
 
 
 class PromptHistory:
-    """Per-prompt running statistics (DDPO): A = (R - mean)/(std + 1e-6) over the prompt's last ``size`` rewards.
+    """Per-prompt running statistics (DDPO): A = (R - mean)/(std + 1e-6) over the prompt's last
+    ``size`` rewards.
 
-    While a prompt has fewer than ``min_count`` of them, the whole batch's mean and std are used instead (ddpo-pytorch
-    stat_tracking.py: buffer_size 16 or 32, min_count 16). It has a state_dict, so that Run can save and resume it.
+    While a prompt has fewer than ``min_count`` of them, the whole batch's mean and std are used
+    instead (ddpo-pytorch stat_tracking.py: buffer_size 16 or 32, min_count 16). It has a
+    state_dict, so that Run can save and resume it.
     """
 
     def __init__(self, size: int = 32, min_count: int = 16) -> None:
@@ -92,7 +101,9 @@ class PromptHistory:
         """rewards [M,N] with M prompts -> [M,N]; the rewards enter the history first."""
         rows: list[Tensor] = []
         for prompt, row in zip(prompts, rewards, strict=True):
-            self.history.setdefault(prompt, deque(maxlen=self.size)).extend(float(reward) for reward in row)
+            self.history.setdefault(prompt, deque(maxlen=self.size)).extend(
+                float(reward) for reward in row
+            )
         for prompt, row in zip(prompts, rewards, strict=True):
             seen = torch.tensor(list(self.history[prompt]), dtype=rewards.dtype)
             pool = seen if len(seen) >= self.min_count else rewards
@@ -107,28 +118,37 @@ class PromptHistory:
 
 
 class Advantage:
-    """Rewards by name to one advantage per row, bounded to [-bound, bound] (public code clips at 5).
+    """Rewards by name to one advantage per row, bounded to [-bound, bound] (public code clips at
+    5).
 
-    kind: the scale of `group_relative`, `leave_one_out`, or a `PromptHistory`. combine: "sum" adds the weighted rewards
-    and scores the total; "z_sum" scores every reward by itself and adds the weighted scores (MixGRPO's advantage_aggr):
-    a reward then counts by its weight, not by its scale. It has a state_dict, so that Run can save and resume it.
+    kind: the scale of `group_relative`, `leave_one_out`, or a `PromptHistory`. combine: "sum" adds
+    the weighted rewards and scores the total; "z_sum" scores every reward by itself and adds the
+    weighted scores (MixGRPO's advantage_aggr): a reward then counts by its weight, not by its
+    scale. It has a state_dict, so that Run can save and resume it.
     """
 
     def __init__(self, kind: Kind = "group", combine: Combine = "sum", bound: float = 5.0) -> None:
-        for what, value, valid in (("kind", kind, get_args(Kind)), ("combine", combine, get_args(Combine))):
+        for what, value, valid in (
+            ("kind", kind, get_args(Kind)),
+            ("combine", combine, get_args(Combine)),
+        ):
             if value not in valid:
                 raise ValueError(f"advantage {what} is {value!r}; valid are {', '.join(valid)}")
         self.kind: Kind = kind
         self.combine, self.bound = combine, bound
         self.histories: dict[str, PromptHistory] = {}
 
-    def __call__(self, parts: Mapping[str, Tensor], weights: Mapping[str, float], prompts: Sequence[str]) -> Tensor:
+    def __call__(
+        self, parts: Mapping[str, Tensor], weights: Mapping[str, float], prompts: Sequence[str]
+    ) -> Tensor:
         """parts: name -> [M,N] rewards; weights by the same names; the M groups' prompts -> [M,N]."""
         if self.combine == "sum":
             total = torch.stack([weights[name] * part for name, part in parts.items()]).sum(0)
             advantage = self._score("total", total, prompts)
         else:
-            scores = [weights[name] * self._score(name, part, prompts) for name, part in parts.items()]
+            scores = [
+                weights[name] * self._score(name, part, prompts) for name, part in parts.items()
+            ]
             advantage = torch.stack(scores).sum(0)
         return advantage.clamp(-self.bound, self.bound)
 

@@ -1,8 +1,9 @@
 """Critics: ensembles of values, what they regress on, and how pessimistically they are read.
 
-Besides the legend of `genpolicy.chain`: **M** members of an ensemble, **F** features of an observation, **T** rewards
-of one decision, of which the first ``executed`` count. Everything is a number per member and row, [M,B], reduced by
-nobody: the caller averages, so a weight or a mask of rows needs no option here.
+Besides the legend of `genpolicy.chain`: **M** members of an ensemble, **F** features of an
+observation, **T** rewards of one decision, of which the first ``executed`` count. Everything is a
+number per member and row, [M,B], reduced by nobody: the caller averages, so a weight or a mask of
+rows needs no option here.
 """
 
 import math
@@ -14,20 +15,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 READOUT = 0.1
-"""The readout's first weights, as a part of a linear layer's usual ones: values start within a few hundredths of 0."""
+"""The readout's first weights, as a part of a linear layer's usual ones: values start within a few
+hundredths of 0.
+"""
 STILL = 0.05
-"""Least std that a feature is divided by: one that hardly moved in the data is not to be made much of where it does."""
+"""Least std that a feature is divided by: one that hardly moved in the data is not to be made much
+of where it does.
+"""
 
 
 @dataclass(frozen=True)
 class Support:
-    """Values as histograms, HL-Gauss (arXiv 2403.03950): y becomes what N(y, s^2) gives to each bin,
-    p_i = Phi((e_{i+1} - y) / s) - Phi((e_i - y) / s), over their sum; a histogram is read as sum_i p_i c_i, c_i the centre.
+    """Values as histograms, HL-Gauss (arXiv 2403.03950): y becomes what N(y, s^2) gives to each
+    bin, p_i = Phi((e_{i+1} - y) / s) - Phi((e_i - y) / s), over their sum; a histogram is read as
+    sum_i p_i c_i, c_i the centre.
 
-    low, high: the values that can be told apart, others count as the nearer end. bins: how many, of one width, over
-    [low - margin s, high + margin s]. sigma: s in widths of a bin. margin: in units of s; without it N(y, s^2) is cut at
-    the ends, and an end is read .7 of a width too far inside (PA-RL's public code has none, and divides by sqrt(2) s
-    inside a CDF that expects s). As set here what is read is off by 1e-4 of a width at most.
+    low, high: the values that can be told apart, others count as the nearer end. bins: how many, of
+    one width, over [low - margin s, high + margin s]. sigma: s in widths of a bin. margin: in units
+    of s; without it N(y, s^2) is cut at the ends, and an end is read .7 of a width too far inside
+    (PA-RL's public code has none, and divides by sqrt(2) s inside a CDF that expects s). As set
+    here what is read is off by 1e-4 of a width at most.
     """
 
     low: float
@@ -38,12 +45,18 @@ class Support:
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
-            raise ValueError(f"support reaches from {self.low} to {self.high}; low must be below high")
+            raise ValueError(
+                f"support reaches from {self.low} to {self.high}; low must be below high"
+            )
         if self.sigma <= 0 or self.margin < 0:
-            raise ValueError(f"support's sigma {self.sigma} must be above 0 and its margin {self.margin} at least 0")
+            raise ValueError(
+                f"support's sigma {self.sigma} must be above 0 and its margin {self.margin} at least 0"
+            )
         if self.bins <= 2 * self.margin * self.sigma + 1:
             need = math.floor(2 * self.margin * self.sigma + 1) + 1
-            raise ValueError(f"support has {self.bins} bins, its margins alone take more; valid are {need} and up")
+            raise ValueError(
+                f"support has {self.bins} bins, its margins alone take more; valid are {need} and up"
+            )
 
     @property
     def width(self) -> float:
@@ -53,7 +66,9 @@ class Support:
     def edges(self, like: Tensor) -> Tensor:
         """[bins+1], of the type and on the device of ``like``."""
         pad = self.margin * self.sigma * self.width
-        return torch.linspace(self.low - pad, self.high + pad, self.bins + 1, dtype=like.dtype, device=like.device)
+        return torch.linspace(
+            self.low - pad, self.high + pad, self.bins + 1, dtype=like.dtype, device=like.device
+        )
 
     def encode(self, value: Tensor) -> Tensor:
         """Histograms of values: [...] -> [...,bins], each summing to 1."""
@@ -69,9 +84,10 @@ class Support:
 class Standard(nn.Module):
     """(x - centre) / spread of what a critic sees [...,n]; as it is before `fit`.
 
-    An encoder that imitation has shaped says different things about different states in numbers that differ by a tenth (behind
-    a LayerNorm); IQL on those gave values without order: on 120 episodes from pictures held-out AUC of V at the start of
-    an episode .56, standardised .90 (docs/rl100.md).
+    An encoder that imitation has shaped says different things about different states in numbers
+    that differ by a tenth (behind a LayerNorm); IQL on those gave values without order: on 120
+    episodes from pictures held-out AUC of V at the start of an episode .56, standardised .90
+    (docs/rl100.md).
     """
 
     centre: Tensor
@@ -83,7 +99,9 @@ class Standard(nn.Module):
         self.register_buffer("spread", torch.ones(size))
 
     def fit(self, features: Tensor) -> None:
-        """By the mean and std of features [B,F], the first F of the n; the others, an event's, come scaled."""
+        """By the mean and std of features [B,F], the first F of the n; the others, an event's, come
+        scaled.
+        """
         size = features.shape[1]
         self.centre[:size] = features.mean(0)
         self.spread[:size] = features.std(0, correction=0).clamp_min(STILL)
@@ -93,13 +111,14 @@ class Standard(nn.Module):
 
 
 class Critic(nn.Module):
-    """M separate MLPs with LayerNorm and SiLU, computed together: Q(features [B,F], event [B,*E]) -> [M,B]; with
-    ``event=0``, V(features) -> [M,B].
+    """M separate MLPs with LayerNorm and SiLU, computed together: Q(features [B,F], event [B,*E])
+    -> [M,B]; with ``event=0``, V(features) -> [M,B].
 
-    event: numbers in an event, prod(E). layers: how many hidden ones, of ``hidden`` units. support: None learns by
-    squared error, a `Support` by cross-entropy on histograms, and then values start in the middle of its range instead
-    of near 0. LayerNorm bounds Q off the data (RLPD, arXiv 2302.02948); it has no gain and shift of its own, which the
-    weight and bias before it give but for one common factor.
+    event: numbers in an event, prod(E). layers: how many hidden ones, of ``hidden`` units. support:
+    None learns by squared error, a `Support` by cross-entropy on histograms, and then values start
+    in the middle of its range instead of near 0. LayerNorm bounds Q off the data (RLPD, arXiv
+    2302.02948); it has no gain and shift of its own, which the weight and bias before it give but
+    for one common factor.
     """
 
     def __init__(
@@ -118,11 +137,17 @@ class Critic(nn.Module):
         sizes = [features + event, *[hidden] * layers, 1 if support is None else support.bins]
         for layer, (inputs, outputs) in enumerate(pairwise(sizes)):
             bound = (READOUT if layer == layers else 1.0) / math.sqrt(inputs)
-            self.weights.append(nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound)))
-            self.biases.append(nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound)))
+            self.weights.append(
+                nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+            )
+            self.biases.append(
+                nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+            )
 
     def outputs(self, features: Tensor, event: Tensor | None = None) -> Tensor:
-        """What the members say before it is read as a value: [M,B,1], with a support logits [M,B,bins]."""
+        """What the members say before it is read as a value: [M,B,1], with a support logits
+        [M,B,bins].
+        """
         row = self.scale(features if event is None else torch.cat([features, event.flatten(1)], 1))
         x = row.expand(len(self.weights[0]), *row.shape)
         *hidden, readout = zip(self.weights, self.biases, strict=True)
@@ -133,11 +158,15 @@ class Critic(nn.Module):
 
     def forward(self, features: Tensor, event: Tensor | None = None) -> Tensor:
         outputs = self.outputs(features, event)
-        return outputs.squeeze(-1) if self.support is None else self.support.decode(outputs.softmax(-1))
+        return (
+            outputs.squeeze(-1)
+            if self.support is None
+            else self.support.decode(outputs.softmax(-1))
+        )
 
     def loss(self, features: Tensor, event: Tensor | None, target: Tensor) -> Tensor:
-        """How far each member is from ``target`` [B] or [M,B], constants: [M,B]. (Q - y)^2, with a support
-        - sum_i p_i(y) log softmax(logits)_i.
+        """How far each member is from ``target`` [B] or [M,B], constants: [M,B]. (Q - y)^2, with a
+        support - sum_i p_i(y) log softmax(logits)_i.
         """
         outputs, target = self.outputs(features, event), target.detach()
         if self.support is None:
@@ -165,22 +194,29 @@ class StateValue(nn.Module):
         return self.network(self.scale(features)).squeeze(-1)
 
 
-# -- what is learned ----------------------------------------------------------------------------------------------
+# -- what is learned
+# ----------------------------------------------------------------------------------------------
 
 
-def bellman_target(rewards: Tensor, executed: Tensor, terminated: Tensor, next_value: Tensor, gamma: float) -> Tensor:
-    """y = sum_{j < n} gamma^j r_j + gamma^n (1 - terminated) V(s'), n = executed; of ``next_value``'s shape and type.
+def bellman_target(
+    rewards: Tensor, executed: Tensor, terminated: Tensor, next_value: Tensor, gamma: float
+) -> Tensor:
+    """y = sum_{j < n} gamma^j r_j + gamma^n (1 - terminated) V(s'), n = executed; of
+    ``next_value``'s shape and type.
 
-    rewards [B,T]; executed [B], 1..T, where an episode ended or a person took over fewer than were planned; terminated
-    [B] bool: nothing comes after, an episode merely cut bootstraps from its final observation; next_value [B] or [M,B]:
-    V of what is seen after the n-th step, ignored where terminated. A decision of one step is discounted by gamma, not by
-    gamma^T (RL-100's public code: gamma^n_action_steps for both, corrected in a fork, critic.py:832-837); the chunk has
-    its (1 - terminated) (ALOE, arXiv 2602.12691, is reported to print it without).
+    rewards [B,T]; executed [B], 1..T, where an episode ended or a person took over fewer than were
+    planned; terminated [B] bool: nothing comes after, an episode merely cut bootstraps from its
+    final observation; next_value [B] or [M,B]: V of what is seen after the n-th step, ignored where
+    terminated. A decision of one step is discounted by gamma, not by gamma^T (RL-100's public code:
+    gamma^n_action_steps for both, corrected in a fork, critic.py:832-837); the chunk has its (1 -
+    terminated) (ALOE, arXiv 2602.12691, is reported to print it without).
     """
     steps = torch.arange(rewards.shape[1], device=rewards.device)
     happened = torch.where(steps < executed.unsqueeze(1), rewards, 0.0).to(next_value.dtype)
     bootstrap = gamma ** executed.to(next_value.dtype) * next_value
-    return (happened * gamma ** steps.to(happened.dtype)).sum(1) + torch.where(terminated, 0.0, bootstrap)
+    return (happened * gamma ** steps.to(happened.dtype)).sum(1) + torch.where(
+        terminated, 0.0, bootstrap
+    )
 
 
 def expectile_loss(error: Tensor, expectile: float) -> Tensor:
@@ -192,18 +228,19 @@ def expectile_loss(error: Tensor, expectile: float) -> Tensor:
 
 
 def calibrated(values: Tensor, returns: Tensor) -> Tensor:
-    """max(Q(s, a), V_mu(s)), elementwise (Cal-QL, arXiv 2303.05479): for actions of the *policy* only, so that none
-    is pushed below ``returns``, what the data's own policy got from there on.
+    """max(Q(s, a), V_mu(s)), elementwise (Cal-QL, arXiv 2303.05479): for actions of the *policy*
+    only, so that none is pushed below ``returns``, what the data's own policy got from there on.
     """
     return torch.maximum(values, returns)
 
 
 def conservative(q_data: Tensor, q_policy: Tensor, returns: Tensor | None = None) -> Tensor:
-    """CQL's term (arXiv 2006.04779), to be made small: log mean exp of Q over the data's action and the policy's N,
-    minus Q of the data's action; at least -log(N+1).
+    """CQL's term (arXiv 2006.04779), to be made small: log mean exp of Q over the data's action and
+    the policy's N, minus Q of the data's action; at least -log(N+1).
 
-    q_data [M,B]; q_policy [M,B,N]; returns [B]: Cal-QL's, the *policy's* Q are `calibrated` by them, the data's never
-    (as in Cal-QL's public conservative_sac.py, which adds random actions, uncalibrated). Result [M,B].
+    q_data [M,B]; q_policy [M,B,N]; returns [B]: Cal-QL's, the *policy's* Q are `calibrated` by
+    them, the data's never (as in Cal-QL's public conservative_sac.py, which adds random actions,
+    uncalibrated). Result [M,B].
     """
     if returns is not None:
         q_policy = calibrated(q_policy, returns.unsqueeze(-1))
@@ -218,11 +255,13 @@ def polyak(target: nn.Module, online: nn.Module, rate: float) -> None:
         slow.lerp_(fast, rate)
 
 
-# -- how an ensemble is read --------------------------------------------------------------------------------------
+# -- how an ensemble is read
+# --------------------------------------------------------------------------------------
 
 
 def pessimistic(values: Tensor, spread: float) -> Tensor:
-    """mean - spread * std over the members, [M,B] -> [B]; std is biased (ddof 0), so one member says its own value.
+    """mean - spread * std over the members, [M,B] -> [B]; std is biased (ddof 0), so one member
+    says its own value.
 
     Members of separate networks disagree where no data is; heads on one trunk hardly do.
     """
@@ -232,8 +271,8 @@ def pessimistic(values: Tensor, spread: float) -> Tensor:
 def subset_min(values: Tensor, size: int, draw: torch.Generator | Tensor) -> Tensor:
     """The least of ``size`` random members, [M,B] -> [B]: in a target, REDQ's (arXiv 2101.05982).
 
-    Every call draws one subset for all rows, without replacement (PA-RL's public code draws with), those with the least
-    of M uniform numbers: ``draw`` itself [M], or numbers drawn from it.
+    Every call draws one subset for all rows, without replacement (PA-RL's public code draws with),
+    those with the least of M uniform numbers: ``draw`` itself [M], or numbers drawn from it.
     """
     members = len(values)
     if not 1 <= size <= members:

@@ -1,12 +1,13 @@
-"""The offline gate: is a candidate policy better than the one in force, judged without an environment?
+"""The offline gate: is a candidate policy better than the one in force, judged without an
+environment?
 
-Both act in a learned model of transitions, from the same starts and with the same random numbers, and a critic scores
-what they do (AM-Q, RL-100 arXiv 2510.14830 eq. 9 and 20). Sizes: **S** starts, **F** features, **M** members of the
-ensemble, **e** elites; a decision is h.
+Both act in a learned model of transitions, from the same starts and with the same random numbers,
+and a critic scores what they do (AM-Q, RL-100 arXiv 2510.14830 eq. 9 and 20). Sizes: **S** starts,
+**F** features, **M** members of the ensemble, **e** elites; a decision is h.
 
-It protects, it does not promise. A policy that has learned to please the critic pleases this score as well: on
-peg-insert-side it rose at every check of a run whose true success fell from 95 % to 3 %. Few rounds, a check by real
-episodes and `rank_correlation` of score and truth belong beside it.
+It protects, it does not promise. A policy that has learned to please the critic pleases this score
+as well: on peg-insert-side it rose at every check of a run whose true success fell from 95 % to 3
+%. Few rounds, a check by real episodes and `rank_correlation` of score and truth belong beside it.
 """
 
 import math
@@ -22,13 +23,19 @@ from genpolicy.chain.noise import Noise
 from genpolicy.learning.ensemble import EnsembleLinear
 
 MODEL = 2**31
-"""The ``k`` of the model's own draws: no denoising step has it, so a policy may draw from the same `Noise` rows."""
+"""The ``k`` of the model's own draws: no denoising step has it, so a policy may draw from the same
+`Noise` rows.
+"""
 
 LOG_VARIANCE = (-10.0, 0.5)
-"""Soft bounds of the log-variance of a standardised change (PETS, arXiv 1805.12114 appendix A; fixed here)."""
+"""Soft bounds of the log-variance of a standardised change (PETS, arXiv 1805.12114 appendix A;
+fixed here).
+"""
 
 Actor = Callable[[Tensor, int], Tensor]
-"""(features [S,F], decision h) -> events [S,*E]: the *deployed* sampler; its noise is a function of (start, h) alone."""
+"""(features [S,F], decision h) -> events [S,*E]: the *deployed* sampler; its noise is a function of
+(start, h) alone.
+"""
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """(features [S,F], events [S,*E]) -> [S], larger is better: min over the critics of Q."""
@@ -43,11 +50,13 @@ class Dynamics(Protocol):
 
 
 class TransitionModel(nn.Module):
-    """Where a decision leads: M networks of f' = f + c * N(mean(x), exp(log_variance(x))), x = ((f - centre)/std, event).
+    """Where a decision leads: M networks of f' = f + c * N(mean(x), exp(log_variance(x))), x = ((f
+    - centre)/std, event).
 
-    c is the std of the change f' - f, std and centre those of f, all over the data, per feature. f [B,F], the event
-    [B,*E] in the policy's units. ``features``: F; ``event``: the number of event dims; ``layers`` hidden layers of
-    ``hidden``. The ``elites`` of lowest error on held-out data predict; before `choose_elites` they are the first ones.
+    c is the std of the change f' - f, std and centre those of f, all over the data, per feature. f
+    [B,F], the event [B,*E] in the policy's units. ``features``: F; ``event``: the number of event
+    dims; ``layers`` hidden layers of ``hidden``. The ``elites`` of lowest error on held-out data
+    predict; before `choose_elites` they are the first ones.
     """
 
     centre: Tensor
@@ -56,7 +65,13 @@ class TransitionModel(nn.Module):
     elites: Tensor
 
     def __init__(
-        self, features: int, event: int, members: int = 7, elites: int = 5, hidden: int = 200, layers: int = 3
+        self,
+        features: int,
+        event: int,
+        members: int = 7,
+        elites: int = 5,
+        hidden: int = 200,
+        layers: int = 3,
     ) -> None:
         super().__init__()
         if not 1 <= elites <= members:
@@ -75,8 +90,9 @@ class TransitionModel(nn.Module):
     def fit_scale(self, features: Tensor, after: Tensor) -> None:
         """Take centre and stds from the data, both [B,F].
 
-        A feature's std is at least .01 (one that never moved is no reason to divide by 0 where it does), its change's
-        at least a thousandth of that: smaller changes than this are not worth a network's attention.
+        A feature's std is at least .01 (one that never moved is no reason to divide by 0 where it
+        does), its change's at least a thousandth of that: smaller changes than this are not worth a
+        network's attention.
         """
         self.centre.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0, correction=0).clamp(min=1e-2))
@@ -84,7 +100,9 @@ class TransitionModel(nn.Module):
         self.change_std.copy_(torch.maximum(change, 1e-3 * self.feature_std))
 
     def _change(self, features: Tensor, event: Tensor) -> tuple[Tensor, Tensor]:
-        """Every member's mean and log-variance of the change in units of ``change_std``, both [M,B,F]."""
+        """Every member's mean and log-variance of the change in units of ``change_std``, both
+        [M,B,F].
+        """
         x = torch.cat([(features - self.centre) / self.feature_std, event.flatten(1)], 1)
         mean, log_variance = self.network(x.expand(self.members, *x.shape)).chunk(2, -1)
         low, high = LOG_VARIANCE
@@ -95,21 +113,29 @@ class TransitionModel(nn.Module):
         return (after - features) / self.change_std
 
     def loss(self, features: Tensor, event: Tensor, after: Tensor) -> Tensor:
-        """-log N of the standardised change, mean over F: [M,B]. A member's rows can be weighted before the mean over B."""
+        """-log N of the standardised change, mean over F: [M,B]. A member's rows can be weighted
+        before the mean over B.
+        """
         mean, log_variance = self._change(features, event)
         square = (self._target(features, after) - mean) ** 2
-        return ((square * (-log_variance).exp() + log_variance + math.log(2 * math.pi)) / 2).mean(-1)
+        return ((square * (-log_variance).exp() + log_variance + math.log(2 * math.pi)) / 2).mean(
+            -1
+        )
 
     @torch.no_grad()
     def hold_out(self, features: Tensor, event: Tensor, after: Tensor) -> Tensor:
-        """Every member's mean squared error of the standardised change, [M]; predicting its mean over the data gives 1."""
+        """Every member's mean squared error of the standardised change, [M]; predicting its mean
+        over the data gives 1.
+        """
         mean, _ = self._change(features, event)
         return ((self._target(features, after) - mean) ** 2).mean((1, 2))
 
     def choose_elites(self, errors: Tensor) -> None:
         """Let the members of lowest ``errors`` [M] predict from now on."""
         if errors.shape != (self.members,):
-            raise ValueError(f"errors have shape {list(errors.shape)}; valid is one for each of {self.members} members")
+            raise ValueError(
+                f"errors have shape {list(errors.shape)}; valid is one for each of {self.members} members"
+            )
         self.elites.copy_(errors.argsort(stable=True)[: len(self.elites)])  # a nan comes last
 
     def predict(self, features: Tensor, event: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,9 +145,11 @@ class TransitionModel(nn.Module):
         return features + self.change_std * mean[self.elites], self.change_std * std
 
     def step(self, features: Tensor, event: Tensor, uniform: Tensor, noise: Tensor) -> Tensor:
-        """Next features [B,F] by one elite per row, chosen by ``uniform`` [B] in [0,1), plus its std * noise [B,F].
+        """Next features [B,F] by one elite per row, chosen by ``uniform`` [B] in [0,1), plus its
+        std * noise [B,F].
 
-        Two policies that are given the same uniform and noise meet the same luck: their difference is their own.
+        Two policies that are given the same uniform and noise meet the same luck: their difference
+        is their own.
         """
         mean, std = self.predict(features, event)
         count = len(self.elites)
@@ -130,8 +158,8 @@ class TransitionModel(nn.Module):
         return mean[elite, row] + std[elite, row] * noise
 
     def disagreement(self, features: Tensor, event: Tensor) -> Tensor:
-        """How little the data said about this event here: rms over F of the std over elites of their mean changes, in
-        units of ``change_std``, [B].
+        """How little the data said about this event here: rms over F of the std over elites of
+        their mean changes, in units of ``change_std``, [B].
         """
         mean, _ = self._change(features, event)
         return mean[self.elites].var(0, correction=0).mean(-1).sqrt()
@@ -148,18 +176,21 @@ def imagined(
     ends: Score | None = None,
     ended: float = 0.0,
 ) -> Tensor:
-    """AM-Q of every start: sum_{h<H} w_h score(f_h, a_h) + (1 - w_h) ended: [S,F] -> [S], f_0 = start, a_h = actor(f_h, h),
-    f_{h+1} ~ model, w_h = prod_{i<h} (1 - ends(f_i, a_i)).
+    """AM-Q of every start: sum_{h<H} w_h score(f_h, a_h) + (1 - w_h) ended: [S,F] -> [S], f_0 =
+    start, a_h = actor(f_h, h), f_{h+1} ~ model, w_h = prod_{i<h} (1 - ends(f_i, a_i)).
 
-    ends: the chance that an episode ends by itself with this decision (None: it never does); ``ended``: what a decision after
-    that counts. Without it the sum goes on past a success, where nobody has ever been, and who succeeds sooner loses.
-    ``noise`` names the S rows; what the model draws at h comes from ``noise.at(h)`` and nothing else, so two actors
-    can be compared on the same luck. The horizon must reach the reward.
+    ends: the chance that an episode ends by itself with this decision (None: it never does);
+    ``ended``: what a decision after that counts. Without it the sum goes on past a success, where
+    nobody has ever been, and who succeeds sooner loses. ``noise`` names the S rows; what the model
+    draws at h comes from ``noise.at(h)`` and nothing else, so two actors can be compared on the
+    same luck. The horizon must reach the reward.
     """
     if horizon < 1:
         raise ValueError(f"the gate's horizon is {horizon}; valid is at least 1 decision")
     if len(noise) != len(starts):
-        raise ValueError(f"there are {len(starts)} starts and noise for {len(noise)}; each start needs its own row")
+        raise ValueError(
+            f"there are {len(starts)} starts and noise for {len(noise)}; each start needs its own row"
+        )
     features, total, alive = starts, starts.new_zeros(len(starts)), starts.new_ones(len(starts))
     for h in range(horizon):
         event = actor(features, h)
@@ -176,22 +207,28 @@ def imagined(
 
 @dataclass(frozen=True)
 class Comparison:
-    """A candidate against the policy in force, on the same starts: mean of new - old, its standard error, mean of old."""
+    """A candidate against the policy in force, on the same starts: mean of new - old, its standard
+    error, mean of old.
+    """
 
     difference: float
     error: float
     old: float
 
     def accepts(self, delta: float, z: float) -> bool:
-        """difference - z * error >= delta * |old|: by this much better, z standard errors aside. A nan is refused.
+        """difference - z * error >= delta * |old|: by this much better, z standard errors aside. A
+        nan is refused.
 
-        delta: .05 in RL-100, 0 in Uni-O4 (arXiv 2311.03351); with delta 0 and z 0 a policy is accepted against itself.
+        delta: .05 in RL-100, 0 in Uni-O4 (arXiv 2311.03351); with delta 0 and z 0 a policy is
+        accepted against itself.
         """
         return self.difference - z * self.error >= delta * abs(self.old)
 
 
 def compare(new: Tensor, old: Tensor) -> Comparison:
-    """Pair by pair: ``new`` and ``old`` [S] are the two policies' scores from the same starts with the same noise."""
+    """Pair by pair: ``new`` and ``old`` [S] are the two policies' scores from the same starts with
+    the same noise.
+    """
     if new.shape != old.shape or new.dim() != 1 or len(new) < 2:
         raise ValueError(
             f"scores have shapes {list(new.shape)} and {list(old.shape)}; valid is one per start, 2 starts or more"
@@ -202,10 +239,11 @@ def compare(new: Tensor, old: Tensor) -> Comparison:
 
 
 def safe_share(floor: float, baseline: float, lower: float) -> float:
-    """The largest share p of episodes that a new policy may play while the expected return of all, p lower + (1 - p) baseline,
-    stays at least floor * baseline; the baseline plays the others.
+    """The largest share p of episodes that a new policy may play while the expected return of all,
+    p lower + (1 - p) baseline, stays at least floor * baseline; the baseline plays the others.
 
-    lower: a lower bound of the new policy's return; floor in [0,1]. 1 where the new policy is good enough by itself.
+    lower: a lower bound of the new policy's return; floor in [0,1]. 1 where the new policy is good
+    enough by itself.
     """
     if lower >= floor * baseline:
         return 1.0
@@ -213,12 +251,14 @@ def safe_share(floor: float, baseline: float, lower: float) -> float:
 
 
 def rank_correlation(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) -> float:
-    """Spearman's rho: the correlation of ranks, equal values sharing their mean rank. A side without an order (constant,
-    fewer than two values, a nan) gives nan.
+    """Spearman's rho: the correlation of ranks, equal values sharing their mean rank. A side
+    without an order (constant, fewer than two values, a nan) gives nan.
     """
     x, y = (torch.as_tensor(values, dtype=torch.float64).cpu().flatten() for values in (a, b))
     if len(x) != len(y):
-        raise ValueError(f"there are {len(x)} and {len(y)} values to correlate; valid are equally many")
+        raise ValueError(
+            f"there are {len(x)} and {len(y)} values to correlate; valid are equally many"
+        )
     if bool(x.isnan().any() | y.isnan().any()):
         return math.nan
     p, q = (_centred_rank(values) for values in (x, y))

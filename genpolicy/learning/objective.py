@@ -1,7 +1,8 @@
 """Objectives on transitions: log-ratios, the clipped surrogate, the Gaussian KL. Pure functions.
 
-``old`` is the Gaussian that acted, ``new`` the same transition under the current weights, x the sample that was drawn.
-With noise = (x - mean_old)/s and D = mean_new - mean_old (equal std s), per event dim:
+``old`` is the Gaussian that acted, ``new`` the same transition under the current weights, x the
+sample that was drawn. With noise = (x - mean_old)/s and D = mean_new - mean_old (equal std s), per
+event dim:
 
     log N_new(x) - log N_old(x) = noise D / s - D^2 / (2 s^2)
 
@@ -18,25 +19,32 @@ from genpolicy.chain.values import Gaussian, Reduce, reduce_event
 
 def _equal_std(new: Gaussian, old: Gaussian) -> Tensor:
     if new.std.shape != old.std.shape or not torch.equal(new.std, old.std):
-        raise ValueError("this log-ratio assumes that the std has not changed; a learned std needs Gaussian.log_prob")
+        raise ValueError(
+            "this log-ratio assumes that the std has not changed; a learned std needs Gaussian.log_prob"
+        )
     if not bool((old.std > 0).all()):
-        raise ValueError("a step with std 0 is a point and has no ratio: train only steps inside the stochastic window")
+        raise ValueError(
+            "a step with std 0 is a point and has no ratio: train only steps inside the stochastic window"
+        )
     return old.std
 
 
 def log_ratio(new: Gaussian, old: Gaussian, x: Tensor, *, reduce: Reduce) -> Tensor:
-    """log rho = reduce_E( noise D/s - D^2/(2 s^2) ), [B]. Under ``old`` its mean is -r^2/2 < 0, with r = rms(D)/s."""
+    """log rho = reduce_E( noise D/s - D^2/(2 s^2) ), [B]. Under ``old`` its mean is -r^2/2 < 0,
+    with r = rms(D)/s.
+    """
     std = _equal_std(new, old)
     noise, shift = (x - old.mean) / std, (new.mean - old.mean) / std
     return reduce_event(noise * shift - shift**2 / 2, reduce)
 
 
 def guard_log_ratio(new: Gaussian, old: Gaussian, x: Tensor, *, reduce: Reduce) -> Tensor:
-    """GRPO-Guard's RatioNorm (arXiv 2510.22319): s (log rho + reduce_E(D^2/(2 s^2))) = reduce_E(noise D), [B].
+    """GRPO-Guard's RatioNorm (arXiv 2510.22319): s (log rho + reduce_E(D^2/(2 s^2))) =
+    reduce_E(noise D), [B].
 
-    Centred at 0 for every row and step and free of 1/s. ``s`` is the total std, so it holds for every kernel; the bias
-    is each row's own (the public code averages it over the batch and uses std/sqrt(dt), which is right for the flow SDE
-    only).
+    Centred at 0 for every row and step and free of 1/s. ``s`` is the total std, so it holds for
+    every kernel; the bias is each row's own (the public code averages it over the batch and uses
+    std/sqrt(dt), which is right for the flow SDE only).
     """
     std = _equal_std(new, old)
     noise = (x - old.mean) / std
@@ -55,8 +63,9 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float | Tensor
     """PPO (arXiv 1707.06347 eq. 7), per row: max(-A rho, -A clip(rho, 1-clip, 1+clip)); all [B],
     ``clip`` a number or [B].
 
-    A row is clipped where its gradient is cut: rho > 1+clip with A > 0, or rho < 1-clip with A < 0. What ``clip`` means
-    depends on the log-ratio's reduction over E: 1e-6..1e-3 for "mean" on images, 0.1..0.3 for "sum".
+    A row is clipped where its gradient is cut: rho > 1+clip with A > 0, or rho < 1-clip with A < 0.
+    What ``clip`` means depends on the log-ratio's reduction over E: 1e-6..1e-3 for "mean" on
+    images, 0.1..0.3 for "sum".
     """
     ratio, clip = log_ratio.exp(), torch.as_tensor(clip, device=log_ratio.device)
     bounded = ratio.clamp(1 - clip, 1 + clip)
@@ -66,17 +75,20 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float | Tensor
 
 
 def mean_kl(new: Gaussian, reference: Gaussian, *, reduce: Reduce) -> Tensor:
-    """KL(new || reference) at equal std: reduce_E( (mean_new - mean_ref)^2 / (2 s^2) ), [B], s the total std.
+    """KL(new || reference) at equal std: reduce_E( (mean_new - mean_ref)^2 / (2 s^2) ), [B], s the
+    total std.
 
-    flow_grpo divides by 2 g^2 = 2 s^2/dt instead (train_sd3.py:895; its maintainers acknowledge the missing dt):
-    multiply by dt to reproduce it.
+    flow_grpo divides by 2 g^2 = 2 s^2/dt instead (train_sd3.py:895; its maintainers acknowledge the
+    missing dt): multiply by dt to reproduce it.
     """
     std = _equal_std(new, reference)
     return reduce_event(((new.mean - reference.mean) / std) ** 2 / 2, reduce)
 
 
 def clip_metrics(log_ratio: Tensor, advantage: Tensor, surrogate: Surrogate) -> dict[str, Tensor]:
-    """Per row: the ratio, and whether it was clipped, in all and by the sign of the advantage (shares of all rows)."""
+    """Per row: the ratio, and whether it was clipped, in all and by the sign of the advantage
+    (shares of all rows).
+    """
     clipped = surrogate.clipped.float()
     return {
         "ratio_mean": log_ratio.detach().exp(),

@@ -1,4 +1,5 @@
-"""Behaviour cloning: supervised training of a denoising policy on recorded episodes (see `genpolicy.imitation`).
+"""Behaviour cloning: supervised training of a denoising policy on recorded episodes (see
+`genpolicy.imitation`).
 
 What the averaged weights (optimizer.ema) do in the environments is what is evaluated and saved.
 """
@@ -24,7 +25,11 @@ class BC:
 
     def train(self, run: Run) -> None:
         if run.data is None:
-            raise ConfigError("method bc learns from recorded episodes: name them in the data section")
-        imitate = Imitation(run, recorded(run.data, cast(ControlModel, run.policy.model)), len(run.data), self.batch)
+            raise ConfigError(
+                "method bc learns from recorded episodes: name them in the data section"
+            )
+        imitate = Imitation(
+            run, recorded(run.data, cast(ControlModel, run.policy.model)), len(run.data), self.batch
+        )
         for _ in run.iterations():
             imitate(self.updates)

@@ -1,22 +1,24 @@
-"""DPPO (arXiv 2409.00588): PPO over the two-level decision process of denoising inside an environment.
+"""DPPO (arXiv 2409.00588): PPO over the two-level decision process of denoising inside an
+environment.
 
-Every denoising step of every decision is an action with a Gaussian likelihood; the environment's reward comes at the
-end of the chain. One state value per decision, generalised advantage estimation over decisions, and for denoising step
-i = 0 (noisiest) .. K'-1 of the window's K' steps
+Every denoising step of every decision is an action with a Gaussian likelihood; the environment's
+reward comes at the end of the chain. One state value per decision, generalised advantage estimation
+over decisions, and for denoising step i = 0 (noisiest) .. K'-1 of the window's K' steps
 
     A_i   = gamma_den^(K'-1-i) A                                                  (noisy steps are discounted)
     eps_i = e0 + (e1 - e0) (exp(rate i/(K'-1)) - 1) / (exp(rate) - 1)             (and clipped more tightly)
     loss  = mean over random (decision, step) pairs of  max(-A_i rho_i, -A_i clip(rho_i, 1-eps_i, 1+eps_i))
 
-K' < K: set chain.window to the last K' steps; the others belong to the base policy, frozen, and take its ODE. Kernel:
-{name: floorstd, kernel: {name: ddim, eta: 1.0}, floor: 0.1} explores as published. A prompt is an episode of one
-decision: the same file then is PPO with a value of the prompt. With chain.window_size 1 one random step of an iteration
-is noisy and trained, the two-layer process of pi_RL (arXiv 2510.25889) that makes large flow policies affordable.
+K' < K: set chain.window to the last K' steps; the others belong to the base policy, frozen, and
+take its ODE. Kernel: {name: floorstd, kernel: {name: ddim, eta: 1.0}, floor: 0.1} explores as
+published. A prompt is an episode of one decision: the same file then is PPO with a value of the
+prompt. With chain.window_size 1 one random step of an iteration is noisy and trained, the two-layer
+process of pi_RL (arXiv 2510.25889) that makes large flow policies affordable.
 
-Differs from the public code (irom-princeton/dppo): the trace ends where an episode is cut and bootstraps from its final
-observation (theirs runs on through the reset); K' = 1 is finite; the noise is not clamped at 3 std under an unclamped
-density; log-probabilities are not clamped at 2 (which zeroes gradients where std < .054); the direction term of the
-mean uses the floored std.
+Differs from the public code (irom-princeton/dppo): the trace ends where an episode is cut and
+bootstraps from its final observation (theirs runs on through the reset); K' = 1 is finite; the
+noise is not clamped at 3 std under an unclamped density; log-probabilities are not clamped at 2
+(which zeroes gradients where std < .054); the direction term of the mean uses the floored std.
 """
 
 import math
@@ -37,12 +39,13 @@ from genpolicy.run import Run
 class DPPO:
     """Hyper-parameters; sources are the repository's gym configurations (cfg/gym) unless said.
 
-    episodes: per iteration. gamma: per environment step (.99). lam: of GAE (.95). gamma_den: per denoising step (.99
-    gym, .9 furniture; 1 is no discount). clip, clip_first, clip_rate: e1, e0, rate (.01, .01, 3 with reduce "mean"; .2
-    with "sum", which is the textbook ratio). reduce: of the log-ratio over event dims. epochs: passes over the pairs
-    (5). minibatch: pairs of one update. target_kl: an epoch is the last when the mean of rho - 1 - log rho exceeds it
-    (1 there; null: never). critic_lr (1e-3), critic_epochs, critic_minibatch: of the
-    value. warm_up: iterations that train the value alone (0 to 2).
+    episodes: per iteration. gamma: per environment step (.99). lam: of GAE (.95). gamma_den: per
+    denoising step (.99 gym, .9 furniture; 1 is no discount). clip, clip_first, clip_rate: e1, e0,
+    rate (.01, .01, 3 with reduce "mean"; .2 with "sum", which is the textbook ratio). reduce: of
+    the log-ratio over event dims. epochs: passes over the pairs (5). minibatch: pairs of one
+    update. target_kl: an epoch is the last when the mean of rho - 1 - log rho exceeds it (1 there;
+    null: never). critic_lr (1e-3), critic_epochs, critic_minibatch: of the value. warm_up:
+    iterations that train the value alone (0 to 2).
     """
 
     episodes: int = 48
@@ -62,7 +65,14 @@ class DPPO:
     warm_up: int = 2
 
     def __post_init__(self) -> None:
-        least = {"episodes": 1, "epochs": 1, "minibatch": 1, "critic_epochs": 1, "critic_minibatch": 1, "warm_up": 0}
+        least = {
+            "episodes": 1,
+            "epochs": 1,
+            "minibatch": 1,
+            "critic_epochs": 1,
+            "critic_minibatch": 1,
+            "warm_up": 0,
+        }
         at_least("method dppo", self, **least)
         positive("method dppo", self, "clip", "clip_first", "clip_rate", "target_kl", "critic_lr")
         share("method dppo", self, "gamma", "lam", "gamma_den")
@@ -70,7 +80,9 @@ class DPPO:
     def train(self, run: Run) -> None:
         run.require_density()
         run.freeze_base()
-        value = DecisionValue(run, self.gamma, self.lam, self.critic_lr, self.critic_epochs, self.critic_minibatch)
+        value = DecisionValue(
+            run, self.gamma, self.lam, self.critic_lr, self.critic_epochs, self.critic_minibatch
+        )
         for iteration in run.iterations():
             rollout = run.collect(self.episodes, 1)
             rollout = run.verified(rollout, self.log_ratio, self.clip / 10)
@@ -85,7 +97,10 @@ class DPPO:
         pairs = rollout.decisions.total * len(rollout.trajectory.steps)
         updates = math.ceil(pairs / self.minibatch)
         for epoch in range(self.epochs):
-            kl = [run.update(rollout, b, advantage, self.loss)["kl"] for b in run.pairs(rollout, updates, epoch)]
+            kl = [
+                run.update(rollout, b, advantage, self.loss)["kl"]
+                for b in run.pairs(rollout, updates, epoch)
+            ]
             if self.target_kl is not None and sum(kl) / len(kl) > self.target_kl:
                 break
 

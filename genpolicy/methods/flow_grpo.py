@@ -1,17 +1,18 @@
 """Flow-GRPO (arXiv 2505.05470): group-relative policy gradients through a stochastic sampler.
 
-A group of N samples answers one prompt; its rewards, relative to the group, weigh the clipped likelihood ratios of the
-denoising steps in the window:
+A group of N samples answers one prompt; its rewards, relative to the group, weigh the clipped
+likelihood ratios of the denoising steps in the window:
 
     rho = p_new(x_s | x_t) / p_old(x_s | x_t)
     loss = mean over rows and steps of  max(-A rho, -A clip(rho, 1-eps, 1+eps)) + beta KL(new || reference)
 
-With chain.window and chain.window_size it is Flow-GRPO-Fast and MixGRPO's window; with kernel {name: sde, noise:
-constant} DanceGRPO's chain; on epsilon models with kernel ddim, group-relative DDPO.
+With chain.window and chain.window_size it is Flow-GRPO-Fast and MixGRPO's window; with kernel
+{name: sde, noise: constant} DanceGRPO's chain; on epsilon models with kernel ddim, group-relative
+DDPO.
 
-Differs from the public code (yifan123/flow_grpo): the KL is the true one (theirs drops dt; ``kl_form: published``
-restores it), the log-ratio is computed without cancellation, the last step is never stochastic, and the unconditional
-branch is outside the graph.
+Differs from the public code (yifan123/flow_grpo): the KL is the true one (theirs drops dt;
+``kl_form: published`` restores it), the log-ratio is computed without cancellation, the last step
+is never stochastic, and the unconditional branch is outside the graph.
 """
 
 from dataclasses import dataclass
@@ -28,16 +29,18 @@ from genpolicy.run import Run
 
 @dataclass
 class FlowGRPO:
-    """Hyper-parameters; sources are flow_grpo's SD3.5-M configuration (config/grpo.py, config/base.py) unless said.
+    """Hyper-parameters; sources are flow_grpo's SD3.5-M configuration (config/grpo.py,
+    config/base.py) unless said.
 
-    groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps per pass over a
-    rollout (2). epochs: passes (1). clip: eps, unitless, read beside ``reduce`` (1e-4 with "mean"). reduce: of the
-    log-ratio over event dims; "mean" as in every public repository, "sum" is the textbook likelihood (clip 0.1 to 0.3).
-    advantage: "all" (global_std), "group", "none", "leave_one_out", "prompt_history"; combine: "sum" or "z_sum" of
-    several rewards (see `Advantage`). advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at step 0
-    (.04 GenEval and OCR, .01 PickScore, 0 in the Fast configs). kl_form: "true", or "published" (times dt). weight: of
-    a step's loss, "none", or "std/dt", what GRPO-Guard's first update amounts to. shared_prefix: the group shares the
-    chain before the window (Fast).
+    groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps
+    per pass over a rollout (2). epochs: passes (1). clip: eps, unitless, read beside ``reduce``
+    (1e-4 with "mean"). reduce: of the log-ratio over event dims; "mean" as in every public
+    repository, "sum" is the textbook likelihood (clip 0.1 to 0.3). advantage: "all" (global_std),
+    "group", "none", "leave_one_out", "prompt_history"; combine: "sum" or "z_sum" of several rewards
+    (see `Advantage`). advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at
+    step 0 (.04 GenEval and OCR, .01 PickScore, 0 in the Fast configs). kl_form: "true", or
+    "published" (times dt). weight: of a step's loss, "none", or "std/dt", what GRPO-Guard's first
+    update amounts to. shared_prefix: the group shares the chain before the window (Fast).
     """
 
     groups: int = 48
@@ -67,7 +70,9 @@ class FlowGRPO:
         estimate = Advantage(self.advantage, self.combine, self.advantage_clip)
         run.register(advantage=estimate)
         for _ in run.iterations():
-            rollout = run.collect(self.groups, self.group, updates=self.updates, shared_prefix=self.shared_prefix)
+            rollout = run.collect(
+                self.groups, self.group, updates=self.updates, shared_prefix=self.shared_prefix
+            )
             rollout = run.verified(rollout, self.log_ratio, self.clip / 10)
             advantage = estimate(rollout.parts, rollout.weights, rollout.prompts)
             run.show(rollout, advantage)

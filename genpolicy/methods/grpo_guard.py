@@ -1,19 +1,21 @@
-"""GRPO-Guard (arXiv 2510.22319): GRPO with a centred ratio and gradients that are flat over the denoising steps.
+"""GRPO-Guard (arXiv 2510.22319): GRPO with a centred ratio and gradients that are flat over the
+denoising steps.
 
-Under the policy that acted, the plain log-ratio has mean -r^2/2 with r = rms(D)/s, D = mean_new - mean_old: it depends
-on the step and lies below 0, so that rows with A > 0 hardly ever meet the upper clip. RatioNorm removes the bias and
-the 1/s,
+Under the policy that acted, the plain log-ratio has mean -r^2/2 with r = rms(D)/s, D = mean_new -
+mean_old: it depends on the step and lies below 0, so that rows with A > 0 hardly ever meet the
+upper clip. RatioNorm removes the bias and the 1/s,
 
     log rho_hat = s (log rho + D^2/(2 s^2)) = mean over E of noise D,        noise = (x_s - mean_old) / s
 
-and the gradient reweight divides each step's loss by how much the step amplifies the network, |kappa| = |d mean / d
-output|:
+and the gradient reweight divides each step's loss by how much the step amplifies the network,
+|kappa| = |d mean / d output|:
 
     loss = mean over rows and steps of  1/|kappa_k| max(-A rho_hat, -A clip(rho_hat, 1-eps, 1+eps)) + beta KL
 
-Differs from Flow-GRPO in these two places. Differs from the public code (yifan123/flow_grpo train_sd3_GRPO_Guard.py):
-the bias is each row's own, not the batch's mean; s is the total std, so that it holds for every kernel; the published
-weight 1/dt is ``weight: 1/dt`` (for the flow SDE kappa is proportional to dt except at the first step).
+Differs from Flow-GRPO in these two places. Differs from the public code (yifan123/flow_grpo
+train_sd3_GRPO_Guard.py): the bias is each row's own, not the batch's mean; s is the total std, so
+that it holds for every kernel; the published weight 1/dt is ``weight: 1/dt`` (for the flow SDE
+kappa is proportional to dt except at the first step).
 """
 
 from dataclasses import dataclass
@@ -32,12 +34,14 @@ from genpolicy.run import Run
 class GRPOGuard:
     """Hyper-parameters; sources are flow_grpo's config/grpo_guard.py unless said.
 
-    groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps per pass over a
-    rollout (2). epochs: passes (1). clip: eps of rho_hat, unitless, read beside ``reduce`` (2e-6 OCR and GenEval, 4e-6
-    PickScore, with "mean"; aim at clipping 10 to 30 % of the rows). reduce: over event dims. advantage: "group"
-    (global_std=False), "all", "none", "leave_one_out", "prompt_history"; combine: "sum" or "z_sum" of several rewards
-    (see `Advantage`). advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at step 0 (0). weight:
-    "1/gain", or the published "1/dt". shared_prefix: the group shares the chain before the window.
+    groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps
+    per pass over a rollout (2). epochs: passes (1). clip: eps of rho_hat, unitless, read beside
+    ``reduce`` (2e-6 OCR and GenEval, 4e-6 PickScore, with "mean"; aim at clipping 10 to 30 % of the
+    rows). reduce: over event dims. advantage: "group" (global_std=False), "all", "none",
+    "leave_one_out", "prompt_history"; combine: "sum" or "z_sum" of several rewards (see
+    `Advantage`). advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at step 0
+    (0). weight: "1/gain", or the published "1/dt". shared_prefix: the group shares the chain before
+    the window.
     """
 
     groups: int = 48
@@ -65,7 +69,9 @@ class GRPOGuard:
         estimate = Advantage(self.advantage, self.combine, self.advantage_clip)
         run.register(advantage=estimate)
         for _ in run.iterations():
-            rollout = run.collect(self.groups, self.group, updates=self.updates, shared_prefix=self.shared_prefix)
+            rollout = run.collect(
+                self.groups, self.group, updates=self.updates, shared_prefix=self.shared_prefix
+            )
             rollout = run.verified(rollout, self.log_ratio, self.clip / 10)
             advantage = estimate(rollout.parts, rollout.weights, rollout.prompts)
             run.show(rollout, advantage)

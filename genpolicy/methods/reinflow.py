@@ -1,4 +1,5 @@
-"""ReinFlow (arXiv 2505.22094): online RL of a flow policy whose sampling noise is learned, and dropped at deployment.
+"""ReinFlow (arXiv 2505.22094): online RL of a flow policy whose sampling noise is learned, and
+dropped at deployment.
 
 A small network gives every denoising step a std per event dim, from the time and what is seen:
 
@@ -8,12 +9,12 @@ The likelihood of the whole chain makes one ratio per decision, averaged over st
 
     loss = max(-A rho, -A clip(rho, 1-eps, 1+eps)) - entropy * mean over steps, dims of log std
 
-The prior's term is the same under every policy and cancels. Kernel: {name: ddim, eta: 0.0} with chain.window over the
-steps that explore; the deployed sampler is the ODE.
+The prior's term is the same under every policy and cancels. Kernel: {name: ddim, eta: 0.0} with
+chain.window over the steps that explore; the deployed sampler is the ODE.
 
-Differs from the public code (ReinFlow/ReinFlow): acting and scoring read one time grid (theirs are linspace(0, 1, K) and
-linspace(0, 1-1/K, K)); what was sampled is not clamped under an unclamped density, and log-probabilities are not clamped
-to [-1, 1].
+Differs from the public code (ReinFlow/ReinFlow): acting and scoring read one time grid (theirs are
+linspace(0, 1, K) and linspace(0, 1-1/K, K)); what was sampled is not clamped under an unclamped
+density, and log-probabilities are not clamped to [-1, 1].
 """
 
 import math
@@ -31,12 +32,16 @@ from genpolicy.run import Run
 
 
 class NoiseNet(nn.Module):
-    """(t [B], features [B,F]) -> std [B,dims] between ``low`` and ``high``; it starts in the middle (of log std^2)."""
+    """(t [B], features [B,F]) -> std [B,dims] between ``low`` and ``high``; it starts in the middle
+    (of log std^2).
+    """
 
     def __init__(self, features: int, dims: int, low: float, high: float, hidden: int = 64) -> None:
         super().__init__()
         self.low, self.high = 2 * math.log(low), 2 * math.log(high)
-        self.network = nn.Sequential(nn.Linear(features + 2, hidden), nn.SiLU(), nn.Linear(hidden, dims))
+        self.network = nn.Sequential(
+            nn.Linear(features + 2, hidden), nn.SiLU(), nn.Linear(hidden, dims)
+        )
         nn.init.zeros_(self.network[2].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.network[2].bias)  # type: ignore[arg-type]
 
@@ -50,11 +55,12 @@ class NoiseNet(nn.Module):
 class ReinFlow:
     """Hyper-parameters; sources are the repository's gym configurations (hopper) unless said.
 
-    episodes: per iteration. gamma, lam: per environment step (.99, .95). std_low, std_high: range of the learned std
-    (.10, .24). clip: eps, beside ``reduce`` over steps and event dims (.01 with "mean"; "sum" is the chain's joint
-    ratio). entropy: weight of the mean log std (.03). noise_lr: of the noise network (4.5e-5, the actor's). epochs (5),
-    minibatch: decisions of one update. target_kl: an epoch is the last when the mean of rho - 1 - log rho exceeds it.
-    critic_*, warm_up: as in DPPO.
+    episodes: per iteration. gamma, lam: per environment step (.99, .95). std_low, std_high: range
+    of the learned std (.10, .24). clip: eps, beside ``reduce`` over steps and event dims (.01 with
+    "mean"; "sum" is the chain's joint ratio). entropy: weight of the mean log std (.03). noise_lr:
+    of the noise network (4.5e-5, the actor's). epochs (5), minibatch: decisions of one update.
+    target_kl: an epoch is the last when the mean of rho - 1 - log rho exceeds it. critic_*,
+    warm_up: as in DPPO.
     """
 
     episodes: int = 48
@@ -75,23 +81,49 @@ class ReinFlow:
     warm_up: int = 2
 
     def __post_init__(self) -> None:
-        least = {"episodes": 1, "epochs": 1, "minibatch": 1, "critic_epochs": 1, "critic_minibatch": 1, "warm_up": 0}
+        least = {
+            "episodes": 1,
+            "epochs": 1,
+            "minibatch": 1,
+            "critic_epochs": 1,
+            "critic_minibatch": 1,
+            "warm_up": 0,
+        }
         at_least("method reinflow", self, entropy=0, **least)
-        positive("method reinflow", self, "std_low", "std_high", "clip", "noise_lr", "target_kl", "critic_lr")
+        positive(
+            "method reinflow",
+            self,
+            "std_low",
+            "std_high",
+            "clip",
+            "noise_lr",
+            "target_kl",
+            "critic_lr",
+        )
         share("method reinflow", self, "gamma", "lam")
         if self.std_low >= self.std_high:
-            raise ConfigError(f"method reinflow: std_low {self.std_low} must be below std_high {self.std_high}")
+            raise ConfigError(
+                f"method reinflow: std_low {self.std_low} must be below std_high {self.std_high}"
+            )
 
     def train(self, run: Run) -> None:
         if run.policy.model.parametrisation != "velocity":
-            raise ConfigError("method reinflow is derived for flow policies: this one does not predict a velocity")
+            raise ConfigError(
+                "method reinflow is derived for flow policies: this one does not predict a velocity"
+            )
         run.require_window()
-        noise = NoiseNet(run.features, math.prod(run.policy.model.event_shape), self.std_low, self.std_high)
+        noise = NoiseNet(
+            run.features, math.prod(run.policy.model.event_shape), self.std_low, self.std_high
+        )
         noise.to(run.policy.model.device)
-        noise_optimizer = run.learner(noise.parameters(), OptimizerConfig(lr=self.noise_lr, weight_decay=0.0))
+        noise_optimizer = run.learner(
+            noise.parameters(), OptimizerConfig(lr=self.noise_lr, weight_decay=0.0)
+        )
         run.register(noise=noise, noise_optimizer=noise_optimizer)
         run.policy = replace(run.policy, std_of=noise)  # the deployed policy has none
-        value = DecisionValue(run, self.gamma, self.lam, self.critic_lr, self.critic_epochs, self.critic_minibatch)
+        value = DecisionValue(
+            run, self.gamma, self.lam, self.critic_lr, self.critic_epochs, self.critic_minibatch
+        )
         for iteration in run.iterations():
             rollout = run.collect(self.episodes, 1)
             rollout = run.verified(rollout, self.log_ratio, self.clip / 10)
@@ -100,7 +132,10 @@ class ReinFlow:
             for epoch in range(self.epochs if iteration > self.warm_up else 0):
                 batches = run.chains(rollout, updates, epoch)
                 better = run.normalised(advantage)
-                kl = [run.update(rollout, b, better, self.loss, also=[noise_optimizer])["kl"] for b in batches]
+                kl = [
+                    run.update(rollout, b, better, self.loss, also=[noise_optimizer])["kl"]
+                    for b in batches
+                ]
                 if self.target_kl is not None and sum(kl) / len(kl) > self.target_kl:
                     break
             value.learn(rollout, returns)
@@ -110,7 +145,9 @@ class ReinFlow:
         return new.log_prob(x, reduce=self.reduce) - old.log_prob(x, reduce=self.reduce)
 
     def loss(self, step: Scored) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of whole chains, W consecutive rows each: [b], every row of a chain the chain's loss; metrics [b]."""
+        """The loss of whole chains, W consecutive rows each: [b], every row of a chain the chain's
+        loss; metrics [b].
+        """
         chains = self.log_ratio(step.new, step.old, step.x).view(-1, step.steps)
         joint = chains.sum(1) if self.reduce == "sum" else chains.mean(1)
         log_rho = joint.repeat_interleave(step.steps)

@@ -1,4 +1,5 @@
-"""RL-100 (arXiv 2510.14830): imitation, offline RL behind a gate, online RL; PPO through the denoising chain throughout.
+"""RL-100 (arXiv 2510.14830): imitation, offline RL behind a gate, online RL; PPO through the
+denoising chain throughout.
 
     imitation   pi <- IL(demonstrations)
     offline     D <- D + episodes of pi;  [pi <- IL(D)]
@@ -9,15 +10,18 @@
 
     loss = mean over the K' steps of  max(-A rho_k, -A clip(rho_k, 1-eps, 1+eps)) + beta KL(pi || pi at the stage's start)
 
-rho_k: ratio of step k's transition, log-probabilities summed over the chunk; one advantage for all steps of a chain, not
-discounted over them. Gate: J = E sum_h Q(s_h, a_h) in imagination (`genpolicy.offline_evaluation`), with the sampler that is
-deployed; a candidate that is refused is undone to the bit. Clip the kernel's std with chain.kernel {name: floorstd, floor:
-0.1, kernel: {name: clipstd, high: 0.8, kernel: {name: ddim, eta: 1.0}}}: the direction term of the mean goes with it. A
-decision is a chunk, or with policy.chunk 1 a single action, discounted by gamma to the number of steps it took.
+rho_k: ratio of step k's transition, log-probabilities summed over the chunk; one advantage for all
+steps of a chain, not discounted over them. Gate: J = E sum_h Q(s_h, a_h) in imagination
+(`genpolicy.offline_evaluation`), with the sampler that is deployed; a candidate that is refused is
+undone to the bit. Clip the kernel's std with chain.kernel {name: floorstd, floor: 0.1, kernel:
+{name: clipstd, high: 0.8, kernel: {name: ddim, eta: 1.0}}}: the direction term of the mean goes
+with it. A decision is a chunk, or with policy.chunk 1 a single action, discounted by gamma to the
+number of steps it took.
 
-Differs from the public code (hesic73/RL-100): its gate never undoes a candidate; scores TD residuals, which telescope, in
-the place of Q; and samples there with the unclipped std. Here the KL holds the policy to where Q was learned: without it
-the gate's score rises while success falls (docs/rl100.md), because both believe the same Q.
+Differs from the public code (hesic73/RL-100): its gate never undoes a candidate; scores TD
+residuals, which telescope, in the place of Q; and samples there with the unclipped std. Here the KL
+holds the policy to where Q was learned: without it the gate's score rises while success falls
+(docs/rl100.md), because both believe the same Q.
 """
 
 import math
@@ -52,27 +56,32 @@ AT_ONCE = 100
 
 @dataclass
 class Offline:
-    """rounds: times that data is collected and learned from (M). episodes: of the policy, per round; 0 learns from the data
-    section alone. demonstrations: whether the data section counts for Q; where there is much of it and all succeeds, Q learns
-    that to act like it is what succeeds (docs/rl100.md). recloning: updates of imitation on everything that succeeded, in
-    every round (0: none), in hundreds. critic_updates: of Q and V (IQL: ``expectile`` .7; ``polyak``, .005 there, and
-    ``monte_carlo``: see `ActionValue`), with ``members`` of Q read as mean - ``pessimism`` * std (2 and 1: their minimum).
-    model_updates: of the gate's model.
+    """rounds: times that data is collected and learned from (M). episodes: of the policy, per
+    round; 0 learns from the data section alone. demonstrations: whether the data section counts for
+    Q; where there is much of it and all succeeds, Q learns that to act like it is what succeeds
+    (docs/rl100.md). recloning: updates of imitation on everything that succeeded, in every round
+    (0: none), in hundreds. critic_updates: of Q and V (IQL: ``expectile`` .7; ``polyak``, .005
+    there, and ``monte_carlo``: see `ActionValue`), with ``members`` of Q read as mean -
+    ``pessimism`` * std (2 and 1: their minimum). model_updates: of the gate's model.
 
-    candidates: of a round, at most. sweeps: of a candidate, each ``states`` recorded decisions, at which ``samples`` chains are
-    drawn anew and passed over ``epochs`` times in minibatches of ``minibatch`` (decision, step) pairs. One sample learns from
-    A = Q - V as published; of several each is held against the others, A_i = Q_i - mean of the others: what two networks make
-    of a state varies twice as much as what actions change there, and does not repeat from one critic to the next
-    (docs/rl100.md). lr, clip (.2 to .25). kl: beta. far: a candidate whose chains' KL from the stage's first policy (nats a
-    decision, summed over the steps) exceeds this is refused, and the round ends.
+    candidates: of a round, at most. sweeps: of a candidate, each ``states`` recorded decisions, at
+    which ``samples`` chains are drawn anew and passed over ``epochs`` times in minibatches of
+    ``minibatch`` (decision, step) pairs. One sample learns from A = Q - V as published; of several
+    each is held against the others, A_i = Q_i - mean of the others: what two networks make of a
+    state varies twice as much as what actions change there, and does not repeat from one critic to
+    the next (docs/rl100.md). lr, clip (.2 to .25). kl: beta. far: a candidate whose chains' KL from
+    the stage's first policy (nats a decision, summed over the steps) exceeds this is refused, and
+    the round ends.
 
-    delta: what a candidate must gain, as a share of |J| (RL-100's .05 refuses candidates that are twice as good:
-    docs/rl100.md); -1 asks for nothing, where the score is not to be trusted and real episodes decide. z: standard errors that are
-    taken off its gain. horizon: imagined decisions; starts: imagined episodes. caution: per std of the model's
-    disagreement. check: real episodes of every candidate that is let through, and of the policy in force, from the same
+    delta: what a candidate must gain, as a share of |J| (RL-100's .05 refuses candidates that are
+    twice as good: docs/rl100.md); -1 asks for nothing, where the score is not to be trusted and
+    real episodes decide. z: standard errors that are taken off its gain. horizon: imagined
+    decisions; starts: imagined episodes. caution: per std of the model's disagreement. check: real
+    episodes of every candidate that is let through, and of the policy in force, from the same
     starts (0: the person does not allow it); the one that succeeds more often stays.
 
-    best_of: N of the sampler that picks the best of N samples by Q, evaluated beside the others: it needs no training.
+    best_of: N of the sampler that picks the best of N samples by Q, evaluated beside the others: it
+    needs no training.
     """
 
     rounds: int = 1
@@ -105,27 +114,55 @@ class Offline:
     best_of: int = 16
 
     def __post_init__(self) -> None:
-        least = {"rounds": 1, "episodes": 0, "recloning": 0, "critic_updates": 1, "members": 1, "model_updates": 1}
-        least |= {"pessimism": 0, "candidates": 1, "sweeps": 1, "states": 2, "samples": 1, "epochs": 1, "minibatch": 1, "kl": 0}
-        least |= {"delta": -1, "z": 0, "horizon": 1, "starts": 2, "caution": 0, "check": 0, "best_of": 1}
+        least = {
+            "rounds": 1,
+            "episodes": 0,
+            "recloning": 0,
+            "critic_updates": 1,
+            "members": 1,
+            "model_updates": 1,
+        }
+        least |= {
+            "pessimism": 0,
+            "candidates": 1,
+            "sweeps": 1,
+            "states": 2,
+            "samples": 1,
+            "epochs": 1,
+            "minibatch": 1,
+            "kl": 0,
+        }
+        least |= {
+            "delta": -1,
+            "z": 0,
+            "horizon": 1,
+            "starts": 2,
+            "caution": 0,
+            "check": 0,
+            "best_of": 1,
+        }
         at_least("method rl100: offline", self, **least)
         positive("method rl100: offline", self, "lr", "clip", "far", "polyak")
         share("method rl100: offline", self, "expectile", "polyak", "monte_carlo")
         if not (self.demonstrations or self.episodes):
-            raise ConfigError("method rl100: offline: without demonstrations and episodes there is nothing to learn from")
+            raise ConfigError(
+                "method rl100: offline: without demonstrations and episodes there is nothing to learn from"
+            )
 
 
 @dataclass
 class RL100:
     """stage: "all", or one of the three on what the policy and data sections name.
 
-    gamma: per environment step (.99 there). cut_fails: nothing comes after an episode that its time limit cut, so that values
-    are the chance of success within it. With both defaults a decision is worth what it adds to that chance; with .99
-    and a value after the cut, haste is worth more than success (docs/rl100.md).
+    gamma: per environment step (.99 there). cut_fails: nothing comes after an episode that its time
+    limit cut, so that values are the chance of success within it. With both defaults a decision is
+    worth what it adds to that chance; with .99 and a value after the cut, haste is worth more than
+    success (docs/rl100.md).
 
-    update: what one optimiser step sees: "pairs" of random decisions and steps, whole "chain"s of random decisions, or
-    random decisions at one "step" after the other (the public code). The budget is of the whole run; online RL goes on
-    until it is spent. Policies of the stages' ends are kept in stages/, each evaluated as it was deployed.
+    update: what one optimiser step sees: "pairs" of random decisions and steps, whole "chain"s of
+    random decisions, or random decisions at one "step" after the other (the public code). The
+    budget is of the whole run; online RL goes on until it is spent. Policies of the stages' ends
+    are kept in stages/, each evaluated as it was deployed.
     """
 
     stage: Literal["all", "imitation", "offline", "online"] = "all"
@@ -155,7 +192,9 @@ class _Pipeline:
         run.enter(self.course.stage)
         names = [name for name, _ in self.course.stages]
         if "imitate" in names and run.data is None:
-            raise ConfigError("method rl100 imitates recorded episodes: name them in the data section")
+            raise ConfigError(
+                "method rl100 imitates recorded episodes: name them in the data section"
+            )
         self.anchor = Anchor(run)
         if "improve" in names:
             o = settings.offline
@@ -169,9 +208,13 @@ class _Pipeline:
                 members=o.members,
                 pessimism=o.pessimism,
             )
-            self.evaluation = OfflineEvaluation(run, self.value, horizon=o.horizon, starts=o.starts, caution=o.caution)
+            self.evaluation = OfflineEvaluation(
+                run, self.value, horizon=o.horizon, starts=o.starts, caution=o.caution
+            )
         if "online" in names:
-            self.on_policy = OnPolicy(run, settings.online, settings.gamma, settings.cut_fails, self.anchor)
+            self.on_policy = OnPolicy(
+                run, settings.online, settings.gamma, settings.cut_fails, self.anchor
+            )
         if {"improve", "online"} & set(names):
             run.require_density()
 
@@ -207,7 +250,9 @@ class _Pipeline:
             stage = course.stage
             run.pace = course.progress
             if stage in ("improve", "online") and self.s.stage != "online":
-                run.deployed = replace(run.deployed, judge=self._judge)  # saved with the policy, for best-of-N
+                run.deployed = replace(
+                    run.deployed, judge=self._judge
+                )  # saved with the policy, for best-of-N
             through = getattr(self, stage)()
             if course.advance(through):
                 if course.stage != stage:
@@ -246,7 +291,9 @@ class _Pipeline:
         return False
 
     def reclone(self) -> bool:
-        """pi <- IL(everything that succeeded), from where it stands; the encoder learns again, and then rests."""
+        """pi <- IL(everything that succeeded), from where it stands; the encoder learns again, and
+        then rests.
+        """
         rows = int(self.experience.everything.success.sum())
         if rows:
             Imitation(self.run, self.experience.imitable, rows, self.s.imitation.batch)(AT_ONCE)
@@ -269,7 +316,9 @@ class _Pipeline:
         return False
 
     def improve(self) -> bool:
-        """candidate <- PPO(pi, A); pi <- candidate, or as it was. True: the stage is through before its time."""
+        """candidate <- PPO(pi, A); pi <- candidate, or as it was. True: the stage is through before
+        its time.
+        """
         run, o, point = self.run, self.s.offline, self.run.save_point()
         for sweep in range(o.sweeps):
             rollout, rows = self.experience.redraw(o.states, sweep, o.samples)
@@ -278,7 +327,14 @@ class _Pipeline:
             if o.samples > 1:
                 advantage = leave_one_out(advantage.view(-1, o.samples)).flatten()
             loss = partial(self.loss, clip=o.clip, kl=o.kl)
-            self._learn(rollout, run.normalised(advantage.cpu()), o.epochs, o.minibatch, loss, self.anchor.weights)
+            self._learn(
+                rollout,
+                run.normalised(advantage.cpu()),
+                o.epochs,
+                o.minibatch,
+                loss,
+                self.anchor.weights,
+            )
         run.keep(f"candidate-{run.iteration}")
         away = self._distance()
         verdict = self._verdict(point)
@@ -303,19 +359,28 @@ class _Pipeline:
 
     @torch.no_grad()
     def _distance(self) -> float:
-        """KL of pi's chains from those of the stage's first policy, nats a decision: sum_k KL, at recorded decisions."""
+        """KL of pi's chains from those of the stage's first policy, nats a decision: sum_k KL, at
+        recorded decisions.
+        """
         run = self.run
-        trajectory = self.experience.redraw(self.s.offline.states, self.s.offline.sweeps)[0].trajectory
+        trajectory = self.experience.redraw(self.s.offline.states, self.s.offline.sweeps)[
+            0
+        ].trajectory
         with run.using(self.anchor.weights):
-            then = [run.policy.scored(run.policy.transition(trajectory, k)) for k in trajectory.steps]
+            then = [
+                run.policy.scored(run.policy.transition(trajectory, k)) for k in trajectory.steps
+            ]
         now = [run.policy.scored(trajectory.acted(k)) for k in trajectory.steps]
-        total = sum(float(mean_kl(a, b, reduce="sum").double().sum()) for a, b in zip(now, then, strict=True))
+        total = sum(
+            float(mean_kl(a, b, reduce="sum").double().sum())
+            for a, b in zip(now, then, strict=True)
+        )
         sums = run.processes.reduce(torch.tensor([total, len(trajectory)], dtype=torch.float64))
         return float(sums[0] / sums[1])
 
     def _checked(self, point: tuple[list[Tensor], Any]) -> bool:
-        """Real episodes, from the same starts for every policy of the stage: the candidate succeeds more often than the policy
-        in force; where both always do, nothing speaks for a change.
+        """Real episodes, from the same starts for every policy of the stage: the candidate succeeds
+        more often than the policy in force; where both always do, nothing speaks for a change.
         """
         run, anchor, episodes = self.run, self.anchor, self.s.offline.check
         if anchor.rate is None:

@@ -1,5 +1,5 @@
-"""Uni-O4 (arXiv 2311.03351), what RL-100 grew from: n Gaussian policies instead of one denoising chain, and a gate that undoes
-nothing.
+"""Uni-O4 (arXiv 2311.03351), what RL-100 grew from: n Gaussian policies instead of one denoising
+chain, and a gate that undoes nothing.
 
     imitation   pi_1 .. pi_n <- joint behaviour cloning:
                 L_i = -log pi_i - alpha (log pi_i - max_j log pi_j)
@@ -9,16 +9,19 @@ nothing.
 
     PPO's loss = max(-A rho, -A clip(rho, 1-eps, 1+eps)),   rho = pi_i / old_i of the whole chunk
 
-J = E sum_h Q(s_h, mu(s_h)) in imagination (`genpolicy.offline_evaluation`), of the mean action. Where J falls short, old_i stays
-and pi_i learns on from where it is (RL-100 as we have it goes back). A member's policy is N(mu, s^2) with the s of chain.kernel,
-so that -log pi_i is |E| / (2 s^2) times the mean square of its error, and L_i weighs a row with 1 where member i is the most
-likely of all and with 1 + alpha elsewhere: it catches up with the others rather than away from them. What makes the members
-differ is where they begin and what they draw.
+J = E sum_h Q(s_h, mu(s_h)) in imagination (`genpolicy.offline_evaluation`), of the mean action.
+Where J falls short, old_i stays and pi_i learns on from where it is (RL-100 as we have it goes
+back). A member's policy is N(mu, s^2) with the s of chain.kernel, so that -log pi_i is |E| / (2
+s^2) times the mean square of its error, and L_i weighs a row with 1 where member i is the most
+likely of all and with 1 + alpha elsewhere: it catches up with the others rather than away from
+them. What makes the members differ is where they begin and what they draw.
 
-Differs from the public code (Lei-Kun/Uni-O4): there the maximum is detached, so that L_i is (1 + alpha) times plain cloning (its
-other form, kl_type "distribution", subtracts alpha KL(pi_i || the likeliest) and does push them apart); the std is learned; the
-critics are by default the behaviour's (SARSA), IQL is an option; clip stops falling after 200 updates; and the J of old_i is the
-number of the check at which it was best, from other starts, while here both are imagined from the same starts, with the same luck.
+Differs from the public code (Lei-Kun/Uni-O4): there the maximum is detached, so that L_i is (1 +
+alpha) times plain cloning (its other form, kl_type "distribution", subtracts alpha KL(pi_i || the
+likeliest) and does push them apart); the std is learned; the critics are by default the behaviour's
+(SARSA), IQL is an option; clip stops falling after 200 updates; and the J of old_i is the number of
+the check at which it was best, from other starts, while here both are imagined from the same
+starts, with the same luck.
 """
 
 import copy
@@ -50,7 +53,9 @@ from genpolicy.run import Run
 
 @dataclass
 class Joint(Cloning):
-    """Of each member, with frames of its own. alpha: .1 in main.py. (Public: batch 512, 1e-4, 4e5 updates.)"""
+    """Of each member, with frames of its own. alpha: .1 in main.py. (Public: batch 512, 1e-4, 4e5
+    updates.)
+    """
 
     alpha: float = 0.1
 
@@ -61,12 +66,14 @@ class Joint(Cloning):
 
 @dataclass
 class Offline:
-    """episodes: of all members together; 0 learns from the data section alone. critic_updates: of Q and V (IQL: ``expectile``
-    .7, main.py's omega). model_updates: of the model that J is imagined in.
+    """episodes: of all members together; 0 learns from the data section alone. critic_updates: of Q
+    and V (IQL: ``expectile`` .7, main.py's omega). model_updates: of the model that J is imagined
+    in.
 
-    candidates: times that every member is scored; updates: in between (eval_step 100), each at ``states`` recorded states
-    (512), with actions drawn anew. lr (1e-4) falls to 0 along a cosine, clip (.25) to 0 along a line, from one candidate to
-    the next. horizon: imagined decisions; starts: imagined episodes (512).
+    candidates: times that every member is scored; updates: in between (eval_step 100), each at
+    ``states`` recorded states (512), with actions drawn anew. lr (1e-4) falls to 0 along a cosine,
+    clip (.25) to 0 along a line, from one candidate to the next. horizon: imagined decisions;
+    starts: imagined episodes (512).
     """
 
     episodes: int = 200
@@ -82,7 +89,14 @@ class Offline:
     starts: int = 512
 
     def __post_init__(self) -> None:
-        least = {"episodes": 0, "critic_updates": 1, "model_updates": 1, "candidates": 1, "updates": 1, "states": 2}
+        least = {
+            "episodes": 0,
+            "critic_updates": 1,
+            "model_updates": 1,
+            "candidates": 1,
+            "updates": 1,
+            "states": 2,
+        }
         at_least("method uni_o4: offline", self, **least, horizon=1, starts=2)
         positive("method uni_o4: offline", self, "lr", "clip")
         share("method uni_o4: offline", self, "expectile")
@@ -90,8 +104,9 @@ class Offline:
 
 @dataclass
 class Practice(Online):
-    """minibatch: decisions of one update. lr: 1e-5 to 2e-5 in public; at ten times that PPO leaves its clip behind (docs/rl100.md).
-    The rest is as method rl100 has it, so that the two can be compared.
+    """minibatch: decisions of one update. lr: 1e-5 to 2e-5 in public; at ten times that PPO leaves
+    its clip behind (docs/rl100.md). The rest is as method rl100 has it, so that the two can be
+    compared.
     """
 
     minibatch: int = 128
@@ -100,11 +115,13 @@ class Practice(Online):
 
 @dataclass
 class UniO4:
-    """members: n (main.py: 4; the paper's number was not verified). gamma: per environment step (.99 there). cut_fails: nothing
-    comes after an episode that its time limit cut (as method rl100 has it).
+    """members: n (main.py: 4; the paper's number was not verified). gamma: per environment step
+    (.99 there). cut_fails: nothing comes after an episode that its time limit cut (as method rl100
+    has it).
 
-    Evaluated and saved is the first member until there is a J, then the old policy of the highest. The budget is of the whole
-    run; online RL goes on until it is spent. Policies of the stages' ends are kept in stages/.
+    Evaluated and saved is the first member until there is a J, then the old policy of the highest.
+    The budget is of the whole run; online RL goes on until it is spent. Policies of the stages'
+    ends are kept in stages/.
     """
 
     members: int = 4
@@ -127,11 +144,11 @@ class UniO4:
 
 
 class Members:
-    """n policies of one network: the weights of each, its optimiser, the best weights it has had (its old policy), and what
-    those scored. Saved and resumed with the run.
+    """n policies of one network: the weights of each, its optimiser, the best weights it has had
+    (its old policy), and what those scored. Saved and resumed with the run.
 
-    The first begins as the run's own policy, the others with weights of their own, or, where the policy is a saved one, alike.
-    settings: of the optimisers, by the run's stage.
+    The first begins as the run's own policy, the others with weights of their own, or, where the
+    policy is a saved one, alike. settings: of the optimisers, by the run's stage.
     """
 
     def __init__(self, run: Run, count: int, settings: dict[str, OptimizerConfig]) -> None:
@@ -199,7 +216,12 @@ class Members:
 
     def state_dict(self) -> dict[str, Any]:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        return {"weights": self.weights, "old": self.old, "score": list(self.score), "optimizers": optimizers}
+        return {
+            "weights": self.weights,
+            "old": self.old,
+            "score": list(self.score),
+            "optimizers": optimizers,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.run.policy.model.device
@@ -222,11 +244,15 @@ class _Pipeline:
         self.model = cast(ControlModel, run.policy.model)
         self._require_gaussian()
         if run.data is None:
-            raise ConfigError("method uni_o4 imitates recorded episodes: name them in the data section")
+            raise ConfigError(
+                "method uni_o4 imitates recorded episodes: name them in the data section"
+            )
         o, n = settings.offline, settings.members
         course: list[tuple[str, int | None]] = [("imitate", settings.imitation.iterations)]
         course += [("collect", n)] if o.episodes else []
-        self.course = Course([*course, ("criticise", 1), ("improve", o.candidates), ("online", None)])
+        self.course = Course(
+            [*course, ("criticise", 1), ("improve", o.candidates), ("online", None)]
+        )
         run.register(course=self.course)
         of_members, run.stages = self._optimizers()
         run.enter(self.course.stage)
@@ -235,9 +261,13 @@ class _Pipeline:
         self.imitation = Imitation(run, recorded(run.data, self.model), len(run.data), rows)
         self.experience = Experience(run, settings.cut_fails)
         self.value = ActionValue(run, settings.gamma, expectile=o.expectile)
-        self.evaluation = OfflineEvaluation(run, self.value, horizon=o.horizon, starts=o.starts, caution=0.0)
+        self.evaluation = OfflineEvaluation(
+            run, self.value, horizon=o.horizon, starts=o.starts, caution=0.0
+        )
         self.anchor = Anchor(run)
-        self.on_policy = OnPolicy(run, settings.online, settings.gamma, settings.cut_fails, self.anchor)
+        self.on_policy = OnPolicy(
+            run, settings.online, settings.gamma, settings.cut_fails, self.anchor
+        )
 
     def _require_gaussian(self) -> None:
         run = self.run
@@ -254,7 +284,9 @@ class _Pipeline:
             )
 
     def _optimizers(self) -> tuple[dict[str, OptimizerConfig], dict[str, OptimizerConfig]]:
-        """The members', and the run's own in every stage, with the experiment's own betas, eps, decay and norm."""
+        """The members', and the run's own in every stage, with the experiment's own betas, eps,
+        decay and norm.
+        """
         common = self.run.experiment.optimizer
         plain = replace(common, warmup=0, final=1.0, ema=0.0)
         own = dict.fromkeys(("imitate", "collect", "criticise", "improve"), plain)
@@ -304,7 +336,9 @@ class _Pipeline:
         def losses(part: slice) -> Tensor:
             context, event, mask = self.imitation.source(rows[part])
             condition = self.model.encode(context)
-            error = partial(run.policy.supervised_loss, condition, event, t[part], noise[part].to(event), mask)
+            error = partial(
+                run.policy.supervised_loss, condition, event, t[part], noise[part].to(event), mask
+            )
             others = []
             for other in range(len(members)):
                 if other != member:
@@ -332,7 +366,9 @@ class _Pipeline:
         self.evaluation.learn(e.replay, e.features, o.model_updates)
 
     def improve(self) -> None:
-        """pi_i <- PPO(pi_i, A = Q - V of old_i's actions), old_i <- the better of the two, for every member."""
+        """pi_i <- PPO(pi_i, A = Q - V of old_i's actions), old_i <- the better of the two, for
+        every member.
+        """
         run, o, members = self.run, self.s.offline, self.members
         loss = partial(self.loss, clip=o.clip * (1 - (self.course.progress or 0.0)))
         for member in range(len(members)):
@@ -340,7 +376,9 @@ class _Pipeline:
                 with run.using(members.old[member]):
                     rollout, rows = self.experience.redraw(o.states, update * len(members) + member)
                     rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
-                advantage = self.value.advantage(self.experience.features[rows], rollout.trajectory.x0)
+                advantage = self.value.advantage(
+                    self.experience.features[rows], rollout.trajectory.x0
+                )
                 everything = Batch(slice(0, len(rollout.trajectory)))
                 with members.learning(member):
                     run.update(rollout, everything, run.normalised(advantage.cpu()), loss)
@@ -366,7 +404,9 @@ class _Pipeline:
         rollout, advantage, returns = self.on_policy.rollout(self.log_ratio)
         if self.course.done >= o.warm_up:
             advantage, loss = run.normalised(advantage), partial(self.loss, clip=o.clip)
-            for batch in run.minibatches(rollout, math.ceil(rollout.decisions.total / o.minibatch), o.epochs):
+            for batch in run.minibatches(
+                rollout, math.ceil(rollout.decisions.total / o.minibatch), o.epochs
+            ):
                 run.update(rollout, batch, advantage, loss)
         self.on_policy.critic.learn(rollout, returns)
 
@@ -384,8 +424,9 @@ class _Pipeline:
 
 
 def joint_weight(own: Tensor, others: list[Tensor], alpha: float) -> Tensor:
-    """d L_i / d(-log pi_i) of every row, [b]: 1 where the member's error is the smallest, that is, it is the most likely of all,
-    and 1 + alpha elsewhere. own and others [b]: errors at the same std.
+    """d L_i / d(-log pi_i) of every row, [b]: 1 where the member's error is the smallest, that is,
+    it is the most likely of all, and 1 + alpha elsewhere. own and others [b]: errors at the same
+    std.
     """
     likeliest = torch.stack([own, *others]).argmin(0) == 0
     return torch.where(likeliest, 1.0, 1.0 + alpha)

@@ -1,4 +1,6 @@
-"""The policy's LoRA on a diffusers denoiser: added or started from the user's, and saved with its alpha."""
+"""The policy's LoRA on a diffusers denoiser: added or started from the user's, and saved with its
+alpha.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +30,11 @@ ATTENTION = (
 class Lora:
     """A low-rank change of the denoiser (arXiv 2106.09685): W + alpha/rank B A.
 
-    rank, alpha: 32 and 64 are Flow-GRPO's (flow_grpo scripts/train_sd3.py). With ``start`` both are its
+    rank, alpha: 32 and 64 are Flow-GRPO's (flow_grpo scripts/train_sd3.py). With ``start`` both are
+    its
         file's.
-    targets: endings of the names of the linear layers it changes; by default every attention projection,
+    targets: endings of the names of the linear layers it changes; by default every attention
+    projection,
         those of the text stream too.
     start: folder or .safetensors file with the user's own LoRA, from which the policy starts.
     """
@@ -44,18 +48,28 @@ class Lora:
 def add(pipeline: Any, denoiser: torch.nn.Module, lora: Lora) -> None:
     """Put the adapter `ADAPTER` on the denoiser: fp32, and the only thing that learns."""
     if not (hasattr(pipeline, "save_lora_weights") and hasattr(denoiser, "add_adapter")):
-        raise ValueError(f"diffusers has no LoRA for {type(pipeline).__name__}; set policy.train to full")
+        raise ValueError(
+            f"diffusers has no LoRA for {type(pipeline).__name__}; set policy.train to full"
+        )
     if lora.start is not None:
         _start(pipeline, denoiser, Path(lora.start))
     else:
         targets = list(lora.targets or ATTENTION)
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=targets)
+        config = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=targets
+        )
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(0)  # the same start on every process, whatever was drawn before
+                torch.default_generator.manual_seed(
+                    0
+                )  # the same start on every process, whatever was drawn before
                 denoiser.add_adapter(config, adapter_name=ADAPTER)
         except ValueError as error:
-            linear = {n.split(".")[-1] for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)}
+            linear = {
+                n.split(".")[-1]
+                for n, m in denoiser.named_modules()
+                if isinstance(m, torch.nn.Linear)
+            }
             raise ValueError(
                 f"lora.targets {targets} match no layer of {type(denoiser).__name__}; its linear layers are"
                 f" {', '.join(sorted(linear))}"
@@ -71,10 +85,14 @@ def _start(pipeline: Any, denoiser: torch.nn.Module, start: Path) -> None:
     if len(files) > 1:
         files = [file for file in files if file.name == WEIGHTS]
     if len(files) != 1:
-        raise FileNotFoundError(f"lora.start {start} is neither a .safetensors file nor a folder with {WEIGHTS}")
+        raise FileNotFoundError(
+            f"lora.start {start} is neither a .safetensors file nor a folder with {WEIGHTS}"
+        )
     kind = type(denoiser).__name__
     try:
-        pipeline.load_lora_weights(str(files[0].parent), weight_name=files[0].name, adapter_name=ADAPTER)
+        pipeline.load_lora_weights(
+            str(files[0].parent), weight_name=files[0].name, adapter_name=ADAPTER
+        )
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise ValueError(f"lora.start {start} does not fit {kind}: {first_line(error)}") from error
     changed = [
@@ -84,13 +102,16 @@ def _start(pipeline: Any, denoiser: torch.nn.Module, start: Path) -> None:
     ]
     others = [name for name in changed if getattr(pipeline, name) is not denoiser]
     if others or not changed:
-        raise ValueError(f"lora.start {start} changes {', '.join(others) or 'nothing here'}; only {kind} may change")
+        raise ValueError(
+            f"lora.start {start} changes {', '.join(others) or 'nothing here'}; only {kind} may change"
+        )
 
 
 def save(pipeline: Any, name: str, denoiser: torch.nn.Module, directory: Path) -> None:
     """Write `WEIGHTS`, loadable by a plain ``pipe.load_lora_weights(directory, weight_name=...)``.
 
-    The metadata carries alpha: without it diffusers reloads with alpha = rank, silently another policy.
+    The metadata carries alpha: without it diffusers reloads with alpha = rank, silently another
+    policy.
     """
     weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
     if name == "unet":

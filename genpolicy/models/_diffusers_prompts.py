@@ -1,4 +1,6 @@
-"""Prompts as a condition, and their embeddings: encoded once per distinct prompt, stacked per batch."""
+"""Prompts as a condition, and their embeddings: encoded once per distinct prompt, stacked per
+batch.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -7,12 +9,16 @@ import torch
 from torch import Tensor
 
 CACHED_BYTES = 4 * 2**30
-"""Embeddings kept, oldest dropped first and encoded again if asked for. SD3: 2.7 MB a prompt in bf16."""
+"""Embeddings kept, oldest dropped first and encoded again if asked for. SD3: 2.7 MB a prompt in
+bf16.
+"""
 STACKED_BATCHES = 4
-"""Batches of rows kept stacked: a chain asks for the same rows (and their negatives) at every step."""
+"""Batches of rows kept stacked: a chain asks for the same rows (and their negatives) at every step.
+"""
 
 Entry = tuple[Tensor | None, ...]
-"""What ``encode_prompt`` returned for one prompt, in its order; None for what only guidance needs."""
+"""What ``encode_prompt`` returned for one prompt, in its order; None for what only guidance needs.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Prompts:
 
 
 class Embeddings:
-    """The cache. ``positive`` encodes one prompt, ``negative`` the one negative prompt that all rows share.
+    """The cache. ``positive`` encodes one prompt, ``negative`` the one negative prompt that all
+    rows share.
 
     Entries live at ``home`` (the CPU where memory is short) and are stacked on ``device``.
     """
@@ -75,7 +82,9 @@ class Embeddings:
             index = torch.tensor([places[prompt] for prompt in asked], device=self._device)
             while len(self._stacked) >= STACKED_BATCHES:
                 self._stacked.pop(next(iter(self._stacked)))
-            self._stacked[condition] = tuple(self._stack(values, index) for values in zip(*entries, strict=True))
+            self._stacked[condition] = tuple(
+                self._stack(values, index) for values in zip(*entries, strict=True)
+            )
         return self._stacked[condition]
 
     def _stack(self, values: tuple[Tensor | None, ...], index: Tensor) -> Tensor | None:
@@ -85,7 +94,9 @@ class Embeddings:
         if len(tensors[0]) != 1:
             return tensors[0].to(self._device)  # not per row (Flux's text ids): shared
         if any(v.shape != tensors[0].shape for v in tensors):
-            raise ValueError("this pipeline embeds prompts in different lengths, which can't share a batch here")
+            raise ValueError(
+                "this pipeline embeds prompts in different lengths, which can't share a batch here"
+            )
         return torch.cat(tensors).to(self._device)[index]
 
 

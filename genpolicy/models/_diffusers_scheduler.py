@@ -1,7 +1,7 @@
 """diffusers' schedulers read as our schedules.
 
-What stands in for one while the pipeline's loop runs for a single network evaluation, which of them are
-Markov chains that can be scored, and their tables and times as ours.
+What stands in for one while the pipeline's loop runs for a single network evaluation, which of them
+are Markov chains that can be scored, and their tables and times as ours.
 """
 
 import inspect
@@ -21,18 +21,26 @@ from genpolicy.chain.values import Parametrisation
 
 log = logging.getLogger(__name__)
 
-MARKOV = ("DDIMScheduler", "DDPMScheduler", "CogVideoXDDIMScheduler", "FlowMatchEulerDiscreteScheduler")
-"""Schedulers whose tables are used as they are: one step needs nothing but its own network evaluation."""
+MARKOV = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "CogVideoXDDIMScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+)
+"""Schedulers whose tables are used as they are: one step needs nothing but its own network
+evaluation.
+"""
 
 Asked = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments that a pipeline passed to its scheduler's ``set_timesteps``."""
 
 
 class OneStep:
-    """Stands where a pipeline's scheduler stood: shows its loop ``timesteps`` and keeps the network's output.
+    """Stands where a pipeline's scheduler stood: shows its loop ``timesteps`` and keeps the
+    network's output.
 
-    ``timesteps`` [] runs the loop not at all (dry calls, encoding, decoding), [1] once at one time, [1,B]
-    once with a time per row (the loop's ``t`` is then [B]).
+    ``timesteps`` [] runs the loop not at all (dry calls, encoding, decoding), [1] once at one time,
+    [1,B] once with a time per row (the loop's ``t`` is then [B]).
     """
 
     order = 1
@@ -61,8 +69,12 @@ class OneStep:
         """Flows and variance-preserving models see x_t as it is."""
         return sample
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        """Keep the output, and hand it back as the next sample: the pipeline returns it, nobody reads it."""
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the output, and hand it back as the next sample: the pipeline returns it, nobody
+        reads it.
+        """
         self.output = model_output
         return model_output, model_output
 
@@ -74,9 +86,11 @@ def _signature(kind: type) -> inspect.Signature:
 
 
 def markov(scheduler: Any) -> Any:
-    """The scheduler itself if it is one of `MARKOV`, else the one of its family, with one logged line.
+    """The scheduler itself if it is one of `MARKOV`, else the one of its family, with one logged
+    line.
 
-    Multistep solvers keep a history: their steps are no transition of x_t alone. Euler's are DDIM's anyway.
+    Multistep solvers keep a history: their steps are no transition of x_t alone. Euler's are DDIM's
+    anyway.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if config.get("thresholding"):
@@ -84,7 +98,9 @@ def markov(scheduler: Any) -> Any:
             f"scheduler {name}: dynamic thresholding can't be scored; set thresholding false in its config"
         )
     if config.get("invert_sigmas"):
-        raise ValueError(f"scheduler {name}: inverted sigmas (Mochi) are not supported; use another pipeline")
+        raise ValueError(
+            f"scheduler {name}: inverted sigmas (Mochi) are not supported; use another pipeline"
+        )
     if name in MARKOV:
         return scheduler
     flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
@@ -95,10 +111,16 @@ def markov(scheduler: Any) -> Any:
         chosen = diffusers.CogVideoXDDIMScheduler.from_config(config)
     elif config.get("beta_schedule") is not None:
         # DDIM clips by default, and the schedulers that it replaces here do not
-        chosen = diffusers.DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+        chosen = diffusers.DDIMScheduler.from_config(
+            config, clip_sample=config.get("clip_sample", False)
+        )
     else:
-        raise ValueError(f"scheduler {name} is neither a flow nor variance preserving; valid are {', '.join(MARKOV)}")
-    log.warning("the steps of scheduler %s can't be scored; %s takes its place", name, type(chosen).__name__)
+        raise ValueError(
+            f"scheduler {name} is neither a flow nor variance preserving; valid are {', '.join(MARKOV)}"
+        )
+    log.warning(
+        "the steps of scheduler %s can't be scored; %s takes its place", name, type(chosen).__name__
+    )
     return chosen
 
 
@@ -106,7 +128,8 @@ def markov(scheduler: Any) -> Any:
 class Times:
     """A Markov scheduler's times as ours.
 
-    mu: what the pipeline passes to ``set_timesteps`` at this resolution ("dynamic" shifting), if anything.
+    mu: what the pipeline passes to ``set_timesteps`` at this resolution ("dynamic" shifting), if
+    anything.
     """
 
     scheduler: Any
@@ -158,7 +181,9 @@ class Times:
         return (t * self.levels).round().long() - 1
 
     def grid(self, steps: int) -> Tensor:
-        """K+1 noise times. Flows: K real steps, stretched so that the last is at ``shift_terminal`` (LTX)."""
+        """K+1 noise times. Flows: K real steps, stretched so that the last is at ``shift_terminal``
+        (LTX).
+        """
         if not self.flow:
             return self.native(((steps,), {}))
         grid = Linear(self._shift()).grid(steps)

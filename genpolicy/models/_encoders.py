@@ -1,7 +1,9 @@
-"""Eyes: small encoders of pictures [n,C,H,W] in [0,1] and of point clouds [n,P,3], standardised, to `FEATURES` numbers [n,F].
+"""Eyes: small encoders of pictures [n,C,H,W] in [0,1] and of point clouds [n,P,3], standardised, to
+`FEATURES` numbers [n,F].
 
-Beside each, where asked for, what keeps its features honest (RL-100, arXiv 2510.14830, its representation losses): a bottleneck
-N(mu, s^2) with KL to N(0, I), and a decoder that must find from the features what was seen, and the robot's own state.
+Beside each, where asked for, what keeps its features honest (RL-100, arXiv 2510.14830, its
+representation losses): a bottleneck N(mu, s^2) with KL to N(0, I), and a decoder that must find
+from the features what was seen, and the robot's own state.
 """
 
 import torch
@@ -19,11 +21,11 @@ SPREAD = 4.0
 
 
 class PictureEncoder(nn.Module):
-    """Three strided convolutions with group norm; where each channel of the last is active on average, and how much; linear,
-    layer norm.
+    """Three strided convolutions with group norm; where each channel of the last is active on
+    average, and how much; linear, layer norm.
 
-    The average place (x, y in [-1, 1] under a softmax over the picture) is the "spatial softmax" of arXiv 1504.00702,
-    with a learned temperature.
+    The average place (x, y in [-1, 1] under a softmax over the picture) is the "spatial softmax" of
+    arXiv 1504.00702, with a learned temperature.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -31,7 +33,11 @@ class PictureEncoder(nn.Module):
         layers: list[nn.Module] = []
         channels_in = shape[0]
         for channels in CHANNELS:
-            layers += [nn.Conv2d(channels_in, channels, 5, stride=2, padding=2), nn.GroupNorm(8, channels), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels_in, channels, 5, stride=2, padding=2),
+                nn.GroupNorm(8, channels),
+                nn.ReLU(),
+            ]
             channels_in = channels
         self.convolutions = nn.Sequential(*layers)
         self.temperature = nn.Parameter(torch.ones(()))
@@ -47,8 +53,9 @@ class PictureEncoder(nn.Module):
 
 
 class CloudEncoder(nn.Module):
-    """PointNet as 3D Diffusion Policy has it (arXiv 2403.03954): each point 3 -> 64 -> 128 -> 256 with layer norm and ReLU, the
-    largest over the points, linear, layer norm. The points' order does not matter.
+    """PointNet as 3D Diffusion Policy has it (arXiv 2403.03954): each point 3 -> 64 -> 128 -> 256
+    with layer norm and ReLU, the largest over the points, linear, layer norm. The points' order
+    does not matter.
     """
 
     def __init__(self, _shape: tuple[int, ...]) -> None:
@@ -64,7 +71,9 @@ class CloudEncoder(nn.Module):
 
 
 class Eye(nn.Module):
-    """One encoder with its bottleneck and its decoders, where wanted. own: dims of the robot's own state, to be found too."""
+    """One encoder with its bottleneck and its decoders, where wanted. own: dims of the robot's own
+    state, to be found too.
+    """
 
     def __init__(self, shape: tuple[int, ...], own: int, bottleneck: bool, decode: bool) -> None:
         super().__init__()
@@ -74,9 +83,17 @@ class Eye(nn.Module):
         if decode:
             seen = shape[0] * SMALL**2 if self.picture else 3 * shape[0]
             self.decoder = nn.Sequential(
-                nn.Linear(FEATURES, 512), nn.ReLU(), nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, seen)
+                nn.Linear(FEATURES, 512),
+                nn.ReLU(),
+                nn.Linear(512, 1024),
+                nn.ReLU(),
+                nn.Linear(1024, seen),
             )
-            self.own = nn.Sequential(nn.Linear(FEATURES, 128), nn.ReLU(), nn.Linear(128, own)) if own else None
+            self.own = (
+                nn.Sequential(nn.Linear(FEATURES, 128), nn.ReLU(), nn.Linear(128, own))
+                if own
+                else None
+            )
 
     def forward(self, seen: Tensor) -> Tensor:
         """Features [n,F], with nothing drawn: where there is a bottleneck, its mean."""
@@ -84,8 +101,8 @@ class Eye(nn.Module):
         return features if self.spread is None else self.spread(features)[..., :FEATURES]
 
     def drawn(self, seen: Tensor, normal: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Features mu + s ``normal`` [n,F], and KL(N(mu, s^2) || N(0, I)) [n], summed over the features; without a bottleneck
-        the plain ones and 0.
+        """Features mu + s ``normal`` [n,F], and KL(N(mu, s^2) || N(0, I)) [n], summed over the
+        features; without a bottleneck the plain ones and 0.
         """
         features = self.encoder(seen)
         if self.spread is None or normal is None:
@@ -96,9 +113,11 @@ class Eye(nn.Module):
         return mean + log_std.exp() * normal, divergence.sum(-1)
 
     def missed(self, features: Tensor, seen: Tensor, own: Tensor | None) -> Tensor:
-        """How far what is decoded from features [n,F] is from what was seen and from the robot's own state [n,q]: [n].
+        """How far what is decoded from features [n,F] is from what was seen and from the robot's
+        own state [n,q]: [n].
 
-        Pictures: mean squared error of the picture shrunk to 16 x 16; clouds: `chamfer`; the state: squared distance.
+        Pictures: mean squared error of the picture shrunk to 16 x 16; clouds: `chamfer`; the state:
+        squared distance.
         """
         found = self.decoder(features)
         if self.picture:
@@ -106,23 +125,33 @@ class Eye(nn.Module):
             error = (found - small).square().mean(-1)
         else:
             error = chamfer(found.view_as(seen), seen)
-        return error if self.own is None or own is None else error + (self.own(features) - own).square().sum(-1)
+        return (
+            error
+            if self.own is None or own is None
+            else error + (self.own(features) - own).square().sum(-1)
+        )
 
 
 def chamfer(first: Tensor, second: Tensor) -> Tensor:
-    """Mean squared distance from each point of one cloud [n,P,3] to the nearest of the other, both ways, summed: [n]."""
+    """Mean squared distance from each point of one cloud [n,P,3] to the nearest of the other, both
+    ways, summed: [n].
+    """
     here, there = first.square().sum(-1), second.square().sum(-1)
     squared = (here[:, :, None] + there[:, None] - 2 * first @ second.mT).clamp_min(0)
     return squared.amin(2).mean(1) + squared.amin(1).mean(1)
 
 
 def shifted(pictures: Tensor, by: Tensor) -> Tensor:
-    """Pictures [n,C,H,W], each moved by its own whole number of pixels ``by`` [n,2] (down, right); edges are repeated."""
+    """Pictures [n,C,H,W], each moved by its own whole number of pixels ``by`` [n,2] (down, right);
+    edges are repeated.
+    """
     height, width = pictures.shape[-2:]
     down = (torch.arange(height, device=by.device) - by[:, :1]).clamp(0, height - 1)
     right = (torch.arange(width, device=by.device) - by[:, 1:]).clamp(0, width - 1)
     rows = torch.arange(len(pictures), device=by.device)[:, None, None]
-    return pictures.movedim(1, -1)[rows, down[:, :, None], right[:, None]].movedim(-1, 1).contiguous()
+    return (
+        pictures.movedim(1, -1)[rows, down[:, :, None], right[:, None]].movedim(-1, 1).contiguous()
+    )
 
 
 def _axis(length: int, like: Tensor) -> Tensor:

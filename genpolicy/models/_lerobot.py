@@ -1,4 +1,5 @@
-"""What the adapters of LeRobot's policies share: finding and verifying them, their processors, and their observations.
+"""What the adapters of LeRobot's policies share: finding and verifying them, their processors, and
+their observations.
 
 LeRobot is imported inside the functions: it takes seconds, and it is an extra.
 """
@@ -43,7 +44,9 @@ def lerobot() -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except ImportError as error:
-        raise ValueError(f"LeRobot policies need lerobot ({error}): pip install genpolicy[robots]") from error
+        raise ValueError(
+            f"LeRobot policies need lerobot ({error}): pip install genpolicy[robots]"
+        ) from error
 
 
 def find(pretrained: str, revision: str | None, kinds: Sequence[str]) -> Path:
@@ -53,7 +56,9 @@ def find(pretrained: str, revision: str | None, kinds: Sequence[str]) -> Path:
         folder = _download(pretrained, revision)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"policy.pretrained {pretrained} is no saved LeRobot policy: it has no {file}")
+            raise FileNotFoundError(
+                f"policy.pretrained {pretrained} is no saved LeRobot policy: it has no {file}"
+            )
     for file in (PREPROCESSOR, POSTPROCESSOR):
         if not (folder / file).is_file():
             raise FileNotFoundError(
@@ -72,21 +77,32 @@ def _download(pretrained: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     if Path(pretrained).is_absolute() or pretrained.count("/") != 1:
-        raise FileNotFoundError(f"policy.pretrained {pretrained}: no such folder, and no hub id (owner/name) either")
+        raise FileNotFoundError(
+            f"policy.pretrained {pretrained}: no such folder, and no hub id (owner/name) either"
+        )
     try:
-        return Path(snapshot_download(pretrained, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors, those of a missing cache ValueErrors
+        return Path(
+            snapshot_download(
+                pretrained, revision=revision, allow_patterns=["*.json", "*.safetensors"]
+            )
+        )
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # the hub's own errors are OSErrors, those of a missing cache ValueErrors
         raise OSError(
             f"policy.pretrained {pretrained}: no such folder, and the hub repository can't be read (it is unreachable,"
             " gated or misspelt); log in with a token (hf auth login) or give a local folder"
         ) from error
 
 
-def load(folder: Path, device: torch.device, renamed: Renamed | None = None, **settings: Any) -> Any:
+def load(
+    folder: Path, device: torch.device, renamed: Renamed | None = None, **settings: Any
+) -> Any:
     """The policy of a folder, in eval mode, its weights compared with the file's.
 
-    ``settings`` replace fields of its config while it is built (what would download something, for example); it keeps
-    its own ones after.
+    ``settings`` replace fields of its config while it is built (what would download something, for
+    example); it keeps its own ones after.
     """
     with lerobot():
         from lerobot.configs.policies import PreTrainedConfig
@@ -105,14 +121,20 @@ def load(folder: Path, device: torch.device, renamed: Renamed | None = None, **s
 
 
 def verify(policy: torch.nn.Module, saved: Mapping[str, Tensor], folder: Path) -> None:
-    """Raise unless the policy's weights are the saved ones: LeRobot prints what fails to load and goes on with random
-    weights. Weights that share their memory are saved under one of their names.
+    """Raise unless the policy's weights are the saved ones: LeRobot prints what fails to load and
+    goes on with random weights. Weights that share their memory are saved under one of their names.
     """
     state = policy.state_dict()
     there = {state[name].data_ptr() for name in saved if name in state}
-    lost = [name for name, value in state.items() if name not in saved and value.data_ptr() not in there]
+    lost = [
+        name for name, value in state.items() if name not in saved and value.data_ptr() not in there
+    ]
     foreign = [name for name in saved if name not in state]
-    wrong = [n for n, v in saved.items() if n in state and not torch.equal(v.to(state[n].dtype), state[n].cpu())]
+    wrong = [
+        n
+        for n, v in saved.items()
+        if n in state and not torch.equal(v.to(state[n].dtype), state[n].cpu())
+    ]
     for names, what in (
         (lost, "are not in the file"),
         (foreign, "are unknown to the policy"),
@@ -127,21 +149,27 @@ def verify(policy: torch.nn.Module, saved: Mapping[str, Tensor], folder: Path) -
 
 @dataclass(frozen=True)
 class Processors:
-    """LeRobot's own way from what is seen to what the network is shown, and from its actions to the environment's."""
+    """LeRobot's own way from what is seen to what the network is shown, and from its actions to the
+    environment's.
+    """
 
     pre: Any
     post: Any
 
-    def observe(self, context: Context, history: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """The batch that LeRobot's policies are given: normalised observations [B,history,*shape], and what its other
-        steps add (tokens of the instruction).
+    def observe(
+        self, context: Context, history: int, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Any]:
+        """The batch that LeRobot's policies are given: normalised observations [B,history,*shape],
+        and what its other steps add (tokens of the instruction).
         """
         batch: dict[str, Any] = {"task": list(context.prompts)}
         for name, shape in shapes.items():
             seen = context.observation.get(name)
             if seen is None or seen.shape[1:] != (history, *shape):
                 got = "is missing" if seen is None else f"comes as {list(seen.shape[1:])}"
-                raise ValueError(f"observation {name} {got}; this policy needs {[history, *shape]} of every row")
+                raise ValueError(
+                    f"observation {name} {got}; this policy needs {[history, *shape]} of every row"
+                )
             batch[name] = seen
         with lerobot():
             return self.pre(batch)
@@ -160,7 +188,9 @@ class Processors:
         return self.post(event.float())
 
     def require_statistics(self, pretrained: str) -> None:
-        """Raise where statistics are missing: LeRobot then passes values through as they are, and says nothing."""
+        """Raise where statistics are missing: LeRobot then passes values through as they are, and
+        says nothing.
+        """
         for step in (*self.pre.steps, *self.post.steps):
             for name, feature in getattr(step, "features", {}).items():
                 way = step.norm_map.get(feature.type)
@@ -177,15 +207,19 @@ class Processors:
         self.post.save_pretrained(directory)
 
 
-def load_processors(config: Any, folder: Path, device: torch.device, **overrides: Mapping[str, Any]) -> Processors:
-    """The processors saved beside a policy, on ``device``; ``overrides`` are settings of the preprocessor's steps by their
-    registered names.
+def load_processors(
+    config: Any, folder: Path, device: torch.device, **overrides: Mapping[str, Any]
+) -> Processors:
+    """The processors saved beside a policy, on ``device``; ``overrides`` are settings of the
+    preprocessor's steps by their registered names.
     """
     with lerobot():
         from lerobot.policies.factory import make_pre_post_processors
 
         steps = {"device_processor": {"device": str(device)}, **overrides}
-        pre, post = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=steps)
+        pre, post = make_pre_post_processors(
+            config, pretrained_path=str(folder), preprocessor_overrides=steps
+        )
     processors = Processors(pre, post)
     processors.require_statistics(str(folder))
     return processors
@@ -205,8 +239,9 @@ def make_processors(config: Any, dataset: Dataset) -> Processors:
 
 
 def steady(name: str, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Statistics by which a dim that stood still in the data is only shifted: LeRobot divides by 1e-8 there, so that the
-    slightest movement later becomes an enormous number. An action that never moved may hardly move.
+    """Statistics by which a dim that stood still in the data is only shifted: LeRobot divides by
+    1e-8 there, so that the slightest movement later becomes an enormous number. An action that
+    never moved may hardly move.
     """
     reach = REACH_FLOOR if name == "action" else 1.0
     fixed = {statistic: value.float().clone() for statistic, value in stats.items()}

@@ -1,7 +1,8 @@
-"""What differs between SmolVLA, pi0 and pi0.5: names, the form of a mask, and where the robot's state enters.
+"""What differs between SmolVLA, pi0 and pi0.5: names, the form of a mask, and where the robot's
+state enters.
 
-All three are a vision-language model that reads images and instruction (the prefix), and an action expert that attends to
-its keys and values. The prefix does not depend on the noise.
+All three are a vision-language model that reads images and instruction (the prefix), and an action
+expert that attends to its keys and values. The prefix does not depend on the noise.
 """
 
 from collections.abc import Mapping
@@ -19,9 +20,10 @@ from genpolicy.models._lerobot_flow_prefix import Prefix
 class Family:
     """One of LeRobot's flow policies.
 
-    joint: the module that holds both networks. prefix: how the names of the prefix's parameters begin, all others are the
-    expert's. images: the policy's method that prepares them. additive: masks are 0 and -inf [B,1,S,S], not bool [B,S,S].
-    state: where the robot's state enters. learns_pad: whether its own loss counts the actions after an episode's end.
+    joint: the module that holds both networks. prefix: how the names of the prefix's parameters
+    begin, all others are the expert's. images: the policy's method that prepares them. additive:
+    masks are 0 and -inf [B,1,S,S], not bool [B,S,S]. state: where the robot's state enters.
+    learns_pad: whether its own loss counts the actions after an episode's end.
     """
 
     joint: str
@@ -34,19 +36,36 @@ class Family:
 
 FAMILIES = {
     "smolvla": Family(
-        "vlm_with_expert", ("vlm_with_expert.vlm.", "state_proj."), "prepare_images", False, "prefix", False
+        "vlm_with_expert",
+        ("vlm_with_expert.vlm.", "state_proj."),
+        "prepare_images",
+        False,
+        "prefix",
+        False,
     ),
     "pi0": Family(
-        "paligemma_with_expert", ("paligemma_with_expert.paligemma.",), "_preprocess_images", True, "suffix", True
+        "paligemma_with_expert",
+        ("paligemma_with_expert.paligemma.",),
+        "_preprocess_images",
+        True,
+        "suffix",
+        True,
     ),
     "pi05": Family(
-        "paligemma_with_expert", ("paligemma_with_expert.paligemma.",), "_preprocess_images", True, "prompt", True
+        "paligemma_with_expert",
+        ("paligemma_with_expert.paligemma.",),
+        "_preprocess_images",
+        True,
+        "prompt",
+        True,
     ),
 }
 
 
 def encode_prefix(policy: Any, family: Family, batch: Mapping[str, Tensor]) -> Prefix:
-    """Images, instruction and, in SmolVLA, the state through the vision-language model, as its own sampler does."""
+    """Images, instruction and, in SmolVLA, the state through the vision-language model, as its own
+    sampler does.
+    """
     from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
     from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 
@@ -71,15 +90,21 @@ def encode_prefix(policy: Any, family: Family, batch: Mapping[str, Tensor]) -> P
     return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), valid, summary)
 
 
-def velocity(policy: Any, family: Family, prefix: Prefix, state: Tensor, x: Tensor, t: Tensor) -> Tensor:
+def velocity(
+    policy: Any, family: Family, prefix: Prefix, state: Tensor, x: Tensor, t: Tensor
+) -> Tensor:
     """One evaluation of the expert: v [B,T,max_action_dim] at x, t [B] fp32.
 
-    The cache is made anew each time: SmolVLA appends the expert's keys to the one it is given, and what it cuts off again
-    would keep this evaluation's graph alive in the next one.
+    The cache is made anew each time: SmolVLA appends the expert's keys to the one it is given, and
+    what it cuts off again would keep this evaluation's graph alive in the next one.
     """
     from transformers import DynamicCache
 
     enters = {"state": policy.prepare_state({STATE: state})} if family.state == "suffix" else {}
     return policy.model.denoise_step(
-        prefix_pad_masks=prefix.valid, past_key_values=DynamicCache(prefix.layers), x_t=x, timestep=t, **enters
+        prefix_pad_masks=prefix.valid,
+        past_key_values=DynamicCache(prefix.layers),
+        x_t=x,
+        timestep=t,
+        **enters,
     )

@@ -1,7 +1,9 @@
-"""A flow policy's files: the policy and its processors from a folder or the hub, and back into a folder that moves.
+"""A flow policy's files: the policy and its processors from a folder or the hub, and back into a
+folder that moves.
 
-SmolVLA's configuration names the VLM that its tokenizer and processor come from, and every preprocessor names a tokenizer.
-Where such a name is a folder, what is in it is put beside the weights, in `SHIPPED`, and found there on another machine.
+SmolVLA's configuration names the VLM that its tokenizer and processor come from, and every
+preprocessor names a tokenizer. Where such a name is a folder, what is in it is put beside the
+weights, in `SHIPPED`, and found there on another machine.
 """
 
 import json
@@ -22,21 +24,26 @@ from genpolicy.models._lerobot_flow_families import FAMILIES
 from genpolicy.task import Dataset
 
 SHIPPED = "vlm"
-"""Folder inside a policy's: its tokenizer, of SmolVLA with the VLM's configuration and processor."""
+"""Folder inside a policy's: its tokenizer, of SmolVLA with the VLM's configuration and processor.
+"""
 UNSUPPORTED = ("use_relative_actions", "adapt_to_pi_aloha", "use_peft")
 """Settings that change what a chunk means, or what the weights are, behind the chain's back."""
 
 
 @dataclass
 class Files:
-    """Where a policy comes from. words: the tokenizer (of SmolVLA the VLM) to use instead of the one it names."""
+    """Where a policy comes from. words: the tokenizer (of SmolVLA the VLM) to use instead of the
+    one it names.
+    """
 
     folder: Path
     words: str | None
     device: torch.device
 
     @classmethod
-    def find(cls, source: str, revision: str | None, tokenizer: str | None, device: torch.device) -> "Files":
+    def find(
+        cls, source: str, revision: str | None, tokenizer: str | None, device: torch.device
+    ) -> "Files":
         """Raises with one sentence where there is no policy that lerobot_flow can be."""
         folder = theirs.find(source, revision, tuple(FAMILIES))
         settings = json.loads((folder / theirs.CONFIG).read_text())
@@ -50,8 +57,8 @@ class Files:
         return cls(folder, tokenizer or (str(shipped) if shipped.is_dir() else None), device)
 
     def policy(self) -> Any:
-        """The policy in eval mode, verified. Its configuration is the file's; only while it is built, names are replaced,
-        nothing is compiled and no other weights are fetched first.
+        """The policy in eval mode, verified. Its configuration is the file's; only while it is
+        built, names are replaced, nothing is compiled and no other weights are fetched first.
         """
         settings: dict[str, Any] = {"compile_model": False}
         if json.loads((self.folder / theirs.CONFIG).read_text())["type"] == "smolvla":
@@ -64,7 +71,9 @@ class Files:
     def processors(self, config: Any) -> theirs.Processors:
         """Those beside the policy."""
         with self._explained():
-            processors = theirs.load_processors(config, self.folder, self.device, **self._tokenizer())
+            processors = theirs.load_processors(
+                config, self.folder, self.device, **self._tokenizer()
+            )
         return self._named(processors)
 
     def new_processors(self, config: Any, dataset: Dataset) -> theirs.Processors:
@@ -83,7 +92,11 @@ class Files:
             pre, post = make_pre_post_processors(
                 config,
                 pretrained_path=str(self.folder),
-                preprocessor_overrides={**device, "normalizer_processor": normal, **self._tokenizer()},
+                preprocessor_overrides={
+                    **device,
+                    "normalizer_processor": normal,
+                    **self._tokenizer(),
+                },
                 postprocessor_overrides={"unnormalizer_processor": normal},
             )
         processors = theirs.Processors(pre, post)
@@ -95,10 +108,15 @@ class Files:
 
     def _named(self, processors: theirs.Processors) -> theirs.Processors:
         """Saved again, they name the tokenizer that the file named."""
-        step, steps = tokenizer_step(processors), json.loads((self.folder / theirs.PREPROCESSOR).read_text())["steps"]
+        step, steps = (
+            tokenizer_step(processors),
+            json.loads((self.folder / theirs.PREPROCESSOR).read_text())["steps"],
+        )
         self.local = Path(step.tokenizer_name).is_dir()
         (step.tokenizer_name,) = (
-            s["config"]["tokenizer_name"] for s in steps if s.get("registry_name") == "tokenizer_processor"
+            s["config"]["tokenizer_name"]
+            for s in steps
+            if s.get("registry_name") == "tokenizer_processor"
         )
         return processors
 
@@ -110,9 +128,13 @@ class Files:
         except (SafetensorError, RuntimeError, DecodingError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise ValueError(f"policy.pretrained {self.folder} is damaged: {' '.join(str(error).split())}") from error
+            raise ValueError(
+                f"policy.pretrained {self.folder} is damaged: {' '.join(str(error).split())}"
+            ) from error
         except (OSError, ValueError) as error:
-            cause = error if isinstance(error, OSError) else error.__cause__  # a step's error is wrapped
+            cause = (
+                error if isinstance(error, OSError) else error.__cause__
+            )  # a step's error is wrapped
             if not isinstance(cause, OSError):
                 raise
             raise ValueError(
@@ -121,7 +143,9 @@ class Files:
             ) from error
 
     def save(self, policy: Any, processors: theirs.Processors, directory: Path) -> None:
-        """As LeRobot saves it, with the names it came with, and what they name beside it if that was a folder."""
+        """As LeRobot saves it, with the names it came with, and what they name beside it if that
+        was a folder.
+        """
         policy.save_pretrained(directory)
         processors.save(directory)
         if not self.local:
@@ -156,4 +180,7 @@ def renamed(policy: Any, weights: dict[str, Tensor]) -> Mapping[str, Tensor]:
     """A file's weights under the policy's names: those of the original pi checkpoints have others."""
     rename = getattr(policy, "_fix_pytorch_state_dict_keys", lambda weights, _: weights)
     fixed = rename(weights, policy.config)
-    return {name if name.startswith("model.") else f"model.{name}": value for name, value in fixed.items()}
+    return {
+        name if name.startswith("model.") else f"model.{name}": value
+        for name, value in fixed.items()
+    }

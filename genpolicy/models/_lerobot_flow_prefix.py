@@ -1,4 +1,6 @@
-"""What B rows see and are asked, and its encoding, computed where and when it is needed and kept for the next time."""
+"""What B rows see and are asked, and its encoding, computed where and when it is needed and kept
+for the next time.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,8 +14,8 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the expert attends to, B rows: keys and values of each layer [B,heads,S,dim]; valid, bool [B,S]; and the mean
-    of the last hidden states over the valid tokens [B,width].
+    """What the expert attends to, B rows: keys and values of each layer [B,heads,S,dim]; valid,
+    bool [B,S]; and the mean of the last hidden states over the valid tokens [B,width].
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -31,7 +33,8 @@ class Prefix:
 
 
 class Store:
-    """R rows as the policy's preprocessor made them, and the prefixes of those that were needed so far.
+    """R rows as the policy's preprocessor made them, and the prefixes of those that were needed so
+    far.
 
     ``mark`` says which weights they were computed with; where that changes, all are forgotten.
     """
@@ -44,7 +47,9 @@ class Store:
         self._mark: Tensor | None = None
 
     @torch.no_grad()
-    def prefix(self, rows: Tensor, encode: Callable[[Mapping[str, Tensor]], Prefix], mark: Tensor) -> Prefix:
+    def prefix(
+        self, rows: Tensor, encode: Callable[[Mapping[str, Tensor]], Prefix], mark: Tensor
+    ) -> Prefix:
         """The prefixes of ``rows`` [b]; what is missing is encoded, `ROWS` at a time."""
         if self._mark is None or not torch.equal(mark, self._mark):
             self._known[:], self._prefix, self._mark = False, None, mark
@@ -55,7 +60,9 @@ class Store:
                 self._prefix = made
             else:
                 if self._prefix is None:
-                    self._prefix = made.of(lambda value: value.new_empty(self.count, *value.shape[1:]))
+                    self._prefix = made.of(
+                        lambda value: value.new_empty(self.count, *value.shape[1:])
+                    )
                 for kept, value in zip(self._prefix.tensors(), made.tensors(), strict=True):
                     kept[part] = value
             self._known[part] = True
@@ -68,8 +75,8 @@ class Store:
 class Seen:
     """Some rows of a store: the condition of a chain.
 
-    keep: picked rows look into the same store, so that a prefix that was computed once is found again; otherwise they
-    begin a store of their own.
+    keep: picked rows look into the same store, so that a prefix that was computed once is found
+    again; otherwise they begin a store of their own.
     """
 
     store: Store

@@ -1,5 +1,5 @@
-"""Small denoisers of action chunks x_t [B,T,D], told a time embedding [B,C_t] and a condition [B,C]: network output
-[B,T,D].
+"""Small denoisers of action chunks x_t [B,T,D], told a time embedding [B,C_t] and a condition
+[B,C]: network output [B,T,D].
 """
 
 import math
@@ -25,15 +25,23 @@ def embed(position: Tensor) -> Tensor:
 
 
 class Residual(nn.Module):
-    """One input of everything, ``blocks`` times h + W2 silu(W1 silu(LN h)), then silu and a linear readout."""
+    """One input of everything, ``blocks`` times h + W2 silu(W1 silu(LN h)), then silu and a linear
+    readout.
+    """
 
-    def __init__(self, event_shape: tuple[int, ...], condition: int, hidden: int, blocks: int) -> None:
+    def __init__(
+        self, event_shape: tuple[int, ...], condition: int, hidden: int, blocks: int
+    ) -> None:
         super().__init__()
         event = math.prod(event_shape)
         self.enter = nn.Linear(event + TIME + condition, hidden)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.LayerNorm(hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+                nn.LayerNorm(hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, hidden),
             )
             for _ in range(blocks)
         )
@@ -47,18 +55,28 @@ class Residual(nn.Module):
 
 
 class FilmBlock(nn.Module):
-    """Two convolutions over the chunk's time axis; between them channels are scaled and shifted by what is known."""
+    """Two convolutions over the chunk's time axis; between them channels are scaled and shifted by
+    what is known.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, known: int) -> None:
         super().__init__()
         self.first = nn.Sequential(
-            nn.Conv1d(channels_in, channels_out, 5, padding=2), nn.GroupNorm(GROUPS, channels_out), nn.SiLU()
+            nn.Conv1d(channels_in, channels_out, 5, padding=2),
+            nn.GroupNorm(GROUPS, channels_out),
+            nn.SiLU(),
         )
         self.film = nn.Linear(known, 2 * channels_out)
         self.second = nn.Sequential(
-            nn.Conv1d(channels_out, channels_out, 5, padding=2), nn.GroupNorm(GROUPS, channels_out), nn.SiLU()
+            nn.Conv1d(channels_out, channels_out, 5, padding=2),
+            nn.GroupNorm(GROUPS, channels_out),
+            nn.SiLU(),
         )
-        self.skip = nn.Conv1d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        self.skip = (
+            nn.Conv1d(channels_in, channels_out, 1)
+            if channels_in != channels_out
+            else nn.Identity()
+        )
 
     def forward(self, x: Tensor, known: Tensor) -> Tensor:
         scale, shift = self.film(known)[..., None].chunk(2, 1)
@@ -66,7 +84,8 @@ class FilmBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A 1-D U-Net over the chunk's time axis with ``channels[i]`` at level i, each level half as long as the one above.
+    """A 1-D U-Net over the chunk's time axis with ``channels[i]`` at level i, each level half as
+    long as the one above.
 
     T must be divisible by 2^(levels - 1), and the channels by `GROUPS`.
     """

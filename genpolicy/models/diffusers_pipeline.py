@@ -1,10 +1,12 @@
-"""Any diffusers pipeline (SD1.5, SDXL, SD3, Flux, Wan, LTX, CogVideoX, ...): encode, denoise, decode.
+"""Any diffusers pipeline (SD1.5, SDXL, SD3, Flux, Wan, LTX, CogVideoX, ...): encode, denoise,
+decode.
 
-Nothing here knows a family. One network evaluation is the pipeline's own un-decorated ``__call__`` for one
-step, with a scheduler in its own one's place that shows the loop one time and keeps the network's output
-(`OneStep`), and with an ``encode_prompt`` that hands back cached embeddings: packing, ids, masks, rotary
-embeddings and micro-conditions stay the pipeline's. Encoding and decoding are the same call with no step at
-all. Guidance is the chain's: the pipeline itself runs unguided.
+Nothing here knows a family. One network evaluation is the pipeline's own un-decorated ``__call__``
+for one step, with a scheduler in its own one's place that shows the loop one time and keeps the
+network's output (`OneStep`), and with an ``encode_prompt`` that hands back cached embeddings:
+packing, ids, masks, rotary embeddings and micro-conditions stay the pipeline's. Encoding and
+decoding are the same call with no step at all. Guidance is the chain's: the pipeline itself runs
+unguided.
 """
 
 import inspect
@@ -37,11 +39,13 @@ DECODED_ELEMENTS = 2**17
 class DiffusersPipeline:
     """A diffusers pipeline as a `genpolicy.policy.Model`.
 
-    pretrained: hub id or folder of a pipeline. revision: the hub's branch, tag or commit.
-    train: "full" trains the denoiser (transformer or unet; of Wan 2.2's two the first), "lora" a LoRA on it.
-    precision: dtype that what is frozen is stored in, and that the network runs in (autocast). What learns
+    pretrained: hub id or folder of a pipeline. revision: the hub's branch, tag or commit. train:
+    "full" trains the denoiser (transformer or unet; of Wan 2.2's two the first), "lora" a LoRA on
+    it. precision: dtype that what is frozen is stored in, and that the network runs in (autocast).
+    What learns
         and the VAE are fp32, and so is the kernel algebra.
-    call: arguments of the pipeline's own call: height, width (pixels), num_frames, max_sequence_length
+    call: arguments of the pipeline's own call: height, width (pixels), num_frames,
+    max_sequence_length
         (tokens), ...; guidance_scale only where it is an input of the network (Flux).
     negative_prompt: for guidance; None is the pipeline's own idea of none ("", or zeros for SDXL).
     gradient_checkpointing: less memory for about a third more time where gradients are taken.
@@ -64,7 +68,9 @@ class DiffusersPipeline:
         if self.train not in ("full", "lora"):
             raise ValueError(f"policy.train is {self.train!r}; valid are 'full', 'lora'")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"policy.precision is {self.precision!r}; valid are {', '.join(PRECISIONS)}")
+            raise ValueError(
+                f"policy.precision is {self.precision!r}; valid are {', '.join(PRECISIONS)}"
+            )
         if isinstance(self.lora, Mapping):
             self.lora = Lora(**self.lora)
         self.device = default_device() if self.device is None else torch.device(self.device)
@@ -73,7 +79,9 @@ class DiffusersPipeline:
         self.load()
 
     def load(self) -> None:
-        """Load the pipeline, freeze all but what learns, and run it dry: wrong settings are told now."""
+        """Load the pipeline, freeze all but what learns, and run it dry: wrong settings are told
+        now.
+        """
         frozen = PRECISIONS[self.precision]
         learning = torch.float32 if self.train == "full" else frozen
         self.pipeline = load_pipeline(self.pretrained, self.revision, frozen, learning)
@@ -88,7 +96,9 @@ class DiffusersPipeline:
         self._arguments = inspect.signature(run).parameters
         check_call(self.call, self._arguments, kind)
         self._times = Times(markov(self.pipeline.scheduler), mu=None)
-        self._name = "transformer" if getattr(self.pipeline, "transformer", None) is not None else "unet"
+        self._name = (
+            "transformer" if getattr(self.pipeline, "transformer", None) is not None else "unet"
+        )
         self.denoiser: torch.nn.Module = getattr(self.pipeline, self._name)
         self._place()
         self._choose_what_learns()
@@ -106,10 +116,15 @@ class DiffusersPipeline:
         self.clip: tuple[float, bool] | None = self._times.clip
 
     def _place(self) -> None:
-        """Move the parts (with ``offload`` the denoisers) to the device, and make it the pipeline's."""
+        """Move the parts (with ``offload`` the denoisers) to the device, and make it the
+        pipeline's.
+        """
         device, plain = self.device, type(self.pipeline)
-        # a pipeline takes its device from whichever part comes first, which may be one that is offloaded
-        self.pipeline.__class__ = type(plain.__name__, (plain,), {"_execution_device": property(lambda _: device)})
+        # a pipeline takes its device from whichever part comes first, which may be one that is
+        # offloaded
+        self.pipeline.__class__ = type(
+            plain.__name__, (plain,), {"_execution_device": property(lambda _: device)}
+        )
         self.pipeline.set_progress_bar_config(disable=True)
         for name, part in self._parts().items():
             part.to("cpu" if self.offload and name not in DENOISERS else device)
@@ -133,12 +148,20 @@ class DiffusersPipeline:
         self.evaluations += 2 * rows if differentiated else rows
 
     def _parts(self) -> dict[str, torch.nn.Module]:
-        return {name: p for name, p in self.pipeline.components.items() if isinstance(p, torch.nn.Module)}
+        return {
+            name: p
+            for name, p in self.pipeline.components.items()
+            if isinstance(p, torch.nn.Module)
+        }
 
     @contextmanager
     def _visiting(self, *prefixes: str) -> Iterator[None]:
-        """With ``offload``: parts whose names start so are on the device in here, and on the CPU after."""
-        visitors = [p for name, p in self._parts().items() if self.offload and name.startswith(prefixes)]
+        """With ``offload``: parts whose names start so are on the device in here, and on the CPU
+        after.
+        """
+        visitors = [
+            p for name, p in self._parts().items() if self.offload and name.startswith(prefixes)
+        ]
         try:
             for part in visitors:
                 part.to(self.device)
@@ -149,10 +172,14 @@ class DiffusersPipeline:
 
     # The pipeline's call
 
-    def _pipeline_call(self, scheduler: OneStep, encode: Callable[..., Any], **arguments: Any) -> Tensor:
+    def _pipeline_call(
+        self, scheduler: OneStep, encode: Callable[..., Any], **arguments: Any
+    ) -> Tensor:
         """The un-decorated call, with ``scheduler`` and ``encode`` in place of its own two."""
         unguided = {"guidance_scale": 1.0} if "guidance_scale" in self._arguments else {}
-        attributes = self.pipeline.__dict__  # setattr would write the stand-in into the pipeline's config
+        attributes = (
+            self.pipeline.__dict__
+        )  # setattr would write the stand-in into the pipeline's config
         own = attributes["scheduler"]
         try:
             attributes["scheduler"], attributes["encode_prompt"] = scheduler, encode
@@ -167,15 +194,21 @@ class DiffusersPipeline:
 
     @torch.no_grad()
     def _dry(self, steps: int) -> tuple[Tensor, Asked]:
-        """No step at all: the latents [1,*E] that the loop starts from, and what it asks of its scheduler."""
+        """No step at all: the latents [1,*E] that the loop starts from, and what it asks of its
+        scheduler.
+        """
         scheduler, encode = self._stand_in(), _handing(self._embeddings.rows(self._blank))
-        latents = self._pipeline_call(scheduler, encode, prompt=[""], num_inference_steps=steps, output_type="latent")
+        latents = self._pipeline_call(
+            scheduler, encode, prompt=[""], num_inference_steps=steps, output_type="latent"
+        )
         return latents, scheduler.asked
 
     # Prompts
 
     def encode(self, context: Context) -> Prompts:
-        """B prompts; each distinct one goes through the pipeline's own ``encode_prompt`` once, alone."""
+        """B prompts; each distinct one goes through the pipeline's own ``encode_prompt`` once,
+        alone.
+        """
         return self._embeddings.encode(context.prompts)
 
     def negative(self, condition: Prompts) -> Prompts:
@@ -185,19 +218,30 @@ class DiffusersPipeline:
     def _positive(self, prompt: str) -> Entry:
         entry = self._encode(prompt)
         if getattr(self.pipeline, "do_classifier_free_guidance", False):
-            raise ValueError("guidance is the chain's on this pipeline; set chain.guidance, not guidance_scale")
+            raise ValueError(
+                "guidance is the chain's on this pipeline; set chain.guidance, not guidance_scale"
+            )
         return entry
 
     def _negative(self) -> Entry:
-        """The embeddings that appear with guidance, in the places of those that are there without it."""
+        """The embeddings that appear with guidance, in the places of those that are there without
+        it.
+        """
         prompt = self.negative_prompt or ""
         without = self._embeddings.entry(prompt)
-        if "do_classifier_free_guidance" not in inspect.signature(self.pipeline.encode_prompt).parameters:
+        if (
+            "do_classifier_free_guidance"
+            not in inspect.signature(self.pipeline.encode_prompt).parameters
+        ):
             return without  # guided by a second prompt, if at all (Flux)
         guided = self._encode(prompt, guidance_scale=2.0, negative_prompt=self.negative_prompt)
-        others = [v for v, alone in zip(guided, without, strict=True) if alone is None and v is not None]
+        others = [
+            v for v, alone in zip(guided, without, strict=True) if alone is None and v is not None
+        ]
         if len(others) != sum(v is not None for v in without):
-            raise ValueError(f"{type(self.pipeline).__name__} has no negative branch; set chain.guidance to 1")
+            raise ValueError(
+                f"{type(self.pipeline).__name__} has no negative branch; set chain.guidance to 1"
+            )
         places = iter(others)
         return tuple(None if v is None else next(places) for v in without)
 
@@ -212,7 +256,9 @@ class DiffusersPipeline:
             return kept[-1]
 
         with self._visiting("text_encoder"), torch.autocast(self.device.type, enabled=False):
-            self._pipeline_call(self._stand_in(), keep, prompt=[prompt], output_type="latent", **arguments)
+            self._pipeline_call(
+                self._stand_in(), keep, prompt=[prompt], output_type="latent", **arguments
+            )
         return kept[0]
 
     # The network
@@ -233,7 +279,9 @@ class DiffusersPipeline:
                 f"{type(self.denoiser).__name__} gives {tuple(output.shape[1:])} for {tuple(x.shape[1:])};"
                 " networks that also predict a variance are not supported"
             )
-        return Prediction.of(self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t))
+        return Prediction.of(
+            self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t)
+        )
 
     def _network(self, x: Tensor, t: Tensor, condition: Prompts) -> Tensor:
         """Rows of different t in one call where the family reads a time per row, else grouped by t."""
@@ -250,7 +298,9 @@ class DiffusersPipeline:
 
     @torch.no_grad()
     def _try_mixed(self, x: Tensor, times: Tensor, condition: Prompts) -> bool:
-        """Whether one call with a time per row equals a call for each row at its own (asked once a model)."""
+        """Whether one call with a time per row equals a call for each row at its own (asked once a
+        model).
+        """
         rows, counted = torch.stack([times.argmin(), times.argmax()]), self.evaluations
         alone = torch.cat([self._evaluate(x[r], times[r], condition[r]) for r in rows.split(1)])
         try:
@@ -264,11 +314,15 @@ class DiffusersPipeline:
         return bool((together - alone).abs().max() <= 1e-2 * alone.abs().max())
 
     def _evaluate(self, x: Tensor, timesteps: Tensor, condition: Prompts) -> Tensor:
-        """The pipeline's loop for one step at ``timesteps`` [1] or [1,B]: the network's output [B,*E]."""
+        """The pipeline's loop for one step at ``timesteps`` [1] or [1,B]: the network's output
+        [B,*E].
+        """
         scheduler, encode = self._stand_in(timesteps), _handing(self._embeddings.rows(condition))
         dtype = PRECISIONS[self.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            self._pipeline_call(scheduler, encode, prompt=[""] * len(x), latents=x, output_type="latent")
+            self._pipeline_call(
+                scheduler, encode, prompt=[""] * len(x), latents=x, output_type="latent"
+            )
         assert scheduler.output is not None
         return scheduler.output
 
@@ -278,8 +332,14 @@ class DiffusersPipeline:
 
     def features(self, condition: Prompts) -> Tensor:
         """The mean over tokens of the prompt's embedding, Float[B,F]."""
-        embedding = next(v for v in self._embeddings.rows(condition) if v is not None and v.is_floating_point())
-        return embedding.detach().float().flatten(1, -2).mean(1) if embedding.ndim > 2 else embedding.detach().float()
+        embedding = next(
+            v for v in self._embeddings.rows(condition) if v is not None and v.is_floating_point()
+        )
+        return (
+            embedding.detach().float().flatten(1, -2).mean(1)
+            if embedding.ndim > 2
+            else embedding.detach().float()
+        )
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
@@ -292,13 +352,18 @@ class DiffusersPipeline:
         # pipelines decode in the dtype of the embeddings; the VAE is fp32
         rows = self._embeddings.rows(Prompts(self._blank.prompts * len(x0)))
         rows = tuple(v.float() if v is not None and v.is_floating_point() else v for v in rows)
-        # a VAE that is told a noise level (LTX) draws noise: the same for every row, so that no split of rows
-        # matters
+        # a VAE that is told a noise level (LTX) draws noise: the same for every row, so that no
+        # split of rows matters
         draws = {"generator": [torch.Generator().manual_seed(0) for _ in x0]}
         arguments = draws if "generator" in self._arguments else {}
         prompts = [""] * len(x0)
         return self._pipeline_call(
-            self._stand_in(), _handing(rows), prompt=prompts, latents=x0, output_type="pt", **arguments
+            self._stand_in(),
+            _handing(rows),
+            prompt=prompts,
+            latents=x0,
+            output_type="pt",
+            **arguments,
         ).float()
 
     # What learns
@@ -308,7 +373,9 @@ class DiffusersPipeline:
         return {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
 
     def save(self, directory: Path) -> None:
-        """A LoRA for ``pipe.load_lora_weights``, or the whole pipeline with the scheduler it came with."""
+        """A LoRA for ``pipe.load_lora_weights``, or the whole pipeline with the scheduler it came
+        with.
+        """
         if self.train == "lora":
             lora_files.save(self.pipeline, self._name, self.denoiser, directory)
         else:

@@ -1,8 +1,10 @@
-"""LeRobot's DiffusionPolicy: its own encoder, U-Net, table and processors, sampled and scored by our chain.
+"""LeRobot's DiffusionPolicy: its own encoder, U-Net, table and processors, sampled and scored by
+our chain.
 
-Nothing is forked or subclassed. What LeRobot samples is a special case: the ODE (its DDIM) or DDIM(eta 1) (its DDPM) on the
-grid that `native_grid` gives. That grid never visits the noisiest levels when steps are few (one step starts, and ends, at
-level 0), so that ours begins at the top instead.
+Nothing is forked or subclassed. What LeRobot samples is a special case: the ODE (its DDIM) or
+DDIM(eta 1) (its DDPM) on the grid that `native_grid` gives. That grid never visits the noisiest
+levels when steps are few (one step starts, and ends, at level 0), so that ours begins at the top
+instead.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +25,9 @@ from genpolicy.task import Context, Dataset
 OURS = ("input_features", "output_features", "device", "pretrained_path")
 """What `initialise` decides."""
 NORMALISED = {"VISUAL": "MEAN_STD", "STATE": "MIN_MAX", "ENV": "MIN_MAX", "ACTION": "MIN_MAX"}
-"""LeRobot's defaults, and an environment state like the robot's: its own default leaves it as it is."""
+"""LeRobot's defaults, and an environment state like the robot's: its own default leaves it as it
+is.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,16 @@ class Seen:
 
 @dataclass(eq=False)
 class LeRobotDiffusion:
-    """A LeRobot DiffusionPolicy as a `genpolicy.policy.ControlModel`. The event is its whole horizon [T,D].
+    """A LeRobot DiffusionPolicy as a `genpolicy.policy.ControlModel`. The event is its whole
+    horizon [T,D].
 
-    pretrained: folder or hub id of a saved one; None: fresh weights in `initialise`. revision: the hub's branch, tag or
-    commit. config: keys of LeRobot's DiffusionConfig for fresh ones (n_obs_steps, horizon, n_action_steps, down_dims, ...).
-    train: "full" trains the U-Net and the cameras' encoder, which then runs in every evaluation; "denoiser" trains the U-Net
-    alone, and cameras are encoded once a decision.
-    spacing: the grid, "trailing" from the noisiest level or "lerobot" as its own sampler visits it.
-    device: None takes this process's accelerator if there is one.
+    pretrained: folder or hub id of a saved one; None: fresh weights in `initialise`. revision: the
+    hub's branch, tag or commit. config: keys of LeRobot's DiffusionConfig for fresh ones
+    (n_obs_steps, horizon, n_action_steps, down_dims, ...). train: "full" trains the U-Net and the
+    cameras' encoder, which then runs in every evaluation; "denoiser" trains the U-Net alone, and
+    cameras are encoded once a decision. spacing: the grid, "trailing" from the noisiest level or
+    "lerobot" as its own sampler visits it. device: None takes this process's accelerator if there
+    is one.
     """
 
     pretrained: str | None = None
@@ -66,7 +72,8 @@ class LeRobotDiffusion:
         self.evaluations = 0.0
         if self.pretrained is not None:
             folder = theirs.find(self.pretrained, self.revision, ("diffusion",))
-            # its weights are all in the folder: those of the backbone alone need not be downloaded first
+            # its weights are all in the folder: those of the backbone alone need not be downloaded
+            # first
             policy = theirs.load(folder, self.device, pretrained_backbone_weights=None)
             self._adopt(policy, theirs.load_processors(policy.config, folder, self.device))
             return
@@ -75,14 +82,26 @@ class LeRobotDiffusion:
 
             for name in self.config:
                 if name in OURS:
-                    raise ValueError(f"policy.config.{name} can't be set there: the data set and the device decide it")
-            settings = {"normalization_mapping": NORMALISED, **self.config, "device": str(self.device)}
+                    raise ValueError(
+                        f"policy.config.{name} can't be set there: the data set and the device decide it"
+                    )
+            settings = {
+                "normalization_mapping": NORMALISED,
+                **self.config,
+                "device": str(self.device),
+            }
             self._config = decode(DiffusionConfig, settings, "policy.config")
         self._describe(self._config)
 
     def initialise(self, dataset: Dataset) -> None:
-        """Fresh weights, from torch's global generator, for what of the data set a DiffusionPolicy can see."""
-        names = [n for n in dataset.shapes if n in (theirs.STATE, theirs.WORLD) or n.startswith(theirs.CAMERA)]
+        """Fresh weights, from torch's global generator, for what of the data set a DiffusionPolicy
+        can see.
+        """
+        names = [
+            n
+            for n in dataset.shapes
+            if n in (theirs.STATE, theirs.WORLD) or n.startswith(theirs.CAMERA)
+        ]
         if theirs.STATE not in names or len(names) == 1:
             raise ValueError(
                 f"LeRobot's DiffusionPolicy needs {theirs.STATE} and {theirs.WORLD} or a camera; the data set has"
@@ -133,11 +152,15 @@ class LeRobotDiffusion:
         config = policy.config
         self._describe(config)
         self.policy, self.processors = policy, processors
-        used = [theirs.STATE, *config.image_features] + [theirs.WORLD] * (config.env_state_feature is not None)
+        used = [theirs.STATE, *config.image_features] + [theirs.WORLD] * (
+            config.env_state_feature is not None
+        )
         self.shapes = {name: tuple(config.input_features[name].shape) for name in used}
         self.action_dim: int = config.action_feature.shape[0]
         self.event_shape: tuple[int, ...] = (config.horizon, self.action_dim)
-        policy.eval().requires_grad_(False)  # eval while it learns too: random crops would make a replay inexact
+        policy.eval().requires_grad_(
+            False
+        )  # eval while it learns too: random crops would make a replay inexact
         (policy.diffusion if self.train == "full" else policy.diffusion.unet).requires_grad_(True)
         encoder = getattr(policy.diffusion, "rgb_encoder", None)
         self._encoder_learns = self.train == "full" and encoder is not None
@@ -185,21 +208,27 @@ class LeRobotDiffusion:
 
     def negative(self, condition: Tensor | Seen) -> Tensor:
         """Raises: it has no unconditional branch."""
-        raise ValueError("policy lerobot_diffusion has no unconditional branch; set chain.guidance to 1")
+        raise ValueError(
+            "policy lerobot_diffusion has no unconditional branch; set chain.guidance to 1"
+        )
 
     def denoise(self, x: Tensor, t: Tensor, condition: Tensor | Seen) -> Prediction:
         """One evaluation of the U-Net on x [B,T,D] at t [B], counted."""
         level = (t * self._levels).round().long().to(x.device) - 1
         output = self.policy.diffusion.unet(x, level, global_cond=self._encoded(condition))
         self.evaluations += len(x) * (2 if output.requires_grad else 1)
-        return Prediction.of(self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t))
+        return Prediction.of(
+            self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t)
+        )
 
     def scored(self, value: Tensor) -> Tensor:
         """Every dim counts: actions that are not executed feed back into those that are."""
         return value
 
     def supervised(self, context: Context, uniform: Tensor) -> tuple[Tensor | Seen, Tensor]:
-        """`encode`: LeRobot's encoders have no losses of their own, and its image augmentation is its data loader's."""
+        """`encode`: LeRobot's encoders have no losses of their own, and its image augmentation is
+        its data loader's.
+        """
         return self.encode(context), torch.zeros(len(context), device=self.device)
 
     @torch.no_grad()
@@ -212,10 +241,16 @@ class LeRobotDiffusion:
         return self.processors.event(actions.to(self.device))
 
     def event_mask(self, pad: Tensor) -> Tensor | None:
-        """The actions inside the episode, if its config masks the others (do_mask_loss_for_padding)."""
-        return ~pad[..., None].to(self.device) if self.policy.config.do_mask_loss_for_padding else None
+        """The actions inside the episode, if its config masks the others
+        (do_mask_loss_for_padding).
+        """
+        return (
+            ~pad[..., None].to(self.device) if self.policy.config.do_mask_loss_for_padding else None
+        )
 
     def decode(self, x0: Tensor) -> Tensor:
-        """The executed actions, from the current frame's on, [B,executed,D] in the environment's units."""
+        """The executed actions, from the current frame's on, [B,executed,D] in the environment's
+        units.
+        """
         first = self.history - 1
         return self.processors.actions(x0[:, first : first + self.executed])

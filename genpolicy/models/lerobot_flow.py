@@ -1,8 +1,9 @@
 """LeRobot's flow vision-language-action policies, SmolVLA, pi0 and pi0.5: encode, denoise, decode.
 
-Composition over the loaded policy, nothing of it is copied or subclassed: what is seen and asked goes through the
-vision-language model once, and a network evaluation is the action expert's ``denoise_step``. LeRobot's time is ours: 1 is
-noise, 0 the actions, x_t = (1 - t) x_0 + t eps, and the network says v = eps - x_0.
+Composition over the loaded policy, nothing of it is copied or subclassed: what is seen and asked
+goes through the vision-language model once, and a network evaluation is the action expert's
+``denoise_step``. LeRobot's time is ours: 1 is noise, 0 the actions, x_t = (1 - t) x_0 + t eps, and
+the network says v = eps - x_0.
 """
 
 from dataclasses import dataclass, field
@@ -28,28 +29,35 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 EMPTY = "observation.images.empty_camera"
 """How the cameras begin that a checkpoint has and no robot needs: LeRobot itself fills them in."""
 TIMES = {"beta_alpha": 1.5, "beta_beta": 1.0, "scale": 0.999, "offset": 0.001}
-"""Distribution of training times; SmolVLA's, which are not in its configuration, and pi's defaults."""
+"""Distribution of training times; SmolVLA's, which are not in its configuration, and pi's defaults.
+"""
 
 
 @dataclass(eq=False)
 class LeRobotFlow:
-    """A SmolVLA, pi0 or pi0.5 as a `genpolicy.policy.ControlModel`. The event is a chunk in the network's own dims.
+    """A SmolVLA, pi0 or pi0.5 as a `genpolicy.policy.ControlModel`. The event is a chunk in the
+    network's own dims.
 
-    pretrained: folder or hub id of a policy as LeRobot saves it; its config.json says which of the three it is.
-    base: the same, of one that is to learn another robot: its weights, with the data set's shapes and statistics
+    pretrained: folder or hub id of a policy as LeRobot saves it; its config.json says which of the
+    three it is. base: the same, of one that is to learn another robot: its weights, with the data
+    set's shapes and statistics
         (`initialise`). Read only while ``pretrained`` is null.
-    revision: the hub's branch, tag or commit.
-    tokenizer: folder or hub id in place of the tokenizer that the checkpoint names (pi's is gated); of SmolVLA it must
+    revision: the hub's branch, tag or commit. tokenizer: folder or hub id in place of the tokenizer
+    that the checkpoint names (pi's is gated); of SmolVLA it must
         also have the VLM's configuration and processor.
-    train: "expert" trains the action expert and freezes all that the prefix is computed with (of SmolVLA the projection of
+    train: "expert" trains the action expert and freezes all that the prefix is computed with (of
+    SmolVLA the projection of
         the state too), so that one prefix serves all steps and updates; "full" trains everything, and encodes the prefix
         anew wherever a gradient is taken.
-    padding: the network has max_action_dim dims, of which the robot uses the first. "zero": the others follow their exact
+    padding: the network has max_action_dim dims, of which the robot uses the first. "zero": the
+    others follow their exact
         flow to 0, x_s = (s/t) x_t, and no parameter acts through them. "network": they follow what the network says,
         which LeRobot does not train, as in its own samplers.
-    keep: prefixes of a rollout's rows stay in memory for its updates (SmolVLA 2 MB a row, pi0 15 MB, in bf16); false
+    keep: prefixes of a rollout's rows stay in memory for its updates (SmolVLA 2 MB a row, pi0 15
+    MB, in bf16); false
         encodes them anew for every minibatch.
-    precision: dtype that what is frozen is stored in, and that the networks run in (autocast). What learns is fp32, and so
+    precision: dtype that what is frozen is stored in, and that the networks run in (autocast). What
+    learns is fp32, and so
         is the kernel algebra.
     device: null takes this process's accelerator if there is one.
     """
@@ -94,7 +102,10 @@ class LeRobotFlow:
 
     def initialise(self, dataset: Dataset) -> None:
         """Take the data set's shapes and statistics; the weights stay those of ``base``."""
-        config, cameras = self.policy.config, [n for n in dataset.shapes if n.startswith(theirs.CAMERA)]
+        config, cameras = (
+            self.policy.config,
+            [n for n in dataset.shapes if n.startswith(theirs.CAMERA)],
+        )
         if theirs.STATE not in dataset.shapes or not cameras:
             raise ValueError(
                 f"lerobot_flow needs {theirs.STATE} and a camera; the data set has {', '.join(dataset.shapes)}"
@@ -102,7 +113,9 @@ class LeRobotFlow:
         for name, most in ((theirs.STATE, config.max_state_dim), ("action", config.max_action_dim)):
             (dim,) = dataset.shapes[name]
             if dim > most:
-                raise ValueError(f"the data set's {name} has {dim} dims; policy.base {self.base} has room for {most}")
+                raise ValueError(
+                    f"the data set's {name} has {dim} dims; policy.base {self.base} has room for {most}"
+                )
         config.input_features = theirs.features(dataset.shapes, [*cameras, theirs.STATE])
         config.output_features = theirs.features(dataset.shapes, ["action"])
         self._adopt(self._files.new_processors(config, dataset))
@@ -110,26 +123,39 @@ class LeRobotFlow:
     def _adopt(self, processors: theirs.Processors) -> None:
         config = self.policy.config
         self.processors = processors
-        self.shapes = {n: tuple(f.shape) for n, f in config.input_features.items() if not n.startswith(EMPTY)}
+        self.shapes = {
+            n: tuple(f.shape) for n, f in config.input_features.items() if not n.startswith(EMPTY)
+        }
         (self.action_dim,) = config.output_features["action"].shape
         self._choose_what_learns()
 
     def _choose_what_learns(self) -> None:
-        """Of the part that is to learn, the parameters that a gradient reaches: those in the graph of a dry evaluation.
+        """Of the part that is to learn, the parameters that a gradient reaches: those in the graph
+        of a dry evaluation.
 
-        Left out are heads and last layers that nothing reads; they stay in the checkpoint as they are.
+        Left out are heads and last layers that nothing reads; they stay in the checkpoint as they
+        are.
         """
         network, frozen = self.policy.model, PRECISIONS[self.precision]
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(self.train == "full" or not name.startswith(self._family.prefix))
+            parameter.requires_grad_(
+                self.train == "full" or not name.startswith(self._family.prefix)
+            )
         self._note_prefix()
-        blank = Context([""], {name: torch.zeros(1, 1, *shape) for name, shape in self.shapes.items()})
-        x, t = torch.zeros(1, *self.event_shape, device=self.device), torch.ones(1, device=self.device)
+        blank = Context(
+            [""], {name: torch.zeros(1, 1, *shape) for name, shape in self.shapes.items()}
+        )
+        x, t = (
+            torch.zeros(1, *self.event_shape, device=self.device),
+            torch.ones(1, device=self.device),
+        )
         with torch.enable_grad():
             reached = leaves(self._velocity(x, t, self.encode(blank)))
         for parameter in network.parameters():
             learns = parameter in reached
-            parameter.requires_grad_(learns).data = parameter.data.to(torch.float32 if learns else frozen)
+            parameter.requires_grad_(learns).data = parameter.data.to(
+                torch.float32 if learns else frozen
+            )
         self._note_prefix()
 
     def _note_prefix(self) -> None:
@@ -147,13 +173,17 @@ class LeRobotFlow:
     # What is seen and asked
 
     def encode(self, context: Context) -> Seen:
-        """The last frame and the instruction through the policy's own preprocessor; the prefix waits until it is needed."""
+        """The last frame and the instruction through the policy's own preprocessor; the prefix
+        waits until it is needed.
+        """
         batch: dict[str, Any] = {"task": list(context.prompts)}
         for name, shape in self.shapes.items():
             frames = context.observation.get(name)
             if frames is None or frames.shape[1:] != (self.history, *shape):
                 got = "is missing" if frames is None else f"comes as {list(frames.shape[1:])}"
-                raise ValueError(f"observation {name} {got}; this policy needs {[self.history, *shape]} of every row")
+                raise ValueError(
+                    f"observation {name} {got}; this policy needs {[self.history, *shape]} of every row"
+                )
             batch[name] = frames[:, -1]
         with theirs.lerobot():
             made = self.processors.pre(batch)
@@ -164,10 +194,14 @@ class LeRobotFlow:
         raise ValueError("policy lerobot_flow has no unconditional branch; set chain.guidance to 1")
 
     def _prefix(self, seen: Seen) -> Prefix:
-        """Stored, unless a gradient goes through it; where it learns, every change of its weights makes it anew."""
+        """Stored, unless a gradient goes through it; where it learns, every change of its weights
+        makes it anew.
+        """
         if self._learning_prefix and torch.is_grad_enabled():
             return self._encode(seen.batch)
-        mark = torch.stack([p.detach().double().sum() for p in self._learning_prefix] or [torch.zeros(())])
+        mark = torch.stack(
+            [p.detach().double().sum() for p in self._learning_prefix] or [torch.zeros(())]
+        )
         return seen.store.prefix(seen.rows, self._encode, mark)
 
     def _encode(self, batch: Any) -> Prefix:
@@ -175,13 +209,19 @@ class LeRobotFlow:
             return encode_prefix(self.policy, self._family, batch)
 
     def supervised(self, context: Context, uniform: Tensor) -> tuple[Seen, Tensor]:
-        """`encode`: LeRobot's encoders have no losses of their own, and its image augmentation is its data loader's."""
+        """`encode`: LeRobot's encoders have no losses of their own, and its image augmentation is
+        its data loader's.
+        """
         return self.encode(context), torch.zeros(len(context), device=self.device)
 
     @torch.no_grad()
     def features(self, condition: Seen) -> Tensor:
-        """The mean over the prefix's valid tokens of its last hidden states, and the normalised state: [B,F]."""
-        return torch.cat([self._prefix(condition).summary, condition.value(theirs.STATE).float()], -1)
+        """The mean over the prefix's valid tokens of its last hidden states, and the normalised
+        state: [B,F].
+        """
+        return torch.cat(
+            [self._prefix(condition).summary, condition.value(theirs.STATE).float()], -1
+        )
 
     # The chain's view
 
@@ -190,10 +230,17 @@ class LeRobotFlow:
         return self.schedule.grid(steps)
 
     def times(self, uniform: Tensor) -> Tensor:
-        """scale * Beta(a, b) + offset through its quantile function: .999 u^(2/3) + .001 unless configured otherwise."""
+        """scale * Beta(a, b) + offset through its quantile function: .999 u^(2/3) + .001 unless
+        configured otherwise.
+        """
         config = self.policy.config
-        a, b, scale, offset = (getattr(config, f"time_sampling_{name}", value) for name, value in TIMES.items())
-        return scale * torch.from_numpy(betaincinv(a, b, uniform.double().cpu().numpy())).to(uniform) + offset
+        a, b, scale, offset = (
+            getattr(config, f"time_sampling_{name}", value) for name, value in TIMES.items()
+        )
+        return (
+            scale * torch.from_numpy(betaincinv(a, b, uniform.double().cpu().numpy())).to(uniform)
+            + offset
+        )
 
     def _autocast(self) -> torch.autocast:
         dtype = PRECISIONS[self.precision]
@@ -208,13 +255,17 @@ class LeRobotFlow:
         """One evaluation of the expert on x [B,T,max_action_dim] at t [B], counted."""
         output = self._velocity(x, t, condition)
         self.evaluations += len(x) * (2 if output.requires_grad else 1)
-        prediction = Prediction.of(self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t))
+        prediction = Prediction.of(
+            self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t)
+        )
         if self.padding == "network" or self.action_dim == x.shape[-1]:
             return prediction
         padded = x[..., self.action_dim :]  # x_0 is 0 there, and all of x is noise
         return Prediction(
             torch.cat([self.scored(prediction.x0), torch.zeros_like(padded)], -1),
-            torch.cat([self.scored(prediction.eps), padded / expand(self.schedule.sigma(t), padded)], -1),
+            torch.cat(
+                [self.scored(prediction.eps), padded / expand(self.schedule.sigma(t), padded)], -1
+            ),
         )
 
     def scored(self, value: Tensor) -> Tensor:
@@ -229,8 +280,8 @@ class LeRobotFlow:
         return functional.pad(self.processors.event(actions.to(self.device)), (0, padded))
 
     def event_mask(self, pad: Tensor) -> Tensor:
-        """bool [B,T,max_action_dim]: padded dims never count. As in LeRobot's own losses, SmolVLA leaves actions outside the
-        episode out as well, pi0 and pi0.5 learn them.
+        """bool [B,T,max_action_dim]: padded dims never count. As in LeRobot's own losses, SmolVLA
+        leaves actions outside the episode out as well, pi0 and pi0.5 learn them.
         """
         counts = torch.ones_like(pad) if self._family.learns_pad else ~pad
         robot = torch.arange(self.event_shape[-1]) < self.action_dim

@@ -1,12 +1,13 @@
-"""Our own small denoiser of action chunks: from vectors trained in seconds on one CPU thread, from pictures or point clouds,
-through small encoders that learn with it, in minutes.
+"""Our own small denoiser of action chunks: from vectors trained in seconds on one CPU thread, from
+pictures or point clouds, through small encoders that learn with it, in minutes.
 
-Observations are standardised by the data set's mean and std, actions scaled to [-1, 1] by its min and max. The event is the
-whole chunk [T,D], all of it executed.
+Observations are standardised by the data set's mean and std, actions scaled to [-1, 1] by its min
+and max. The event is the whole chunk [T,D], all of it executed.
 
-The encoders learn where `encode` runs with gradients: in imitation. Everywhere else what was seen is encoded once and kept, so
-that they stand still. `encode` draws nothing, with gradients or without: the same context is the same condition. What
-imitation may add (moved pictures, a sampled bottleneck, the encoders' own losses) is in `supervised` alone.
+The encoders learn where `encode` runs with gradients: in imitation. Everywhere else what was seen
+is encoded once and kept, so that they stand still. `encode` draws nothing, with gradients or
+without: the same context is the same condition. What imitation may add (moved pictures, a sampled
+bottleneck, the encoders' own losses) is in `supervised` alone.
 """
 
 import json
@@ -33,14 +34,18 @@ STILL = 1e-4
 """An observation dim whose std is below this stood still in the data: it is only shifted."""
 STD_FLOOR = 0.01
 OUTLIER = 5.0
-"""Standardised observations are clamped to this: what the data never came near should not be extrapolated."""
+"""Standardised observations are clamped to this: what the data never came near should not be
+extrapolated.
+"""
 REACH_FLOOR = 1e-3
-"""Least half range of an action dim, in the environment's units: one that never moved in the data hardly moves, and
-the scaling stays invertible.
+"""Least half range of an action dim, in the environment's units: one that never moved in the data
+hardly moves, and the scaling stays invertible.
 """
 STATE = "observation.state"
 AT_ONCE = 256
-"""Rows whose pictures are encoded together where nothing is learned: a whole rollout's would not fit."""
+"""Rows whose pictures are encoded together where nothing is learned: a whole rollout's would not
+fit.
+"""
 EDGE = 1e-6
 """Uniform numbers are kept so far from 0 and 1 before they are made normal ones."""
 
@@ -49,21 +54,22 @@ EDGE = 1e-6
 class MLP:
     """A small network as a `genpolicy.policy.ControlModel`.
 
-    pretrained: folder of a saved one, whose settings then replace the ones here (all but shift); None draws weights from torch's global
-    generator in `initialise`.
-    history: observation frames it sees. chunk: T actions an event, all executed.
-    network: "residual" (everything is one vector) or "unet" (convolutions over the chunk's time axis).
-    hidden: width; of a unet four times that of its first level. blocks: residual blocks; of a unet levels.
-    inputs: the observations it sees, in this order; None: every one of the data set, in its order. Vectors [q] are
-    taken as they are; pictures [C,H,W] and point clouds [P,3] have an encoder each (see `_encoders`).
-    shift: in imitation, pictures are moved by up to so many pixels, at random. bottleneck, reconstruction: weights of the
-    encoders' own losses in imitation, as RL-100 has them (.001 and .5); 0 is without.
-    family: "vp" predicts epsilon on a squared-cosine table of `LEVELS` levels, its x0 clipped into the data's range: at
-    the noisiest levels it divides by a tiny alpha. "flow" predicts a velocity, and nothing is clipped: its x0 = x - t v
-    has no such division, and published flow policies act unclipped. "gaussian" says x0 itself and sees neither x nor t: with
-    chain {steps: 1, kernel: {name: floorstd, floor: s, kernel: {name: ddim, eta: 0.0}}, window: [0, 1]} it is the policy
-    N(mu(what is seen), s^2), whose mean square is its -log-likelihood. A clip of mu would only cut that one's gradient.
-    train: "full", the only way it learns.
+    pretrained: folder of a saved one, whose settings then replace the ones here (all but shift);
+    None draws weights from torch's global generator in `initialise`. history: observation frames it
+    sees. chunk: T actions an event, all executed. network: "residual" (everything is one vector) or
+    "unet" (convolutions over the chunk's time axis). hidden: width; of a unet four times that of
+    its first level. blocks: residual blocks; of a unet levels. inputs: the observations it sees, in
+    this order; None: every one of the data set, in its order. Vectors [q] are taken as they are;
+    pictures [C,H,W] and point clouds [P,3] have an encoder each (see `_encoders`). shift: in
+    imitation, pictures are moved by up to so many pixels, at random. bottleneck, reconstruction:
+    weights of the encoders' own losses in imitation, as RL-100 has them (.001 and .5); 0 is
+    without. family: "vp" predicts epsilon on a squared-cosine table of `LEVELS` levels, its x0
+    clipped into the data's range: at the noisiest levels it divides by a tiny alpha. "flow"
+    predicts a velocity, and nothing is clipped: its x0 = x - t v has no such division, and
+    published flow policies act unclipped. "gaussian" says x0 itself and sees neither x nor t: with
+    chain {steps: 1, kernel: {name: floorstd, floor: s, kernel: {name: ddim, eta: 0.0}}, window: [0,
+    1]} it is the policy N(mu(what is seen), s^2), whose mean square is its -log-likelihood. A clip
+    of mu would only cut that one's gradient. train: "full", the only way it learns.
     """
 
     pretrained: str | None = None
@@ -108,8 +114,14 @@ class MLP:
                 f" choose a multiple of {halvings}"
             )
         if self.network == "unet" and self.hidden % (4 * networks.GROUPS):
-            raise ValueError(f"policy.hidden {self.hidden} of a unet must be a multiple of {4 * networks.GROUPS}")
-        outputs: dict[str, Parametrisation] = {"vp": "epsilon", "flow": "velocity", "gaussian": "sample"}
+            raise ValueError(
+                f"policy.hidden {self.hidden} of a unet must be a multiple of {4 * networks.GROUPS}"
+            )
+        outputs: dict[str, Parametrisation] = {
+            "vp": "epsilon",
+            "flow": "velocity",
+            "gaussian": "sample",
+        }
         self.parametrisation: Parametrisation = outputs[self.family]
         vp = self.family == "vp"
         self.schedule: Schedule = VariancePreserving(squared_cosine(LEVELS)) if vp else Linear()
@@ -119,7 +131,9 @@ class MLP:
         self._levels = networks.embed(torch.arange(LEVELS).double()).float().to(self.device)
 
     def initialise(self, dataset: Dataset) -> None:
-        """Fresh weights for the data set's shapes, and its statistics: mean and std of what is seen, range of actions."""
+        """Fresh weights for the data set's shapes, and its statistics: mean and std of what is
+        seen, range of actions.
+        """
         there = [name for name, shape in dataset.shapes.items() if _visible(name, shape)]
         names = self.inputs or there
         wrong = [name for name in names if name not in there]
@@ -128,7 +142,9 @@ class MLP:
                 f"policy.inputs: {wrong[0] if wrong else 'the data set'} is no observation [q], [C,H,W] or [P,3] of the"
                 f" data set; it has {', '.join(there) or 'none'}"
             )
-        self._build({name: tuple(dataset.shapes[name]) for name in names}, *dataset.shapes["action"])
+        self._build(
+            {name: tuple(dataset.shapes[name]) for name in names}, *dataset.shapes["action"]
+        )
         for name in names:
             if len(dataset.shapes[name]) == 3:
                 continue
@@ -136,7 +152,9 @@ class MLP:
             if len(dataset.shapes[name]) == 2:  # of all points together
                 mean, std = mean.mean(0), (std.square().mean(0) + mean.var(0, correction=0)).sqrt()
             self._stats[f"{name}.mean"] = mean.to(self.device)
-            self._stats[f"{name}.std"] = torch.where(std < STILL, 1.0, std.clamp_min(STD_FLOOR)).to(self.device)
+            self._stats[f"{name}.std"] = torch.where(std < STILL, 1.0, std.clamp_min(STD_FLOOR)).to(
+                self.device
+            )
         low, high = (dataset.stats["action"][statistic].float() for statistic in ("min", "max"))
         self._stats["action.middle"] = ((high + low) / 2).to(self.device)
         self._stats["action.reach"] = ((high - low) / 2).clamp_min(REACH_FLOOR).to(self.device)
@@ -156,12 +174,16 @@ class MLP:
         self._stats: dict[str, Tensor] = {}
         own = math.prod(shapes.get(STATE, (0,)))
         wants = self.bottleneck > 0, self.reconstruction > 0
-        self._eyes = torch.nn.ModuleList(Eye(shapes[name], own, *wants) for name in seen).to(self.device)
+        self._eyes = torch.nn.ModuleList(Eye(shapes[name], own, *wants) for name in seen).to(
+            self.device
+        )
         self._sights = [(cast(Eye, eye), name) for eye, name in zip(self._eyes, seen, strict=True)]
 
     def _load(self, folder: Path) -> None:
         if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
-            raise FileNotFoundError(f"policy.pretrained {folder} is no saved mlp: it has no {SETTINGS} and {WEIGHTS}")
+            raise FileNotFoundError(
+                f"policy.pretrained {folder} is no saved mlp: it has no {SETTINGS} and {WEIGHTS}"
+            )
         settings = json.loads((folder / SETTINGS).read_text())
         shapes = {name: tuple(shape) for name, shape in settings.pop("shapes").items()}
         action_dim = settings.pop("action_dim")
@@ -181,7 +203,9 @@ class MLP:
         settings = {k: v for k, v in asdict(self).items() if k not in ("pretrained", "device")}
         (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
         states = [(prefix, module.state_dict()) for prefix, module in self._modules()]
-        weights = {prefix + name: value for prefix, state in states for name, value in state.items()}
+        weights = {
+            prefix + name: value for prefix, state in states for name, value in state.items()
+        }
         save_file({**weights, **self._stats}, directory / WEIGHTS)
 
     def _modules(self) -> list[tuple[str, torch.nn.Module]]:
@@ -203,8 +227,8 @@ class MLP:
         """Everything counts: after an episode's end its last action is held."""
 
     def times(self, uniform: Tensor) -> Tensor:
-        """vp: one of the levels, all alike. flow: uniform on (.001, 1]: at 0 there is nothing to learn from x_t = x_0.
-        gaussian: 1, where its only step begins.
+        """vp: one of the levels, all alike. flow: uniform on (.001, 1]: at 0 there is nothing to
+        learn from x_t = x_0. gaussian: 1, where its only step begins.
         """
         if self.family == "vp":
             return ((uniform * LEVELS).floor() + 1) / LEVELS
@@ -213,14 +237,20 @@ class MLP:
         return 1 - 0.999 * uniform
 
     def encode(self, context: Context) -> Tensor:
-        """Standardised vectors and encoders' features in the order of ``inputs``, oldest frame first in each: [B,C].
+        """Standardised vectors and encoders' features in the order of ``inputs``, oldest frame
+        first in each: [B,C].
 
         Nothing is random here.
         """
         if torch.is_grad_enabled() or not self._sights or len(context) <= AT_ONCE:
             return self._encoded(context)
         starts = range(0, len(context), AT_ONCE)
-        return torch.cat([self._encoded(context[slice(begin, min(begin + AT_ONCE, len(context)))]) for begin in starts])
+        return torch.cat(
+            [
+                self._encoded(context[slice(begin, min(begin + AT_ONCE, len(context)))])
+                for begin in starts
+            ]
+        )
 
     def _encoded(self, context: Context) -> Tensor:
         seen = self._standardised(context)
@@ -237,7 +267,9 @@ class MLP:
             seen = context.observation.get(name)
             if seen is None or seen.shape[1:] != (self.history, *shape):
                 got = "is missing" if seen is None else f"comes as {list(seen.shape[1:])}"
-                raise ValueError(f"observation {name} {got}; this policy needs {[self.history, *shape]} of every row")
+                raise ValueError(
+                    f"observation {name} {got}; this policy needs {[self.history, *shape]} of every row"
+                )
             found[name] = seen.to(self.device)
             if len(shape) < 3:
                 standard = (found[name] - self._stats[f"{name}.mean"]) / self._stats[f"{name}.std"]
@@ -251,10 +283,12 @@ class MLP:
         return moves + self.history * FEATURES * (self.bottleneck > 0) * len(self._sights)
 
     def supervised(self, context: Context, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """The condition [B,C] to imitate from, and what the encoders' own losses add to each row's loss, [B].
+        """The condition [B,C] to imitate from, and what the encoders' own losses add to each row's
+        loss, [B].
 
-        uniform [B,`draws`] in [0,1): where each row's pictures are moved to (all frames of a camera alike), and what its
-        bottlenecks draw. Without shift, bottleneck and reconstruction it is `encode`, and 0.
+        uniform [B,`draws`] in [0,1): where each row's pictures are moved to (all frames of a camera
+        alike), and what its bottlenecks draw. Without shift, bottleneck and reconstruction it is
+        `encode`, and 0.
         """
         seen, rows = self._standardised(context), len(context)
         own = seen[STATE].flatten(0, 1) if STATE in seen else None
@@ -268,7 +302,9 @@ class MLP:
                 frames, draws = shifted(frames, by.repeat_interleave(self.history, 0)), draws[:, 2:]
             if self.bottleneck:
                 mine, draws = draws.tensor_split([self.history * FEATURES], 1)
-                normal = torch.special.ndtri(mine.clamp(EDGE, 1 - EDGE)).float().reshape(-1, FEATURES)
+                normal = (
+                    torch.special.ndtri(mine.clamp(EDGE, 1 - EDGE)).float().reshape(-1, FEATURES)
+                )
             values[name], divergence = eye.drawn(frames, normal)
             losses = self.bottleneck * divergence
             if self.reconstruction:
@@ -282,10 +318,14 @@ class MLP:
 
     def denoise(self, x: Tensor, t: Tensor, condition: Tensor) -> Prediction:
         """One network evaluation of x [B,T,D] at t [B], counted."""
-        seen, when = (torch.zeros_like(x), torch.ones_like(t)) if self.family == "gaussian" else (x, t)
+        seen, when = (
+            (torch.zeros_like(x), torch.ones_like(t)) if self.family == "gaussian" else (x, t)
+        )
         output = self._network(seen, self._time(when), condition)
         self.evaluations += len(x) * (2 if output.requires_grad else 1)
-        return Prediction.of(self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t))
+        return Prediction.of(
+            self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t)
+        )
 
     def _time(self, t: Tensor) -> Tensor:
         """[B,TIME]: the level's row of a table, or LEVELS * t embedded."""
@@ -303,7 +343,9 @@ class MLP:
 
     def event(self, actions: Tensor) -> Tensor:
         """Actions [B,T,D] scaled so that the data's range is [-1, 1]."""
-        return (actions.to(self.device) - self._stats["action.middle"]) / self._stats["action.reach"]
+        return (actions.to(self.device) - self._stats["action.middle"]) / self._stats[
+            "action.reach"
+        ]
 
     def decode(self, x0: Tensor) -> Tensor:
         """The inverse of `event`."""
@@ -312,17 +354,23 @@ class MLP:
 
 def _flat(value: Tensor, rows: int) -> Tensor:
     """All frames of each row as one vector; of no rows as of any."""
-    return value.reshape(rows, value.numel() // rows) if rows else value.new_zeros(0, math.prod(value.shape[1:]))
+    return (
+        value.reshape(rows, value.numel() // rows)
+        if rows
+        else value.new_zeros(0, math.prod(value.shape[1:]))
+    )
 
 
 def _visible(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a feature of a data set is an observation of a kind that it can see."""
-    return name.startswith("observation.") and (len(shape) in (1, 3) or (len(shape) == 2 and shape[1] == 3))
+    return name.startswith("observation.") and (
+        len(shape) in (1, 3) or (len(shape) == 2 and shape[1] == 3)
+    )
 
 
 def squared_cosine(levels: int) -> Tensor:
-    """alpha_bar [levels] with 1 - beta_i = f((i+1)/T) / f(i/T), f(u) = cos^2((u + .008)/1.008 pi/2), beta_i at most .999
-    (arXiv 2102.09672 eq. 17; diffusers' "squaredcos_cap_v2"). fp64.
+    """alpha_bar [levels] with 1 - beta_i = f((i+1)/T) / f(i/T), f(u) = cos^2((u + .008)/1.008
+    pi/2), beta_i at most .999 (arXiv 2102.09672 eq. 17; diffusers' "squaredcos_cap_v2"). fp64.
     """
     u = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
     f = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2

@@ -1,8 +1,9 @@
-"""A tiny analytic policy that needs no download: what `genpolicy check` and the tests train in milliseconds.
+"""A tiny analytic policy that needs no download: what `genpolicy check` and the tests train in
+milliseconds.
 
-The base draws 2 x 4 x 4 latents from N(0, I): the exact velocity (or epsilon) of that density, plus a small
-network that starts near zero and learns the rest. Prompts are bags of words with fixed vectors; pictures are a
-fixed linear map of its latents.
+The base draws 2 x 4 x 4 latents from N(0, I): the exact velocity (or epsilon) of that density, plus
+a small network that starts near zero and learns the rest. Prompts are bags of words with fixed
+vectors; pictures are a fixed linear map of its latents.
 """
 
 from dataclasses import dataclass
@@ -29,12 +30,13 @@ MIX = ((0.2, 0.0), (0.0, 0.2), (0.1, 0.1))
 
 @dataclass(eq=False)
 class Toy:
-    """A network of two layers on 2 x 4 x 4 latents as a `genpolicy.policy.Model`; pictures are 3 x 8 x 8.
+    """A network of two layers on 2 x 4 x 4 latents as a `genpolicy.policy.Model`; pictures are 3 x
+    8 x 8.
 
-    pretrained: folder of a saved one; None draws the weights from ``seed``.
-    family: "flow" (linear schedule, velocity) or "vp" (variance preserving with 1000 levels, epsilon).
-    hidden: width of the network. frames: if set, samples are videos of so many frames.
-    train: "full", the only way it learns.
+    pretrained: folder of a saved one; None draws the weights from ``seed``. family: "flow" (linear
+    schedule, velocity) or "vp" (variance preserving with 1000 levels, epsilon). hidden: width of
+    the network. frames: if set, samples are videos of so many frames. train: "full", the only way
+    it learns.
     """
 
     pretrained: str | None = None
@@ -49,14 +51,18 @@ class Toy:
         self.precision: Literal["fp32", "bf16", "fp16"] = "fp32"
         self.clip: tuple[float, bool] | None = None
         self.evaluations = 0.0
-        self.event_shape: tuple[int, ...] = (2, 4, 4) if self.frames is None else (2, self.frames, 4, 4)
+        self.event_shape: tuple[int, ...] = (
+            (2, 4, 4) if self.frames is None else (2, self.frames, 4, 4)
+        )
         flow = self.family == "flow"
         self.parametrisation: Parametrisation = "velocity" if flow else "epsilon"
         levels = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
         self.schedule: Schedule = Linear() if flow else VariancePreserving(levels)
         size = int(np.prod(self.event_shape))
         self.network = torch.nn.Sequential(
-            torch.nn.Linear(size + 2 + WORD, self.hidden), torch.nn.Tanh(), torch.nn.Linear(self.hidden, size)
+            torch.nn.Linear(size + 2 + WORD, self.hidden),
+            torch.nn.Tanh(),
+            torch.nn.Linear(self.hidden, size),
         )
         self._weigh()
 
@@ -64,7 +70,9 @@ class Toy:
         if self.pretrained is not None:
             file = Path(self.pretrained) / WEIGHTS
             if not file.is_file():
-                raise FileNotFoundError(f"policy.pretrained {self.pretrained} is no saved toy: it has no {WEIGHTS}")
+                raise FileNotFoundError(
+                    f"policy.pretrained {self.pretrained} is no saved toy: it has no {WEIGHTS}"
+                )
             self.network.load_state_dict(load_file(file))
             return
         generator = torch.Generator().manual_seed(self.seed)
@@ -104,7 +112,9 @@ class Toy:
         return condition
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Each latent pixel as 2 x 2 pixels, grey plus `MIX` of its channels: [B,(F,)3,8,8] in [0, 1]."""
+        """Each latent pixel as 2 x 2 pixels, grey plus `MIX` of its channels: [B,(F,)3,8,8] in [0,
+        1].
+        """
         colours = torch.tensordot(x0, torch.tensor(MIX).to(x0), ([1], [1])).movedim(-1, -3) + 0.5
         return colours.repeat_interleave(2, -1).repeat_interleave(2, -2).clamp(0, 1)
 
@@ -119,7 +129,9 @@ class Toy:
 
 def _meaning(prompt: str) -> Tensor:
     words = [
-        np.random.default_rng(list(blake2b(word.encode(), digest_size=8).digest())).standard_normal(WORD)
+        np.random.default_rng(list(blake2b(word.encode(), digest_size=8).digest())).standard_normal(
+            WORD
+        )
         for word in prompt.lower().split()
     ]
     return torch.from_numpy(np.mean(words or [np.zeros(WORD)], 0)).float()

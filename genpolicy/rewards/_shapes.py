@@ -1,20 +1,23 @@
 """The shapes world: captioned pictures of two coloured shapes, and the program that checks them.
 
-A caption such as "a red circle left of a blue square" names two different objects (4 colours x 3 shapes) and
-one of four relations: 12 x 11 x 4 = 528 captions. "a red circle left of a blue square" and "a blue square
-right of a red circle" denote the same **scene**; there are 264 scenes, and every split is made over scenes,
-never over captions.
+A caption such as "a red circle left of a blue square" names two different objects (4 colours x 3
+shapes) and one of four relations: 12 x 11 x 4 = 528 captions. "a red circle left of a blue square"
+and "a blue square right of a red circle" denote the same **scene**; there are 264 scenes, and every
+split is made over scenes, never over captions.
 
 The checker looks at pixels only. Its two scores are used as rewards:
 
-- strict, 0 or 1: exactly two objects, both of the right colour and shape, in the right relation;
-- dense, in [0, 1]: .2 for each right attribute of the best matching, .2 for the relation once all four
+- strict, 0 or 1: exactly two objects, both of the right colour and shape, in the right relation; -
+dense, in [0, 1]: .2 for each right attribute of the best matching, .2 for the relation once all
+four
   attributes are right, less .1 for every object beyond the second.
 
-What it cannot see: a blob under `MIN_AREA`, and any pixel farther than `MAX_DISTANCE` from every colour of
-the palette. Look at the pictures of a policy that was trained on it; do not read its numbers alone.
+What it cannot see: a blob under `MIN_AREA`, and any pixel farther than `MAX_DISTANCE` from every
+colour of the palette. Look at the pictures of a policy that was trained on it; do not read its
+numbers alone.
 
-Only numpy and scipy are needed. Lengths are pixels of a 32 x 32 picture and scale with the picture's size.
+Only numpy and scipy are needed. Lengths are pixels of a 32 x 32 picture and scale with the
+picture's size.
 """
 
 from __future__ import annotations
@@ -29,38 +32,58 @@ from scipy import ndimage
 
 SIZE = 32
 BACKGROUND = (245, 245, 245)
-COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 80, 220), "yellow": (235, 200, 30)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (40, 80, 220),
+    "yellow": (235, 200, 30),
+}
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("left of", "right of", "above", "below")
 CONVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 MAX_DISTANCE = 110.0
-"""RGB distance (0-255 units) beyond which a pixel belongs to no colour. The background is 220 to 291 from the
-colours, so a border pixel belongs to its object when the object covers more than about 5/8 of it."""
+"""RGB distance (0-255 units) beyond which a pixel belongs to no colour. The background is 220 to
+291 from the colours, so a border pixel belongs to its object when the object covers more than about
+5/8 of it.
+"""
 MIN_AREA = 14
-"""Pixels under which a blob is noise. The smallest true object, a triangle of radius 4.5, covers about 38."""
+"""Pixels under which a blob is noise. The smallest true object, a triangle of radius 4.5, covers
+about 38.
+"""
 MIN_OFFSET = 3.0
-"""Pixels by which two centres must differ along the relation's axis. True pictures have at least 14."""
+"""Pixels by which two centres must differ along the relation's axis. True pictures have at least
+14.
+"""
 MIN_SLOPE = 0.5
-"""The offset along the axis must also exceed this share of the offset across it. True pictures have at least
-1."""
+"""The offset along the axis must also exceed this share of the offset across it. True pictures have
+at least 1.
+"""
 TRIANGLE_SKEW = -0.26
-"""Skewness of a blob's pixels in y, E[y^3] / E[y^2]^1.5, below which it is a triangle: a triangle with its
-apex on top has -.57 (-.70 to -.45 over true pictures), a square 0, a circle 0 (-.10 to .08)."""
+"""Skewness of a blob's pixels in y, E[y^3] / E[y^2]^1.5, below which it is a triangle: a triangle
+with its apex on top has -.57 (-.70 to -.45 over true pictures), a square 0, a circle 0 (-.10 to
+.08).
+"""
 SQUARE_CORNERS = 0.85
-"""E[x^2 y^2] / (E[x^2] E[y^2]) above which a blob that is no triangle is a square: squares have 1, circles
-2/3 (.57 to .78 over true pictures). Moments average over all pixels, so a few wrong ones at a border do not
-matter; bounding boxes and corner counts lost 12 % of pictures that went through a small autoencoder, these
-lose none."""
+"""E[x^2 y^2] / (E[x^2] E[y^2]) above which a blob that is no triangle is a square: squares have 1,
+circles 2/3 (.57 to .78 over true pictures). Moments average over all pixels, so a few wrong ones at
+a border do not matter; bounding boxes and corner counts lost 12 % of pictures that went through a
+small autoencoder, these lose none.
+"""
 MIN_FILL, MAX_ASPECT = 0.72, 1.8
-"""A blob with area / (12 sqrt(E[x^2] E[y^2])) under the first (true triangles have .84 to .93, squares 1,
-circles pi/3 = 1.05), or a bounding box longer than the second times its width, is none of the three
-shapes."""
+"""A blob with area / (12 sqrt(E[x^2] E[y^2])) under the first (true triangles have .84 to .93,
+squares 1, circles pi/3 = 1.05), or a bounding box longer than the second times its width, is none
+of the three shapes.
+"""
 
 _PALETTE = np.array([BACKGROUND, *COLOURS.values()], np.float32)
 _NAMES = ("background", *COLOURS)
 _IN_PLANE = np.zeros((3, 3, 3), bool)
-_IN_PLANE[1] = [[0, 1, 0], [1, 1, 1], [0, 1, 0]]  # 4-connected inside a picture, never across pictures
+_IN_PLANE[1] = [
+    [0, 1, 0],
+    [1, 1, 1],
+    [0, 1, 0],
+]  # 4-connected inside a picture, never across pictures
 
 
 class Thing(NamedTuple):
@@ -137,7 +160,8 @@ def parse(text: str) -> Scene:
 def split(seed: int = 0) -> Split:
     """176 scenes with pictures, 44 for RL prompts, 44 held out of everything; two captions each.
 
-    A pure function of the seed: scenes are permuted until every part holds all twelve things and both axes.
+    A pure function of the seed: scenes are permuted until every part holds all twelve things and
+    both axes.
     """
     scenes = [scene for scene in _scene_of().values() if scene == canonical(scene)]
     rng = np.random.default_rng(seed)
@@ -145,17 +169,24 @@ def split(seed: int = 0) -> Split:
         order = rng.permutation(len(scenes))
         parts = [[scenes[i] for i in sorted(index)] for index in np.split(order, [176, 220])]
         if all(_covers(part) for part in parts):
-            both = [[s for c in part for s in (c, Scene(c.second, CONVERSE[c.relation], c.first))] for part in parts]
+            both = [
+                [s for c in part for s in (c, Scene(c.second, CONVERSE[c.relation], c.first))]
+                for part in parts
+            ]
             return Split(*(tuple(caption(s) for s in part) for part in both))
 
 
 def _covers(scenes: Sequence[Scene]) -> bool:
     things = {thing for scene in scenes for thing in (scene.first, scene.second)}
-    return len(things) == len(COLOURS) * len(SHAPES) and len({scene.relation for scene in scenes}) == 2
+    return (
+        len(things) == len(COLOURS) * len(SHAPES) and len({scene.relation for scene in scenes}) == 2
+    )
 
 
 def _coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
-    """Share of each pixel inside the shape, [32, 32]: clip(1/2 - signed distance to the outline, 0, 1)."""
+    """Share of each pixel inside the shape, [32, 32]: clip(1/2 - signed distance to the outline, 0,
+    1).
+    """
     centres = np.arange(SIZE, dtype=np.float32) + 0.5
     dx, dy = centres[None, :] - x, centres[:, None] - y
     if shape == "circle":
@@ -163,7 +194,9 @@ def _coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
     elif shape == "square":
         distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.88 * radius
     else:  # apex at y - radius, base at y + .9 radius of width 2 radius
-        distance = np.maximum((1.9 * np.abs(dx) - dy - radius) / np.hypot(1.9, 1.0), dy - 0.9 * radius)
+        distance = np.maximum(
+            (1.9 * np.abs(dx) - dy - radius) / np.hypot(1.9, 1.0), dy - 0.9 * radius
+        )
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
@@ -180,8 +213,8 @@ def draw(objects: Iterable[tuple[Thing, float, float, float]]) -> np.ndarray:
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """A random true picture of a scene, uint8 [32, 32, 3].
 
-    Radii are uniform in [4.5, 6.5], centres in [7.5, 9] and [23, 24.5] along the relation's axis and in [9,
-    23] across it, so the two objects never touch.
+    Radii are uniform in [4.5, 6.5], centres in [7.5, 9] and [23, 24.5] along the relation's axis
+    and in [9, 23] across it, so the two objects never touch.
     """
     radii, across = rng.uniform(4.5, 6.5, 2), rng.uniform(9.0, 23.0, 2)
     along = np.array([rng.uniform(7.5, 9.0), rng.uniform(23.0, 24.5)])
@@ -192,8 +225,12 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def to_uint8(images) -> np.ndarray:
-    """Turn a torch or numpy batch [B, 3, H, W] in [0, 1] into uint8 [B, H, W, 3]; NaN becomes black."""
-    images = np.asarray(images.detach().float().cpu() if hasattr(images, "detach") else images, np.float32)
+    """Turn a torch or numpy batch [B, 3, H, W] in [0, 1] into uint8 [B, H, W, 3]; NaN becomes
+    black.
+    """
+    images = np.asarray(
+        images.detach().float().cpu() if hasattr(images, "detach") else images, np.float32
+    )
     images = np.nan_to_num(images, nan=0.0, posinf=0.0, neginf=0.0)
     return np.rint(images.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
@@ -206,12 +243,14 @@ def detect(image: np.ndarray) -> list[Found]:
 def detect_all(images: np.ndarray) -> list[list[Found]]:
     """The objects of each picture of uint8 [B, H, W, 3].
 
-    Each pixel takes the nearest colour of the palette (none beyond `MAX_DISTANCE`); 4-connected regions of
-    one colour and at least `MIN_AREA` pixels are objects; `_shape` names them.
+    Each pixel takes the nearest colour of the palette (none beyond `MAX_DISTANCE`); 4-connected
+    regions of one colour and at least `MIN_AREA` pixels are objects; `_shape` names them.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"pictures must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}.")
+        raise ValueError(
+            f"pictures must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}."
+        )
     count, height, width = images.shape[:3]
     pixels = images.reshape(-1, 3).astype(np.float32)
     distance = (pixels**2).sum(1)[:, None] - 2.0 * pixels @ _PALETTE.T + (_PALETTE**2).sum(1)
@@ -283,7 +322,13 @@ def score(objects: Sequence[Found], scene: Scene) -> tuple[float, float]:
         best = max(best, right / 5)
     if len(objects) == 1:
         only = objects[0]
-        best = max((only.colour == t.colour) + (only.shape == t.shape) for t in (scene.first, scene.second)) / 5
+        best = (
+            max(
+                (only.colour == t.colour) + (only.shape == t.shape)
+                for t in (scene.first, scene.second)
+            )
+            / 5
+        )
     extra = max(0, len(objects) - 2)
     return float(best == 1.0 and extra == 0), max(0.0, best - 0.1 * extra)
 
@@ -291,7 +336,9 @@ def score(objects: Sequence[Found], scene: Scene) -> tuple[float, float]:
 def scores(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     """(strict, dense) of each picture of uint8 [B, H, W, 3] under its caption: float32 [B, 2]."""
     if len(images) != len(texts):
-        raise ValueError(f"{len(images)} pictures but {len(texts)} captions: one caption a picture is needed.")
+        raise ValueError(
+            f"{len(images)} pictures but {len(texts)} captions: one caption a picture is needed."
+        )
     scenes = [parse(text) for text in texts]
     pairs = zip(detect_all(images), scenes, strict=True)
     return np.array([score(objects, scene) for objects, scene in pairs], np.float32).reshape(-1, 2)

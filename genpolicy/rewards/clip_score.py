@@ -1,18 +1,21 @@
-"""CLIPScore: how well a picture fits its prompt (Hessel et al., arXiv 2104.08718), with open_clip's models.
+"""CLIPScore: how well a picture fits its prompt (Hessel et al., arXiv 2104.08718), with open_clip's
+models.
 
     score = scale * cos(E_picture(x), E_text(prompt))
 
-where E is a CLIP embedding, L2-normalised. The unit is the cosine, in [-1, 1] at scale 1. Others' numbers:
+where E is a CLIP embedding, L2-normalised. The unit is the cosine, in [-1, 1] at scale 1. Others'
+numbers:
 
-- Hessel et al.: 2.5 * max(cos, 0), ViT-B/32, prefix "A photo depicts"; `scale: 2.5`, here neither clipped
+- Hessel et al.: 2.5 * max(cos, 0), ViT-B/32, prefix "A photo depicts"; `scale: 2.5`, here neither
+clipped
   (where it clips there is no gradient) nor prefixed.
 - Flow-GRPO: logits / 30, which is 3.33 cos, with OpenAI's ViT-L/14;
   `model: ViT-L-14, pretrained: openai, scale: 3.3333`.
 
-The score is differentiable in the pictures: they are resized, cropped and normalised as float tensors, with
-size, interpolation, mean and std from open_clip's own configuration of the checkpoint. They differ from its
-transform of an 8-bit PIL picture by that one's rounding: at most 1.1 of 255 levels, .3 on average, 0 where no
-resize is needed.
+The score is differentiable in the pictures: they are resized, cropped and normalised as float
+tensors, with size, interpolation, mean and std from open_clip's own configuration of the
+checkpoint. They differ from its transform of an 8-bit PIL picture by that one's rounding: at most
+1.1 of 255 levels, .3 on average, 0 where no resize is needed.
 """
 
 from __future__ import annotations
@@ -54,15 +57,21 @@ def mean_cosine(
         Float [B] in [-1, 1], on the device of `outputs`.
     """
     if outputs.ndim not in (4, 5) or outputs.shape[-3] != 3:
-        raise ValueError(f"pictures must be [B, 3, H, W] or [B, F, 3, H, W], not {list(outputs.shape)}.")
+        raise ValueError(
+            f"pictures must be [B, 3, H, W] or [B, F, 3, H, W], not {list(outputs.shape)}."
+        )
     if len(prompts) != len(outputs):
-        raise ValueError(f"{len(outputs)} pictures but {len(prompts)} prompts: one prompt a picture is needed.")
+        raise ValueError(
+            f"{len(outputs)} pictures but {len(prompts)} prompts: one prompt a picture is needed."
+        )
     texts = list(dict.fromkeys(prompts))
     rows = [texts.index(prompt) for prompt in prompts]
     chunks = [texts[i : i + micro_batch] for i in range(0, len(texts), micro_batch)]
     frames = outputs.flatten(0, -4)
     with torch.autocast(torch.device(device).type, enabled=False):
-        text = torch.cat([functional.normalize(encode_texts(chunk), dim=-1) for chunk in chunks])[rows]
+        text = torch.cat([functional.normalize(encode_texts(chunk), dim=-1) for chunk in chunks])[
+            rows
+        ]
         picture = torch.cat(
             [
                 functional.normalize(encode_pictures(chunk.to(device).float()), dim=-1)
@@ -74,10 +83,11 @@ def mean_cosine(
 
 
 def resize(pictures: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
-    """Antialiased resize of [M, 3, H, W] in [0, 1] to `size` (height, width), as PIL does: along W, then H.
+    """Antialiased resize of [M, 3, H, W] in [0, 1] to `size` (height, width), as PIL does: along W,
+    then H.
 
-    Clipped to [0, 1] after each, as 8-bit pictures are: a bicubic filter overshoots at edges. A tensor resize
-    that clips once, at the end, is up to 25 of 255 levels away from PIL's there.
+    Clipped to [0, 1] after each, as 8-bit pictures are: a bicubic filter overshoots at edges. A
+    tensor resize that clips once, at the end, is up to 25 of 255 levels away from PIL's there.
     """
     for target in ((pictures.shape[-2], size[1]), size):
         pictures = functional.interpolate(pictures, target, mode=mode, antialias=True).clamp(0, 1)
@@ -87,15 +97,24 @@ def resize(pictures: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Te
 def shortest_edge(pictures: Tensor, edge: int) -> tuple[int, int]:
     """(height, width): the shorter one `edge`, the longer in proportion and rounded down."""
     height, width = pictures.shape[-2:]
-    return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
+    return (
+        (edge, int(edge * width / height))
+        if height <= width
+        else (int(edge * height / width), edge)
+    )
 
 
-def centre_crop(pictures: Tensor, size: tuple[int, int], rounded: Callable[[float], int] = round) -> Tensor:
+def centre_crop(
+    pictures: Tensor, size: tuple[int, int], rounded: Callable[[float], int] = round
+) -> Tensor:
     """The middle `size` (height, width) of pictures that are at least as large.
 
-    Of an odd margin, torchvision (so open_clip) rounds the half; transformers truncates it (`rounded=int`).
+    Of an odd margin, torchvision (so open_clip) rounds the half; transformers truncates it
+    (`rounded=int`).
     """
-    top, left = (rounded((have - want) / 2) for have, want in zip(pictures.shape[-2:], size, strict=True))
+    top, left = (
+        rounded((have - want) / 2) for have, want in zip(pictures.shape[-2:], size, strict=True)
+    )
     return pictures[..., top : top + size[0], left : left + size[1]]
 
 
@@ -106,9 +125,11 @@ def normalise(pictures: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def require_repo(repo: str, needed_by: str) -> None:
-    """Nothing if `repo` is in the local cache or the model hub answers for it; else an error that says why.
+    """Nothing if `repo` is in the local cache or the model hub answers for it; else an error that
+    says why.
 
-    Asked first, because the libraries themselves retry for minutes, file by file, before they give up.
+    Asked first, because the libraries themselves retry for minutes, file by file, before they give
+    up.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -120,7 +141,9 @@ def require_repo(repo: str, needed_by: str) -> None:
     ):  # not in the cache; no name of a repository, but of a missing path
         try:
             HfApi().model_info(repo, timeout=10)
-        except Exception as error:  # httpx's own or the hub's: no network, offline mode, no such repository
+        except (
+            Exception
+        ) as error:  # httpx's own or the hub's: no network, offline mode, no such repository
             raise OSError(
                 f"{needed_by} needs {repo}, which is not on this machine and cannot be fetched; fetch it "
                 f"where there is a network, or give a local path ({type(error).__name__}: {brief(error)})"
@@ -165,7 +188,9 @@ class ClipScore:
         try:
             import open_clip
         except ImportError as error:
-            raise ConfigError("clip_score needs open_clip: pip install genpolicy[rewards]") from error
+            raise ConfigError(
+                "clip_score needs open_clip: pip install genpolicy[rewards]"
+            ) from error
         schema, repo = open_clip.factory.parse_model_name(self.model)
         tag = _tag(open_clip, self.model, self.pretrained) if schema is None else {}
         if schema is None:
@@ -176,7 +201,9 @@ class ClipScore:
             clip = open_clip.create_model_from_pretrained(
                 self.model,
                 pretrained=self.pretrained if schema is None else None,
-                force_quick_gelu=tag.get("quick_gelu", False),  # open_clip itself only warns of the wrong one
+                force_quick_gelu=tag.get(
+                    "quick_gelu", False
+                ),  # open_clip itself only warns of the wrong one
                 return_transform=False,
             )
             self._tokenize = open_clip.get_tokenizer(self.model)
@@ -187,11 +214,15 @@ class ClipScore:
         size, fit = self._config["size"], self._config["resize_mode"]
         self._size = (size, size) if isinstance(size, int) else tuple(size)
         if fit != "squash" and (fit != "shortest" or self._size[0] != self._size[1]):
-            raise ConfigError(f"clip_score cannot fit pictures as {self.model} asks: {fit} edge to {self._size}.")
+            raise ConfigError(
+                f"clip_score cannot fit pictures as {self.model} asks: {fit} edge to {self._size}."
+            )
         self._clip = clip.eval().requires_grad_(False).to(self._device or "cpu")
 
     def to(self, device: torch.device | str) -> ClipScore:
-        """Move the weights, now or when they are loaded; without it they go where the first pictures are."""
+        """Move the weights, now or when they are loaded; without it they go where the first
+        pictures are.
+        """
         self._device = torch.device(device)
         if self._clip is not None:
             self._clip.to(device)
@@ -230,7 +261,9 @@ class ClipScore:
 
 
 def _tag(open_clip: Any, model: str, pretrained: str) -> dict[str, Any]:
-    """open_clip's entry for a tag, {} for a checkpoint file; for anything else an error with the nearest."""
+    """open_clip's entry for a tag, {} for a checkpoint file; for anything else an error with the
+    nearest.
+    """
     choice("clip_score: model", model, open_clip.list_models())
     tag = open_clip.get_pretrained_cfg(model, pretrained)
     if not tag and not os.path.isfile(pretrained):

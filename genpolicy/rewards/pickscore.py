@@ -2,16 +2,17 @@
 
     score = exp(logit_scale) * cos(E_picture(x), E_text(prompt))
 
-with a CLIP ViT-H/14 that was trained on the choices of Pick-a-Pic's users. The unit is the logit, as in the
-paper's own code (yuvalkirstain/PickScore): of two pictures for one prompt, the first is picked with
-probability 1 / (1 + exp(score_2 - score_1)).
+with a CLIP ViT-H/14 that was trained on the choices of Pick-a-Pic's users. The unit is the logit,
+as in the paper's own code (yuvalkirstain/PickScore): of two pictures for one prompt, the first is
+picked with probability 1 / (1 + exp(score_2 - score_1)).
 
-Flow-GRPO divides these logits by 26 (flow_grpo/pickscore_scorer.py:49) to bring them near 1. Here they stay
-logits; the weight in `reward: {pickscore: 0.0384615}` gives its numbers.
+Flow-GRPO divides these logits by 26 (flow_grpo/pickscore_scorer.py:49) to bring them near 1. Here
+they stay logits; the weight in `reward: {pickscore: 0.0384615}` gives its numbers.
 
-The score is differentiable in the pictures: they are resized, cropped and normalised as float tensors, with
-sizes, interpolation, mean and std from the processor. They differ from transformers' PIL processor by its
-rounding: at most 1.1 of 255 levels, .3 on average, 0 where no resize is needed.
+The score is differentiable in the pictures: they are resized, cropped and normalised as float
+tensors, with sizes, interpolation, mean and std from the processor. They differ from transformers'
+PIL processor by its rounding: at most 1.1 of 255 levels, .3 on average, 0 where no resize is
+needed.
 """
 
 from __future__ import annotations
@@ -72,15 +73,21 @@ class PickScore:
                 self.model, dtype=torch.float32, output_loading_info=True
             )
         except Exception as error:
-            raise OSError(f"pickscore cannot load {self.model} with {self.processor}: {brief(error)}") from error
+            raise OSError(
+                f"pickscore cannot load {self.model} with {self.processor}: {brief(error)}"
+            ) from error
         if report["missing_keys"]:  # transformers only warns, and leaves them random
             missing = sorted(report["missing_keys"])
-            raise ConfigError(f"{self.model} is no CLIPModel: it lacks {len(missing)} weights, such as {missing[0]}.")
+            raise ConfigError(
+                f"{self.model} is no CLIPModel: it lacks {len(missing)} weights, such as {missing[0]}."
+            )
         self._images, self._tokenize = processor.image_processor, processor.tokenizer
         self._clip = clip.eval().requires_grad_(False).to(self._device or "cpu")
 
     def to(self, device: torch.device | str) -> PickScore:
-        """Move the weights, now or when they are loaded; without it they go where the first pictures are."""
+        """Move the weights, now or when they are loaded; without it they go where the first
+        pictures are.
+        """
         self._device = torch.device(device)
         if self._clip is not None:
             self._clip.to(device)
@@ -92,7 +99,9 @@ class PickScore:
         like = self._images
         size = shortest_edge(pictures, like.size["shortest_edge"])
         sized = resize(pictures, size, Image.Resampling(like.resample).name.lower())
-        cropped = centre_crop(sized, (like.crop_size["height"], like.crop_size["width"]), rounded=int)
+        cropped = centre_crop(
+            sized, (like.crop_size["height"], like.crop_size["width"]), rounded=int
+        )
         return normalise(cropped, like.image_mean, like.image_std)
 
     def __call__(self, outputs: Tensor, context: Context) -> Tensor:

@@ -9,5 +9,7 @@ from genpolicy.rewards import _shapes
 
 
 def shapes_strict(images: Tensor, context) -> Tensor:
-    """Float[B], 0 or 1, of pictures Float[B, 3, H, W] in [0, 1] under the captions `context.prompts`."""
+    """Float[B], 0 or 1, of pictures Float[B, 3, H, W] in [0, 1] under the captions
+    `context.prompts`.
+    """
     return torch.from_numpy(_shapes.scores(_shapes.to_uint8(images), context.prompts)[:, 0])

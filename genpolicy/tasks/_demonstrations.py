@@ -12,12 +12,16 @@ from genpolicy.tasks._slots import Frame, Simulation
 
 
 def record(
-    simulation: Simulation, expert: Callable[[Frame], np.ndarray], seed: int, limit: int, std: Any = 0.0
+    simulation: Simulation,
+    expert: Callable[[Frame], np.ndarray],
+    seed: int,
+    limit: int,
+    std: Any = 0.0,
 ) -> Demonstration:
     """Play ``expert`` from this seed until success, the episode's end or ``limit`` steps.
 
-    Its action is clipped to the action space, given Gaussian noise of ``std`` (a number, or one an action dim; a pure
-    function of the seed), clipped again, and recorded as executed.
+    Its action is clipped to the action space, given Gaussian noise of ``std`` (a number, or one an
+    action dim; a pure function of the seed), clipped again, and recorded as executed.
     """
     low, high = simulation.action_space.low, simulation.action_space.high
     noise = np.random.Generator(np.random.Philox(key=seed))

@@ -1,7 +1,9 @@
-"""Simulations as environments that take a chunk of actions at a time, in this process or in several.
+"""Simulations as environments that take a chunk of actions at a time, in this process or in
+several.
 
-The same seed is the same episode whatever ran in a slot before, alone or beside others, in any number of processes: a
-slot shares nothing with another, and a simulation is asked to `reset(seed=...)` at every start.
+The same seed is the same episode whatever ran in a slot before, alone or beside others, in any
+number of processes: a slot shares nothing with another, and a simulation is asked to
+`reset(seed=...)` at every start.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +22,12 @@ from genpolicy.tasks._workers import Worker
 class Environments:
     """`genpolicy.task.Environments` of simulations that ``make`` makes.
 
-    A decision is a chunk of actions, clipped to the action space and taken one by one until it or the episode ends; an
-    episode of ``limit`` environment steps is truncated. history: of environment steps, not of decisions.
-    workers: processes that share the slots (slot s belongs to s mod workers), so that a decision costs one message a
-    process; 0 simulates here. gymnasium.vector steps every environment at once and one action at a time, a message
-    each. With workers ``make`` must pickle, and an exception in one is raised here.
+    A decision is a chunk of actions, clipped to the action space and taken one by one until it or
+    the episode ends; an episode of ``limit`` environment steps is truncated. history: of
+    environment steps, not of decisions. workers: processes that share the slots (slot s belongs to
+    s mod workers), so that a decision costs one message a process; 0 simulates here.
+    gymnasium.vector steps every environment at once and one action at a time, a message each. With
+    workers ``make`` must pickle, and an exception in one is raised here.
     """
 
     def __init__(
@@ -51,17 +54,26 @@ class Environments:
     def reset(self, slots: Sequence[int], seeds: Sequence[int]) -> Context:
         """Begin an episode in each of the slots."""
         order, seen = self._spread("reset", slots, [int(seed) for seed in seeds])
-        return self._context({name: _join([share[name] for share in seen], order) for name in seen[0]})
+        return self._context(
+            {name: _join([share[name] for share in seen], order) for name in seen[0]}
+        )
 
     def step(self, slots: Sequence[int], actions: Tensor) -> TaskStep:
-        """Take the actions Float[n,T,D]. Raises `ValueError` for ones that are not finite, and for an episode's end."""
+        """Take the actions Float[n,T,D]. Raises `ValueError` for ones that are not finite, and for
+        an episode's end.
+        """
         chunks = actions.detach().to("cpu", torch.float32).numpy()
         if not np.isfinite(chunks).all():
             raise ValueError("an action is not a finite number: the policy has diverged")
         order, taken = self._spread("step", slots, chunks)
         seen = {name: _join([share.seen[name] for share in taken], order) for name in taken[0].seen}
-        rest = {name: _join([getattr(share, name) for share in taken], order) for name in Taken._fields[1:]}
-        return TaskStep(self._context(seen), **{name: torch.from_numpy(value) for name, value in rest.items()})
+        rest = {
+            name: _join([getattr(share, name) for share in taken], order)
+            for name in Taken._fields[1:]
+        }
+        return TaskStep(
+            self._context(seen), **{name: torch.from_numpy(value) for name, value in rest.items()}
+        )
 
     def render(self, slot: int) -> np.ndarray:
         """What a camera sees, uint8 [H,W,3]."""
@@ -74,9 +86,14 @@ class Environments:
             share.close()
 
     def _spread(self, verb: str, slots: Sequence[int], rows: Any) -> tuple[np.ndarray, list[Any]]:
-        """Every share's answer for its rows, and where each of the n rows stands in their concatenation."""
+        """Every share's answer for its rows, and where each of the n rows stands in their
+        concatenation.
+        """
         shares = len(self._shares)
-        mine = [[row for row, slot in enumerate(slots) if slot % shares == share] for share in range(shares)]
+        mine = [
+            [row for row, slot in enumerate(slots) if slot % shares == share]
+            for share in range(shares)
+        ]
         asked = [
             self._shares[share].ask(verb, [slots[row] // shares for row in own], _take(rows, own))
             for share, own in enumerate(mine)
@@ -86,7 +103,9 @@ class Environments:
 
     def _context(self, seen: dict[str, np.ndarray]) -> Context:
         rows = len(next(iter(seen.values())))
-        return Context([self._instruction] * rows, {name: raw(value) for name, value in seen.items()})
+        return Context(
+            [self._instruction] * rows, {name: raw(value) for name, value in seen.items()}
+        )
 
 
 def raw(values: np.ndarray) -> Tensor:

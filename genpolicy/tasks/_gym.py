@@ -1,4 +1,6 @@
-"""Any Gymnasium environment as a simulation: its observations by LeRobot's names, its own word on success."""
+"""Any Gymnasium environment as a simulation: its observations by LeRobot's names, its own word on
+success.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,9 +21,9 @@ LEAF = "task gymnasium"
 class Gym:
     """A `genpolicy.tasks._slots.Simulation` of a registered environment, without its time limit.
 
-    An id that Gymnasium does not know may come from the package it is in the namespace of (gym_pusht/PushT-v0 is
-    gym_pusht's) or from gymnasium_robotics. spec: the registered one. reports_success: whether the info of the last
-    step said so.
+    An id that Gymnasium does not know may come from the package it is in the namespace of
+    (gym_pusht/PushT-v0 is gym_pusht's) or from gymnasium_robotics. spec: the registered one.
+    reports_success: whether the info of the last step said so.
     """
 
     def __init__(self, env: str, kwargs: Mapping[str, Any]) -> None:
@@ -30,17 +32,28 @@ class Gym:
         modes = {"render_mode": "rgb_array", **kwargs}
         try:
             with quiet():
-                self._env = gymnasium.make(env, max_episode_steps=-1, disable_env_checker=True, **modes)
+                self._env = gymnasium.make(
+                    env, max_episode_steps=-1, disable_env_checker=True, **modes
+                )
         except (TypeError, ValueError, gymnasium.error.Error) as error:
-            raise ConfigError(f"{LEAF}: {env} can't be made with {dict(kwargs)}: {_brief(error)}") from error
+            raise ConfigError(
+                f"{LEAF}: {env} can't be made with {dict(kwargs)}: {_brief(error)}"
+            ) from error
         self.action_space = self._env.action_space
-        if not isinstance(self.action_space, gymnasium.spaces.Box) or len(self.action_space.shape) != 1:
-            raise ConfigError(f"{LEAF}: {env} takes actions {self.action_space}; they must be a Box of one dimension")
+        if (
+            not isinstance(self.action_space, gymnasium.spaces.Box)
+            or len(self.action_space.shape) != 1
+        ):
+            raise ConfigError(
+                f"{LEAF}: {env} takes actions {self.action_space}; they must be a Box of one dimension"
+            )
         self.reports_success = False
 
     @property
     def fps(self) -> int:
-        """Environment steps a second: what the environment draws at, or its time step's inverse, or 1."""
+        """Environment steps a second: what the environment draws at, or its time step's inverse, or
+        1.
+        """
         rate = self._env.metadata.get("render_fps")
         return round(rate or 1 / getattr(self._env.unwrapped, "dt", 1))
 
@@ -48,7 +61,9 @@ class Gym:
         observation, info = self._env.reset(seed=seed)
         return frame(observation), info
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self._env.step(action)
         said = [bool(info[name]) for name in SUCCESS if name in info]
         self.reports_success = bool(said)
@@ -85,8 +100,9 @@ def _spec(gymnasium: Any, env: str) -> Any:
 def frame(observation: Any) -> dict[str, np.ndarray]:
     """An observation by LeRobot's names: vectors float32 [n], pictures uint8 [C,H,W].
 
-    A vector is the robot's state, a picture the camera "top". Of a dict, agent_pos is the state, environment_state
-    itself, pixels the camera "top" or several by name; a goal environment's three parts are one environment_state.
+    A vector is the robot's state, a picture the camera "top". Of a dict, agent_pos is the state,
+    environment_state itself, pixels the camera "top" or several by name; a goal environment's three
+    parts are one environment_state.
     """
     if not isinstance(observation, Mapping):
         observation = {"pixels" if _is_picture(observation) else "agent_pos": observation}
@@ -96,7 +112,10 @@ def frame(observation: Any) -> dict[str, np.ndarray]:
     for name, value in observation.items():
         if name == "pixels":
             cameras = value if isinstance(value, Mapping) else {"top": value}
-            seen |= {IMAGES + camera: picture.transpose(2, 0, 1).copy() for camera, picture in cameras.items()}
+            seen |= {
+                IMAGES + camera: picture.transpose(2, 0, 1).copy()
+                for camera, picture in cameras.items()
+            }
         else:
             seen[NAMES.get(name, f"observation.{name}")] = _vector(value)
     return seen

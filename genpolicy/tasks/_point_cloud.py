@@ -1,7 +1,8 @@
-"""Point clouds from a simulator's geometry: points fixed on the surfaces of bodies, which move with them. No renderer.
+"""Point clouds from a simulator's geometry: points fixed on the surfaces of bodies, which move with
+them. No renderer.
 
-A depth camera sees the sides that face it; these points lie all around. The same model gives the same points: they are
-drawn once, uniformly over each surface, from a generator of a fixed seed.
+A depth camera sees the sides that face it; these points lie all around. The same model gives the
+same points: they are drawn once, uniformly over each surface, from a generator of a fixed seed.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ SPARE = 4
 
 
 class Surface:
-    """``count`` points on the surfaces of some geoms of a MuJoCo model, each geom with a share by the root of its area.
+    """``count`` points on the surfaces of some geoms of a MuJoCo model, each geom with a share by
+    the root of its area.
 
     By area, the largest geom would have nearly all: a case has fifty times the area of its handle.
     """
@@ -34,10 +36,14 @@ class Surface:
             mine = which == place
             self._local[mine] = on_surface(model, geom, int(mine.sum()), draw)
 
-    def points(self, geom_xpos: np.ndarray, geom_xmat: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Where they are, [count,3]: the first ones of the drawn that lie in the box, again from the start if too few do.
+    def points(
+        self, geom_xpos: np.ndarray, geom_xmat: np.ndarray, low: np.ndarray, high: np.ndarray
+    ) -> np.ndarray:
+        """Where they are, [count,3]: the first ones of the drawn that lie in the box, again from
+        the start if too few do.
 
-        Where none does, all are at the box's nearest points. geom_xpos [G,3] and geom_xmat [G,9] of the whole model.
+        Where none does, all are at the box's nearest points. geom_xpos [G,3] and geom_xmat [G,9] of
+        the whole model.
         """
         turned = np.einsum("nij,nj->ni", geom_xmat[self._geom].reshape(-1, 3, 3), self._local)
         points = geom_xpos[self._geom] + turned
@@ -54,7 +60,9 @@ def ball(centre: np.ndarray, radius: float, count: int) -> np.ndarray:
 
 
 def area(model: Any, geom: int) -> float:
-    """Of a geom's surface, square metres. Raises `ValueError` for one that has no end or is unknown."""
+    """Of a geom's surface, square metres. Raises `ValueError` for one that has no end or is
+    unknown.
+    """
     a, b, c = model.geom_size[geom]
     kind = model.geom_type[geom]
     if kind == MESH:
@@ -84,7 +92,10 @@ def on_surface(model: Any, geom: int, count: int, draw: np.random.Generator) -> 
     if kind == BOX:
         at = draw.uniform(-1, 1, (count, 3)) * (a, b, c)
         faces = np.array([b * c, c * a, a * b])
-        axis, side = draw.choice(3, size=count, p=faces / faces.sum()), draw.choice((-1, 1), size=count)
+        axis, side = (
+            draw.choice(3, size=count, p=faces / faces.sum()),
+            draw.choice((-1, 1), size=count),
+        )
         at[np.arange(count), axis] = side * np.array([a, b, c])[axis]
         return at
     direction = draw.standard_normal((count, 3))
@@ -110,4 +121,9 @@ def _triangles(model: Any, geom: int) -> np.ndarray:
 
 
 def _triangle_areas(corners: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
+    return (
+        np.linalg.norm(
+            np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1
+        )
+        / 2
+    )

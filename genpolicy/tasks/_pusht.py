@@ -1,4 +1,6 @@
-"""Pushing a T as a simulation: gym_pusht's, seen as keypoints, with a picture where it is asked for."""
+"""Pushing a T as a simulation: gym_pusht's, seen as keypoints, with a picture where it is asked
+for.
+"""
 
 from typing import Any, Literal
 
@@ -9,7 +11,8 @@ from genpolicy.tasks._simulators import library
 
 
 class Pushing:
-    """A `genpolicy.tasks._slots.Simulation`: a disc that follows the action and pushes a T onto a target.
+    """A `genpolicy.tasks._slots.Simulation`: a disc that follows the action and pushes a T onto a
+    target.
 
     world: gym_pusht's own environment.
     """
@@ -26,7 +29,9 @@ class Pushing:
         observation, info = self.world.reset(seed=seed)
         return self._frame(observation), info
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         observation, reward, _, _, info = self.world.step(action)
         success = bool(info["is_success"])
         reward = float(success if self._sparse else reward)
@@ -40,13 +45,16 @@ class Pushing:
 
     def _frame(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         seen = frame(observation)
-        if self._pixels:  # as its own pixel observations are drawn: 96 x 96, without the action's cross
+        if (
+            self._pixels
+        ):  # as its own pixel observations are drawn: 96 x 96, without the action's cross
             seen[IMAGES + "top"] = self.world._render().transpose(2, 0, 1).copy()
         return seen
 
     def _coverage(self) -> float:
-        """The covered share of the target, as gym_pusht has it, but with the T's two parts in a fixed order: it takes
-        them from a set, whose order changes from run to run and with it the last bit.
+        """The covered share of the target, as gym_pusht has it, but with the T's two parts in a
+        fixed order: it takes them from a set, whose order changes from run to run and with it the
+        last bit.
         """
         bodies = (self.world.get_goal_pose_body(self.world.goal_pose), self.world.block)
         goal, block = (self._outline(body, self.world._block_shapes) for body in bodies)

@@ -1,12 +1,15 @@
-"""An expert for PushT: straight pushes, chosen by simulating many and looking where each would bring the T.
+"""An expert for PushT: straight pushes, chosen by simulating many and looking where each would
+bring the T.
 
-A push starts at a point of the ring that the disc's centre can go along without touching the T, and goes straight along
-the inward normal, turned by an angle. One simulation of it scores all its lengths:
+A push starts at a point of the ring that the disc's centre can go along without touching the T, and
+goes straight along the inward normal, turned by an angle. One simulation of it scores all its
+lengths:
 
     score = root mean square over the T's corners |corner - where it belongs| [pixels] + PRICE * steps that it takes
 
-The best of `SAMPLES` random pushes are refined `ROUNDS` times by small changes; then the way to each is priced too. The
-disc goes there on the shortest path around the T. Every push is planned from what the one before really did.
+The best of `SAMPLES` random pushes are refined `ROUNDS` times by small changes; then the way to
+each is priced too. The disc goes there on the shortest path around the T. Every push is planned
+from what the one before really did.
 """
 
 from collections import deque
@@ -23,21 +26,29 @@ FINALISTS = 20
 TURN = 0.3
 """Radians (std) between a random push and the normal."""
 CHANGE = np.array([0.01, 0.08])
-"""Std of the changes that refine a push: of its place on the ring (of its length 1), of its angle in radians."""
+"""Std of the changes that refine a push: of its place on the ring (of its length 1), of its angle
+in radians.
+"""
 PRICE = 0.4
 """Pixels of error that a step is worth."""
 GAP, MARGIN = 6.0, 8.0
-"""Pixels between disc and T where a push starts; and what the way there keeps on top, as the disc cuts corners."""
+"""Pixels between disc and T where a push starts; and what the way there keeps on top, as the disc
+cuts corners.
+"""
 WALKS, PUSH = (25.0, 12.0, 6.0), 10.0
 """Pixels a step: on the way, from bold to careful, and while pushing."""
 SETTLE = 3
-"""Steps in which the disc comes to rest: it follows its target like a critically damped spring of 10/s."""
+"""Steps in which the disc comes to rest: it follows its target like a critically damped spring of
+10/s.
+"""
 REACH, ERRORS, LONGEST = 30.0, 2.5, 150.0
 """Pixels of the longest push tried: REACH + ERRORS * the present error, at most LONGEST."""
 
 
 class Push(NamedTuple):
-    """A simulated push: its score, its place on the ring and its turn [2], where it starts [2], which way [2], how far."""
+    """A simulated push: its score, its place on the ring and its turn [2], where it starts [2],
+    which way [2], how far.
+    """
 
     score: float
     knobs: np.ndarray
@@ -47,7 +58,9 @@ class Push(NamedTuple):
 
 
 class Planner:
-    """Acts in gym_pusht's ``world``, whose bodies it sees; a pure function of ``seed`` and of what happened there."""
+    """Acts in gym_pusht's ``world``, whose bodies it sees; a pure function of ``seed`` and of what
+    happened there.
+    """
 
     def __init__(self, world: Any, seed: int) -> None:
         self._world, self._thought = world, type(world)()
@@ -71,7 +84,10 @@ class Planner:
         block, disc = self._world.block, np.array(self._world.agent.position)
         pose = np.array([*block.position, block.angle])
         tee = shapely.union_all([shapely.Polygon(moved(part, pose)) for part in self._parts])
-        pool = [self._push(tee, pose, [self._draw.random(), TURN * self._draw.normal()]) for _ in range(SAMPLES)]
+        pool = [
+            self._push(tee, pose, [self._draw.random(), TURN * self._draw.normal()])
+            for _ in range(SAMPLES)
+        ]
         for n in range(ROUNDS):
             for parent in sorted(pool, key=lambda push: push.score)[:PARENTS]:
                 changes = self._draw.normal(size=(CHILDREN, 2)) * CHANGE / (n + 1)
@@ -80,16 +96,22 @@ class Planner:
         ways = self._ways(tee, disc, [push.start for push in pushes])
         prices = [p.score + PRICE * way[0] / WALKS[0] for p, way in zip(pushes, ways, strict=True)]
         best = int(np.argmin(prices))
-        if not np.isfinite(prices[best]):  # the T stands in the way of everything: change the situation
+        if not np.isfinite(
+            prices[best]
+        ):  # the T stands in the way of everything: change the situation
             return [self._draw.uniform(0.1, 0.9, 2) * self._size] * (2 * SETTLE)
         push = pushes[best]
         end = push.start + push.length * push.direction
-        return self._walk(pose, disc, ways[best][1]) + _steps(push.start, end, PUSH) + [end] * SETTLE
+        return (
+            self._walk(pose, disc, ways[best][1]) + _steps(push.start, end, PUSH) + [end] * SETTLE
+        )
 
     # Pushes
 
     def _push(self, tee: Any, pose: np.ndarray, knobs: Sequence[float] | np.ndarray) -> Push:
-        """Simulate a push, and cut it where its score is least; it is infinite for what starts or ends outside."""
+        """Simulate a push, and cut it where its score is least; it is infinite for what starts or
+        ends outside.
+        """
         ring = tee.buffer(self._radius + GAP).exterior
         start = _array(ring.interpolate(knobs[0] % 1, normalized=True))
         normal = _array(shapely.shortest_line(shapely.Point(start), tee))[1] - start
@@ -98,18 +120,31 @@ class Planner:
         error = rms(moved(self._corners, pose) - self._target)
         lengths = np.arange(1, int(min(REACH + ERRORS * error, LONGEST)) + 1)
         discs = start + lengths[:, None] * direction
-        inside = ((discs > 0) & (discs < self._size)).all(-1) & (start > 0).all() & (start < self._size).all()
-        errors = rms(moved(self._corners, self._slide(pose, start, direction, len(lengths))) - self._target)
+        inside = (
+            ((discs > 0) & (discs < self._size)).all(-1)
+            & (start > 0).all()
+            & (start < self._size).all()
+        )
+        errors = rms(
+            moved(self._corners, self._slide(pose, start, direction, len(lengths))) - self._target
+        )
         scores = np.where(inside, errors + PRICE * lengths / PUSH, np.inf)
         k = int(scores.argmin())
         return Push(float(scores[k]), np.asarray(knobs), start, direction, float(lengths[k]))
 
-    def _slide(self, pose: np.ndarray, start: np.ndarray, direction: np.ndarray, pixels: int) -> np.ndarray:
-        """The T's pose [pixels,3] after each pixel that the disc slides. What moves here stops at once when it is not
-        pushed, so that speed does not matter.
+    def _slide(
+        self, pose: np.ndarray, start: np.ndarray, direction: np.ndarray, pixels: int
+    ) -> np.ndarray:
+        """The T's pose [pixels,3] after each pixel that the disc slides. What moves here stops at
+        once when it is not pushed, so that speed does not matter.
         """
         self._imagine(pose, start)
-        disc, block, space, dt = self._thought.agent, self._thought.block, self._thought.space, self._thought.dt
+        disc, block, space, dt = (
+            self._thought.agent,
+            self._thought.block,
+            self._thought.space,
+            self._thought.dt,
+        )
         disc.velocity = tuple(direction / dt)
         poses = np.empty((pixels, 3))
         for k in range(pixels):
@@ -119,16 +154,23 @@ class Planner:
 
     def _imagine(self, pose: np.ndarray, disc: np.ndarray) -> None:
         """Put T and disc, at rest, into the simulation that is only thought."""
-        for body, place, angle in ((self._thought.block, pose[:2], pose[2]), (self._thought.agent, disc, 0.0)):
-            body.angle = angle  # first: it turns about the centre of gravity, and so moves the place
+        for body, place, angle in (
+            (self._thought.block, pose[:2], pose[2]),
+            (self._thought.agent, disc, 0.0),
+        ):
+            body.angle = (
+                angle  # first: it turns about the centre of gravity, and so moves the place
+            )
             body.position, body.velocity, body.angular_velocity = tuple(place), (0, 0), 0
             self._thought.space.reindex_shapes_for_body(body)
 
     # Ways
 
-    def _ways(self, tee: Any, disc: np.ndarray, ends: list[np.ndarray]) -> list[tuple[float, list[np.ndarray]]]:
-        """To each end the length, inf where there is none, and the points of the shortest way that leaves the T alone:
-        through the corners of a visibility graph.
+    def _ways(
+        self, tee: Any, disc: np.ndarray, ends: list[np.ndarray]
+    ) -> list[tuple[float, list[np.ndarray]]]:
+        """To each end the length, inf where there is none, and the points of the shortest way that
+        leaves the T alone: through the corners of a visibility graph.
         """
         near = tee.buffer(self._radius + GAP / 2)
         corners = _array(tee.buffer(self._radius + GAP + MARGIN, quad_segs=2).exterior)[:-1]
@@ -153,11 +195,15 @@ class Planner:
         return ways
 
     def _walk(self, pose: np.ndarray, disc: np.ndarray, way: list[np.ndarray]) -> list[np.ndarray]:
-        """The actions along a way, as fast as the T stays where it is: in simulation, because the disc cuts corners."""
+        """The actions along a way, as fast as the T stays where it is: in simulation, because the
+        disc cuts corners.
+        """
         actions: list[np.ndarray] = []
         for speed in WALKS:
             legs = zip([disc, *way], way, strict=False)
-            actions = [action for begin, end in legs for action in _steps(begin, end, speed)] + [way[-1]] * (SETTLE - 1)
+            actions = [action for begin, end in legs for action in _steps(begin, end, speed)] + [
+                way[-1]
+            ] * (SETTLE - 1)
             self._imagine(pose, disc)
             for action in actions:
                 self._thought.step(action)

@@ -1,4 +1,6 @@
-"""MetaWorld's arm as a simulation whose goal can be seen: as numbers, in pictures or in point clouds."""
+"""MetaWorld's arm as a simulation whose goal can be seen: as numbers, in pictures or in point
+clouds.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -16,17 +18,28 @@ STATE, WORLD = "observation.state", "observation.environment_state"
 PICTURES, POINTS = "observation.images.top", "observation.points"
 See = Literal["state", "pixels", "points"]
 HAND = 4
-"""Of the 39 numbers that MetaWorld shows, the first are the hand (x, y, z) and how far the gripper is open."""
+"""Of the 39 numbers that MetaWorld shows, the first are the hand (x, y, z) and how far the gripper
+is open.
+"""
 PICTURE = 240
 """Height and width of what `render` draws, in pixels."""
 CAMERA = {"lookat": (0.0, 0.65, 0.15), "distance": 1.35, "azimuth": 135.0, "elevation": -30.0}
-"""From behind the arm's shoulder, metres and degrees: doors and shelves show their fronts. MetaWorld's own cameras at
-the corners are upside down."""
+"""From behind the arm's shoulder, metres and degrees: doors and shelves show their fronts.
+MetaWorld's own cameras at the corners are upside down.
+"""
 
 DRAWS = 1000
 """So many starts are drawn in search of one in which object and goal are apart."""
 GRIPPER = frozenset(("hand", "leftpad", "rightpad", "leftclaw", "rightclaw"))
-ELSEWHERE = BEHIND | {"world", "tablelink", "RetainingWall", "right_l5", "right_l6", "right_wrist", "right_hand"}
+ELSEWHERE = BEHIND | {
+    "world",
+    "tablelink",
+    "RetainingWall",
+    "right_l5",
+    "right_l6",
+    "right_wrist",
+    "right_hand",
+}
 """Bodies of which a cloud shows nothing: the room, the table, the arm above its hand."""
 WORKSPACE = np.array([-0.45, 0.35, -0.05]), np.array([0.45, 1.0, 0.45])
 """Corners of the box that a cloud shows, metres."""
@@ -40,7 +53,9 @@ def catalogue() -> dict[str, Any]:
 
 
 class Lazy(Mapping[str, np.ndarray]):
-    """A frame whose values are made when they are first looked at; most moments of a chunk of actions never are."""
+    """A frame whose values are made when they are first looked at; most moments of a chunk of
+    actions never are.
+    """
 
     def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]) -> None:
         self._makers, self._made = dict(makers), dict[str, np.ndarray]()
@@ -60,26 +75,39 @@ class Lazy(Mapping[str, np.ndarray]):
 class Sawyer:
     """A `genpolicy.tasks._slots.Simulation` of one MetaWorld task whose goal can be seen.
 
-    see: what its frames show beside the hand (see `genpolicy.tasks.metaworld`); size: of pictures; points: of clouds; spread: of starts.
-    numbers: the 39 of the last frame, fp32, whatever it showed.
+    see: what its frames show beside the hand (see `genpolicy.tasks.metaworld`); size: of pictures;
+    points: of clouds; spread: of starts. numbers: the 39 of the last frame, fp32, whatever it
+    showed.
     """
 
     def __init__(
-        self, env: str, reward: str, see: See = "state", size: int = 64, points: int = 128, spread: float = 1.0
+        self,
+        env: str,
+        reward: str,
+        see: See = "state",
+        size: int = 64,
+        points: int = 128,
+        spread: float = 1.0,
     ) -> None:
         self._world = catalogue()[env]()
         world = self._world
         world._partially_observable = False
-        # The bounds of what is seen were cached when the goal was still hidden; step() would clip the goal to 0.
+        # The bounds of what is seen were cached when the goal was still hidden; step() would clip
+        # the goal to 0.
         world.__dict__.pop("sawyer_observation_space", None)
-        world._freeze_rand_vec, world.seeded_rand_vec = False, True  # objects and goal are drawn from the seed
+        world._freeze_rand_vec, world.seeded_rand_vec = (
+            False,
+            True,
+        )  # objects and goal are drawn from the seed
         world._set_task_called = True  # nothing else of a task is needed
         world.max_path_length = np.inf  # the limit is kept outside
         if spread < 1:
             self._draw, world._get_state_rand_vec = world._get_state_rand_vec, self._apart
             space = world._random_reset_space
             middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
-            world._random_reset_space = type(space)(middle - spread * half, middle + spread * half, dtype=space.dtype)
+            world._random_reset_space = type(space)(
+                middle - spread * half, middle + spread * half, dtype=space.dtype
+            )
         self._settle, world._reset_hand = world._reset_hand, self._settled_once
         world.touching_object = partial(touching, world)
         self._sparse = reward == "sparse"
@@ -108,8 +136,9 @@ class Sawyer:
         return self._frame(observation), reward, success, False, {"success": success}
 
     def _settled_once(self, *steps: int) -> None:
-        """MetaWorld's reset() sets everything up twice, the second time from nothing: of the first only the model and the random
-        numbers are kept, and the fifty steps in which the hand comes to rest are half of what a reset costs.
+        """MetaWorld's reset() sets everything up twice, the second time from nothing: of the first
+        only the model and the random numbers are kept, and the fifty steps in which the hand comes
+        to rest are half of what a reset costs.
         """
         if self._forgotten:
             self._forgotten, self._world.init_tcp = False, self._world.tcp_center
@@ -117,7 +146,9 @@ class Sawyer:
             self._settle(*steps)
 
     def _apart(self) -> np.ndarray:
-        """A start. Tasks draw until object and goal are far enough apart, which in too small a part of the range never comes."""
+        """A start. Tasks draw until object and goal are far enough apart, which in too small a part
+        of the range never comes.
+        """
         self._draws += 1
         if self._draws > DRAWS:
             raise ConfigError(
@@ -131,7 +162,9 @@ class Sawyer:
             try:
                 self._renderer = mujoco.Renderer(self._world.model, PICTURE, PICTURE)
             except Exception as error:  # EGL's, GLFW's or OSMesa's
-                raise RenderError(f"MuJoCo can't draw here: {' '.join(str(error).split())}; {WAYS}") from error
+                raise RenderError(
+                    f"MuJoCo can't draw here: {' '.join(str(error).split())}; {WAYS}"
+                ) from error
             self._camera = mujoco.MjvCamera()
             for setting, value in CAMERA.items():
                 setattr(self._camera, setting, value)
@@ -152,14 +185,15 @@ class Sawyer:
         now = moment(self._world)
         if self._see == "points":
             return Lazy({STATE: lambda: hand, POINTS: partial(self._cloud, now)})
-        # The studio too is made when somebody looks: the expert of a demonstration and a film's camera do not.
+        # The studio too is made when somebody looks: the expert of a demonstration and a film's
+        # camera do not.
         draw = partial(studio, self._env, self._world.model, self._size)
         return Lazy({STATE: lambda: hand, PICTURES: lambda: draw().draw(now)})
 
 
 def touching(world: Any, geom: int) -> bool:
-    """Whether both pads of the gripper press on a geom: MetaWorld's own `touching_object` without an object for every contact,
-    which was a third of a step.
+    """Whether both pads of the gripper press on a geom: MetaWorld's own `touching_object` without
+    an object for every contact, which was a third of a step.
     """
     data = world.data
     pairs, rows = data.contact.geom, data.contact.efc_address
@@ -171,11 +205,17 @@ def touching(world: Any, geom: int) -> bool:
 
 
 class Cloud:
-    """A task's point cloud: the gripper's points, the goal's (a ball as pictures show it), then the objects', fp32 [P,3]."""
+    """A task's point cloud: the gripper's points, the goal's (a ball as pictures show it), then the
+    objects', fp32 [P,3].
+    """
 
     def __init__(self, model: Any, points: int) -> None:
         bodies = [model.body(body).name for body in model.geom_bodyid]
-        drawn = [geom for geom in range(model.ngeom) if model.geom_group[geom] < 3 and model.geom_rgba[geom, 3] > 0]
+        drawn = [
+            geom
+            for geom in range(model.ngeom)
+            if model.geom_group[geom] < 3 and model.geom_rgba[geom, 3] > 0
+        ]
         gripper = [geom for geom in drawn if bodies[geom] in GRIPPER]
         objects = [geom for geom in drawn if bodies[geom] not in GRIPPER | ELSEWHERE]
         self._goal = points // GOAL_SHARE
@@ -183,6 +223,9 @@ class Cloud:
         self._objects = Surface(model, objects, points - self._goal - self._gripper.count)
 
     def __call__(self, now: Moment) -> np.ndarray:
-        surfaces = [s.points(now.geom_xpos, now.geom_xmat, *WORKSPACE) for s in (self._gripper, self._objects)]
+        surfaces = [
+            s.points(now.geom_xpos, now.geom_xmat, *WORKSPACE)
+            for s in (self._gripper, self._objects)
+        ]
         marker = ball(now.goal, GOAL_RADIUS, self._goal)
         return np.concatenate([surfaces[0], marker, surfaces[1]]).astype(np.float32)

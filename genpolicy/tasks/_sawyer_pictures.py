@@ -1,8 +1,9 @@
-"""Pictures of MetaWorld's table for a policy to see: small, without shadows, of a moment that may be long past.
+"""Pictures of MetaWorld's table for a policy to see: small, without shadows, of a moment that may
+be long past.
 
-One renderer serves every simulation of a task in this process: a moment is the poses that a picture follows from, copied in
-microseconds, and drawn only if somebody looks (2 ms of a CPU core for 64 x 64 pixels by Mesa's llvmpipe; with MuJoCo's shadows and
-sixteen-fold samples it would be 40).
+One renderer serves every simulation of a task in this process: a moment is the poses that a picture
+follows from, copied in microseconds, and drawn only if somebody looks (2 ms of a CPU core for 64 x
+64 pixels by Mesa's llvmpipe; with MuJoCo's shadows and sixteen-fold samples it would be 40).
 """
 
 import atexit
@@ -13,7 +14,9 @@ import numpy as np
 from genpolicy.tasks._simulators import RenderError, library
 
 VIEW = {"lookat": (0.0, 0.68, 0.05), "distance": 0.8, "azimuth": -90.0, "elevation": -65.0}
-"""Steeply from above the table's far side, metres and degrees: the arm comes from the picture's top and hides little."""
+"""Steeply from above the table's far side, metres and degrees: the arm comes from the picture's top
+and hides little.
+"""
 UNSEEN = 5
 """A geom group that is not drawn."""
 _ARM = "right_arm_base_link right_l0 right_l1 right_l2 right_l3 right_l4 right_arm_itb"
@@ -41,7 +44,9 @@ def moment(world: Any) -> Moment:
 
 
 class Studio:
-    """Draws moments of one MuJoCo model, of which it keeps a copy, as pictures of ``size`` x ``size`` pixels."""
+    """Draws moments of one MuJoCo model, of which it keeps a copy, as pictures of ``size`` x
+    ``size`` pixels.
+    """
 
     def __init__(self, model: Any, size: int) -> None:
         self._mujoco: Any = library("mujoco", "task metaworld")
@@ -55,7 +60,9 @@ class Studio:
         try:
             self._renderer = self._mujoco.Renderer(model, size, size)
         except Exception as error:  # EGL's, GLFW's or OSMesa's
-            raise RenderError(f"MuJoCo can't draw here: {' '.join(str(error).split())}; {WAYS}") from error
+            raise RenderError(
+                f"MuJoCo can't draw here: {' '.join(str(error).split())}; {WAYS}"
+            ) from error
         atexit.register(self._renderer.close)
         for flag in FLAT:
             self._renderer.scene.flags[getattr(self._mujoco.mjtRndFlag, flag)] = 0

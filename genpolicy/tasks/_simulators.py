@@ -18,10 +18,11 @@ class RenderError(RuntimeError):
 
 
 def library(module: str, needed_by: str) -> ModuleType:
-    """Import a module of the extra `robots`; where it is missing raise `ConfigError` with the command to run.
+    """Import a module of the extra `robots`; where it is missing raise `ConfigError` with the
+    command to run.
 
-    Where there is no screen but EGL, MuJoCo is told to draw with it. It reads that once, when it is first imported, and
-    fails to import where EGL is named but missing.
+    Where there is no screen but EGL, MuJoCo is told to draw with it. It reads that once, when it is
+    first imported, and fails to import where EGL is named but missing.
     """
     if "MUJOCO_GL" not in os.environ and _only_egl():
         os.environ["MUJOCO_GL"] = "egl"

@@ -1,5 +1,5 @@
-"""Simulations side by side in one process, in numpy: processes that only simulate never import torch (3 s and half a
-gigabyte each).
+"""Simulations side by side in one process, in numpy: processes that only simulate never import
+torch (3 s and half a gigabyte each).
 """
 
 from collections import deque
@@ -41,9 +41,13 @@ class Taken(NamedTuple):
 
 
 class Slots:
-    """``count`` simulations of one process, each with its last ``history`` frames and its count of steps."""
+    """``count`` simulations of one process, each with its last ``history`` frames and its count of
+    steps.
+    """
 
-    def __init__(self, make: Callable[[], Simulation], count: int, history: int, limit: int) -> None:
+    def __init__(
+        self, make: Callable[[], Simulation], count: int, history: int, limit: int
+    ) -> None:
         self._simulations = [make() for _ in range(count)]
         self._frames: list[deque[Frame]] = [deque(maxlen=history) for _ in range(count)]
         self._left = [0] * count  # environment steps until the limit; 0 once the episode has ended
@@ -62,13 +66,17 @@ class Slots:
     def step(self, slots: Sequence[int], actions: np.ndarray) -> Taken:
         n, length = actions.shape[:2]
         if actions.shape[2:] != self._low.shape:
-            raise ValueError(f"an action has {actions.shape[2]} numbers; this environment takes {self._low.size}")
+            raise ValueError(
+                f"an action has {actions.shape[2]} numbers; this environment takes {self._low.size}"
+            )
         actions = actions.clip(self._low, self._high)
         rewards, executed = np.zeros((n, length), np.float32), np.zeros(n, np.int64)
         terminated, truncated = np.zeros(n, bool), np.zeros(n, bool)
         for row, slot in enumerate(slots):
             if not self._left[slot]:
-                raise ValueError("an environment was stepped whose episode has ended or not begun; reset it first")
+                raise ValueError(
+                    "an environment was stepped whose episode has ended or not begun; reset it first"
+                )
             for place in range(length):
                 frame, reward, ended, cut, info = self._simulations[slot].step(actions[row, place])
                 self._frames[slot].append(frame)
@@ -89,7 +97,9 @@ class Slots:
         except RenderError:
             raise
         except Exception as error:  # of whichever graphics library the simulation draws with
-            raise RenderError(f"this environment can't be drawn here: {' '.join(str(error).split())}") from error
+            raise RenderError(
+                f"this environment can't be drawn here: {' '.join(str(error).split())}"
+            ) from error
 
     def close(self) -> None:
         for simulation in self._simulations:
@@ -101,4 +111,7 @@ class Slots:
 
     def _seen(self, slots: Sequence[int]) -> dict[str, np.ndarray]:
         names = self._frames[slots[0]][0]
-        return {name: np.array([[f[name] for f in self._frames[slot]] for slot in slots]) for name in names}
+        return {
+            name: np.array([[f[name] for f in self._frames[slot]] for slot in slots])
+            for name in names
+        }

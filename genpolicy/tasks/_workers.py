@@ -24,19 +24,23 @@ serve()
 class Worker:
     """What ``make`` makes, in a process of its own that ends when this one does, whatever ends it.
 
-    The process is a fresh Python that reads pickles from a pipe until the pipe closes. Other than multiprocessing's, it
-    neither copies this process (its locks, its CUDA) nor runs the main script once more. ``make`` and all messages must
-    pickle, by names that can be imported.
+    The process is a fresh Python that reads pickles from a pipe until the pipe closes. Other than
+    multiprocessing's, it neither copies this process (its locks, its CUDA) nor runs the main script
+    once more. ``make`` and all messages must pickle, by names that can be imported.
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:
         first = pickle.dumps(sys.path) + pickle.dumps(make)
-        self._process = subprocess.Popen([sys.executable, "-c", BEGIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", BEGIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         self.close = weakref.finalize(self, _stop, self._process)
         self._send(first)
 
     def ask(self, verb: str, *arguments: Any) -> Callable[[], Any]:
-        """Have a method called; the answer is waited for, or its exception raised, when the result is called."""
+        """Have a method called; the answer is waited for, or its exception raised, when the result
+        is called.
+        """
         self._send(pickle.dumps((verb, arguments)))
         return self.ready
 
@@ -55,18 +59,27 @@ class Worker:
         try:
             pipe.write(message)
             pipe.flush()
-        except (BrokenPipeError, ValueError):  # it is gone; it was gone before and the pipe is closed
+        except (
+            BrokenPipeError,
+            ValueError,
+        ):  # it is gone; it was gone before and the pipe is closed
             raise self._gone() from None
 
     def _gone(self) -> RuntimeError:
         self.close()
         code = self._process.returncode
-        return RuntimeError(f"a process that simulates environments has ended unexpectedly (exit code {code})")
+        return RuntimeError(
+            f"a process that simulates environments has ended unexpectedly (exit code {code})"
+        )
 
 
 def serve() -> None:
     """A worker's life: make the object, then call what is asked until there is no more to come."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # they are the parent's, which may finish its iteration first
+    for name in (
+        "SIGINT",
+        "SIGTERM",
+        "SIGUSR1",
+    ):  # they are the parent's, which may finish its iteration first
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
@@ -88,8 +101,12 @@ def _answer(pipe: IO[bytes], call: Callable[..., Any], *arguments: Any) -> None:
         message = pickle.dumps((True, call(*arguments)))
     except Exception as error:
         error.add_note(traceback.format_exc())
-        message = pickle.dumps((False, error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")))
-    with contextlib.suppress(BrokenPipeError):  # there is nobody left to tell, and the next read says so
+        message = pickle.dumps(
+            (False, error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}"))
+        )
+    with contextlib.suppress(
+        BrokenPipeError
+    ):  # there is nobody left to tell, and the next read says so
         pipe.write(message)
         pipe.flush()
 

@@ -1,4 +1,6 @@
-"""Any registered Gymnasium environment with continuous actions: MuJoCo's, gymnasium_robotics', gym_pusht's, yours."""
+"""Any registered Gymnasium environment with continuous actions: MuJoCo's, gymnasium_robotics',
+gym_pusht's, yours.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,11 +17,12 @@ from genpolicy.tasks._gym import Gym
 
 @dataclass
 class Gymnasium:
-    """A Gymnasium environment as a `genpolicy.task.ControlTask`; rewards, ends and success are its own.
+    """A Gymnasium environment as a `genpolicy.task.ControlTask`; rewards, ends and success are its
+    own.
 
-    env: its id, e.g. Hopper-v5, PointMaze_UMaze-v3, gym_pusht/PushT-v0, or module:id. limit: environment steps of an
-    episode; None takes the registered one. workers: processes that simulate; 0 is this one. kwargs: what the environment
-    is made with, e.g. {obs_type: pixels}.
+    env: its id, e.g. Hopper-v5, PointMaze_UMaze-v3, gym_pusht/PushT-v0, or module:id. limit:
+    environment steps of an episode; None takes the registered one. workers: processes that
+    simulate; 0 is this one. kwargs: what the environment is made with, e.g. {obs_type: pixels}.
     """
 
     env: str
@@ -32,11 +35,15 @@ class Gymnasium:
         probe = Gym(self.env, self.kwargs)
         self.limit = self.limit or probe.spec.max_episode_steps
         if self.limit is None:
-            raise ConfigError(f"task gymnasium: {self.env} has no limit of its own; set limit to a number of steps")
+            raise ConfigError(
+                f"task gymnasium: {self.env} has no limit of its own; set limit to a number of steps"
+            )
         seen, _ = probe.reset(seed=0)
         low, high = probe.action_space.low, probe.action_space.high
         probe.step(np.zeros_like(low).clip(low, high))
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: value.shape for name, value in seen.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: value.shape for name, value in seen.items()
+        }
         self.action_dim = len(low)
         self.fps = probe.fps
         self.instruction = probe.spec.name.replace("_", " ").replace("-", " ")
@@ -50,4 +57,6 @@ class Gymnasium:
 
     def demonstrate(self, seed: int, noise: float) -> Demonstration:
         """There is no expert."""
-        raise ValueError(f"task gymnasium has no expert for {self.env}; give a recorded data set instead")
+        raise ValueError(
+            f"task gymnasium has no expert for {self.env}; give a recorded data set instead"
+        )

@@ -1,7 +1,8 @@
-"""MetaWorld v3 from its state, pictures or point clouds: a Sawyer arm and 50 things to do on a table, each with a scripted expert.
+"""MetaWorld v3 from its state, pictures or point clouds: a Sawyer arm and 50 things to do on a
+table, each with a scripted expert.
 
-Every episode draws its own object and goal. A step is 1/80 s; an action is the hand's displacement (x, y, z, in
-hundredths of a metre) and the gripper's force, each in [-1, 1].
+Every episode draws its own object and goal. A step is 1/80 s; an action is the hand's displacement
+(x, y, z, in hundredths of a metre) and the gripper's force, each in [-1, 1].
 """
 
 import warnings
@@ -21,22 +22,24 @@ from genpolicy.tasks._simulators import library
 from genpolicy.tasks._slots import Frame
 
 NOISE = np.array([1, 1, 1, 0.3])
-"""The share of a demonstration's noise that hand and gripper get: more on the gripper drops things."""
+"""The share of a demonstration's noise that hand and gripper get: more on the gripper drops things.
+"""
 
 
 @dataclass
 class MetaWorld:
     """One of MetaWorld's tasks as a `genpolicy.task.ControlTask`.
 
-    env: its name, e.g. peg-insert-side-v3. reward: "sparse", 1 for the step that succeeds and 0 elsewhere, or "dense",
-    MetaWorld's own (0 to 10 a step). limit: environment steps of an episode; it also ends at success.
-    workers: processes that simulate; 0 is this one.
-    spread: the share of the range of objects and goal, around its middle and in each coordinate, that starts are drawn from; so
-    demonstrations can show less than what is asked of the policy.
-    see: beside the hand (x, y, z, metres, and how far the gripper is open: observation.state) either "state", the 35
-    numbers of objects, goal and the frame before; or "pixels", a picture of ``size`` x ``size`` from above in which the
-    goal is a green ball; or "points", ``points`` points Float[P,3], metres, on gripper, goal and objects. What a policy
-    does not come to see (inside a chunk of actions) is not drawn.
+    env: its name, e.g. peg-insert-side-v3. reward: "sparse", 1 for the step that succeeds and 0
+    elsewhere, or "dense", MetaWorld's own (0 to 10 a step). limit: environment steps of an episode;
+    it also ends at success. workers: processes that simulate; 0 is this one. spread: the share of
+    the range of objects and goal, around its middle and in each coordinate, that starts are drawn
+    from; so demonstrations can show less than what is asked of the policy. see: beside the hand (x,
+    y, z, metres, and how far the gripper is open: observation.state) either "state", the 35 numbers
+    of objects, goal and the frame before; or "pixels", a picture of ``size`` x ``size`` from above
+    in which the goal is a green ball; or "points", ``points`` points Float[P,3], metres, on
+    gripper, goal and objects. What a policy does not come to see (inside a chunk of actions) is not
+    drawn.
     """
 
     env: str
@@ -74,14 +77,18 @@ class MetaWorld:
         return partial(Sawyer, self.env, self.reward, self.see, self.size, self.points, self.spread)
 
     def demonstrate(self, seed: int, noise: float) -> Demonstration:
-        """MetaWorld's script for this task, which reads the same 39 numbers; it does not always succeed."""
+        """MetaWorld's script for this task, which reads the same 39 numbers; it does not always
+        succeed.
+        """
         script = library("metaworld.policies", "task metaworld").ENV_POLICY_MAP[self.env]()
 
         def expert(_frame: Frame) -> np.ndarray:
             return script.get_action(self._stage.numbers.astype(np.float64))
 
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Constant", UserWarning)  # the scripts' gains are meant to be clipped
+            warnings.filterwarnings(
+                "ignore", "Constant", UserWarning
+            )  # the scripts' gains are meant to be clipped
             return record(self._stage, expert, seed, self.limit, noise * NOISE)
 
     @cached_property

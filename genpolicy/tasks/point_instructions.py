@@ -1,9 +1,11 @@
-"""A point on a plane that is told in words where to go: a robot's task of vision, language and action in microseconds.
+"""A point on a plane that is told in words where to go: a robot's task of vision, language and
+action in microseconds.
 
-Coloured goals stand around the point, each colour in a quarter of its own; the instruction names one of them by colour and
-shape. An episode ends at whichever goal the point reaches first, and only the one that was named is rewarded. Words alone tell
-where to go: a network that starts from nothing learns that in seconds, what a picture shows it would take hours. All of it is
-numpy, every slot at once.
+Coloured goals stand around the point, each colour in a quarter of its own; the instruction names
+one of them by colour and shape. An episode ends at whichever goal the point reaches first, and only
+the one that was named is rewarded. Words alone tell where to go: a network that starts from nothing
+learns that in seconds, what a picture shows it would take hours. All of it is numpy, every slot at
+once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,12 @@ from genpolicy.config import ConfigError, at_least, share
 from genpolicy.task import Context, Demonstration, TaskStep
 
 STATE, CAMERA = "observation.state", "observation.images.top"
-COLOURS = {"red": (1.0, 0.1, 0.1), "green": (0.1, 0.8, 0.1), "blue": (0.2, 0.3, 1.0), "yellow": (1.0, 0.9, 0.1)}
+COLOURS = {
+    "red": (1.0, 0.1, 0.1),
+    "green": (0.1, 0.8, 0.1),
+    "blue": (0.2, 0.3, 1.0),
+    "yellow": (1.0, 0.9, 0.1),
+}
 SHAPES = ("circle", "square", "triangle")
 PIXELS, RENDERED = 32, 256
 """Sides of the picture that policies see, and of the one for people."""
@@ -32,7 +39,9 @@ BACKGROUND = 0.15
 
 
 class Scene(NamedTuple):
-    """One episode's world: the point [2]; goals' places [G,2], colours and shapes [G]; which one is asked for."""
+    """One episode's world: the point [2]; goals' places [G,2], colours and shapes [G]; which one is
+    asked for.
+    """
 
     point: np.ndarray
     places: np.ndarray
@@ -46,7 +55,9 @@ class Scene(NamedTuple):
 
 
 def scene(seed: int, goals: int) -> Scene:
-    """The episode of a reset seed: goals of different colours, each in its colour's quarter of the plane."""
+    """The episode of a reset seed: goals of different colours, each in its colour's quarter of the
+    plane.
+    """
     draw = np.random.Generator(np.random.Philox(key=seed))
     colours = tuple(draw.permutation(list(COLOURS))[:goals].tolist())
     shapes = tuple(draw.choice(SHAPES, goals).tolist())
@@ -70,7 +81,10 @@ def paint(scene: Scene, pixels: int) -> np.ndarray:
 def _offset(place: np.ndarray, pixels: int) -> tuple[np.ndarray, np.ndarray]:
     """Of every pixel from ``place`` [...,2]: x and y, [...,pixels,pixels]."""
     centres = (np.arange(pixels) + 0.5) * 2 / pixels - 1
-    x, y = centres[None, :] - place[..., 0, None, None], -centres[:, None] - place[..., 1, None, None]
+    x, y = (
+        centres[None, :] - place[..., 0, None, None],
+        -centres[:, None] - place[..., 1, None, None],
+    )
     return np.broadcast_arrays(x, y)  # type: ignore[return-value]
 
 
@@ -98,7 +112,9 @@ class Plane:
         self._ground = np.zeros((count, 3, PIXELS, PIXELS), np.float32)
         self._places = np.zeros((count, goals, 2))
         self._asked = np.zeros(count, np.int64)
-        self._left = np.zeros(count, np.int64)  # environment steps until the limit; 0 once the episode has ended
+        self._left = np.zeros(
+            count, np.int64
+        )  # environment steps until the limit; 0 once the episode has ended
         self._success = np.zeros(count, bool)
         self._trace = np.zeros((count, history, 2))  # the last positions, the newest last
 
@@ -106,7 +122,11 @@ class Plane:
         for slot, seed in zip(slots, seeds, strict=True):
             begun = scene(seed, self._goals)
             self._scenes[slot], self._ground[slot] = begun, paint(begun, PIXELS)
-            self._places[slot], self._asked[slot], self._trace[slot] = begun.places, begun.asked, begun.point
+            self._places[slot], self._asked[slot], self._trace[slot] = (
+                begun.places,
+                begun.asked,
+                begun.point,
+            )
             self._left[slot], self._success[slot] = self._limit, False
         return self._seen(np.asarray(slots))
 
@@ -115,7 +135,9 @@ class Plane:
         if not np.isfinite(wanted).all():
             raise ValueError("an action is not a finite number: the policy has diverged")
         if not self._left[where].all():
-            raise ValueError("an environment was stepped whose episode has ended or not begun; reset it first")
+            raise ValueError(
+                "an environment was stepped whose episode has ended or not begun; reset it first"
+            )
         n, length = wanted.shape[:2]
         rewards, executed = torch.zeros(n, length), torch.zeros(n, dtype=torch.long)
         terminated, going = np.zeros(n, bool), np.ones(n, bool)
@@ -136,7 +158,9 @@ class Plane:
             executed[rows] = h + 1
         truncated = torch.from_numpy(~going & ~terminated)
         success = torch.from_numpy(self._success[where])
-        return TaskStep(self._seen(where), rewards, executed, torch.from_numpy(terminated), truncated, success)
+        return TaskStep(
+            self._seen(where), rewards, executed, torch.from_numpy(terminated), truncated, success
+        )
 
     def render(self, slot: int) -> np.ndarray:
         """The plane as policies see it, larger: uint8 [H,W,3]."""
@@ -151,8 +175,13 @@ class Plane:
     def _seen(self, where: np.ndarray) -> Context:
         trace = self._trace[where]
         pictures = _with_point(self._ground[where, None], trace, PIXELS)
-        observation = {STATE: torch.from_numpy(trace.astype(np.float32)), CAMERA: torch.from_numpy(pictures)}
-        instructions = [begun.instruction for slot in where if (begun := self._scenes[slot]) is not None]
+        observation = {
+            STATE: torch.from_numpy(trace.astype(np.float32)),
+            CAMERA: torch.from_numpy(pictures),
+        }
+        instructions = [
+            begun.instruction for slot in where if (begun := self._scenes[slot]) is not None
+        ]
         return Context(instructions, observation)
 
 
@@ -164,10 +193,12 @@ def _with_point(ground: np.ndarray, point: np.ndarray, pixels: int) -> np.ndarra
 
 @dataclass
 class PointInstructions:
-    """The task, as a `genpolicy.task.ControlTask`. Its observations are the point's place and a picture of the plane.
+    """The task, as a `genpolicy.task.ControlTask`. Its observations are the point's place and a
+    picture of the plane.
 
-    goals: how many stand there. limit: environment steps of an episode. mistaken: the share of demonstrations that go to
-    another goal than the one they were asked for, so that who clones them follows instructions as often as that.
+    goals: how many stand there. limit: environment steps of an episode. mistaken: the share of
+    demonstrations that go to another goal than the one they were asked for, so that who clones them
+    follows instructions as often as that.
     """
 
     goals: int = 3
@@ -178,7 +209,9 @@ class PointInstructions:
         at_least("task point_instructions", self, goals=1, limit=1)
         share("task point_instructions", self, "mistaken")
         if self.goals > len(COLOURS):
-            raise ConfigError(f"task point_instructions: goals is {self.goals}; there are {len(COLOURS)} colours")
+            raise ConfigError(
+                f"task point_instructions: goals is {self.goals}; there are {len(COLOURS)} colours"
+            )
         self.shapes: Mapping[str, tuple[int, ...]] = {STATE: (2,), CAMERA: (3, PIXELS, PIXELS)}
         self.action_dim = 2
         self.fps = 10
@@ -210,5 +243,7 @@ class PointInstructions:
             rewards.append(step.rewards[0, 0])
             seen, success = step.context, bool(step.success)
             over = bool(step.terminated | step.truncated)
-        observation = {name: torch.cat([frame[name][:, 0] for frame in frames]) for name in frames[0]}
+        observation = {
+            name: torch.cat([frame[name][:, 0] for frame in frames]) for name in frames[0]
+        }
         return Demonstration(observation, torch.stack(actions), torch.stack(rewards), success)

@@ -12,8 +12,9 @@ from genpolicy.task import Context, read_prompts
 class Prompts:
     """A file of prompts, one a line, and the order they are asked in.
 
-    prompts: the file. order: "shuffled" (every prompt once an epoch, each epoch in its own order) or "sequential".
-    Episode n is the prompt at n mod P of epoch n // P: a pure function, so that any number of processes asks the same.
+    prompts: the file. order: "shuffled" (every prompt once an epoch, each epoch in its own order)
+    or "sequential". Episode n is the prompt at n mod P of epoch n // P: a pure function, so that
+    any number of processes asks the same.
     """
 
     prompts: str
@@ -22,7 +23,9 @@ class Prompts:
 
     def __post_init__(self) -> None:
         if self.order not in ("shuffled", "sequential"):
-            raise ValueError(f"task prompts: order is {self.order!r}; valid are 'shuffled', 'sequential'")
+            raise ValueError(
+                f"task prompts: order is {self.order!r}; valid are 'shuffled', 'sequential'"
+            )
         self.lines = read_prompts(self.prompts)
 
     def reset(self, episodes: range) -> Context:

@@ -1,7 +1,7 @@
 """PushT (Chi et al., arXiv 2303.04137): push a T onto a target with a disc, in gym_pusht's version.
 
-A step is 1/10 s; an action is where the disc is to go, x and y in [0, 512]. An episode succeeds, and ends, when more
-than 95 % of the target is covered.
+A step is 1/10 s; an action is where the disc is to go, x and y in [0, 512]. An episode succeeds,
+and ends, when more than 95 % of the target is covered.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ from genpolicy.tasks._pusht import Pushing
 class PushT:
     """PushT as a `genpolicy.task.ControlTask`: it sees the disc (x, y) and eight corners of the T.
 
-    reward: "dense", the covered share of the target over .95, at most 1, each step; "sparse", 1 for the step that
-    succeeds. limit: environment steps of an episode. workers: processes that simulate; 0 is this one. pixels: show a
-    picture of 96 x 96 as well (eight times slower).
+    reward: "dense", the covered share of the target over .95, at most 1, each step; "sparse", 1 for
+    the step that succeeds. limit: environment steps of an episode. workers: processes that
+    simulate; 0 is this one. pixels: show a picture of 96 x 96 as well (eight times slower).
     """
 
     reward: Literal["dense", "sparse"] = "dense"
@@ -35,7 +35,11 @@ class PushT:
         choice("task pusht: reward", self.reward, ("dense", "sparse"))
         at_least("task pusht", self, limit=1, workers=0)
         pictures = {IMAGES + "top": (3, 96, 96)} if self.pixels else {}
-        self.shapes: Mapping[str, tuple[int, ...]] = {"observation.state": (2,), WORLD: (16,), **pictures}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            "observation.state": (2,),
+            WORLD: (16,),
+            **pictures,
+        }
         self.action_dim = 2
         self.fps = 10
         self.instruction = "Push the T-shaped block onto the T-shaped target."
@@ -46,7 +50,9 @@ class PushT:
         return Environments(make, count, history, self.limit, self.instruction, self.workers)
 
     def demonstrate(self, seed: int, noise: float) -> Demonstration:
-        """A planner's episode, which simulates its pushes first; noise in pixels. It does not always succeed."""
+        """A planner's episode, which simulates its pushes first; noise in pixels. It does not
+        always succeed.
+        """
         from genpolicy.tasks._pusht_planner import Planner  # shapely and scipy are here only
 
         return record(self._stage, Planner(self._stage.world, seed), seed, self.limit, noise)

@@ -37,7 +37,9 @@ def batch(groups: int, members: int, seed: int = 0) -> tuple[Rows, Noise]:
 def cosine(levels: int = 1024) -> VariancePreserving:
     """alpha = cos(pi t/2), sigma = sin(pi t/2): smooth at both ends, pure noise at t = 1 (zero SNR)."""
     angle = torch.linspace(0, torch.pi / 2, levels + 1, dtype=torch.float64)[1:]
-    return VariancePreserving(torch.cat([torch.cos(angle[:-1]) ** 2, torch.zeros(1, dtype=torch.float64)]))
+    return VariancePreserving(
+        torch.cat([torch.cos(angle[:-1]) ** 2, torch.zeros(1, dtype=torch.float64)])
+    )
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -81,7 +83,9 @@ class Data:
 DATA = Data()
 
 
-def moments(kernel: Kernel, schedule: Schedule, grid: Tensor, data: Data = DATA) -> list[tuple[float, float]]:
+def moments(
+    kernel: Kernel, schedule: Schedule, grid: Tensor, data: Data = DATA
+) -> list[tuple[float, float]]:
     """Analytic (mean, std) at every time of ``grid``: exact denoiser, from the true marginal at grid[0] on.
 
     A transition is affine in x with the kernel's coefficients (one row a step), so that no sampling is needed.
@@ -98,11 +102,15 @@ def moments(kernel: Kernel, schedule: Schedule, grid: Tensor, data: Data = DATA)
     return path
 
 
-def solved(solver: Solver, schedule: Schedule, grid: Tensor, data: Data = DATA) -> tuple[float, float]:
+def solved(
+    solver: Solver, schedule: Schedule, grid: Tensor, data: Data = DATA
+) -> tuple[float, float]:
     """Analytic (mean, std) at the end of a solver: it is affine in where it starts, so two points do."""
     denoiser = data.denoiser(schedule)
     ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    zero, one = solver.integrate(lambda x, t: denoiser(x, t, Rows(x[:, 0])), ends, schedule, grid)[:, 0].tolist()
+    zero, one = solver.integrate(lambda x, t: denoiser(x, t, Rows(x[:, 0])), ends, schedule, grid)[
+        :, 0
+    ].tolist()
     mean, std = data.marginal(schedule, grid[0])
     return zero + (one - zero) * mean, abs(one - zero) * std
 

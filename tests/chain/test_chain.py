@@ -61,18 +61,26 @@ class Case:
         network = Network(SHAPE, self.dtype)
         if self.guidance == 1:
             return network
-        return Guidance(network, lambda c: Rows(torch.zeros_like(c.value)), self.guidance, interval=(0.3, 0.95))
+        return Guidance(
+            network, lambda c: Rows(torch.zeros_like(c.value)), self.guidance, interval=(0.3, 0.95)
+        )
 
     def sample(self, denoiser: Denoiser) -> Trajectory:
         condition, noise = batch(GROUPS, MEMBERS)
         branch = {} if self.branch_at is None else {"branch_at": self.branch_at, "members": MEMBERS}
-        return self.chain().sample(denoiser, condition, noise, SHAPE, storage=self.storage, **branch)
+        return self.chain().sample(
+            denoiser, condition, noise, SHAPE, storage=self.storage, **branch
+        )
 
 
 CASES = [
     *(Case(kernel) for kernel in KERNELS),
     Case(FloorStd(DDIM(0.5), 0.2), window=(0, K)),
-    *(Case(kernel, window=(1, 4), branch_at=b) for kernel in (DDIM(1.0), SDE(0.7)) for b in (None, 0, 1)),
+    *(
+        Case(kernel, window=(1, 4), branch_at=b)
+        for kernel in (DDIM(1.0), SDE(0.7))
+        for b in (None, 0, 1)
+    ),
     *(Case(kernel, branch_at=0) for kernel in (DDIM(1.0), SDE(0.7), CPS(0.8))),
     *(
         Case(kernel, storage=s, branch_at=b)
@@ -80,14 +88,22 @@ CASES = [
         for s in (torch.bfloat16, torch.float16)
         for b in (None, 0)
     ),
-    *(Case(kernel, guidance=4.5, branch_at=b) for kernel in (DDIM(1.0), SDE(0.7)) for b in (None, 0)),
+    *(
+        Case(kernel, guidance=4.5, branch_at=b)
+        for kernel in (DDIM(1.0), SDE(0.7))
+        for b in (None, 0)
+    ),
     Case(SDE(0.7), window=(1, 4), branch_at=1, storage=torch.bfloat16, guidance=4.5),
 ]
 
 
 def log_ratio(chain: Chain, denoiser: Denoiser, trajectory: Trajectory, k: int) -> Tensor:
     """Mean-reduced log-ratio of the replayed transition to the one that acted, [B]."""
-    now, then, after = chain.transition(denoiser, trajectory, k), trajectory.acted(k), trajectory.after(k)
+    now, then, after = (
+        chain.transition(denoiser, trajectory, k),
+        trajectory.acted(k),
+        trajectory.after(k),
+    )
     return now.log_prob(after, reduce="mean") - then.log_prob(after, reduce="mean")
 
 
@@ -149,9 +165,13 @@ def test_control_another_kernel_step_or_time_is_not_ratio_1() -> None:
 # ---- storage
 
 
-@pytest.mark.parametrize(("storage", "error"), [(torch.bfloat16, 1e-4), (torch.float16, 2e-6)], ids=str)
+@pytest.mark.parametrize(
+    ("storage", "error"), [(torch.bfloat16, 1e-4), (torch.float16, 2e-6)], ids=str
+)
 @pytest.mark.parametrize("kernel", [DDIM(1.0), SDE(0.7)], ids=str)
-def test_control_rounding_after_scoring_moves_the_log_prob(kernel: Kernel, storage: torch.dtype, error: float) -> None:
+def test_control_rounding_after_scoring_moves_the_log_prob(
+    kernel: Kernel, storage: torch.dtype, error: float
+) -> None:
     """Published code scores fp32 states and stores rounded ones; ours rounds first, and replays exactly."""
     case = Case(kernel)
     denoiser = case.denoiser()
@@ -159,15 +179,21 @@ def test_control_rounding_after_scoring_moves_the_log_prob(kernel: Kernel, stora
     rounded = replace(trajectory, x=trajectory.x.to(storage).float())
 
     def moved(k: int) -> Tensor:
-        stored = case.chain().transition(denoiser, rounded, k).log_prob(rounded.after(k), reduce="mean")
-        return (stored - trajectory.acted(k).log_prob(trajectory.after(k), reduce="mean")).abs().max()
+        stored = (
+            case.chain().transition(denoiser, rounded, k).log_prob(rounded.after(k), reduce="mean")
+        )
+        return (
+            (stored - trajectory.acted(k).log_prob(trajectory.after(k), reduce="mean")).abs().max()
+        )
 
     assert max(moved(k) for k in trajectory.steps) > error
     assert torch.equal(case.sample(denoiser).x, trajectory.x)
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16], ids=str)
-def test_recorded_states_are_representable_and_the_chain_goes_on_from_them(storage: torch.dtype) -> None:
+def test_recorded_states_are_representable_and_the_chain_goes_on_from_them(
+    storage: torch.dtype,
+) -> None:
     case = Case(window=(1, 4), storage=storage)
     denoiser = case.denoiser()
     trajectory = case.sample(denoiser)
@@ -175,7 +201,9 @@ def test_recorded_states_are_representable_and_the_chain_goes_on_from_them(stora
     assert relative(trajectory.x, replace(case, storage=torch.float32).sample(denoiser).x) > 1e-4
     for k in trajectory.steps:
         noise = batch(GROUPS, MEMBERS)[1](k, SHAPE)
-        assert torch.equal(trajectory.after(k), trajectory.acted(k).sample(noise).to(storage).float())
+        assert torch.equal(
+            trajectory.after(k), trajectory.acted(k).sample(noise).to(storage).float()
+        )
 
 
 def test_steps_outside_the_kept_ones_are_not_rounded() -> None:
@@ -217,7 +245,9 @@ def test_window_is_stochastic_and_the_rest_is_the_ode(window: tuple[int, int] | 
 
 @pytest.mark.parametrize("keep", [(0, K), (2, 4), (0, 1), (K - 1, K), (3, 3)], ids=str)
 @pytest.mark.parametrize("window", [None, (1, 4)], ids=str)
-def test_keep_chooses_what_is_recorded_and_nothing_else(keep: tuple[int, int], window: tuple[int, int] | None) -> None:
+def test_keep_chooses_what_is_recorded_and_nothing_else(
+    keep: tuple[int, int], window: tuple[int, int] | None
+) -> None:
     case = Case(window=window)
     denoiser = case.denoiser()
     condition, noise = batch(GROUPS, MEMBERS)
@@ -280,9 +310,13 @@ def seen(denoiser: Callable, record: list[Tensor]) -> Denoiser:
 
 @pytest.mark.parametrize("kernel", [DDIM(1.0), SDE(0.7)], ids=str)
 @pytest.mark.parametrize(
-    ("branch_at", "window"), [(0, None), (0, (0, 2)), (2, (2, 5)), (3, (3, 5)), (1, (3, 5))], ids=str
+    ("branch_at", "window"),
+    [(0, None), (0, (0, 2)), (2, (2, 5)), (3, (3, 5)), (1, (3, 5))],
+    ids=str,
 )
-def test_branches_share_what_lies_before(kernel: Kernel, branch_at: int, window: tuple[int, int] | None) -> None:
+def test_branches_share_what_lies_before(
+    kernel: Kernel, branch_at: int, window: tuple[int, int] | None
+) -> None:
     """Network rows: one per group up to and at the branching step, all after; states differ only after it."""
     case = Case(kernel, window=window, branch_at=branch_at)
     network = case.denoiser()
@@ -314,7 +348,9 @@ def test_the_trunk_may_be_stochastic() -> None:
     denoiser = case.denoiser()
     condition, noise = batch(GROUPS, MEMBERS)
     sample = case.chain().sample
-    trajectory = sample(denoiser, condition, noise, SHAPE, keep=(3, 5), branch_at=3, members=MEMBERS)
+    trajectory = sample(
+        denoiser, condition, noise, SHAPE, keep=(3, 5), branch_at=3, members=MEMBERS
+    )
     trunk = sample(denoiser, condition[::MEMBERS], noise.trunk(MEMBERS), SHAPE, keep=(0, 3))
     assert torch.equal(trajectory.before(3)[::MEMBERS], trunk.after(2))
     assert torch.equal(trajectory.after(3), trajectory.acted(3).sample(noise(3, SHAPE)))
@@ -346,7 +382,9 @@ def test_shared_start_is_evaluated_once_per_group_and_its_gradient_is_the_unshar
     assert relative(first_only, theirs) > 0.1  # control: a group's other members count too
 
 
-@pytest.mark.parametrize("rows", [slice(0, 3), slice(2, 6), slice(0, 12, 2), slice(0, 12, 4)], ids=str)
+@pytest.mark.parametrize(
+    "rows", [slice(0, 3), slice(2, 6), slice(0, 12, 2), slice(0, 12, 4)], ids=str
+)
 def test_rows_that_cut_a_group_refuse(rows: slice) -> None:
     trajectory = Case(branch_at=0).sample(Case().denoiser())
     with pytest.raises(ValueError, match="cut a group"):
@@ -355,12 +393,20 @@ def test_rows_that_cut_a_group_refuse(rows: slice) -> None:
 
 
 @pytest.mark.parametrize(("branch_at", "start"), [(2, None), (1, 3)])
-def test_branches_inside_the_kept_steps_or_before_the_start_refuse(branch_at: int, start: int | None) -> None:
+def test_branches_inside_the_kept_steps_or_before_the_start_refuse(
+    branch_at: int, start: int | None
+) -> None:
     condition, noise = batch(GROUPS, MEMBERS)
     given = None if start is None else (start, torch.zeros(12, *SHAPE))
     with pytest.raises(ValueError, match="branch_at"):
         Case().chain().sample(
-            Case().denoiser(), condition, noise, SHAPE, branch_at=branch_at, members=MEMBERS, start=given
+            Case().denoiser(),
+            condition,
+            noise,
+            SHAPE,
+            branch_at=branch_at,
+            members=MEMBERS,
+            start=given,
         )
 
 
@@ -388,8 +434,12 @@ def test_partial_start_with_branches() -> None:
     case = Case()
     network = case.denoiser()
     condition, noise = batch(GROUPS, MEMBERS)
-    x = torch.randn(GROUPS, *SHAPE, generator=torch.Generator().manual_seed(0)).repeat_interleave(MEMBERS, 0)
-    part = case.chain().sample(network, condition, noise, SHAPE, start=(3, x), branch_at=3, members=MEMBERS)
+    x = torch.randn(GROUPS, *SHAPE, generator=torch.Generator().manual_seed(0)).repeat_interleave(
+        MEMBERS, 0
+    )
+    part = case.chain().sample(
+        network, condition, noise, SHAPE, start=(3, x), branch_at=3, members=MEMBERS
+    )
     assert part.shared == MEMBERS
     assert part.steps == range(3, K - 1)
     assert torch.equal(part.before(3), x)
@@ -421,7 +471,10 @@ def test_prior_is_diffusers_init_noise_sigma(schedule: Schedule, std: float) -> 
 
 
 ANYWHERE = [
-    (name, k) for name in ("shifted", "vp", "edm") for k in KERNELS if name == "shifted" or not isinstance(k, SDE)
+    (name, k)
+    for name in ("shifted", "vp", "edm")
+    for k in KERNELS
+    if name == "shifted" or not isinstance(k, SDE)
 ]
 
 
@@ -440,7 +493,9 @@ def test_rows_sampled_alone_equal_rows_sampled_together(name: str, kernel: Kerne
 
 
 @pytest.mark.parametrize("branch_at", [None, 0])
-def test_groups_sampled_alone_equal_groups_sampled_together_with_a_network(branch_at: int | None) -> None:
+def test_groups_sampled_alone_equal_groups_sampled_together_with_a_network(
+    branch_at: int | None,
+) -> None:
     case = Case()
     denoiser = case.denoiser()
     condition, noise = batch(GROUPS, MEMBERS)
@@ -457,7 +512,11 @@ def test_every_name_of_the_noise_changes_the_sample() -> None:
     condition, noise = batch(GROUPS, MEMBERS)
     first = case.sample(denoiser)
     assert torch.equal(case.sample(denoiser).x0, first.x0)
-    for other in (replace(noise, seed=1), replace(noise, iteration=1), replace(noise, group=noise.group + 3)):
+    for other in (
+        replace(noise, seed=1),
+        replace(noise, iteration=1),
+        replace(noise, group=noise.group + 3),
+    ):
         assert not (case.chain().sample(denoiser, condition, other, SHAPE).x0 == first.x0).any()
 
 
@@ -473,7 +532,9 @@ def test_a_chain_of_one_step() -> None:
     start = noise(PRIOR, SHAPE)
     assert network.rows == [12]
     assert len(trajectory.steps) == 0
-    assert torch.equal(trajectory.x0, network(start, torch.ones(12, dtype=torch.float64), condition).x0)
+    assert torch.equal(
+        trajectory.x0, network(start, torch.ones(12, dtype=torch.float64), condition).x0
+    )
 
 
 def test_a_chain_of_one_trained_step() -> None:
@@ -491,7 +552,9 @@ def test_a_chain_of_one_trained_step() -> None:
         log_ratio(point, network, point.sample(network, condition, noise, SHAPE), 0)
 
 
-@pytest.mark.parametrize(("solver", "evaluations"), [(Heun(), 2 * K - 1), (DPMSolver(), K)], ids=str)
+@pytest.mark.parametrize(
+    ("solver", "evaluations"), [(Heun(), 2 * K - 1), (DPMSolver(), K)], ids=str
+)
 def test_solvers_sample_and_refuse_to_be_scored(solver: Heun | DPMSolver, evaluations: int) -> None:
     condition, noise = batch(GROUPS, MEMBERS)
     network = Network(SHAPE)
@@ -500,7 +563,9 @@ def test_solvers_sample_and_refuse_to_be_scored(solver: Heun | DPMSolver, evalua
     assert len(network.rows) == evaluations
     assert trajectory.x0.shape == (12, *SHAPE)
     assert len(trajectory.steps) == 0
-    ode = Chain(Linear(), Linear().grid(400), window=(0, 0)).sample(network, condition, noise, SHAPE)
+    ode = Chain(Linear(), Linear().grid(400), window=(0, 0)).sample(
+        network, condition, noise, SHAPE
+    )
     assert relative(trajectory.x0, ode.x0) < 0.02
     kept = Case().sample(network)
     with pytest.raises(ValueError, match="is a solver"):
@@ -515,7 +580,9 @@ def test_solvers_start_where_they_are_told(solver: Heun | DPMSolver) -> None:
     x = torch.zeros(12, *SHAPE)
     trajectory = chain.sample(network, condition, noise, SHAPE, start=(3, x))
     assert max(network.times) == float(chain.grid[3])
-    part = Chain(Linear(), chain.grid[3:], solver).sample(network, condition, noise, SHAPE, start=(0, x))
+    part = Chain(Linear(), chain.grid[3:], solver).sample(
+        network, condition, noise, SHAPE, start=(0, x)
+    )
     assert torch.equal(trajectory.x0, part.x0)
 
 
@@ -541,11 +608,16 @@ def test_per_token_times_that_are_equal_are_per_row_times(kernel: Kernel, k: int
     """t [B,T] at kernel level: bitwise the same Gaussian."""
     grid, tokens = Linear().grid(K), SHAPE[0]
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(k))
-    prediction = Prediction(*torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(k + 1)))
+    prediction = Prediction(
+        *torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(k + 1))
+    )
     t, s = grid[k].expand(2), grid[k + 1].expand(2)
     per_row = transition(kernel, x, prediction, step(Linear(), t, s))
     per_token = transition(
-        kernel, x, prediction, step(Linear(), t[:, None].expand(2, tokens), s[:, None].expand(2, tokens))
+        kernel,
+        x,
+        prediction,
+        step(Linear(), t[:, None].expand(2, tokens), s[:, None].expand(2, tokens)),
     )
     assert torch.equal(per_row.mean, per_token.mean)
     assert torch.equal(per_row.std.expand_as(x), per_token.std.expand_as(x))
@@ -593,12 +665,18 @@ def test_the_networks_own_std_is_the_transitions() -> None:
     assert torch.equal(chain.transition(noisy, trajectory, 2).std, std)
     assert torch.equal(trajectory.after(2), trajectory.acted(2).sample(noise(2, SHAPE)))
     end = chain.sample(noisy, condition, noise, SHAPE, keep=(K - 1, K))
-    assert torch.equal(end.x0, end.acted(K - 1).mean)  # outside the window nothing is added, whatever the network says
+    assert torch.equal(
+        end.x0, end.acted(K - 1).mean
+    )  # outside the window nothing is added, whatever the network says
 
 
-@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: ClipX0(d, Linear(3.0), 0.5)], ids=["plain", "clipped"])
+@pytest.mark.parametrize(
+    "wrap", [lambda d: d, lambda d: ClipX0(d, Linear(3.0), 0.5)], ids=["plain", "clipped"]
+)
 @pytest.mark.parametrize("kernel", [DDIM(1.0), SDE(0.7)], ids=str)
-def test_kernel_algebra_is_fp32_under_autocast(kernel: Kernel, wrap: Callable[[Denoiser], Denoiser]) -> None:
+def test_kernel_algebra_is_fp32_under_autocast(
+    kernel: Kernel, wrap: Callable[[Denoiser], Denoiser]
+) -> None:
     """The network runs in bf16; the transition is what its outputs give outside autocast; replay is exact."""
     case = Case(kernel)
     network = case.denoiser()
@@ -638,6 +716,10 @@ def test_noise_of_a_trajectory_is_named_by_its_rows() -> None:
     denoiser = DATA.denoiser(Linear(3.0))
     far = Noise.rows(0, 0, torch.tensor([0, 5]), MEMBERS)
     near = Noise.rows(0, 0, torch.tensor([5]), MEMBERS)
-    both = case.chain().sample(denoiser, Rows(torch.zeros(8)), far, SHAPE, branch_at=0, members=MEMBERS)
-    one = case.chain().sample(denoiser, Rows(torch.zeros(4)), near, SHAPE, branch_at=0, members=MEMBERS)
+    both = case.chain().sample(
+        denoiser, Rows(torch.zeros(8)), far, SHAPE, branch_at=0, members=MEMBERS
+    )
+    one = case.chain().sample(
+        denoiser, Rows(torch.zeros(4)), near, SHAPE, branch_at=0, members=MEMBERS
+    )
     assert torch.equal(one.x0, both.x0[MEMBERS:])

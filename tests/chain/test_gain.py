@@ -52,7 +52,11 @@ FAMILIES: list[tuple[Schedule, Parametrisation, list[Kernel]]] = [
     (EDM(), "epsilon", ANY),
     (EDM(), "sample", ANY),
 ]
-CASES = [(s, kind, kernel, k) for s, kind, kernels in FAMILIES for kernel, k in product(kernels, (0, 1, K - 2, K - 1))]
+CASES = [
+    (s, kind, kernel, k)
+    for s, kind, kernels in FAMILIES
+    for kernel, k in product(kernels, (0, 1, K - 2, K - 1))
+]
 
 
 def at(schedule: Schedule, k: int) -> Step:
@@ -85,7 +89,9 @@ def close(ours: Tensor, theirs: Tensor, kernel: Kernel, kind: Parametrisation, h
     """Equal to 2e-6 of the larger of the two terms: x0's and eps's shares cancel where a gain is small."""
     c, (d_x0, d_eps) = kernel.coefficients(here), output_gain(kind, here.alpha_t, here.sigma_t)
     scale = torch.maximum((c.x0 * d_x0).abs(), (c.eps * d_eps).abs())
-    return bool(((ours - theirs).abs() <= 2e-6 * scale.reshape(ROWS, *(1,) * (ours.ndim - 1))).all())
+    return bool(
+        ((ours - theirs).abs() <= 2e-6 * scale.reshape(ROWS, *(1,) * (ours.ndim - 1))).all()
+    )
 
 
 def name(value: object) -> str:
@@ -93,7 +99,9 @@ def name(value: object) -> str:
 
 
 @pytest.mark.parametrize(("schedule", "kind", "kernel", "k"), CASES, ids=name)
-def test_gain_is_autograds(schedule: Schedule, kind: Parametrisation, kernel: Kernel, k: int) -> None:
+def test_gain_is_autograds(
+    schedule: Schedule, kind: Parametrisation, kernel: Kernel, k: int
+) -> None:
     here = at(schedule, k)
     x, output = case(here)
     theirs = slope(kernel, network(kind, output, here), x, output, here)
@@ -104,8 +112,13 @@ def test_control_the_wrong_parametrisation_or_kernel() -> None:
     here = at(NOISY, 1)
     x, output = case(here)
     theirs = slope(DDIM(1.0), network("epsilon", output, here), x, output, here).double()
-    assert relative(closed_form(DDIM(1.0), "v_prediction", here)[:, None].expand_as(theirs), theirs) > 0.1
-    assert relative(closed_form(DDIM(0.0), "epsilon", here)[:, None].expand_as(theirs), theirs) > 0.01
+    assert (
+        relative(closed_form(DDIM(1.0), "v_prediction", here)[:, None].expand_as(theirs), theirs)
+        > 0.1
+    )
+    assert (
+        relative(closed_form(DDIM(0.0), "epsilon", here)[:, None].expand_as(theirs), theirs) > 0.01
+    )
 
 
 def test_velocity_gain_is_minus_t_and_1_minus_t() -> None:
@@ -124,13 +137,17 @@ def test_gain_may_be_negative(k: int) -> None:
 @pytest.mark.parametrize("scale", [0.5, 1.0, 4.5])
 @pytest.mark.parametrize("kernel", [DDIM(1.0), SDE(0.7)], ids=str)
 @pytest.mark.parametrize("k", [0, 3])
-def test_guidance_scales_the_gain_of_the_positive_branch(kernel: Kernel, scale: float, k: int) -> None:
+def test_guidance_scales_the_gain_of_the_positive_branch(
+    kernel: Kernel, scale: float, k: int
+) -> None:
     here = at(Linear(), k)
     x, output = case(here)
     _, other = case(here, scale=2.0)
 
     def branches(x: Tensor, t: Tensor, condition: Rows) -> Prediction:
-        return network("velocity", other if condition.value[0] == 9 else output, here)(x, t, condition)
+        return network("velocity", other if condition.value[0] == 9 else output, here)(
+            x, t, condition
+        )
 
     guided = Guidance(branches, lambda c: Rows(torch.full_like(c.value, 9.0)), scale)
     theirs = slope(kernel, guided, x, output, here)
@@ -142,7 +159,12 @@ def clipped_case(here: Step, kind: Parametrisation) -> tuple[Tensor, Tensor, Ten
     """x_t, a network output that means x0 = ..., -1.5, -.5, .5, 1.5, ..., and where |x0| > 1."""
     x0, eps = torch.linspace(-3.05, 3.05, ROWS * SIZE).reshape(ROWS, SIZE), case(here)[1].detach()
     alpha, sigma = here.alpha_t.float()[:, None], here.sigma_t.float()[:, None]
-    says = {"epsilon": eps, "sample": x0, "v_prediction": alpha * eps - sigma * x0, "velocity": eps - x0}
+    says = {
+        "epsilon": eps,
+        "sample": x0,
+        "v_prediction": alpha * eps - sigma * x0,
+        "velocity": eps - x0,
+    }
     return alpha * x0 + sigma * eps, says[kind].clone().requires_grad_(), x0.abs() > 1
 
 
@@ -150,7 +172,9 @@ CLIPPED = [(Linear(), "velocity"), (NOISY, "epsilon"), (NOISY, "v_prediction"), 
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize(("schedule", "kind"), CLIPPED, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("schedule", "kind"), CLIPPED, ids=lambda v: v if isinstance(v, str) else ""
+)
 @pytest.mark.parametrize("kernel", [DDIM(0.0), DDIM(0.5), DDIM(1.0), CPS(0.8)], ids=str)
 @pytest.mark.parametrize("k", [0, 3, K - 1])
 def test_where_the_clip_acts_the_gain_is_0_or_the_eps_part(
@@ -158,7 +182,9 @@ def test_where_the_clip_acts_the_gain_is_0_or_the_eps_part(
 ) -> None:
     here = at(schedule, k)
     x, output, acts = clipped_case(here, kind)
-    theirs = slope(kernel, ClipX0(network(kind, output, here), schedule, 1.0, recompute), x, output, here).double()
+    theirs = slope(
+        kernel, ClipX0(network(kind, output, here), schedule, 1.0, recompute), x, output, here
+    ).double()
     none, d_eps = torch.zeros(ROWS), output_gain(kind, here.alpha_t, here.sigma_t)[1]
     clipped = gain(kernel, here, none, none if recompute else d_eps)[:, None]
     free = closed_form(kernel, kind, here)[:, None]

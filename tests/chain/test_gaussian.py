@@ -15,7 +15,9 @@ MASKS = {"token": (B, T, 1), "shared": (T, D), "element": (B, T, D)}
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def gaussian(std: str, seed: int = 0) -> Gaussian:
@@ -46,7 +48,9 @@ def reduced(value: Tensor, reduce: str, kept: Tensor | None = None) -> Tensor:
 def test_log_prob_is_torchs(std: str, kept: str | None, reduce: Reduce) -> None:
     ours, x = gaussian(std), draw(9, B, T, D)
     chosen = None if kept is None else mask(kept)
-    theirs = reduced(Normal(ours.mean.double(), ours.std.double()).log_prob(x.double()), reduce, chosen)
+    theirs = reduced(
+        Normal(ours.mean.double(), ours.std.double()).log_prob(x.double()), reduce, chosen
+    )
     assert relative(ours.log_prob(x, reduce=reduce, mask=chosen), theirs) <= 1e-6
 
 
@@ -78,7 +82,9 @@ def test_mean_of_log_prob_over_its_own_samples() -> None:
     """E[log p] = -1/2 - log std - log(2 pi)/2."""
     wide = Gaussian(torch.zeros(1, 200_000), torch.full((1, 1), 0.3))
     value = wide.log_prob(wide.sample(draw(1, 1, 200_000)), reduce="mean")
-    assert float(value) == pytest.approx(float(-wide.std.log() - 0.5 - torch.tensor(2 * torch.pi).log() / 2), abs=0.01)
+    assert float(value) == pytest.approx(
+        float(-wide.std.log() - 0.5 - torch.tensor(2 * torch.pi).log() / 2), abs=0.01
+    )
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean", "none"])

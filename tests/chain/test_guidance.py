@@ -53,14 +53,18 @@ def test_guided_value(scale: float) -> None:
 @pytest.mark.parametrize("detach", [True, False])
 def test_gradient_is_the_published_one(scale: float, detach: bool) -> None:
     network = Network(SHAPE)
-    ours = network.gradient(loss(Guidance(network, empty, scale, negative_gradient=not detach)(*inputs())))
+    ours = network.gradient(
+        loss(Guidance(network, empty, scale, negative_gradient=not detach)(*inputs()))
+    )
     theirs = network.gradient(loss(published(network, scale, detach=detach)))
     assert relative(ours, theirs) <= 1e-5
 
 
 def test_control_the_two_published_gradients_differ() -> None:
     network = Network(SHAPE)
-    detached, whole = (network.gradient(loss(published(network, 4.5, detach=d))) for d in (True, False))
+    detached, whole = (
+        network.gradient(loss(published(network, 4.5, detach=d))) for d in (True, False)
+    )
     assert relative(detached, whole) > 0.1
 
 
@@ -88,7 +92,9 @@ def test_scale_1_is_the_positive_prediction() -> None:
     assert relative(network.gradient(loss(guided)), network.gradient(loss(plain))) <= 1e-6
 
 
-@pytest.mark.parametrize(("t", "guided"), [(0.2, False), (0.200001, True), (0.5, True), (0.8, True), (0.800001, False)])
+@pytest.mark.parametrize(
+    ("t", "guided"), [(0.2, False), (0.200001, True), (0.5, True), (0.8, True), (0.800001, False)]
+)
 def test_interval_is_open_below_and_closed_above(t: float, guided: bool) -> None:
     network = Network(SHAPE)
     ours = Guidance(network, empty, 4.5, interval=(0.2, 0.8))(*inputs(t=t))

@@ -40,7 +40,12 @@ from genpolicy.chain.values import Parametrisation, expand, output_gain
 from tests.chain.exact import Rows, relative
 
 SHAPE = (3, 4, 8, 8)
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+SD = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+}
 SD |= {"set_alpha_to_one": False, "steps_offset": 1}
 ROBOT = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
 VP_KINDS: tuple[Parametrisation, ...] = ("epsilon", "sample", "v_prediction")
@@ -64,12 +69,16 @@ def between(schedule: Schedule, t: float, s: float) -> Step:
     return step(schedule, t * rows, s * rows)
 
 
-def predict(kind: Parametrisation, output: Tensor, x: Tensor, here: Step, clip: ClipX0 | None = None) -> Prediction:
+def predict(
+    kind: Parametrisation, output: Tensor, x: Tensor, here: Step, clip: ClipX0 | None = None
+) -> Prediction:
     """What the network says at this step, through ``clip`` where the family clips."""
     prediction = Prediction.of(kind, output, x, here.alpha_t, here.sigma_t)
     if clip is None:
         return prediction
-    return ClipX0(lambda *_: prediction, clip.schedule, clip.bound, clip.recompute_eps)(x, here.t, ALL)
+    return ClipX0(lambda *_: prediction, clip.schedule, clip.bound, clip.recompute_eps)(
+        x, here.t, ALL
+    )
 
 
 def walk(
@@ -102,7 +111,9 @@ def ddim_deviation(
     for level, t, s in walk(scheduler):
         x, output, noise = draws(level)
         added = noise.to(dtype) if eta else None
-        theirs = scheduler.step(output.to(dtype), level, x.to(dtype), eta=eta, variance_noise=added).prev_sample
+        theirs = scheduler.step(
+            output.to(dtype), level, x.to(dtype), eta=eta, variance_noise=added
+        ).prev_sample
         here = between(schedule, t, s)
         ours = transition(kernel, x, predict(kind, output, x, here, clip), here).sample(noise)
         worst = max(worst, relative(ours, theirs))
@@ -116,7 +127,9 @@ PRECISIONS = [(torch.float32, 1e-5), (torch.float64, 1e-6)]
 @pytest.mark.parametrize(("dtype", "error"), PRECISIONS, ids=str)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("kind", VP_KINDS)
-@pytest.mark.parametrize(("settings", "steps"), [(SD, 20), (SD, 50), (ROBOT, 10), (ROBOT, 50)], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "steps"), [(SD, 20), (SD, 50), (ROBOT, 10), (ROBOT, 50)], ids=str
+)
 def test_ddim_is_diffusers(
     settings: dict, steps: int, kind: Parametrisation, eta: float, dtype: torch.dtype, error: float
 ) -> None:
@@ -144,7 +157,11 @@ def ddpm_deviation(
     recompute: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> float:
-    settings = ROBOT | {"clip_sample": clip_sample, "variance_type": "fixed_small", "prediction_type": kind}
+    settings = ROBOT | {
+        "clip_sample": clip_sample,
+        "variance_type": "fixed_small",
+        "prediction_type": kind,
+    }
     scheduler = DDPMScheduler(**settings)
     scheduler.set_timesteps(steps)
     schedule = table(scheduler)
@@ -154,10 +171,14 @@ def ddpm_deviation(
     for level, t, s in walk(scheduler):
         x, output = draws(level, 2)
         generators = (torch.Generator().manual_seed(7) for _ in range(2))
-        theirs = scheduler.step(output.to(dtype), level, x.to(dtype), generator=next(generators)).prev_sample
+        theirs = scheduler.step(
+            output.to(dtype), level, x.to(dtype), generator=next(generators)
+        ).prev_sample
         noise = torch.randn(SHAPE, generator=next(generators), dtype=dtype)
         here = between(schedule, t, s)
-        ours = transition(DDIM(1.0), x, predict(kind, output, x, here, clip), here).sample(noise.float())
+        ours = transition(DDIM(1.0), x, predict(kind, output, x, here, clip), here).sample(
+            noise.float()
+        )
         worst = max(worst, relative(ours, theirs))
     return worst
 
@@ -204,10 +225,14 @@ def test_consistency_is_diffusers_stochastic_flow_sampling(shift: str) -> None:
     scheduler.register_to_config(stochastic_sampling=True)
     for k, timestep in enumerate(scheduler.timesteps):
         x, output = draws(k, 2)
-        theirs = scheduler.step(output, timestep, x, generator=torch.Generator().manual_seed(k)).prev_sample
+        theirs = scheduler.step(
+            output, timestep, x, generator=torch.Generator().manual_seed(k)
+        ).prev_sample
         here = between(Linear(), float(grid[k]), float(grid[k + 1]))
         noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(k))
-        ours = transition(Consistency(), x, predict("velocity", output, x, here), here).sample(noise)
+        ours = transition(Consistency(), x, predict("velocity", output, x, here), here).sample(
+            noise
+        )
         assert relative(ours, theirs) <= 1e-5
 
 
@@ -244,7 +269,10 @@ def test_edm_euler_is_diffusers() -> None:
         scheduler.scale_model_input(x, timestep)
         theirs = scheduler.step(output, timestep, x).prev_sample
         here = between(EDM(), float(grid[k]), float(grid[k + 1]))
-        assert relative(transition(DDIM(0.0), x, predict("sample", x0, x, here), here).mean, theirs) <= 1e-5
+        assert (
+            relative(transition(DDIM(0.0), x, predict("sample", x0, x, here), here).mean, theirs)
+            <= 1e-5
+        )
 
 
 # ---- solvers, over a whole chain with a network that is not linear
@@ -258,7 +286,11 @@ def flow_predict(x: Tensor, t: Tensor) -> Prediction:
     return Prediction.of("velocity", velocity(x, t), x, 1 - t, t)
 
 
-def run(scheduler: FlowMatchHeunDiscreteScheduler | DPMSolverMultistepScheduler, x: Tensor, output: Callable) -> Tensor:
+def run(
+    scheduler: FlowMatchHeunDiscreteScheduler | DPMSolverMultistepScheduler,
+    x: Tensor,
+    output: Callable,
+) -> Tensor:
     """The scheduler's own loop, the network asked at the scheduler's own time."""
     for timestep in scheduler.timesteps:
         if scheduler.step_index is None:
@@ -281,13 +313,18 @@ def test_heun_is_diffusers_flow_heun(shift: float) -> None:
 
 @pytest.mark.parametrize("steps", [6, 10, 20])
 def test_dpm_solver_is_diffusers_on_flows(steps: int) -> None:
-    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
     scheduler.set_timesteps(steps)
     x = next(draws(0))
     theirs = run(scheduler, x, lambda x, i: velocity(x, scheduler.sigmas[i].expand(len(x))))
     ours = DPMSolver().integrate(flow_predict, x, Linear(), scheduler.sigmas.double())
     assert relative(ours, theirs) <= 1e-5
-    assert relative(Heun().integrate(flow_predict, x, Linear(), scheduler.sigmas.double()), theirs) > 1e-3
+    assert (
+        relative(Heun().integrate(flow_predict, x, Linear(), scheduler.sigmas.double()), theirs)
+        > 1e-3
+    )
 
 
 @pytest.mark.parametrize("steps", [10, 20])
@@ -316,7 +353,9 @@ def test_ddpos_last_step(offset: int, std: float) -> None:
     *_, (level, t, s) = walk(scheduler)
     assert level == offset
     here = between(table(scheduler), t, s)
-    assert float(DDIM(1.0).std(here)[0]) == pytest.approx(std, abs=5e-5)  # .0206 is finite; 0 would be log 0
+    assert float(DDIM(1.0).std(here)[0]) == pytest.approx(
+        std, abs=5e-5
+    )  # .0206 is finite; 0 would be log 0
     x, output, _ = draws(0)
     gaussian = transition(DDIM(1.0), x, predict("epsilon", output, x, here), here)
     if offset == 0:
@@ -326,7 +365,10 @@ def test_ddpos_last_step(offset: int, std: float) -> None:
 
 # ---- Flow-GRPO, CPS and DanceGRPO, over the SD3 table of 2.3
 
-SD3 = torch.tensor([1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0], dtype=torch.float64)
+SD3 = torch.tensor(
+    [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0],
+    dtype=torch.float64,
+)
 
 
 def sd3_sigmas() -> Tensor:
@@ -341,7 +383,9 @@ def test_sd3_table_is_diffusers_and_the_shift_map_and_not_our_grid() -> None:
     u = torch.linspace(1, low, 10, dtype=torch.float64)
     mapped = torch.stack([Linear(3.0).grid(1, start=float(3 * v / (1 + 2 * v)))[0] for v in u])
     assert (mapped - sd3_sigmas()[:-1]).abs().max() < 1e-6
-    assert float(Linear(3.0).grid(10)[-2]) == pytest.approx(0.25)  # ours: .25 -> 0 is a real last step, not .0089 -> 0
+    assert float(Linear(3.0).grid(10)[-2]) == pytest.approx(
+        0.25
+    )  # ours: .25 -> 0 is a real last step, not .0089 -> 0
 
 
 Formula = Callable[[Tensor, Tensor, float, float], tuple[Tensor, float, float]]
@@ -349,10 +393,15 @@ Formula = Callable[[Tensor, Tensor, float, float], tuple[Tensor, float, float]]
 
 
 def flow_grpo(a: float) -> Formula:
-    def formula(x: Tensor, v: Tensor, sigma: float, following: float) -> tuple[Tensor, float, float]:
+    def formula(
+        x: Tensor, v: Tensor, sigma: float, following: float
+    ) -> tuple[Tensor, float, float]:
         delta = sigma - following
         g = a * math.sqrt(sigma / (1 - (following if sigma == 1 else sigma)))
-        mu = x * (1 - g**2 * delta / (2 * sigma)) - v * (1 + g**2 * (1 - sigma) / (2 * sigma)) * delta
+        mu = (
+            x * (1 - g**2 * delta / (2 * sigma))
+            - v * (1 + g**2 * (1 - sigma) / (2 * sigma)) * delta
+        )
         kappa = delta if sigma == 1 else delta * (1 + a**2 / 2)
         return mu, g * math.sqrt(delta), -kappa
 
@@ -360,7 +409,9 @@ def flow_grpo(a: float) -> Formula:
 
 
 def cps(a: float) -> Formula:
-    def formula(x: Tensor, v: Tensor, sigma: float, following: float) -> tuple[Tensor, float, float]:
+    def formula(
+        x: Tensor, v: Tensor, sigma: float, following: float
+    ) -> tuple[Tensor, float, float]:
         s = following * math.sin(a * math.pi / 2)
         root = math.sqrt(following**2 - s**2)
         mu = (1 - following) * (x - sigma * v) + root * (x + (1 - sigma) * v)
@@ -370,7 +421,9 @@ def cps(a: float) -> Formula:
 
 
 def dance(eta: float) -> Formula:
-    def formula(x: Tensor, v: Tensor, sigma: float, following: float) -> tuple[Tensor, float, float]:
+    def formula(
+        x: Tensor, v: Tensor, sigma: float, following: float
+    ) -> tuple[Tensor, float, float]:
         delta = sigma - following
         x0 = x - sigma * v
         score = -(x - (1 - sigma) * x0) / sigma**2
@@ -388,7 +441,9 @@ PUBLISHED: list[tuple[Kernel, Formula]] = [
 ]
 
 
-@pytest.mark.parametrize(("kernel", "formula"), PUBLISHED, ids=lambda v: str(v) if isinstance(v, CPS | SDE) else "")
+@pytest.mark.parametrize(
+    ("kernel", "formula"), PUBLISHED, ids=lambda v: str(v) if isinstance(v, CPS | SDE) else ""
+)
 @pytest.mark.parametrize("k", range(10))
 def test_published_kernels(kernel: Kernel, formula: Formula, k: int) -> None:
     sigma, following = SD3[k : k + 2].tolist()

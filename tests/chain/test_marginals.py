@@ -29,7 +29,10 @@ def final_std(kernel: Kernel, schedule: Schedule, steps: int) -> float:
 def inflation(kernel: Kernel, grid: Tensor, data: Data = DATA) -> list[float]:
     """std of x_s over its true std, after every step but the last."""
     path = moments(kernel, Linear(), grid, data)
-    return [std / data.marginal(Linear(), t)[1] for (_, std), t in zip(path[1:-1], grid[1:-1], strict=True)]
+    return [
+        std / data.marginal(Linear(), t)[1]
+        for (_, std), t in zip(path[1:-1], grid[1:-1], strict=True)
+    ]
 
 
 def order(error: Callable[[int], float], steps: int) -> float:
@@ -83,7 +86,9 @@ def test_ddim_converges_at_first_order(kernel: Kernel, slack: float, name: str) 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_sde_of_constant_noise_converges_at_first_order(shift: float) -> None:
     schedule = Linear(shift)
-    assert order(lambda K: final_std(SDE(0.3, "constant"), schedule, K) - 0.5, 256) == pytest.approx(1, abs=0.05)
+    assert order(
+        lambda K: final_std(SDE(0.3, "constant"), schedule, K) - 0.5, 256
+    ) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(("steps", "error"), [(200, 0.0025), (3200, 0.0015)])
@@ -98,7 +103,9 @@ def test_flow_grpos_sde_converges_slowly(steps: int, error: float) -> None:
 def test_heun_converges_at_second_order(name: str) -> None:
     schedule = SCHEDULES[name]
     assert order(lambda K: solved(Heun(), schedule, schedule.grid(K))[1] - 0.5, 64) > 1.8
-    assert order(lambda K: final_std(DDIM(0.0), schedule, K) - 0.5, 64) < 1.2  # control: the ODE's Euler step
+    assert (
+        order(lambda K: final_std(DDIM(0.0), schedule, K) - 0.5, 64) < 1.2
+    )  # control: the ODE's Euler step
 
 
 def inner(schedule: Schedule, steps: int) -> Tensor:
@@ -130,7 +137,9 @@ def test_solvers_converge_over_the_whole_grid(solver: Solver, name: str) -> None
 
 
 ANYWHERE = [(name, kernel) for name in SCHEDULES for kernel in (DDIM(0.0), DDIM(1.0), CPS(0.8))]
-ON_FLOWS = [(name, kernel) for name in ("linear", "shifted") for kernel in (SDE(0.7), SDE(0.3, "constant"))]
+ON_FLOWS = [
+    (name, kernel) for name in ("linear", "shifted") for kernel in (SDE(0.7), SDE(0.3, "constant"))
+]
 
 
 @pytest.mark.parametrize(("name", "kernel"), [*ANYWHERE, *ON_FLOWS], ids=str)
@@ -151,7 +160,9 @@ def test_cps_does_not_converge_to_the_datas_spread() -> None:
     assert max(stds) < 0.41  # truth .5, however many steps
 
 
-@pytest.mark.parametrize("kernel", [DDIM(0.0), DDIM(0.5), DDIM(1.0), CPS(0.3), CPS(0.8), CPS(1.0)], ids=str)
+@pytest.mark.parametrize(
+    "kernel", [DDIM(0.0), DDIM(0.5), DDIM(1.0), CPS(0.3), CPS(0.8), CPS(1.0)], ids=str
+)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_coefficients_are_preserved(kernel: Kernel, name: str) -> None:
     """x_s = alpha_s x0 + (noise of total std sigma_s), at every step."""
@@ -159,7 +170,9 @@ def test_coefficients_are_preserved(kernel: Kernel, name: str) -> None:
     for here, c in along(kernel, schedule):
         assert float(c.x) == 0
         assert float(c.x0) == float(here.alpha_s)
-        assert float(c.eps**2 + c.std**2) == pytest.approx(float(here.sigma_s**2), rel=1e-12, abs=1e-30)
+        assert float(c.eps**2 + c.std**2) == pytest.approx(
+            float(here.sigma_s**2), rel=1e-12, abs=1e-30
+        )
 
 
 def test_control_sdes_do_not_preserve_coefficients() -> None:
@@ -179,8 +192,12 @@ def along(kernel: Kernel, schedule: Schedule, steps: int = 10) -> list[tuple[Ste
 
 def test_the_patched_first_step_inflates() -> None:
     """Measured there on a network: 1.22, 1.29, 1.17; here exactly, for data of unit variance."""
-    assert inflation(SDE(1.0), sd3(8, 1.0), Data(0.0, 1.0))[:3] == pytest.approx([1.22, 1.27, 1.17], abs=0.01)
-    assert inflation(SDE(0.7), sd3(8, 1.0), Data(0.0, 1.0))[:3] == pytest.approx([1.06, 1.12, 1.09], abs=0.03)
+    assert inflation(SDE(1.0), sd3(8, 1.0), Data(0.0, 1.0))[:3] == pytest.approx(
+        [1.22, 1.27, 1.17], abs=0.01
+    )
+    assert inflation(SDE(0.7), sd3(8, 1.0), Data(0.0, 1.0))[:3] == pytest.approx(
+        [1.06, 1.12, 1.09], abs=0.03
+    )
 
 
 @pytest.mark.parametrize("grid", [sd3(8, 1.0), Linear().grid(8)], ids=["diffusers", "ours"])
@@ -217,7 +234,9 @@ def test_wrapped_std_keeps_the_coefficients(kernel: ClipStd | FloorStd, name: st
     for here, c in along(kernel, SCHEDULES[name]):
         inside = torch.minimum(c.std, here.sigma_s)
         assert float(c.x0) == float(here.alpha_s)
-        assert float(c.eps**2 + inside**2) == pytest.approx(float(here.sigma_s**2), rel=1e-12, abs=1e-30)
+        assert float(c.eps**2 + inside**2) == pytest.approx(
+            float(here.sigma_s**2), rel=1e-12, abs=1e-30
+        )
         if isinstance(kernel, FloorStd):
             assert float(c.std) >= kernel.floor
         else:
@@ -232,9 +251,13 @@ def test_published_forms_do_not(kernel: ClipStd | FloorStd) -> None:
         if isinstance(kernel, FloorStd)
         else ClipStd(kernel.kernel, kernel.low, kernel.high, **options)
     )
-    total = [float((c.eps**2 + c.std**2) / h.sigma_s**2) for h, c in along(published, Linear())[:-1]]
+    total = [
+        float((c.eps**2 + c.std**2) / h.sigma_s**2) for h, c in along(published, Linear())[:-1]
+    ]
     assert max(abs(v - 1) for v in total) > 0.01
-    for (_, ours), (_, inner_kernel) in zip(along(published, Linear()), along(kernel.kernel, Linear()), strict=True):
+    for (_, ours), (_, inner_kernel) in zip(
+        along(published, Linear()), along(kernel.kernel, Linear()), strict=True
+    ):
         assert float(ours.eps) == float(inner_kernel.eps)  # the direction term of the unchanged std
 
 
@@ -242,8 +265,12 @@ def test_the_wrapped_std_is_the_clipped_or_floored_one() -> None:
     for (here, c), (_, plain) in zip(
         along(ClipStd(DDIM(1.0), 0.05, 0.2), Linear()), along(DDIM(1.0), Linear()), strict=True
     ):
-        assert float(c.std) == pytest.approx(min(max(float(plain.std), 0.05), 0.2, float(here.sigma_s)), abs=1e-15)
-    for (_, c), (_, plain) in zip(along(FloorStd(DDIM(0.5), 0.1), Linear()), along(DDIM(0.5), Linear()), strict=True):
+        assert float(c.std) == pytest.approx(
+            min(max(float(plain.std), 0.05), 0.2, float(here.sigma_s)), abs=1e-15
+        )
+    for (_, c), (_, plain) in zip(
+        along(FloorStd(DDIM(0.5), 0.1), Linear()), along(DDIM(0.5), Linear()), strict=True
+    ):
         assert float(c.std) == max(float(plain.std), 0.1)
 
 

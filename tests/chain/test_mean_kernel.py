@@ -59,7 +59,9 @@ def test_a_chain_of_means_is_the_chain_whose_noise_is_zero(schedule):
     silent = Silent(noise.seed, noise.iteration, noise.group, noise.member)
     for window in (None, (0, 5), (2, 4)):
         quiet = Chain(schedule, grid, Mean(kernel), window)
-        expected = Chain(schedule, grid, kernel, window).sample(network, condition, silent, (2, 2)).x0
+        expected = (
+            Chain(schedule, grid, kernel, window).sample(network, condition, silent, (2, 2)).x0
+        )
         assert torch.equal(quiet.sample(network, condition, noise, (2, 2)).x0, expected)
         plain = Chain(schedule, grid, kernel, window).sample(network, condition, noise, (2, 2)).x0
         assert (plain - expected).abs().max() > 1e-3

@@ -42,7 +42,9 @@ def test_global_generators_neither_matter_nor_move() -> None:
     assert torch.equal(noise()(0, SHAPE), first)
 
 
-@pytest.mark.parametrize("index", [slice(5, 6), slice(2, 9), slice(None, None, 4), [11, 0, 7, 7]], ids=str)
+@pytest.mark.parametrize(
+    "index", [slice(5, 6), slice(2, 9), slice(None, None, 4), [11, 0, 7, 7]], ids=str
+)
 def test_any_subset_and_order_of_rows(index: slice | list[int]) -> None:
     rows = torch.tensor(index) if isinstance(index, list) else index
     assert torch.equal(noise()[rows](2, SHAPE), noise()(2, SHAPE)[rows])
@@ -99,7 +101,9 @@ def test_neighbouring_names_are_independent(axis: str) -> None:
     name = dict.fromkeys(axes, 1)
     for other in (0, 2, 3):
         neighbour = name | {axis: other}
-        assert abs(correlation(one(*name.values(), 10_000), one(*neighbour.values(), 10_000))) < 0.04
+        assert (
+            abs(correlation(one(*name.values(), 10_000), one(*neighbour.values(), 10_000))) < 0.04
+        )
 
 
 @pytest.mark.parametrize("axis", range(5))
@@ -130,7 +134,9 @@ def test_a_row_is_standard_normal() -> None:
 @pytest.mark.parametrize("axis", [0, 1, 2, 3, 4])
 def test_across_names_the_draws_are_standard_normal(axis: int) -> None:
     """The first number of 2000 consecutive names along each axis: a counter must not show through."""
-    first = torch.cat([one(*[i if a == axis else 0 for a in range(5)], size=1) for i in range(2000)])
+    first = torch.cat(
+        [one(*[i if a == axis else 0 for a in range(5)], size=1) for i in range(2000)]
+    )
     assert kstest(first.double().numpy(), "norm").pvalue > 1e-3
     assert abs(correlation(first[:-1], first[1:])) < 0.09
 

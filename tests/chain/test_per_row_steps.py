@@ -15,7 +15,12 @@ from tests.chain.exact import SCHEDULES, Network, batch
 
 K, ROWS, EVENT = 6, 8, (2, 3)
 KERNELS = {"ddim": DDIM(1.0), "floor": FloorStd(DDIM(1.0), 0.1), "cps": CPS(0.5), "sde": SDE(0.7)}
-ON = [(kernel, schedule) for kernel in KERNELS for schedule in ("linear", "vp") if (kernel, schedule) != ("sde", "vp")]
+ON = [
+    (kernel, schedule)
+    for kernel in KERNELS
+    for schedule in ("linear", "vp")
+    if (kernel, schedule) != ("sde", "vp")
+]
 WINDOW = (1, 5)
 OWN = torch.tensor([1, 4, 2, 2, 3, 4, 1, 3])
 """A step of each row's own, all inside the window."""
@@ -35,8 +40,12 @@ def test_rows_at_steps_of_their_own_are_scored_as_row_by_row(kernel, schedule):
     for row, k in enumerate(OWN.tolist()):
         alone = chain.transition(network, trajectory[row : row + 1], k)
         assert torch.allclose(together.mean[row], alone.mean[0], atol=1e-6)
-        assert torch.equal(together.std.expand_as(together.mean)[row], alone.std.expand_as(alone.mean)[0])
-    neighbour = chain.transition(network, trajectory, OWN.flip(0))  # control: other steps are other Gaussians
+        assert torch.equal(
+            together.std.expand_as(together.mean)[row], alone.std.expand_as(alone.mean)[0]
+        )
+    neighbour = chain.transition(
+        network, trajectory, OWN.flip(0)
+    )  # control: other steps are other Gaussians
     assert not torch.allclose(together.mean, neighbour.mean, atol=1e-3)
 
 
@@ -49,8 +58,12 @@ def test_replay_of_the_same_weights_gives_the_gaussian_that_acted(kernel, schedu
     x = trajectory.after(OWN)
     gap = again.log_prob(x, reduce="mean") - acted.log_prob(x, reduce="mean")
     assert gap.abs().max() < 1e-4
-    shifted = again.log_prob(trajectory.before(OWN), reduce="mean") - acted.log_prob(x, reduce="mean")
-    assert shifted.abs().max() > 0.1  # control: the state before the step is not what the step is scored on
+    shifted = again.log_prob(trajectory.before(OWN), reduce="mean") - acted.log_prob(
+        x, reduce="mean"
+    )
+    assert (
+        shifted.abs().max() > 0.1
+    )  # control: the state before the step is not what the step is scored on
 
 
 def test_acted_before_and_after_pick_each_row_at_its_step():
@@ -73,7 +86,8 @@ def test_an_index_may_repeat_rows_and_take_them_in_any_order():
     for place, row in enumerate(rows.tolist()):
         assert torch.allclose(picked.mean[place], whole[place].mean[row], atol=1e-6)
     assert torch.equal(
-        trajectory[rows].after(k), torch.stack([trajectory.after(int(s))[r] for r, s in zip(rows, k, strict=True)])
+        trajectory[rows].after(k),
+        torch.stack([trajectory.after(int(s))[r] for r, s in zip(rows, k, strict=True)]),
     )
 
 
@@ -99,9 +113,16 @@ def test_steps_outside_the_window_are_refused():
             chain.transition(network, trajectory, wrong)
     with pytest.raises(ValueError, match="partly inside and partly outside"):
         chain.transition(network, trajectory, torch.where(OWN == 1, 0, OWN))
-    for wrong, named in ((0, 0), (5, 5), (torch.where(OWN == 1, 0, OWN), 0), (torch.where(OWN == 4, 5, OWN), 5)):
+    for wrong, named in (
+        (0, 0),
+        (5, 5),
+        (torch.where(OWN == 1, 0, OWN), 0),
+        (torch.where(OWN == 4, 5, OWN), 5),
+    ):
         for read in (trajectory.acted, trajectory.before, trajectory.after):
-            with pytest.raises(ValueError, match=f"step {named} was not kept: this trajectory has steps 1..4"):
+            with pytest.raises(
+                ValueError, match=f"step {named} was not kept: this trajectory has steps 1..4"
+            ):
                 read(wrong)
 
 
@@ -112,9 +133,13 @@ def test_a_shared_start_is_no_place_for_an_index():
     trajectory = chain.sample(network, condition, noise, EVENT, members=4, branch_at=1)
     with pytest.raises(ValueError, match="give a stretch of groups"):
         trajectory[torch.tensor([0, 3])]
-    together = chain.transition(network, trajectory, OWN)  # without an index each row may be at its own step
+    together = chain.transition(
+        network, trajectory, OWN
+    )  # without an index each row may be at its own step
     for row, k in enumerate(OWN.tolist()):
-        assert torch.allclose(together.mean[row], chain.transition(network, trajectory, k).mean[row], atol=1e-6)
+        assert torch.allclose(
+            together.mean[row], chain.transition(network, trajectory, k).mean[row], atol=1e-6
+        )
 
 
 def test_a_policys_gain_and_std_at_steps_of_each_rows_own():
@@ -140,12 +165,16 @@ def test_a_frozen_base_denoises_above_its_time_and_only_there():
     after, unfrozen = (p.sample(model.encode(context), noise, keep=(0, K)) for p in (policy, plain))
     assert torch.equal(after.x[:, :4], before.x[:, :4])
     assert not torch.allclose(after.x[:, 4], before.x[:, 4], atol=1e-3)
-    assert not torch.allclose(unfrozen.x[:, 1], before.x[:, 1], atol=1e-4)  # control: without a base all steps move
+    assert not torch.allclose(
+        unfrozen.x[:, 1], before.x[:, 1], atol=1e-4
+    )  # control: without a base all steps move
     for k in range(K):
         expected = plain if k >= 3 else None
         mean = chain._act(policy.denoiser, after.x[:, k], k, after.condition).mean
         if expected is not None:
-            assert torch.equal(mean, chain._act(plain.denoiser, after.x[:, k], k, after.condition).mean)
+            assert torch.equal(
+                mean, chain._act(plain.denoiser, after.x[:, k], k, after.condition).mean
+            )
         assert torch.equal(mean, after.mean[:, k])
 
 
@@ -189,7 +218,9 @@ def test_golden_numbers_from_before_decisions_had_names():
 
 
 def test_every_decision_has_a_stream_of_its_own():
-    names = [(g, m, h, k) for g in range(3) for m in range(3) for h in range(4) for k in (PRIOR, 0, 1)]
+    names = [
+        (g, m, h, k) for g in range(3) for m in range(3) for h in range(4) for k in (PRIOR, 0, 1)
+    ]
     draws = {tuple(one(g, m, h, k, size=2).tolist()) for g, m, h, k in names}
     assert len(draws) == len(names)
     long = [set(one(0, 0, h, size=500).tolist()) for h in range(3)]

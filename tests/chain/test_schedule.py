@@ -16,7 +16,11 @@ from genpolicy.chain.schedule import dynamic_shift, step
 from tests.chain.exact import SCHEDULES
 
 SD = DDIMScheduler(
-    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False, steps_offset=1
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    set_alpha_to_one=False,
+    steps_offset=1,
 )
 SD_TABLE = VariancePreserving(SD.alphas_cumprod, float(SD.final_alpha_cumprod))
 
@@ -53,7 +57,9 @@ def test_grid_needs_a_step(name: str) -> None:
 def test_our_flow_grid_has_one_more_real_step_than_diffusers() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(8)
-    assert float(scheduler.sigmas[-2]) == pytest.approx(0.001)  # its last evaluation moves x by a thousandth
+    assert float(scheduler.sigmas[-2]) == pytest.approx(
+        0.001
+    )  # its last evaluation moves x by a thousandth
     assert float(Linear().grid(8)[-2]) == 1 / 8
 
 
@@ -83,7 +89,9 @@ def test_dynamic_shift_is_flux(tokens: int, steps: int) -> None:
     assert dynamic_shift(tokens) == pytest.approx(math.exp(mu), rel=1e-12)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
-    assert torch.allclose(Linear(dynamic_shift(tokens)).grid(steps), scheduler.sigmas.double(), atol=3e-7, rtol=0)
+    assert torch.allclose(
+        Linear(dynamic_shift(tokens)).grid(steps), scheduler.sigmas.double(), atol=3e-7, rtol=0
+    )
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096])
@@ -148,7 +156,9 @@ def test_edm_grid_is_karras(steps: int, ends: tuple[float, float, float]) -> Non
     low, high, rho = ends
     scheduler = EDMEulerScheduler(sigma_min=low, sigma_max=high, rho=rho)
     scheduler.set_timesteps(steps)
-    assert torch.allclose(EDM(low, high, rho).grid(steps), scheduler.sigmas.double(), rtol=3e-7, atol=0)
+    assert torch.allclose(
+        EDM(low, high, rho).grid(steps), scheduler.sigmas.double(), rtol=3e-7, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -23,7 +23,9 @@ class Cart:
     expert: bool = True
 
     def __post_init__(self) -> None:
-        self.shapes: Mapping[str, tuple[int, ...]] = {STATE: (2,)} | ({CAMERA: (3, 4, 6)} if self.camera else {})
+        self.shapes: Mapping[str, tuple[int, ...]] = {STATE: (2,)} | (
+            {CAMERA: (3, 4, 6)} if self.camera else {}
+        )
         self.action_dim, self.fps, self.instruction = 1, 10, "go to the middle"
         self.has_success = True
 
@@ -36,13 +38,19 @@ class Cart:
         generator, at = np.random.default_rng(seed), start(seed)
         seen, actions, success = [], [], False
         while not success and len(actions) < self.limit:
-            action = 0.0 if self.clumsy else float(np.clip(-at + noise * generator.standard_normal(), -0.1, 0.1))
+            action = (
+                0.0
+                if self.clumsy
+                else float(np.clip(-at + noise * generator.standard_normal(), -0.1, 0.1))
+            )
             seen.append([at, len(actions)])
             actions.append([action])
             at += action
             success = abs(at) < 0.05
         states = torch.tensor(seen, dtype=torch.float32)
-        pictures = {CAMERA: states[:, :1, None, None].abs().expand(-1, 3, 4, 6)} if self.camera else {}
+        pictures = (
+            {CAMERA: states[:, :1, None, None].abs().expand(-1, 3, 4, 6)} if self.camera else {}
+        )
         rewards = torch.zeros(len(actions))
         rewards[-1] = success
         return Demonstration({STATE: states, **pictures}, torch.tensor(actions), rewards, success)
@@ -78,7 +86,9 @@ class Carts:
                 truncated[row] = not terminated[row] and steps == self.cart.limit
                 if terminated[row] or truncated[row]:
                     break
-        return TaskStep(self._context(slots), rewards, executed, terminated, truncated, terminated.clone())
+        return TaskStep(
+            self._context(slots), rewards, executed, terminated, truncated, terminated.clone()
+        )
 
     def render(self, slot: int) -> Any:
         raise ValueError("a cart has no camera here")
@@ -87,4 +97,7 @@ class Carts:
         self.seen.clear()
 
     def _context(self, slots: Sequence[int]) -> Context:
-        return Context([self.cart.instruction] * len(slots), {STATE: torch.tensor([self.seen[slot] for slot in slots])})
+        return Context(
+            [self.cart.instruction] * len(slots),
+            {STATE: torch.tensor([self.seen[slot] for slot in slots])},
+        )

@@ -39,7 +39,11 @@ def record(root: Path, features=FEATURES, lengths=LENGTHS, finalize: bool = True
     theirs = Theirs.create("local/x", fps=10, root=root, features=dict(features), use_videos=False)
     for episode, length in enumerate(lengths):
         for h in range(length):
-            frame = {n: draw.standard_normal(f["shape"], np.float32) for n, f in features.items() if n != CAMERA}
+            frame = {
+                n: draw.standard_normal(f["shape"], np.float32)
+                for n, f in features.items()
+                if n != CAMERA
+            }
             if CAMERA in features:
                 frame[CAMERA] = draw.integers(0, 256, (4, 6, 3), np.uint8)
             if "next.success" in features:
@@ -93,7 +97,9 @@ def test_pictures_that_fit_are_decoded_once(root: Path, monkeypatch, kept: int, 
     ours, asked = LeRobotDataset(str(root), episodes=[1]), []
     theirs = ours._theirs
     monkeypatch.setattr(
-        ours, "_theirs", type("Counted", (), {"__getitem__": lambda _, f: asked.append(f) or theirs[f]})()
+        ours,
+        "_theirs",
+        type("Counted", (), {"__getitem__": lambda _, f: asked.append(f) or theirs[f]})(),
     )
     every = [ours.rows(torch.arange(9), 2, range(1))[0].observation[CAMERA] for _ in range(2)]
     assert torch.equal(*every)
@@ -116,8 +122,15 @@ def test_statistics_are_of_the_selected_episodes(root: Path):
     ours, some = LeRobotDataset(str(root)).stats, LeRobotDataset(str(root), episodes=[1, 2])
     assert all(set(stats) == set(STATISTICS) for stats in ours.values())
     for name in (STATE, "action", CAMERA):  # of a matrix, LeRobot's are of its columns
-        for kind in ("min", "max", "mean", "std"):  # LeRobot's quantiles are averages over the episodes
-            torch.testing.assert_close(ours[name][kind], torch.tensor(theirs[name][kind]), rtol=1e-5, atol=1e-5)
+        for kind in (
+            "min",
+            "max",
+            "mean",
+            "std",
+        ):  # LeRobot's quantiles are averages over the episodes
+            torch.testing.assert_close(
+                ours[name][kind], torch.tensor(theirs[name][kind]), rtol=1e-5, atol=1e-5
+            )
         for kind in ("mean", "std"):
             assert not torch.equal(some.stats[name][kind], ours[name][kind])
     assert ours[GRID]["mean"].shape == (2, 2)
@@ -175,7 +188,9 @@ def sentence(**settings) -> str:
 
 def test_what_was_not_finalised_is_refused(tmp_path: Path):
     writing = record(tmp_path / "live", lengths=(3,), finalize=False)
-    shutil.copytree(tmp_path / "live", tmp_path / "killed")  # what a killed recording leaves on the disk
+    shutil.copytree(
+        tmp_path / "live", tmp_path / "killed"
+    )  # what a killed recording leaves on the disk
     writing.finalize()
     assert "finalize()" in sentence(root=str(tmp_path / "killed"))
     assert len(LeRobotDataset(str(tmp_path / "live"))) == 3
@@ -196,7 +211,9 @@ def test_what_was_not_finalised_is_refused(tmp_path: Path):
 )
 def test_bad_settings_get_one_sentence(root: Path, monkeypatch, settings: dict, says: str):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    there = {} if not settings or "root" in settings or "repo_id" in settings else {"root": str(root)}
+    there = (
+        {} if not settings or "root" in settings or "repo_id" in settings else {"root": str(root)}
+    )
     assert says in sentence(**there, **settings)
 
 
@@ -218,9 +235,13 @@ def test_bad_data_sets_get_one_sentence(root: Path, tmp_path: Path):
     assert "no feature 'action'" in says
     assert STATE in says
     renamed = {**info["features"], "observation.missing": info["features"][STATE]}
-    assert "lacks observation.missing" in sentence(root=edited(root, tmp_path / "hole", features=renamed))
+    assert "lacks observation.missing" in sentence(
+        root=edited(root, tmp_path / "hole", features=renamed)
+    )
     blind = {**info["features"], "observation.images.side": info["features"][CAMERA]}
-    assert "stats/observation.images.side" in sentence(root=edited(root, tmp_path / "blind", features=blind))
+    assert "stats/observation.images.side" in sentence(
+        root=edited(root, tmp_path / "blind", features=blind)
+    )
     (tmp_path / "cut" / "meta").mkdir(parents=True)
     (tmp_path / "cut" / "meta" / "info.json").write_text("{")
     assert "damaged" in sentence(root=str(tmp_path / "cut"))

@@ -33,19 +33,31 @@ def test_lerobot_reads_what_was_written(tmp_path: Path, capfd):
     assert torch.equal(torch.stack([item[STATE] for item in items]), states)
     pictures = torch.cat([episode.observation[CAMERA] for episode in episodes])
     read = torch.stack([item[CAMERA] for item in items])
-    assert (read - pictures.clamp(max=1)).abs().max() <= 0.5 / 255 + 1e-6  # rounding down would miss by up to 1 / 255
+    assert (
+        read - pictures.clamp(max=1)
+    ).abs().max() <= 0.5 / 255 + 1e-6  # rounding down would miss by up to 1 / 255
     ends = torch.tensor([len(episode.actions) for episode in episodes]).cumsum(0) - 1
-    assert torch.stack([item["next.success"] for item in items]).nonzero()[:, 0].tolist() == ends.tolist()
+    assert (
+        torch.stack([item["next.success"] for item in items]).nonzero()[:, 0].tolist()
+        == ends.tolist()
+    )
     assert {item["task"] for item in items} == {task.instruction}
     assert theirs.fps == task.fps
-    assert json.loads((tmp_path / "set" / "meta" / "genpolicy.json").read_text()) == {"seed": 0, "tried": 3}
+    assert json.loads((tmp_path / "set" / "meta" / "genpolicy.json").read_text()) == {
+        "seed": 0,
+        "tried": 3,
+    }
     ours = LeRobotDataset(str(tmp_path / "set"), success_only=True)
-    assert torch.equal(ours.columns["next.reward"][:, 0], torch.cat([episode.rewards for episode in episodes]))
+    assert torch.equal(
+        ours.columns["next.reward"][:, 0], torch.cat([episode.rewards for episode in episodes])
+    )
     assert "torchcodec" not in (said := "".join(capfd.readouterr()))
     assert "examples/s" not in said
 
 
-@pytest.mark.parametrize(("see", "name"), [("pixels", "observation.images.top"), ("points", "observation.points")])
+@pytest.mark.parametrize(
+    ("see", "name"), [("pixels", "observation.images.top"), ("points", "observation.points")]
+)
 def test_what_a_robot_saw_is_read_as_it_was(tmp_path: Path, see: str, name: str):
     """Pictures to the byte, clouds to the bit."""
     task = MetaWorld("button-press-topdown-v3", see=see)  # type: ignore[arg-type]

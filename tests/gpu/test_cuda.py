@@ -26,7 +26,9 @@ def test_running_out_of_memory_halves_the_micro_batch_and_leaves_the_update_alon
     weights = []
     for name, limit in (("whole", 1.0), ("tight", 0.01)):
         experiment = raw(
-            tmp_path / "sd3", tmp_path / name, method={"name": "flow_grpo", "groups": 2, "group": 128, "updates": 1}
+            tmp_path / "sd3",
+            tmp_path / name,
+            method={"name": "flow_grpo", "groups": 2, "group": 128, "updates": 1},
         )
         experiment["policy"] |= {"device": "cuda"}
         torch.cuda.set_per_process_memory_fraction(limit)
@@ -34,5 +36,7 @@ def test_running_out_of_memory_halves_the_micro_batch_and_leaves_the_update_alon
             folder = train(config.parse(experiment)).folder
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
-        weights.append(torch.load(folder / "checkpoints/3/state.pt", weights_only=True)["parameters"])
+        weights.append(
+            torch.load(folder / "checkpoints/3/state.pt", weights_only=True)["parameters"]
+        )
     assert max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True)) < 1e-4

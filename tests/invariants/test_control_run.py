@@ -21,7 +21,14 @@ BASE = {"name": "floorstd", "kernel": {"name": "ddim", "eta": 1.0}, "floor": 0.1
 DPPO = {
     "budget": {"iterations": 12},
     "chain": {"steps": 5, "kernel": BASE, "window": [2, 5]},
-    "method": {"name": "dppo", "episodes": 8, "warm_up": 2, "epochs": 2, "minibatch": 64, "critic_minibatch": 16},
+    "method": {
+        "name": "dppo",
+        "episodes": 8,
+        "warm_up": 2,
+        "epochs": 2,
+        "minibatch": 64,
+        "critic_minibatch": 16,
+    },
     "eval": {"every": 5, "episodes": 6},
     "optimizer": {"lr": 1e-3, "ema": 0.9, "final": 0.1, "warmup": 5},
     "checkpoint_every": 3,
@@ -32,12 +39,27 @@ REINFLOW = {
     **DPPO,
     "policy": {"name": "mlp", "hidden": 32, "blocks": 1, "chunk": 4, "family": "flow"},
     "chain": {"steps": 4, "kernel": {"name": "ddim", "eta": 0.0}, "window": [0, 4]},
-    "method": {"name": "reinflow", "episodes": 8, "warm_up": 1, "epochs": 2, "minibatch": 8, "noise_lr": 1e-3},
+    "method": {
+        "name": "reinflow",
+        "episodes": 8,
+        "warm_up": 1,
+        "epochs": 2,
+        "minibatch": 8,
+        "noise_lr": 1e-3,
+    },
 }
 BC = {**DPPO, "chain": {"steps": 4}, "method": {"name": "bc", "batch": 32, "updates": 5}}
 GRPO = {
     **DPPO,
-    "method": {"name": "grpo_guard", "groups": 4, "group": 3, "updates": 2, "clip": 0.2, "reduce": "sum", "beta": 0.01},
+    "method": {
+        "name": "grpo_guard",
+        "groups": 4,
+        "group": 3,
+        "updates": 2,
+        "clip": 0.2,
+        "reduce": "sum",
+        "beta": 0.01,
+    },
 }
 RUNS = {"dppo": DPPO, "reinflow": REINFLOW, "bc": BC, "grpo_guard": GRPO}
 
@@ -81,7 +103,10 @@ def same_state(a, b):
 )
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
     """Stopped by a smaller budget after 7 of 12 iterations, between two evaluations; weights, optimisers and value alike."""
-    sections = {**RUNS[name], "optimizer": {"lr": 1e-3, "ema": 0.9, "warmup": 5}}  # a cosine knows the whole budget
+    sections = {
+        **RUNS[name],
+        "optimizer": {"lr": 1e-3, "ema": 0.9, "warmup": 5},
+    }  # a cosine knows the whole budget
     whole, broken = (write(tmp_path / n, sections) for n in ("whole", "broken"))
     train(whole)
     half = config.load(broken, ["--budget.iterations=7"])
@@ -97,14 +122,22 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
         assert {"value", "value_optimizer"} <= set(a["registered"])
     for left, right in zip(
         *(
-            [line for line in metrics(tmp_path / n / "run") if not any(k.startswith("eval/") for k in line)]
+            [
+                line
+                for line in metrics(tmp_path / n / "run")
+                if not any(k.startswith("eval/") for k in line)
+            ]
             for n in ("whole", "broken")
         ),
         strict=True,
     ):
         assert left == right
     counters = [
-        {k: v for k, v in w["counters"].items() if k in ("iteration", "evaluations", "env_decisions", "env_steps")}
+        {
+            k: v
+            for k, v in w["counters"].items()
+            if k in ("iteration", "evaluations", "env_decisions", "env_steps")
+        }
         for w in (a, b)
     ]
     assert counters[0] == counters[1]
@@ -136,7 +169,9 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
     process = launch([str(broken)], wait=False)
     log = tmp_path / "broken/run/metrics.jsonl"
     target = random.Random(time.time_ns()).randint(4, 24)
-    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < target):
+    while process.poll() is None and (
+        not log.exists() or len(log.read_text().splitlines()) < target
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -149,12 +184,17 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("dppo", "reinflow", "bc", "grpo_guard")]
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) for n in ("dppo", "reinflow", "bc", "grpo_guard")],
 )
 def test_two_processes_equal_one(tmp_path, name):
     sections = {**RUNS[name], "optimizer": {"lr": 1e-3, "eps": 1e-4}, "budget": {"iterations": 6}}
     if name in ("dppo", "reinflow"):
-        sections["method"] = {**sections["method"], "critic_epochs": 2, "minibatch": 40 if name == "dppo" else 12}
+        sections["method"] = {
+            **sections["method"],
+            "critic_epochs": 2,
+            "minibatch": 40 if name == "dppo" else 12,
+        }
     for processes in (1, 2):
         launch([str(write(tmp_path / str(processes), sections))], processes)
     one, two = (weights(tmp_path / str(n) / "run", 6) for n in (1, 2))
@@ -172,7 +212,12 @@ def test_two_processes_equal_one(tmp_path, name):
 def test_another_seed_is_another_run(tmp_path):
     """The negative control of every equality here."""
     runs = [
-        weights(train(write(tmp_path / str(seed), {**DPPO, "seed": seed, "budget": {"iterations": 4}})).folder, 4)
+        weights(
+            train(
+                write(tmp_path / str(seed), {**DPPO, "seed": seed, "budget": {"iterations": 4}})
+            ).folder,
+            4,
+        )
         for seed in (0, 1)
     ]
     assert largest_difference(runs[0]["parameters"], runs[1]["parameters"]) > 1e-4
@@ -188,7 +233,9 @@ def test_a_budget_of_environment_steps_ends_the_run(tmp_path):
     lines = [line for line in metrics(result.folder) if "env_steps" in line]
     assert lines[-1]["env_steps"] == summary["env_steps"]
     assert len(lines) < 2 or lines[-2]["env_steps"] < 150
-    decided = train(write(tmp_path / "decisions", {**DPPO, "budget": {"env_decisions": 30}})).summary
+    decided = train(
+        write(tmp_path / "decisions", {**DPPO, "budget": {"env_decisions": 30}})
+    ).summary
     assert 30 <= decided["env_decisions"] <= 30 + 8 * 2
 
 
@@ -215,7 +262,10 @@ def test_the_saved_policy_acts_as_the_run_examined_it(tmp_path):
         assert again.metrics()[name] == pytest.approx(result.after[name], abs=1e-5)
     best = genpolicy.load(result.folder / "policy_best")
     context, _, _ = Recorded(episodes=3).rows(torch.arange(4), 1, range(4))
-    drawn = [p.sample(p.model.encode(context), Noise.rows(0, 0, torch.arange(4), 1)).x0 for p in (policy, best)]
+    drawn = [
+        p.sample(p.model.encode(context), Noise.rows(0, 0, torch.arange(4), 1)).x0
+        for p in (policy, best)
+    ]
     assert drawn[0].shape == drawn[1].shape == (4, 4, 2)
 
 
@@ -229,7 +279,12 @@ def test_the_best_policy_is_chosen_by_success_or_return(tmp_path):
     assert "success_rate" not in after
     assert "return" in after
     with pytest.raises(ConfigError, match="eval: select is 'success_rate'"):
-        train(write(tmp_path / "wrong", {**unjudged, "eval": {"every": 0, "episodes": 2, "select": "success_rate"}}))
+        train(
+            write(
+                tmp_path / "wrong",
+                {**unjudged, "eval": {"every": 0, "episodes": 2, "select": "success_rate"}},
+            )
+        )
 
 
 def test_what_does_not_fit_is_told_before_any_work(tmp_path):

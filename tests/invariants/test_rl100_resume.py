@@ -54,7 +54,9 @@ def trained(paths):
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, "-m", "tests.rl100_toy", *map(str, paths)]
-    done = subprocess.run(command, env=environment, cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=environment, cwd=CHECKOUT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return yaml.safe_load(done.stdout.splitlines()[-1]), done.stderr
 
@@ -64,7 +66,9 @@ def played(folder):
     begun, over = Counter(), Counter()
     for line in (folder / "played.log").read_text().splitlines():
         what, seed = line.split()
-        if not EXAMINED <= int(seed) < EXAMINED + 4 and seed != "0":  # 0: the run looks at what can be seen
+        if (
+            not EXAMINED <= int(seed) < EXAMINED + 4 and seed != "0"
+        ):  # 0: the run looks at what can be seen
             (begun if what == "begin" else over)[int(seed)] += 1
     return begun, over
 
@@ -88,7 +92,17 @@ def test_killed_twice_while_collecting_equals_uninterrupted_bit_for_bit(runs):
     a, b = (weights(runs / name / "run", 9) for name in ("whole", "broken"))
     verdicts = same_state(a, b)
     assert all(verdicts.values()), verdicts
-    for part in ("course", "experience", "anchor", "q", "v", "world", "q_optimizer", "value", "value_optimizer"):
+    for part in (
+        "course",
+        "experience",
+        "anchor",
+        "q",
+        "v",
+        "world",
+        "q_optimizer",
+        "value",
+        "value_optimizer",
+    ):
         assert part in a["registered"]
     left, right = (metrics(runs / name / "run") for name in ("whole", "broken"))
     differ = [
@@ -102,7 +116,9 @@ def test_no_episode_that_was_over_is_played_again_and_none_is_missing(runs):
     begun, over = played(runs / "whole")
     assert begun == over
     assert sum(over.values()) == sum(COLLECTIONS.values())
-    assert {reset_seed(0, i, g) for i, groups in ((3, 11), (7, 7)) for g in range(groups)} <= set(over)
+    assert {reset_seed(0, i, g) for i, groups in ((3, 11), (7, 7)) for g in range(groups)} <= set(
+        over
+    )
     again, once = played(runs / "broken")
     assert once == over, "every episode was over as often as in one piece"
     twice = again - begun
@@ -139,7 +155,11 @@ def test_stopped_at_every_boundary_equals_uninterrupted_bit_for_bit(tmp_path, ru
         assert state["stage"] == names[BOUNDARIES.index(here) + 1]
         assert state["optimizer"]["updates"] == 0, "a stage begins with a fresh optimiser"
         assert state["registered"]["experience"]["iterations"] == ([] if here < 3 else [3])
-        resumed.write_text(resumed.read_text().replace(f"iterations: {here}\n  nfe", f"iterations: {following}\n  nfe"))
+        resumed.write_text(
+            resumed.read_text().replace(
+                f"iterations: {here}\n  nfe", f"iterations: {following}\n  nfe"
+            )
+        )
         path = resumed
     train(path)
     a, b = weights(runs / "whole/run", 9), weights(tmp_path / "broken/run", 9)
@@ -157,7 +177,9 @@ def test_control_what_is_not_resumed_makes_another_run(tmp_path, runs, part):
     file = tmp_path / "broken/run/checkpoints/5/state.pt"
     state = torch.load(file, weights_only=True)
     if part == "anchor":
-        state["registered"]["anchor"]["weights"] = [v + 0.1 for v in state["registered"]["anchor"]["weights"]]
+        state["registered"]["anchor"]["weights"] = [
+            v + 0.1 for v in state["registered"]["anchor"]["weights"]
+        ]
     elif part == "q":
         state["registered"]["q"] = {n: v.roll(1, -1) for n, v in state["registered"]["q"].items()}
     else:
@@ -168,7 +190,11 @@ def test_control_what_is_not_resumed_makes_another_run(tmp_path, runs, part):
     train(resumed)
     a, b = weights(runs / "whole/run", 9), weights(tmp_path / "broken/run", 9)
     gains = [
-        {row["iteration"]: row["gate/gain"] for row in report.read(folder / "run") if "gate/gain" in row}
+        {
+            row["iteration"]: row["gate/gain"]
+            for row in report.read(folder / "run")
+            if "gate/gain" in row
+        }
         for folder in (runs / "whole", tmp_path / "broken")
     ]  # a candidate may be refused: its weights are then gone
     assert gains[0] != gains[1] or a["registered"]["course"] != b["registered"]["course"]

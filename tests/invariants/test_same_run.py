@@ -41,9 +41,21 @@ def launch(arguments, processes=1, wait=True):
         "--master_port",
         str(free_port()),
     ]
-    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "genpolicy", "train", *arguments]
+    command = [
+        sys.executable,
+        *(torchrun if processes > 1 else []),
+        "-m",
+        "genpolicy",
+        "train",
+        *arguments,
+    ]
     process = subprocess.Popen(
-        command, env=environment, cwd=CHECKOUT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        cwd=CHECKOUT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if wait:
         _, error = process.communicate(timeout=300)
@@ -60,7 +72,9 @@ def write(folder: Path, **sections) -> Path:
 
 def metrics(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("time", "memory"))} for line in lines]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time", "memory"))} for line in lines
+    ]
 
 
 def weights(run: Path, iteration: int) -> dict:
@@ -98,7 +112,9 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, moment):
     process = launch([str(broken)], wait=False)
     log = tmp_path / "broken/run/metrics.jsonl"
     target = random.Random(time.time_ns()).randint(6, 34)
-    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < target):
+    while process.poll() is None and (
+        not log.exists() or len(log.read_text().splitlines()) < target
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -117,7 +133,10 @@ def test_another_seed_is_another_run(tmp_path):
     launch([str(a)])
     launch([str(b)])
     assert (
-        largest_difference(weights(tmp_path / "a/run", 3)["parameters"], weights(tmp_path / "b/run", 3)["parameters"])
+        largest_difference(
+            weights(tmp_path / "a/run", 3)["parameters"],
+            weights(tmp_path / "b/run", 3)["parameters"],
+        )
         > 1e-4
     )
 

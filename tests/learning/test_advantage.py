@@ -20,12 +20,15 @@ def test_group_scale_by_hand():
 def test_scale_over_all_is_one_divisor_for_every_group():
     everything = R.std(correction=0)
     assert torch.allclose(
-        group_relative(R, "all")[0], torch.tensor([-1.0, 0.0, 1.0, 0.0]).double() / (everything + 1e-4)
+        group_relative(R, "all")[0],
+        torch.tensor([-1.0, 0.0, 1.0, 0.0]).double() / (everything + 1e-4),
     )
     assert not torch.allclose(group_relative(R, "all")[0], group_relative(R, "group")[0])
 
 
-@pytest.mark.parametrize("advantage", [group_relative, leave_one_out, lambda r: group_relative(r, "none")])
+@pytest.mark.parametrize(
+    "advantage", [group_relative, leave_one_out, lambda r: group_relative(r, "none")]
+)
 def test_groups_sum_to_zero(advantage):
     rewards = torch.randn(5, 7, dtype=torch.float64)
     assert advantage(rewards).sum(1).abs().max() < 1e-9
@@ -38,7 +41,9 @@ def test_unknown_scale_names_the_valid_ones():
 
 def test_leave_one_out_is_against_the_others():
     rewards = torch.tensor([[1.0, 2.0, 6.0]], dtype=torch.float64)
-    assert torch.allclose(leave_one_out(rewards), torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5]]).double())
+    assert torch.allclose(
+        leave_one_out(rewards), torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5]]).double()
+    )
     with pytest.raises(ValueError, match="at least 2"):
         leave_one_out(torch.zeros(3, 1))
 
@@ -56,7 +61,9 @@ def test_advantages_are_bounded_and_weighted():
     rewards = {"a": torch.tensor([[0.0] * 99 + [1.0]]).double()}
     assert Advantage("group", bound=5.0)(rewards, {"a": 1.0}, ["x"]).max() == 5.0
     assert Advantage("none")(rewards, {"a": 2.0}, ["x"]).max() == pytest.approx(2 * 0.99)
-    assert torch.equal(Advantage("leave_one_out")(rewards, {"a": 1.0}, ["x"]), leave_one_out(rewards["a"]))
+    assert torch.equal(
+        Advantage("leave_one_out")(rewards, {"a": 1.0}, ["x"]), leave_one_out(rewards["a"])
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"kind": "batch"}, {"combine": "mean"}])
@@ -72,7 +79,11 @@ def test_history_of_an_advantage_resumes(combine):
     one(parts, {"a": 1.0, "b": 1.0}, ["x", "y"])
     two.load_state_dict(one.state_dict())
     again = ({k: v + 1 for k, v in parts.items()}, {"a": 1.0, "b": 1.0}, ["x", "y"])
-    resumed, uninterrupted, fresh = two(*again), one(*again), Advantage("prompt_history", combine)(*again)
+    resumed, uninterrupted, fresh = (
+        two(*again),
+        one(*again),
+        Advantage("prompt_history", combine)(*again),
+    )
     assert torch.equal(resumed, uninterrupted)
     assert not torch.allclose(resumed, fresh)
 

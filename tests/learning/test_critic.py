@@ -26,7 +26,10 @@ def test_a_number_for_every_row():
     features = torch.randn(7, 5)
     assert value(features).shape == (7,)
     assert torch.allclose(value(features)[3:4], value(features[3:4]), atol=1e-6)
-    assert all(float(g.abs().max()) > 0 for g in torch.autograd.grad(value(features).sum(), list(value.parameters())))
+    assert all(
+        float(g.abs().max()) > 0
+        for g in torch.autograd.grad(value(features).sum(), list(value.parameters()))
+    )
 
 
 def test_it_learns_what_a_line_can_not():
@@ -47,7 +50,11 @@ def test_it_learns_what_a_line_can_not():
 
 
 def test_features_are_standardised_and_an_event_is_not():
-    critic, features, event = Critic(3, event=2, members=2, hidden=8), 5 + 0.3 * torch.randn(50, 3), torch.randn(50, 2)
+    critic, features, event = (
+        Critic(3, event=2, members=2, hidden=8),
+        5 + 0.3 * torch.randn(50, 3),
+        torch.randn(50, 2),
+    )
     features[:, 2] = 7.0  # it never moved
     before = critic(features, event)
     critic.scale.fit(features)
@@ -91,7 +98,9 @@ def test_members_start_apart_near_zero_and_learn_alone():
     values = critic(features, event)
     assert float(values.detach().std(0).min()) > 1e-4, "members must start apart"
     assert float(values.detach().abs().max()) < 0.3, "near zero"
-    for gradient in torch.autograd.grad(critic(features, event)[1].sum(), list(critic.parameters())):
+    for gradient in torch.autograd.grad(
+        critic(features, event)[1].sum(), list(critic.parameters())
+    ):
         assert float(gradient[1].abs().max()) > 0
         assert not gradient[[0, 2]].any(), "one member's loss teaches no other"
 
@@ -107,7 +116,11 @@ def test_a_state_critic_sees_no_event_and_an_event_has_a_gradient():
 @pytest.mark.parametrize("support", [None, Support(-1, 3)])
 def test_loss_per_member_and_row_and_nothing_flows_into_the_target(support):
     critic = Critic(5, event=6, members=3, hidden=16, support=support)
-    features, event, target = torch.randn(7, 5), torch.randn(7, 6), torch.randn(3, 7, requires_grad=True)
+    features, event, target = (
+        torch.randn(7, 5),
+        torch.randn(7, 6),
+        torch.randn(3, 7, requires_grad=True),
+    )
     loss = critic.loss(features, event, target)
     assert loss.shape == (3, 7)
     assert torch.autograd.grad(loss.sum(), target, allow_unused=True, retain_graph=True) == (None,)
@@ -134,7 +147,12 @@ def test_an_ensemble_learns_a_function_of_both(support):
         critic.loss(features, event, truth).mean().backward()
         optimiser.step()
     with torch.no_grad():
-        assert float(((critic(features, event) - truth) ** 2).mean(1).max()) < 0.01 < 0.1 < float(truth.var())
+        assert (
+            float(((critic(features, event) - truth) ** 2).mean(1).max())
+            < 0.01
+            < 0.1
+            < float(truth.var())
+        )
 
 
 # -- values as histograms ----------------------------------------------------------------------------------------------
@@ -170,10 +188,14 @@ def test_a_histogram_is_as_wide_as_it_should_be():
 
 def test_what_a_support_can_not_say_is_its_nearer_end():
     support = Support(0, 1)
-    assert torch.equal(support.encode(torch.tensor([-5.0, 7.0])), support.encode(torch.tensor([0.0, 1.0])))
+    assert torch.equal(
+        support.encode(torch.tensor([-5.0, 7.0])), support.encode(torch.tensor([0.0, 1.0]))
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"low": 1, "high": 1}, {"bins": 7}, {"sigma": 0}, {"margin": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"low": 1, "high": 1}, {"bins": 7}, {"sigma": 0}, {"margin": -1}]
+)
 def test_a_support_that_is_none(wrong):
     with pytest.raises(ValueError, match="support"):
         Support(**{"low": 0, "high": 1, **wrong})
@@ -193,7 +215,9 @@ def test_the_least_of_a_subset():
     assert torch.equal(subset_min(values, 5, draws), values.amin(0))
     again = [subset_min(values, 2, torch.Generator().manual_seed(3)) for _ in range(2)]
     assert torch.equal(*again)
-    assert torch.equal(subset_min(values, 2, torch.tensor([0.9, 0.1, 0.5, 0.2, 0.7])), values[[1, 3]].amin(0))
+    assert torch.equal(
+        subset_min(values, 2, torch.tensor([0.9, 0.1, 0.5, 0.2, 0.7])), values[[1, 3]].amin(0)
+    )
     for size in (0, 6):
         with pytest.raises(ValueError, match="valid are 1 to 5"):
             subset_min(values, size, draws)
@@ -243,7 +267,8 @@ def test_pessimism_prefers_what_was_tried(seed):
 def test_members_disagree_in_a_gap_of_the_data():
     torch.manual_seed(0)
     values = trained(
-        lambda rows: (torch.rand(rows, 1) + 0.5) * torch.randn(rows, 1).sign(), lambda a: 2 - a[:, 0].abs()
+        lambda rows: (torch.rand(rows, 1) + 0.5) * torch.randn(rows, 1).sign(),
+        lambda a: 2 - a[:, 0].abs(),
     )
     inside, below, above = values(torch.tensor([[0.0], [-0.6], [0.6]])).std(0).tolist()
     assert inside > 2 * max(below, above)
@@ -310,7 +335,9 @@ def test_episodes_that_end_need_no_final_observation(tmp_path):
     value.value = Known()
     d = rollout.decisions
     ended = replace(rollout, decisions=replace(d, terminated=d.terminated | d.last))
-    ruined = replace(d.final, observation={n: v * float("nan") for n, v in d.final.observation.items()})
+    ruined = replace(
+        d.final, observation={n: v * float("nan") for n, v in d.final.observation.items()}
+    )
     advantage, _ = value.advantage(replace(ended, decisions=replace(ended.decisions, final=ruined)))
     assert torch.isfinite(advantage).all()
     assert torch.allclose(advantage, by_hand(run, ended)[0], atol=1e-5)
@@ -350,7 +377,9 @@ def test_it_regresses_on_the_returns(tmp_path):
     for _ in range(5):
         value.learn(rollout, returns)
     assert error() < 0.3 * start
-    assert all(torch.equal(a, b) for a, b in zip(policy, run.trainable, strict=True)), "the policy is left alone"
+    assert all(torch.equal(a, b) for a, b in zip(policy, run.trainable, strict=True)), (
+        "the policy is left alone"
+    )
 
 
 def test_one_update_is_the_gradient_of_the_mean_square(tmp_path):
@@ -385,7 +414,11 @@ def test_two_processes_learn_as_one(tmp_path, minibatch):
             rollout = run.collect(6, 1)
             advantage, returns = value.advantage(rollout)
             value.learn(rollout, returns)
-            return [p.detach().clone() for p in value.value.parameters()], advantage, rollout.decisions.place
+            return (
+                [p.detach().clone() for p in value.value.parameters()],
+                advantage,
+                rollout.decisions.place,
+            )
 
         found.append(together([partial(learn, *pair) for pair in built], accelerators))
     (one, advantage, _), *_ = found[0]
@@ -396,7 +429,9 @@ def test_two_processes_learn_as_one(tmp_path, minibatch):
 
 def test_value_and_optimiser_are_saved_with_the_run(tmp_path):
     raw = experiment(tmp_path, method=METHOD, budget={"iterations": 2})
-    state = torch.load(train(config.parse(raw)).folder / "checkpoints/2/state.pt", weights_only=True)
+    state = torch.load(
+        train(config.parse(raw)).folder / "checkpoints/2/state.pt", weights_only=True
+    )
     assert set(state["registered"]) == {"value", "value_optimizer"}
     assert state["registered"]["value_optimizer"]["updates"] > 0
     run, _ = prepared(tmp_path, method=METHOD, output=str(tmp_path / "other"))

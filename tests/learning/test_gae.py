@@ -19,13 +19,21 @@ def flags(*values: int) -> Tensor:
 
 def wrong(mistake: str, rewards, executed, values, next_values, terminated, last, gamma, lam):
     """The same sum with one of the mistakes that are made in public code."""
-    factor = torch.full_like(values, gamma) if mistake == "gamma, not gamma^n" else gamma ** executed.double()
-    bootstrap = torch.ones_like(values) if mistake == "bootstrap at the end" else (~terminated).double()
+    factor = (
+        torch.full_like(values, gamma)
+        if mistake == "gamma, not gamma^n"
+        else gamma ** executed.double()
+    )
+    bootstrap = (
+        torch.ones_like(values) if mistake == "bootstrap at the end" else (~terminated).double()
+    )
     ended = terminated if mistake == "trace through the cut" else last
     if mistake == "the next episode's first value":
         next_values = torch.where(last, values.roll(-1), next_values)
     if mistake == "rewards of a chunk undiscounted":
-        rewards = torch.stack([rewards.sum(1), *[torch.zeros(len(rewards)).double()] * (rewards.shape[1] - 1)], 1)
+        rewards = torch.stack(
+            [rewards.sum(1), *[torch.zeros(len(rewards)).double()] * (rewards.shape[1] - 1)], 1
+        )
     delta = discounted(rewards, gamma) + factor * next_values * bootstrap - values
     advantage, following = torch.zeros_like(delta), 0.0
     for row in reversed(range(len(delta))):
@@ -102,7 +110,9 @@ def random_episodes(lengths: list[int], chunk: int = 1):
     last[torch.tensor(lengths).cumsum(0) - 1] = True
     terminated = last & (torch.rand(rows, generator=generator) < 0.5)
     executed = torch.randint(1, chunk + 1, (rows,), generator=generator)
-    rewards = torch.randn(rows, chunk, generator=generator).double() * (torch.arange(chunk) < executed[:, None])
+    rewards = torch.randn(rows, chunk, generator=generator).double() * (
+        torch.arange(chunk) < executed[:, None]
+    )
     values, next_values = (torch.randn(rows, generator=generator).double() for _ in range(2))
     return {
         "rewards": rewards,
@@ -120,7 +130,11 @@ def test_episodes_together_are_episodes_apart():
     together = gae(**episodes, gamma=GAMMA, lam=LAM)
     starts = [sum(lengths[:e]) for e in range(len(lengths))]
     apart = [
-        gae(**{name: v[start : start + length] for name, v in episodes.items()}, gamma=GAMMA, lam=LAM)
+        gae(
+            **{name: v[start : start + length] for name, v in episodes.items()},
+            gamma=GAMMA,
+            lam=LAM,
+        )
         for start, length in zip(starts, lengths, strict=True)
     ]
     assert torch.allclose(together, torch.cat(apart), atol=1e-12)
@@ -177,6 +191,12 @@ def test_the_ends_of_gamma(gamma):
 
 
 def test_prompts_are_episodes_of_one_decision():
-    rewards, values, ended = torch.randn(6, 1).double(), torch.randn(6).double(), torch.ones(6, dtype=torch.bool)
-    advantage = gae(rewards, torch.ones(6, dtype=torch.long), values, values.roll(-1), ended, ended, 0.99, 0.95)
+    rewards, values, ended = (
+        torch.randn(6, 1).double(),
+        torch.randn(6).double(),
+        torch.ones(6, dtype=torch.bool),
+    )
+    advantage = gae(
+        rewards, torch.ones(6, dtype=torch.long), values, values.roll(-1), ended, ended, 0.99, 0.95
+    )
     assert torch.allclose(advantage, rewards[:, 0] - values, atol=1e-12)

@@ -54,7 +54,9 @@ def q_function(G: Tensor) -> tuple[Tensor, float]:
     """Q(f,a) = -(z'Mz + c) of the policy G, z = (f, a)."""
     P, constant = value(G)
     AB = torch.cat([A, B], 1)
-    return torch.block_diag(C, R) + GAMMA * AB.T @ P @ AB, GAMMA * (float((P * torch.diag(W**2)).sum()) + constant)
+    return torch.block_diag(C, R) + GAMMA * AB.T @ P @ AB, GAMMA * (
+        float((P * torch.diag(W**2)).sum()) + constant
+    )
 
 
 # The critic is that of the policy in force, as it is where a gate stands; the five policies lie around it.
@@ -75,7 +77,9 @@ def rows(count: int = STARTS, seed: int = 0) -> Noise:
 def actor(G: Tensor, noise: Noise, k: int = PRIOR):
     def act(features: Tensor, h: int) -> Tensor:
         own = noise.at(torch.full_like(noise.group, h))(k, (E, 1)).to(features.dtype)
-        return (features @ -G.to(features.dtype).T)[..., None] + S * own  # an event of two dims, [S,E,1]
+        return (features @ -G.to(features.dtype).T)[
+            ..., None
+        ] + S * own  # an event of two dims, [S,E,1]
 
     return act
 
@@ -85,7 +89,9 @@ def score(features: Tensor, event: Tensor) -> Tensor:
     return -((z @ M) * z).sum(1) - CONSTANT
 
 
-def am_q(G: Tensor, model, noise: Noise, f0: Tensor, horizon: int = HORIZON, k: int = PRIOR) -> Tensor:
+def am_q(
+    G: Tensor, model, noise: Noise, f0: Tensor, horizon: int = HORIZON, k: int = PRIOR
+) -> Tensor:
     return imagined(actor(G, noise, k), score, model, f0, horizon, noise)
 
 
@@ -153,7 +159,9 @@ def test_the_score_is_the_closed_form(horizon):
     """Within 4 standard errors over 12 seeds, and these are small: under 1 % of the score."""
     f0 = starts()
     for G in (GAINS[0], GAINS[2]):
-        scores = torch.stack([am_q(G, World(), rows(seed=s), f0, horizon).mean() for s in range(12)])
+        scores = torch.stack(
+            [am_q(G, World(), rows(seed=s), f0, horizon).mean() for s in range(12)]
+        )
         error = float(scores.std()) / math.sqrt(len(scores))
         expected = closed_form(G, f0, horizon)
         assert error < 0.01 * abs(expected)
@@ -215,7 +223,10 @@ def test_common_random_numbers_shrink_the_error_of_the_difference():
         common.append(float(am_q(new, World(), rows(count, seed), f0).mean()) - here)
         own.append(float(am_q(new, World(), rows(count, 1000 + seed), f0).mean()) - here)
         here = float(am_q(old, World(), rows(count, seed), starts(100, seed)).mean())
-        fresh.append(float(am_q(new, World(), rows(count, 1000 + seed), starts(100, 1000 + seed)).mean()) - here)
+        fresh.append(
+            float(am_q(new, World(), rows(count, 1000 + seed), starts(100, 1000 + seed)).mean())
+            - here
+        )
     variance = [float(torch.tensor(x).var()) for x in (common, own, fresh)]
     print(
         f"variance: own luck / common {variance[1] / variance[0]:.0f}, own starts too {variance[2] / variance[0]:.0f}"
@@ -232,7 +243,9 @@ def test_the_luck_of_a_start_is_its_own():
     whole = am_q(GAINS[0], World(), noise, f0)
     torch.manual_seed(5)
     assert torch.equal(am_q(GAINS[0], World(), noise, f0), whole)
-    assert torch.allclose(am_q(GAINS[0], World(), noise[index], f0[index]), whole[index], rtol=1e-12)
+    assert torch.allclose(
+        am_q(GAINS[0], World(), noise[index], f0[index]), whole[index], rtol=1e-12
+    )
     assert not torch.allclose(am_q(GAINS[0], World(), rows(20, seed=1), f0), whole)
 
 
@@ -273,7 +286,9 @@ def transitions(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randn(count, n, generator=generator, dtype=torch.float64)  # noqa: E731
     f = 1.3 * draw(F)
-    a = (f @ -BEST.T) * torch.rand(count, 1, generator=generator, dtype=torch.float64) * 1.3 + 0.4 * draw(E)
+    a = (f @ -BEST.T) * torch.rand(
+        count, 1, generator=generator, dtype=torch.float64
+    ) * 1.3 + 0.4 * draw(E)
     return f.float(), a[..., None].float(), (f @ A.T + a @ B.T + W * draw(F)).float()
 
 
@@ -340,7 +355,9 @@ def test_disagreement_grows_off_the_data(fitted):
     assert float(far.median()) > 5 * float(known.median())
     assert float(further.median()) > float(far.median())
     _, std = fitted.predict(f, a)
-    assert float((std / fitted.change_std).mean()) > 5 * float(known.median()), "noise is not ignorance"
+    assert float((std / fitted.change_std).mean()) > 5 * float(known.median()), (
+        "noise is not ignorance"
+    )
 
 
 def test_disagreement_by_hand(fitted):
@@ -386,7 +403,9 @@ def test_loss_is_the_normals_negative_log_likelihood():
     assert losses.shape == (4, 7)
     for index in range(4):
         mean, log_variance = member(model, index, f, a)
-        by_hand = -torch.distributions.Normal(mean, (log_variance / 2).exp()).log_prob(target).mean(1)
+        by_hand = (
+            -torch.distributions.Normal(mean, (log_variance / 2).exp()).log_prob(target).mean(1)
+        )
         assert torch.allclose(losses[index], by_hand, rtol=1e-4, atol=1e-5)
         assert float(model.hold_out(f, a, after)[index]) == pytest.approx(
             float(((target - mean) ** 2).mean()), rel=1e-4
@@ -431,7 +450,9 @@ def test_a_step_is_one_elite_and_its_noise():
     f, a, _ = transitions(4, 1)
     uniform, noise = torch.tensor([0.0, 0.34, 0.67, 1.0]), torch.randn(4, F)
     mean, std = model.predict(f, a)
-    by_hand = torch.stack([mean[e, row] + std[e, row] * noise[row] for row, e in enumerate((0, 1, 2, 2))])
+    by_hand = torch.stack(
+        [mean[e, row] + std[e, row] * noise[row] for row, e in enumerate((0, 1, 2, 2))]
+    )
     assert torch.equal(model.step(f, a, uniform, noise), by_hand)
 
 
@@ -442,7 +463,9 @@ def test_a_step_is_deterministic():
     torch.manual_seed(1)
     first = model.step(f, a, uniform, noise)
     assert torch.equal(model.step(f, a, uniform, noise), first)
-    assert torch.allclose(model.step(f[3:5], a[3:5], uniform[3:5], noise[3:5]), first[3:5], atol=1e-6)
+    assert torch.allclose(
+        model.step(f[3:5], a[3:5], uniform[3:5], noise[3:5]), first[3:5], atol=1e-6
+    )
     assert not torch.equal(model.step(f, a, uniform, torch.randn(30, F)), first)
     assert not torch.equal(model.step(f, a, (uniform + 0.5) % 1, noise), first)
 
@@ -452,7 +475,9 @@ def test_scales_and_elites_are_saved():
     model.choose_elites(torch.tensor([3.0, 1.0, 2.0, 0.0]))
     other.load_state_dict(model.state_dict())
     f, a, _ = transitions(6, 1)
-    assert all(torch.equal(x, y) for x, y in zip(model.predict(f, a), other.predict(f, a), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(model.predict(f, a), other.predict(f, a), strict=True)
+    )
 
 
 def test_scales_of_features_that_do_not_move():

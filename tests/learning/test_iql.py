@@ -35,9 +35,13 @@ def test_a_chunk_is_the_n_steps_it_is_made_of():
     single = value.clone()
     for step in reversed(range(4)):  # from the last step that was carried out to the first
         ends = terminated & (executed == step + 1)
-        found = bellman_target(rewards[:, step : step + 1], torch.ones_like(executed), ends, single, GAMMA)
+        found = bellman_target(
+            rewards[:, step : step + 1], torch.ones_like(executed), ends, single, GAMMA
+        )
         single = torch.where(step < executed, found, single)
-    assert torch.allclose(bellman_target(rewards, executed, terminated, value, GAMMA), single, rtol=1e-12)
+    assert torch.allclose(
+        bellman_target(rewards, executed, terminated, value, GAMMA), single, rtol=1e-12
+    )
 
 
 def test_a_single_step_is_discounted_by_gamma():
@@ -51,7 +55,9 @@ def test_a_single_step_is_discounted_by_gamma():
 
 def test_nothing_comes_after_the_end_and_something_after_a_cut():
     rewards = torch.tensor([[1.0, 1.0, torch.nan, 100.0]]).expand(2, 4)
-    value = torch.tensor([[torch.nan, 10.0], [torch.inf, 20.0]])  # what is seen after an end means nothing
+    value = torch.tensor(
+        [[torch.nan, 10.0], [torch.inf, 20.0]]
+    )  # what is seen after an end means nothing
     target = bellman_target(rewards, torch.tensor([2, 2]), flags(1, 0), value, GAMMA)
     assert torch.allclose(target, torch.tensor([[1.9, 1.9 + 8.1], [1.9, 1.9 + 16.2]]))
 
@@ -130,14 +136,20 @@ def one_hot(index: Tensor, size: int) -> Tensor:
     return torch.nn.functional.one_hot(index.clamp(max=size - 1), size).float()
 
 
-def iql(level: float, steps: int = 900, sign: float = 1.0, hidden: int = 0) -> tuple[Tensor, Critic]:
+def iql(
+    level: float, steps: int = 900, sign: float = 1.0, hidden: int = 0
+) -> tuple[Tensor, Critic]:
     """V [STATES] and Q after learning. Without hidden layers both are tables."""
     torch.manual_seed(0)
     layers = 1 if hidden else 0
     pairs = STATES * ACTIONS
     value = Critic(STATES, hidden=hidden, layers=layers)
     if hidden:
-        seen, done, q = one_hot(S, STATES), one_hot(A, ACTIONS), Critic(STATES, ACTIONS, 2, hidden, layers)
+        seen, done, q = (
+            one_hot(S, STATES),
+            one_hot(A, ACTIONS),
+            Critic(STATES, ACTIONS, 2, hidden, layers),
+        )
     else:
         seen, done, q = one_hot(S * ACTIONS + A, pairs), None, Critic(pairs, members=2, layers=0)
     here, after = one_hot(S, STATES), one_hot(AFTER, STATES)
@@ -148,7 +160,10 @@ def iql(level: float, steps: int = 900, sign: float = 1.0, hidden: int = 0) -> t
         with torch.no_grad():
             known = pessimistic(slow(seen, done), 0.0)
             target = bellman_target(REWARD, torch.ones_like(S), END, value(after)[0], GAMMA)
-        loss = expectile_loss(sign * (known - value(here)[0]), level).mean() + q.loss(seen, done, target).mean()
+        loss = (
+            expectile_loss(sign * (known - value(here)[0]), level).mean()
+            + q.loss(seen, done, target).mean()
+        )
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -172,7 +187,9 @@ def test_the_reference_itself():
     sarsa = torch.linalg.solve(torch.eye(STATES).double() - GAMMA * move, reward)
     assert torch.allclose(fixed_point(0.5), sarsa, atol=1e-6)
     assert torch.allclose(fixed_point(1 - 1e-9), OPTIMAL, atol=1e-6)
-    assert float((OPTIMAL - sarsa).min()) > 0.05, "they must differ for the tests below to say anything"
+    assert float((OPTIMAL - sarsa).min()) > 0.05, (
+        "they must differ for the tests below to say anything"
+    )
 
 
 @pytest.mark.parametrize("level", [0.5, 0.7, 0.99])
@@ -222,7 +239,10 @@ def test_the_bound_is_for_the_policys_actions_only():
 
 
 def test_what_is_below_the_datas_return_is_not_pushed_down():
-    data, policy = torch.zeros(2, 1), torch.tensor([[[-1.0, 2.0]], [[-1.0, 2.0]]], requires_grad=True)
+    data, policy = (
+        torch.zeros(2, 1),
+        torch.tensor([[[-1.0, 2.0]], [[-1.0, 2.0]]], requires_grad=True),
+    )
     (plain,) = torch.autograd.grad(conservative(data, policy).sum(), policy)
     (bound,) = torch.autograd.grad(conservative(data, policy, torch.ones(1)).sum(), policy)
     assert (plain > 0).all(), "CQL pushes all"
@@ -232,7 +252,9 @@ def test_what_is_below_the_datas_return_is_not_pushed_down():
 
 def test_it_has_a_least_value():
     """However far the data's action is raised: -log of how many actions are compared."""
-    assert float(conservative(torch.tensor([[50.0]]), torch.zeros(1, 1, 3))) == pytest.approx(-torch.tensor(4.0).log())
+    assert float(conservative(torch.tensor([[50.0]]), torch.zeros(1, 1, 3))) == pytest.approx(
+        -torch.tensor(4.0).log()
+    )
 
 
 # -- slow copies -------------------------------------------------------------------------------------------------------------
@@ -244,7 +266,11 @@ def test_polyak_is_a_weighted_mean():
     polyak(target, online, 0.25)
     for old, new, fast in zip(before, target.parameters(), online.parameters(), strict=True):
         assert torch.allclose(new, 0.75 * old + 0.25 * fast, atol=1e-7)
-        assert not torch.allclose(new, 0.25 * old + 0.75 * fast, atol=1e-4)  # control: the other way round
+        assert not torch.allclose(
+            new, 0.25 * old + 0.75 * fast, atol=1e-4
+        )  # control: the other way round
         assert not new.grad_fn
     polyak(target, online, 1.0)
-    assert all(torch.equal(a, b) for a, b in zip(target.parameters(), online.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(target.parameters(), online.parameters(), strict=True)
+    )

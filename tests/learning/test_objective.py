@@ -14,13 +14,17 @@ from genpolicy.chain.values import expand, output_gain
 from genpolicy.learning.objective import clipped_surrogate, guard_log_ratio, log_ratio, mean_kl
 
 F64 = torch.float64
-SD3 = torch.tensor([1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0], dtype=F64)
+SD3 = torch.tensor(
+    [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0], dtype=F64
+)
 
 
 def pair(rows=6, dims=64, s=0.3, shift=0.02, seed=0):
     """old, new and a sample of old, in fp64; every row has its own shift, so that a batch mean is not a row's own."""
     g = torch.Generator().manual_seed(seed)
-    old = Gaussian(torch.randn(rows, dims, dtype=F64, generator=g), torch.full((rows, 1), s, dtype=F64))
+    old = Gaussian(
+        torch.randn(rows, dims, dtype=F64, generator=g), torch.full((rows, 1), s, dtype=F64)
+    )
     size = torch.linspace(0.2, 2, rows, dtype=F64)[:, None] * shift
     new = Gaussian(old.mean + size * torch.randn(rows, dims, dtype=F64, generator=g), old.std)
     return new, old, old.sample(torch.randn(rows, dims, dtype=F64, generator=g))
@@ -40,7 +44,9 @@ def test_log_ratio_keeps_its_digits_in_fp32():
     exact = [Gaussian(g.mean.double(), g.std.double()) for g in single]
     truth = log_ratio(*exact, x.float().double(), reduce="mean")
     ours = log_ratio(*single, x.float(), reduce="mean")
-    subtracted = single[0].log_prob(x.float(), reduce="mean") - single[1].log_prob(x.float(), reduce="mean")
+    subtracted = single[0].log_prob(x.float(), reduce="mean") - single[1].log_prob(
+        x.float(), reduce="mean"
+    )
     assert (ours - truth).abs().max() < 0.01 * (subtracted - truth).abs().max()
 
 
@@ -70,7 +76,10 @@ def test_guard_is_centred_where_the_plain_ratio_is_not():
     old = Gaussian(torch.zeros(draws, dims, dtype=F64), torch.full((draws, 1), s, dtype=F64))
     new = Gaussian(direction.expand(draws, dims), old.std)
     x = old.sample(torch.randn(draws, dims, dtype=F64, generator=g))
-    guard, plain = guard_log_ratio(new, old, x, reduce="mean"), log_ratio(new, old, x, reduce="mean")
+    guard, plain = (
+        guard_log_ratio(new, old, x, reduce="mean"),
+        log_ratio(new, old, x, reduce="mean"),
+    )
 
     def error(v):
         return float(v.std() / math.sqrt(draws))
@@ -83,7 +92,9 @@ def test_guard_is_centred_where_the_plain_ratio_is_not():
 def model_step(kernel, t, s, velocity, x):
     """The transition of one linear-schedule step for a given network output."""
     row = step(Linear(), t.expand(len(x)), s.expand(len(x)))
-    prediction = Prediction(x - expand(row.sigma_t, x) * velocity, x + expand(row.alpha_t, x) * velocity)
+    prediction = Prediction(
+        x - expand(row.sigma_t, x) * velocity, x + expand(row.alpha_t, x) * velocity
+    )
     mean, std = transition(kernel, x, prediction, row), kernel.coefficients(row).std
     return Gaussian(_double(kernel, x, prediction, row), expand(std, x)), row, mean
 
@@ -139,7 +150,10 @@ def test_gradients_are_flat_over_the_steps(kernel):
 def test_plain_spread_on_the_sd3_table_is_the_published_problem():
     norms = [float(gradient(log_ratio, SDE(0.7), k)[0].norm()) for k in range(9)]
     assert max(norms) / min(norms) == pytest.approx(26, rel=0.05)
-    by_dt = [float(gradient(guard_log_ratio, SDE(0.7), k)[0].norm()) / float(SD3[k] - SD3[k + 1]) for k in range(9)]
+    by_dt = [
+        float(gradient(guard_log_ratio, SDE(0.7), k)[0].norm()) / float(SD3[k] - SD3[k + 1])
+        for k in range(9)
+    ]
     assert max(by_dt) / min(by_dt) == pytest.approx(
         1.245, rel=0.01
     )  # the first step's kappa is dt, the others' dt (1 + a^2/2)
@@ -175,7 +189,9 @@ def test_clipped_rows_have_no_gradient_and_positive_advantages_raise_the_likelih
     _, old, x = pair()
     mean = old.mean.clone().requires_grad_(True)
     live = Gaussian(mean, old.std)
-    loss = clipped_surrogate(log_ratio(live, old, x, reduce="mean"), torch.ones(6, dtype=F64), 0.2).loss.sum()
+    loss = clipped_surrogate(
+        log_ratio(live, old, x, reduce="mean"), torch.ones(6, dtype=F64), 0.2
+    ).loss.sum()
     loss.backward()
     moved = Gaussian(old.mean - 1e-3 * mean.grad, old.std)
     assert (log_ratio(moved, old, x, reduce="mean") > 0).all()
@@ -199,7 +215,9 @@ def test_mean_kl_is_the_true_kl():
 def test_points_and_changed_std_are_refused():
     new, old, x = pair()
     with pytest.raises(ValueError, match="std 0"):
-        log_ratio(Gaussian(new.mean, new.std * 0), Gaussian(old.mean, old.std * 0), x, reduce="mean")
+        log_ratio(
+            Gaussian(new.mean, new.std * 0), Gaussian(old.mean, old.std * 0), x, reduce="mean"
+        )
     for objective in (log_ratio, guard_log_ratio):
         with pytest.raises(ValueError, match="std has not changed"):
             objective(Gaussian(new.mean, new.std * 1.1), old, x, reduce="mean")

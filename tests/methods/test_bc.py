@@ -35,14 +35,20 @@ def drawn(seed, iteration, update, batch, frames, shape):
     generator = np.random.default_rng([seed, iteration, update])
     rows = torch.from_numpy(generator.integers(frames, size=batch))
     uniform = torch.from_numpy(generator.random(batch))
-    return rows, uniform, torch.from_numpy(generator.standard_normal((batch, *shape), dtype=np.float32))
+    return (
+        rows,
+        uniform,
+        torch.from_numpy(generator.standard_normal((batch, *shape), dtype=np.float32)),
+    )
 
 
 @pytest.mark.parametrize("family", ["vp", "flow"])
 def test_the_loss_is_the_plain_mean_square_of_the_networks_output(tmp_path, family):
     """epsilon: (out - eps)^2; velocity: (out - (eps - x0))^2; at alpha x0 + sigma eps; actions scaled to [-1, 1]."""
     run, method = prepared(
-        tmp_path, policy={"name": "mlp", "hidden": 32, "family": family}, method={**SMALL, "updates": 1}
+        tmp_path,
+        policy={"name": "mlp", "hidden": 32, "family": family},
+        method={**SMALL, "updates": 1},
     )
     model, data = run.policy.model, run.data
     rows, uniform, noise = drawn(0, 1, 0, 12, len(data), model.event_shape)
@@ -56,7 +62,9 @@ def test_the_loss_is_the_plain_mean_square_of_the_networks_output(tmp_path, fami
         for n in ("observation.state", "observation.environment_state")
     ]
     t = model.times(uniform)
-    alpha, sigma = (f(t).float()[:, None, None] for f in (model.schedule.alpha, model.schedule.sigma))
+    alpha, sigma = (
+        f(t).float()[:, None, None] for f in (model.schedule.alpha, model.schedule.sigma)
+    )
     output = model._network(alpha * x0 + sigma * noise, model._time(t), torch.cat(seen, -1))
     loss = ((output - (noise if family == "vp" else noise - x0)) ** 2).mean()
     expected = torch.autograd.grad(loss, run.trainable)
@@ -106,10 +114,20 @@ def test_processes_share_a_batch(tmp_path, count):
             folder = tmp_path / f"{processes}-{index}"
             folder.mkdir()
             built.append(
-                prepared(folder, accelerator, method={**SMALL, "batch": 11}, optimizer={"lr": 1e-3, "eps": 1e-4})
+                prepared(
+                    folder,
+                    accelerator,
+                    method={**SMALL, "batch": 11},
+                    optimizer={"lr": 1e-3, "eps": 1e-4},
+                )
             )
-        found[processes] = together([partial(once, run, method) for run, method in built], accelerators)
-        shares = [Imitation(run, recorded(run.data, run.policy.model), 50, 11).draw([4, 2, 1])[:3] for run, _ in built]
+        found[processes] = together(
+            [partial(once, run, method) for run, method in built], accelerators
+        )
+        shares = [
+            Imitation(run, recorded(run.data, run.policy.model), 50, 11).draw([4, 2, 1])[:3]
+            for run, _ in built
+        ]
         whole = drawn(4, 2, 1, 11, 50, (4, 2))
         for part, everything in zip(zip(*shares, strict=True), whole, strict=True):
             assert sum(len(p) for p in part) == 11
@@ -118,9 +136,15 @@ def test_processes_share_a_batch(tmp_path, count):
     (one,) = found[1]
     for run in found[count]:
         assert (
-            max(float((a - b).detach().abs().max()) for a, b in zip(one.trainable, run.trainable, strict=True)) < 1e-6
+            max(
+                float((a - b).detach().abs().max())
+                for a, b in zip(one.trainable, run.trainable, strict=True)
+            )
+            < 1e-6
         )
-        assert run.journal.numbers["bc/loss"] == pytest.approx(one.journal.numbers["bc/loss"], rel=1e-5)
+        assert run.journal.numbers["bc/loss"] == pytest.approx(
+            one.journal.numbers["bc/loss"], rel=1e-5
+        )
 
 
 def test_micro_batches_change_nothing(tmp_path):
@@ -128,11 +152,16 @@ def test_micro_batches_change_nothing(tmp_path):
     for micro_batch in ("auto", 5, 1):
         folder = tmp_path / str(micro_batch)
         folder.mkdir()
-        run, method = prepared(folder, method=SMALL, micro_batch=micro_batch, optimizer={"lr": 1e-3, "eps": 1e-4})
+        run, method = prepared(
+            folder, method=SMALL, micro_batch=micro_batch, optimizer={"lr": 1e-3, "eps": 1e-4}
+        )
         found.append(once(run, method))
     for other in found[1:]:
         assert (
-            max(float((a - b).detach().abs().max()) for a, b in zip(found[0].trainable, other.trainable, strict=True))
+            max(
+                float((a - b).detach().abs().max())
+                for a, b in zip(found[0].trainable, other.trainable, strict=True)
+            )
             < 1e-6
         )
 
@@ -146,7 +175,9 @@ def test_actions_outside_the_episode_do_not_count_where_the_family_says_so(tmp_p
     context, actions, pad = run.data.rows(rows, 1, range(4))
     assert pad.any()
     t, x0 = model.times(uniform), model.event(actions)
-    alpha, sigma = (f(t).float()[:, None, None] for f in (model.schedule.alpha, model.schedule.sigma))
+    alpha, sigma = (
+        f(t).float()[:, None, None] for f in (model.schedule.alpha, model.schedule.sigma)
+    )
     with torch.no_grad():
         output = model._network(alpha * x0 + sigma * noise, model._time(t), model.encode(context))
     squares = ((output - noise) ** 2).mean(2)
@@ -165,7 +196,9 @@ def test_a_mask_divides_by_what_it_keeps(tmp_path):
     t, noise = torch.full((6,), 0.5).double(), torch.randn_like(event)
     mask = ~pad[short][..., None]
     found = policy.supervised_loss(condition, event, t, noise, mask)
-    squares = torch.stack([policy.supervised_loss(condition, event, t, noise, _only(j)) for j in range(4)], 1)
+    squares = torch.stack(
+        [policy.supervised_loss(condition, event, t, noise, _only(j)) for j in range(4)], 1
+    )
     expected = (squares * mask[..., 0]).sum(1) / mask[..., 0].sum(1)
     assert torch.allclose(found, expected, rtol=1e-4)
 
@@ -239,5 +272,11 @@ def test_a_batch_smaller_than_the_processes_is_still_a_batch(tmp_path):
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_any_seed_trains(tmp_path, seed):
-    raw = experiment(tmp_path, method=SMALL, budget={"iterations": 1}, seed=seed, eval={"every": 0, "episodes": 2})
+    raw = experiment(
+        tmp_path,
+        method=SMALL,
+        budget={"iterations": 1},
+        seed=seed,
+        eval={"every": 0, "episodes": 2},
+    )
     assert train(config.parse(raw)).summary["iterations"] == 1

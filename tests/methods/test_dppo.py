@@ -33,7 +33,9 @@ SMALL = {"name": "dppo", "episodes": 8, "warm_up": 0, "minibatch": 32, "epochs":
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
     """Folders of policies, by family, that walk slowly."""
-    return {family: cloned(tmp_path_factory.mktemp(family), family=family) for family in ("vp", "flow")}
+    return {
+        family: cloned(tmp_path_factory.mktemp(family), family=family) for family in ("vp", "flow")
+    }
 
 
 # -- the schedules ----------------------------------------------------------------------------------------------
@@ -47,17 +49,34 @@ def published_clip(index: Tensor, steps: int, first: float, last: float, rate: f
 
 def test_the_discount_of_the_furniture_row():
     method = DPPO(gamma_den=0.9)
-    assert torch.allclose(method.discount(torch.arange(5), 5), torch.tensor([0.6561, 0.729, 0.81, 0.9, 1.0]))
+    assert torch.allclose(
+        method.discount(torch.arange(5), 5), torch.tensor([0.6561, 0.729, 0.81, 0.9, 1.0])
+    )
     assert float(method.discount(0, 5)) == pytest.approx(0.6561)
     assert torch.equal(DPPO(gamma_den=1.0).discount(torch.arange(5), 5), torch.ones(5))
-    backwards = 0.9 ** torch.arange(5.0)  # control: the noisiest step is discounted most, not the last
+    backwards = 0.9 ** torch.arange(
+        5.0
+    )  # control: the noisiest step is discounted most, not the last
     assert not torch.allclose(method.discount(torch.arange(5), 5), backwards)
 
 
 def test_the_discount_of_the_gym_row():
     assert torch.allclose(
         DPPO(gamma_den=0.99).discount(torch.arange(10), 10),
-        torch.tensor([0.913517, 0.922745, 0.932065, 0.941480, 0.950990, 0.960596, 0.970299, 0.9801, 0.99, 1.0]),
+        torch.tensor(
+            [
+                0.913517,
+                0.922745,
+                0.932065,
+                0.941480,
+                0.950990,
+                0.960596,
+                0.970299,
+                0.9801,
+                0.99,
+                1.0,
+            ]
+        ),
         atol=1e-6,
     )
 
@@ -65,18 +84,33 @@ def test_the_discount_of_the_gym_row():
 def test_the_clip_range_of_the_robomimic_row():
     """e1 .01, e0 .001, rate 3, K' = 10: e0 + (e1 - e0) (exp(i/3) - 1) / (e^3 - 1)."""
     method = DPPO(clip=0.01, clip_first=0.001, clip_rate=3.0)
-    table = [0.001, 0.0011866, 0.0014469, 0.0018103, 0.0023174, 0.0030252, 0.0040129, 0.0053916, 0.0073156, 0.01]
+    table = [
+        0.001,
+        0.0011866,
+        0.0014469,
+        0.0018103,
+        0.0023174,
+        0.0030252,
+        0.0040129,
+        0.0053916,
+        0.0073156,
+        0.01,
+    ]
     expected = [0.001 + 0.009 * (math.exp(i / 3) - 1) / (math.exp(3) - 1) for i in range(10)]
     found = method.clip_range(torch.arange(10), 10)
     assert torch.allclose(found.double(), torch.tensor(expected).double(), atol=1e-8)
     assert torch.allclose(found.double(), torch.tensor(table).double(), atol=2e-6)
-    assert torch.allclose(found.double(), published_clip(torch.arange(10), 10, 0.001, 0.01, 3.0), atol=1e-8)
+    assert torch.allclose(
+        found.double(), published_clip(torch.arange(10), 10, 0.001, 0.01, 3.0), atol=1e-8
+    )
     assert (found.diff() > 0).all()
     assert [float(method.clip_range(i, 10)) for i in range(10)] == pytest.approx(found.tolist())
 
 
 def test_the_clip_range_of_the_gym_row_is_constant():
-    assert torch.allclose(DPPO(clip=0.01, clip_first=0.01).clip_range(torch.arange(10), 10), torch.full((10,), 0.01))
+    assert torch.allclose(
+        DPPO(clip=0.01, clip_first=0.01).clip_range(torch.arange(10), 10), torch.full((10,), 0.01)
+    )
     assert torch.allclose(DPPO(clip=0.2).clip_range(torch.arange(10), 10), torch.full((10,), 0.2))
 
 
@@ -84,7 +118,9 @@ def test_one_step_is_finite_and_clipped_at_the_last_range():
     method = DPPO(clip=0.01, clip_first=0.001)
     assert torch.isnan(published_clip(torch.tensor([0]), 1, 0.001, 0.01, 3.0)).all()  # control
     assert float(method.clip_range(0, 1)) == pytest.approx(0.01)
-    assert method.clip_range(torch.zeros(3, dtype=torch.long), 1).tolist() == pytest.approx([0.01] * 3)
+    assert method.clip_range(torch.zeros(3, dtype=torch.long), 1).tolist() == pytest.approx(
+        [0.01] * 3
+    )
     assert float(method.discount(0, 1)) == 1.0
 
 
@@ -98,16 +134,28 @@ def scored(rows=12, steps=5, shift=0.05, std=0.3):
     x = old.sample(torch.randn(rows, 2, 3))
     index = torch.arange(rows) % steps
     return Scored(
-        new, old, None, x, torch.randn(rows), old.std.flatten(), torch.ones(rows), torch.ones(rows), index, steps
+        new,
+        old,
+        None,
+        x,
+        torch.randn(rows),
+        old.std.flatten(),
+        torch.ones(rows),
+        torch.ones(rows),
+        index,
+        steps,
     )
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_the_loss_by_hand(reduce):
-    method = DPPO(reduce=reduce, clip=0.2 if reduce == "sum" else 0.02, clip_first=0.002, gamma_den=0.9)
+    method = DPPO(
+        reduce=reduce, clip=0.2 if reduce == "sum" else 0.02, clip_first=0.002, gamma_den=0.9
+    )
     step = scored()
     density = (
-        Normal(step.new.mean, step.new.std).log_prob(step.x) - Normal(step.old.mean, step.old.std).log_prob(step.x)
+        Normal(step.new.mean, step.new.std).log_prob(step.x)
+        - Normal(step.old.mean, step.old.std).log_prob(step.x)
     ).flatten(1)
     log_rho = (density.sum(1) if reduce == "sum" else density.mean(1)).detach()
     expected, clipped = [], []
@@ -153,7 +201,9 @@ def test_the_loss_stays_on_the_device_of_its_step(monkeypatch, rows):
     """The device is "meta" here; steps and their places are on the CPU, as a run's are."""
     monkeypatch.setattr("genpolicy.learning.objective._equal_std", lambda new, old: old.std)
     step = scored(rows)
-    away = {name: getattr(step, name).to("meta") for name in ("x", "advantage", "std", "dt", "gain")}
+    away = {
+        name: getattr(step, name).to("meta") for name in ("x", "advantage", "std", "dt", "gain")
+    }
     new, old = (Gaussian(g.mean.to("meta"), g.std.to("meta")) for g in (step.new, step.old))
     with OneDevice():
         loss, _ = DPPO(clip_first=0.01).loss(replace(step, new=new, old=old, **away))
@@ -164,7 +214,10 @@ def test_a_scalar_clip_stays_on_the_device_of_the_ratio():
     with OneDevice():
         found = clipped_surrogate(torch.zeros(4, device="meta"), torch.zeros(4, device="meta"), 0.2)
     assert found.loss.device.type == "meta"
-    with OneDevice(), pytest.raises(RuntimeError, match="same device"):  # control: the mode sees what CUDA refuses
+    with (
+        OneDevice(),
+        pytest.raises(RuntimeError, match="same device"),
+    ):  # control: the mode sees what CUDA refuses
         torch.zeros(4, device="meta").clamp(torch.tensor(0.1), torch.tensor(0.2))
 
 
@@ -186,7 +239,9 @@ def test_wrong_settings_are_told():
 
 
 def first_rollout(folder, **sections):
-    run, method = prepared(folder, **{"method": SMALL, "optimizer": {"lr": 1e-3, "max_grad_norm": 1e9}, **sections})
+    run, method = prepared(
+        folder, **{"method": SMALL, "optimizer": {"lr": 1e-3, "max_grad_norm": 1e9}, **sections}
+    )
     return run, method, run.collect(8, 1)
 
 
@@ -209,7 +264,8 @@ def test_the_gradient_of_pairs_is_the_mean_over_all_pairs(tmp_path, micro_batch)
     run, method, rollout = first_rollout(tmp_path, output=str(tmp_path / "other"))
     run.update(rollout, batch, shuffled, method.loss)
     assert any(
-        not torch.allclose(p.grad, g, rtol=1e-3, atol=1e-5) for p, g in zip(run.trainable, expected, strict=True)
+        not torch.allclose(p.grad, g, rtol=1e-3, atol=1e-5)
+        for p, g in zip(run.trainable, expected, strict=True)
     )
 
 
@@ -241,20 +297,33 @@ def test_on_the_first_pass_nothing_is_clipped_and_the_ratio_is_one(tmp_path):
 
 def lines(folder):
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["iteration"]: line for line in found if "reward/return" in line or "reward/total" in line}
+    return {
+        line["iteration"]: line
+        for line in found
+        if "reward/return" in line or "reward/total" in line
+    }
 
 
 def test_the_policy_waits_while_the_value_warms_up(tmp_path):
-    raw = experiment(tmp_path, method={**SMALL, "warm_up": 2}, budget={"iterations": 3}, checkpoint_every=1)
+    raw = experiment(
+        tmp_path, method={**SMALL, "warm_up": 2}, budget={"iterations": 3}, checkpoint_every=1
+    )
     folder = train(config.parse(raw)).folder
     metrics = lines(folder)
     assert ["policy/kl" in metrics[i] for i in (1, 2, 3)] == [False, False, True]
     assert all("critic/loss" in metrics[i] for i in (1, 2, 3))
-    two, three = (torch.load(folder / f"checkpoints/{i}/state.pt", weights_only=True) for i in (2, 3))
+    two, three = (
+        torch.load(folder / f"checkpoints/{i}/state.pt", weights_only=True) for i in (2, 3)
+    )
     assert two["optimizer"]["updates"] == 0
     assert three["optimizer"]["updates"] > 0
-    assert any(not torch.equal(a, b) for a, b in zip(two["parameters"], three["parameters"], strict=True))
-    assert not all(torch.equal(two["registered"]["value"][n], v) for n, v in three["registered"]["value"].items())
+    assert any(
+        not torch.equal(a, b) for a, b in zip(two["parameters"], three["parameters"], strict=True)
+    )
+    assert not all(
+        torch.equal(two["registered"]["value"][n], v)
+        for n, v in three["registered"]["value"].items()
+    )
 
 
 def test_an_epoch_that_moves_too_far_is_the_last(tmp_path):
@@ -262,8 +331,12 @@ def test_an_epoch_that_moves_too_far_is_the_last(tmp_path):
     for name, target in (("free", None), ("tight", 1e-9), ("wide", 1e9)):
         folder = tmp_path / name
         folder.mkdir()
-        raw = experiment(folder, method={**SMALL, "epochs": 4, "target_kl": target}, budget={"iterations": 1})
-        state = torch.load(train(config.parse(raw)).folder / "checkpoints/1/state.pt", weights_only=True)
+        raw = experiment(
+            folder, method={**SMALL, "epochs": 4, "target_kl": target}, budget={"iterations": 1}
+        )
+        state = torch.load(
+            train(config.parse(raw)).folder / "checkpoints/1/state.pt", weights_only=True
+        )
         updates.append(state["optimizer"]["updates"])
     free, tight, wide = updates
     assert free == wide == 4 * tight
@@ -275,9 +348,13 @@ def test_the_replay_of_a_robot_policy_is_verified(tmp_path):
     assert result.summary["replay_gap"] < 0.02
     run, method, rollout = first_rollout(tmp_path, output=str(tmp_path / "other"))
     assert run.verified(rollout, method.log_ratio, 0.02) is rollout
-    wrong = replace(rollout, trajectory=replace(rollout.trajectory, mean=rollout.trajectory.mean + 0.05))
+    wrong = replace(
+        rollout, trajectory=replace(rollout.trajectory, mean=rollout.trajectory.mean + 0.05)
+    )
     run.replay_check.again = None
-    rescored = run.verified(wrong, method.log_ratio, 0.02)  # control: other means are noticed, and scored again
+    rescored = run.verified(
+        wrong, method.log_ratio, 0.02
+    )  # control: other means are noticed, and scored again
     assert run.replay_check.again
     assert torch.allclose(rescored.trajectory.mean, rollout.trajectory.mean, atol=1e-4)
 
@@ -302,7 +379,9 @@ def test_steps_before_the_window_stay_the_old_policys(tmp_path, slow):
     trained = genpolicy.load(folder)
     assert trained.base is not None
     assert trained.base.above == float(trained.chain.grid[5])
-    old = genpolicy.load(slow["vp"], steps=10, kernel={"name": "mean", "kernel": FLOOR}, window=[5, 10])
+    old = genpolicy.load(
+        slow["vp"], steps=10, kernel={"name": "mean", "kernel": FLOOR}, window=[5, 10]
+    )
     context, _, _ = Recorded(episodes=4).rows(torch.arange(6), 1, range(2))
     noise = Noise.rows(3, 0, torch.arange(6), 1)
     states = [p.sample(p.model.encode(context), noise, keep=(0, 10)).x for p in (old, trained)]
@@ -310,13 +389,19 @@ def test_steps_before_the_window_stay_the_old_policys(tmp_path, slow):
     assert not torch.allclose(states[0][:, 6:], states[1][:, 6:], atol=1e-3)
     unfrozen = replace(trained, base=None)  # control: the learning network alone moves all steps
     assert not torch.allclose(
-        unfrozen.sample(unfrozen.model.encode(context), noise, keep=(0, 10)).x[:, 1:6], states[0][:, 1:6], atol=1e-3
+        unfrozen.sample(unfrozen.model.encode(context), noise, keep=(0, 10)).x[:, 1:6],
+        states[0][:, 1:6],
+        atol=1e-3,
     )
 
 
 def test_a_saved_policy_with_a_base_acts_as_the_one_that_was_saved(tmp_path, slow):
     run, method = prepared(
-        tmp_path, policy={"name": "mlp", "pretrained": slow["vp"]}, chain=TEN, method=SMALL, task=SHORT
+        tmp_path,
+        policy={"name": "mlp", "pretrained": slow["vp"]},
+        chain=TEN,
+        method=SMALL,
+        task=SHORT,
     )
     run.require_density()
     run.freeze_base()
@@ -331,7 +416,9 @@ def test_a_saved_policy_with_a_base_acts_as_the_one_that_was_saved(tmp_path, slo
     loaded = genpolicy.load(tmp_path / "saved")
     noise = Noise.rows(0, 5, torch.arange(8), 1)
     context = rollout.context[torch.arange(8)]
-    actions = [p.model.decode(p.sample(p.model.encode(context), noise).x0) for p in (run.deployed, loaded)]
+    actions = [
+        p.model.decode(p.sample(p.model.encode(context), noise).x0) for p in (run.deployed, loaded)
+    ]
     assert torch.equal(*actions)
     alone = replace(loaded, base=None)  # control: the learning network in all steps
     other = alone.model.decode(alone.sample(alone.model.encode(context), noise).x0)
@@ -340,7 +427,11 @@ def test_a_saved_policy_with_a_base_acts_as_the_one_that_was_saved(tmp_path, slo
 
 def test_the_base_acts_in_the_rollout_and_its_steps_are_not_trained(tmp_path, slow):
     run, method = prepared(
-        tmp_path, policy={"name": "mlp", "pretrained": slow["vp"]}, chain=TEN, method=SMALL, task=SHORT
+        tmp_path,
+        policy={"name": "mlp", "pretrained": slow["vp"]},
+        chain=TEN,
+        method=SMALL,
+        task=SHORT,
     )
     run.freeze_base()
     for parameter in run.trainable:
@@ -369,7 +460,13 @@ def test_without_a_window_there_is_no_base(tmp_path):
 
 def test_only_the_steps_of_the_window_have_gradients(tmp_path, slow):
     """The base is outside the graph: at its steps the learning network gets nothing."""
-    run, _ = prepared(tmp_path, policy={"name": "mlp", "pretrained": slow["vp"]}, chain=TEN, method=SMALL, task=SHORT)
+    run, _ = prepared(
+        tmp_path,
+        policy={"name": "mlp", "pretrained": slow["vp"]},
+        chain=TEN,
+        method=SMALL,
+        task=SHORT,
+    )
     run.freeze_base()
     rollout = run.collect(8, 1)
     chains, grid = rollout.trajectory, run.policy.chain.grid
@@ -386,7 +483,11 @@ ONE = {"steps": 6, "kernel": {"name": "sde", "a": 0.7}, "window": [0, 5], "windo
 
 def test_one_random_step_of_a_flow_is_drawn_scored_and_replayed(tmp_path, slow):
     run, method = prepared(
-        tmp_path, policy={"name": "mlp", "pretrained": slow["flow"]}, chain=ONE, method=SMALL, task=SHORT
+        tmp_path,
+        policy={"name": "mlp", "pretrained": slow["flow"]},
+        chain=ONE,
+        method=SMALL,
+        task=SHORT,
     )
     run.require_density()
     drawn = []
@@ -398,7 +499,13 @@ def test_one_random_step_of_a_flow_is_drawn_scored_and_replayed(tmp_path, slow):
         policy, chains = run._window_of(rollout.trajectory), rollout.trajectory
         gap = method.log_ratio(policy.transition(chains, k), chains.acted(k), chains.after(k))
         assert gap.abs().max() < 1e-3
-        step = run._score(policy, chains[: len(chains)], torch.full((len(chains),), k), torch.zeros(len(chains)), None)
+        step = run._score(
+            policy,
+            chains[: len(chains)],
+            torch.full((len(chains),), k),
+            torch.zeros(len(chains)),
+            None,
+        )
         assert step.steps == 1
         assert (step.index == 0).all()
         assert torch.isfinite(method.loss(step)[0]).all()
@@ -411,14 +518,22 @@ def test_one_random_step_of_a_flow_is_drawn_scored_and_replayed(tmp_path, slow):
 
 def test_only_the_drawn_step_is_noisy(tmp_path, slow):
     """Every other step is the ODE: from the state after it the rest of the chain is a function of that state."""
-    run, _ = prepared(tmp_path, policy={"name": "mlp", "pretrained": slow["flow"]}, chain=ONE, method=SMALL, task=SHORT)
+    run, _ = prepared(
+        tmp_path,
+        policy={"name": "mlp", "pretrained": slow["flow"]},
+        chain=ONE,
+        method=SMALL,
+        task=SHORT,
+    )
     policy = run.policy.with_window((2, 3))
     context, _, _ = Recorded(episodes=4).rows(torch.arange(5), 1, range(2))
     condition = policy.model.encode(context)
     trajectory = policy.sample(condition, Noise.rows(0, 1, torch.arange(5), 1), keep=(0, 6))
     other = Noise.rows(9, 9, torch.arange(5), 1)
     start = trajectory.x[:, 3]
-    again = policy.chain.sample(policy.denoiser, condition, other, policy.model.event_shape, start=(3, start))
+    again = policy.chain.sample(
+        policy.denoiser, condition, other, policy.model.event_shape, start=(3, start)
+    )
     assert torch.equal(again.x0, trajectory.x0)
     from_before = policy.chain.sample(
         policy.denoiser, condition, other, policy.model.event_shape, start=(2, trajectory.x[:, 2])
@@ -428,13 +543,19 @@ def test_only_the_drawn_step_is_noisy(tmp_path, slow):
 
 def test_a_run_of_one_random_step_improves_a_flow_policy(tmp_path, slow):
     result = improved(
-        tmp_path, slow["flow"], chain={**ONE, "window": [1, 5]}, optimizer={"lr": 3e-3}, budget={"iterations": 14}
+        tmp_path,
+        slow["flow"],
+        chain={**ONE, "window": [1, 5]},
+        optimizer={"lr": 3e-3},
+        budget={"iterations": 14},
     )
     assert result.after["return"] > result.before["return"] + 0.1
 
 
 def test_a_deterministic_kernel_is_refused(tmp_path):
-    raw = experiment(tmp_path, chain={"steps": 4, "kernel": {"name": "ddim", "eta": 0.0}}, method=SMALL)
+    raw = experiment(
+        tmp_path, chain={"steps": 4, "kernel": {"name": "ddim", "eta": 0.0}}, method=SMALL
+    )
     with pytest.raises(ConfigError, match="deterministic"):
         train(config.parse(raw))
 
@@ -482,7 +603,9 @@ def test_it_improves_a_robot_policy_in_seconds(tmp_path, slow, family):
 def test_control_a_turned_or_missing_advantage_does_not(tmp_path, slow, monkeypatch, mistake):
     honest, sign = dppo.clipped_surrogate, -1.0 if mistake == "the wrong sign" else 0.0
     monkeypatch.setattr(
-        dppo, "clipped_surrogate", lambda log_rho, advantage, clip: honest(log_rho, sign * advantage, clip)
+        dppo,
+        "clipped_surrogate",
+        lambda log_rho, advantage, clip: honest(log_rho, sign * advantage, clip),
     )
     result = improved(tmp_path, slow["vp"])
     assert result.after["return"] < result.before["return"] + 0.05
@@ -495,7 +618,14 @@ def test_it_improves_pictures_of_prompts(tmp_path):
     raw = toy.experiment(
         tmp_path,
         policy={"name": "toy", "family": "vp"},
-        method={"name": "dppo", "episodes": 128, "warm_up": 1, "epochs": 2, "minibatch": 192, "critic_lr": 1e-2},
+        method={
+            "name": "dppo",
+            "episodes": 128,
+            "warm_up": 1,
+            "epochs": 2,
+            "minibatch": 192,
+            "critic_lr": 1e-2,
+        },
         optimizer={"lr": 1e-2},
         budget={"iterations": 20},
         eval={"every": 0, "samples": 64},
@@ -511,7 +641,10 @@ def test_the_value_of_a_prompt_is_learned(tmp_path):
     the prompt the value finds it, and the advantage is free of it.
     """
     raw = toy.experiment(
-        tmp_path, reward={"tests.methods.offset:offset": 1.0}, method={**SMALL, "episodes": 16}, eval={}
+        tmp_path,
+        reward={"tests.methods.offset:offset": 1.0},
+        method={**SMALL, "episodes": 16},
+        eval={},
     )
     run, _ = prepare(config.parse(raw), tmp_path / "run", Accelerator(cpu=True))
     value = DecisionValue(run, 0.99, 0.95, 1e-2, 60, 16)

@@ -20,12 +20,22 @@ def measured(folder, chain, **method):
     raw = experiment(
         folder,
         chain=chain,
-        method={"name": "flow_grpo", "groups": 2, "group": GROUP, "updates": 2, "reduce": "sum", "clip": 0.2, **method},
+        method={
+            "name": "flow_grpo",
+            "groups": 2,
+            "group": GROUP,
+            "updates": 2,
+            "reduce": "sum",
+            "clip": 0.2,
+            **method,
+        },
         budget={"iterations": 2},
         eval={"every": 0, "samples": 4},
     )
     result = train(config.parse(raw))
-    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     counted = {line["nfe_per_sample"] for line in lines if "nfe_per_sample" in line}
     assert len(counted) == 1
     return counted.pop()

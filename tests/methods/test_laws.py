@@ -23,7 +23,9 @@ ODE = {"name": "ddim", "eta": 0.0}
 CLIP = {"reduce": "sum", "clip": 0.2}
 METHODS = [name for name in names("methods") if hasattr(config.leaf("methods", name), "log_ratio")]
 """Those that compare likelihoods; the others have no ratio."""
-GROUPED = [name for name in METHODS if "group" in {f.name for f in fields(config.leaf("methods", name))}]
+GROUPED = [
+    name for name in METHODS if "group" in {f.name for f in fields(config.leaf("methods", name))}
+]
 """Those that compare the members of a group, and keep near a reference."""
 LEARNED = {"reinflow"}
 """Those that bring their own noise: their kernel is the ODE."""
@@ -33,7 +35,10 @@ WORLDS = {"prompts": toy.experiment, "control": toy_control.experiment}
 def section(method, **sizes):
     """A method's section with those of the sizes that it knows."""
     known = {f.name for f in fields(config.leaf("methods", method))}
-    return {"name": method, **{name: value for name, value in {**CLIP, **sizes}.items() if name in known}}
+    return {
+        "name": method,
+        **{name: value for name, value in {**CLIP, **sizes}.items() if name in known},
+    }
 
 
 SMALL = {
@@ -75,7 +80,12 @@ def once(run, method, advantage=lambda value: value):
 
 
 def chain(method, kernel="ddim", **options):
-    return {"steps": 5, "kernel": ODE if method in LEARNED else KERNELS[kernel], "window": [1, 3], **options}
+    return {
+        "steps": 5,
+        "kernel": ODE if method in LEARNED else KERNELS[kernel],
+        "window": [1, 3],
+        **options,
+    }
 
 
 def largest(run):
@@ -84,7 +94,8 @@ def largest(run):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(
-    ("method", "kernel"), [(m, k) for m in METHODS for k in KERNELS if m not in LEARNED or k == "ddim"]
+    ("method", "kernel"),
+    [(m, k) for m in METHODS for k in KERNELS if m not in LEARNED or k == "ddim"],
 )
 def test_the_first_pass_has_ratio_one_and_no_clipping(tmp_path, method, kernel, world):
     run, built = prepared(tmp_path, method, world, chain=chain(method, kernel))
@@ -115,7 +126,9 @@ def test_control_after_an_update_the_ratio_is_not_one(tmp_path, method):
     built.epochs = 2
     run.experiment.optimizer.lr = 0.05
     found, honest = [], run.update
-    run.update = lambda *arguments, **options: found.append(honest(*arguments, **options)) or found[-1]
+    run.update = lambda *arguments, **options: (
+        found.append(honest(*arguments, **options)) or found[-1]
+    )
     run.iterations = lambda: iter([1])
     built.train(run)
     assert found[0]["log_ratio_square"] < 1e-8 < found[-1]["log_ratio_square"]
@@ -179,7 +192,8 @@ def solved(tmp_path, method, kernel, iterations, **sections):
 
 
 @pytest.mark.parametrize(
-    ("method", "kernel"), [(m, k) for m in METHODS for k in KERNELS if m not in LEARNED or k == "ddim"]
+    ("method", "kernel"),
+    [(m, k) for m in METHODS for k in KERNELS if m not in LEARNED or k == "ddim"],
 )
 def test_a_toy_with_one_right_answer_is_solved(tmp_path, method, kernel):
     """The mean of the reward must rise from 0 to at least a third of its maximum."""
@@ -191,7 +205,13 @@ def test_a_toy_with_one_right_answer_is_solved(tmp_path, method, kernel):
 @pytest.mark.parametrize("method", METHODS)
 def test_wrong_sign_fails_where_the_method_succeeds(tmp_path, method):
     """The negative control of the test above: with the reward's sign turned, the policy learns the opposite."""
-    result = solved(tmp_path, method, "ddim", 40 if method in GROUPED else 25, reward={"tests.toy:brightness": -1.0})
+    result = solved(
+        tmp_path,
+        method,
+        "ddim",
+        40 if method in GROUPED else 25,
+        reward={"tests.toy:brightness": -1.0},
+    )
     assert result.after["reward/brightness"] < -0.1
 
 
@@ -232,7 +252,10 @@ def test_gradient_is_the_mean_over_rows_and_steps(tmp_path):
     run, built = prepared(tmp_path, "flow_grpo")
     rollout, advantage = run.collect(4, 4), torch.arange(16.0).view(4, 4) - 7.5
     chains = rollout.trajectory
-    losses = [built.loss(run._score(run.policy, chains, k, rollout.rows(advantage), None))[0] for k in chains.steps]
+    losses = [
+        built.loss(run._score(run.policy, chains, k, rollout.rows(advantage), None))[0]
+        for k in chains.steps
+    ]
     expected = torch.autograd.grad(torch.stack(losses).mean(), run.trainable)
     norm = torch.stack([g.norm() for g in expected]).norm()
     expected = [g / max(1.0, float(norm)) for g in expected]
@@ -257,7 +280,9 @@ def test_replay_check_rescoring_and_refusal(tmp_path):
     not."""
     run, built = prepared(tmp_path, "flow_grpo")
     rollout = run.collect(4, 4)
-    shifted = replace(rollout, trajectory=replace(rollout.trajectory, mean=rollout.trajectory.mean + 0.05))
+    shifted = replace(
+        rollout, trajectory=replace(rollout.trajectory, mean=rollout.trajectory.mean + 0.05)
+    )
     rescored = run.verified(shifted, built.log_ratio, built.clip / 10)
     assert run.replay_check.again
     assert torch.allclose(rescored.trajectory.mean, rollout.trajectory.mean, atol=1e-6)

@@ -43,7 +43,9 @@ def noisy(folder, pretrained, **sections):
             **sections,
         },
     )
-    noise = NoiseNet(run.features, math.prod(run.policy.model.event_shape), method.std_low, method.std_high)
+    noise = NoiseNet(
+        run.features, math.prod(run.policy.model.event_shape), method.std_low, method.std_high
+    )
     for parameter in noise.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     run.policy = replace(run.policy, std_of=noise)
@@ -133,7 +135,9 @@ def test_the_ratio_is_that_of_whole_chains(tmp_path, slow, reduce):
     chains = rollout.trajectory
     moved(run, noise)
     mean, std = transitions(run, chains)
-    difference = chain_density(chains, mean, std, reduce) - chain_density(chains, chains.mean, chains.std, reduce)
+    difference = chain_density(chains, mean, std, reduce) - chain_density(
+        chains, chains.mean, chains.std, reduce
+    )
     if reduce == "mean":
         difference = difference * 5 / 4  # ours leaves the prior, which cancels, out of the mean
     advantage = torch.randn(len(chains))
@@ -144,10 +148,13 @@ def test_the_ratio_is_that_of_whole_chains(tmp_path, slow, reduce):
     assert difference.abs().max() > 1e-2
     assert torch.allclose(loss, -advantage.repeat_interleave(4) * metrics["ratio_mean"], rtol=1e-4)
     single = (
-        Normal(mean, std).log_prob(chains.x[:, 1:]) - Normal(chains.mean, chains.std).log_prob(chains.x[:, 1:])
+        Normal(mean, std).log_prob(chains.x[:, 1:])
+        - Normal(chains.mean, chains.std).log_prob(chains.x[:, 1:])
     ).flatten(2)
     of_steps = single.sum(2) if reduce == "sum" else single.mean(2)
-    assert not torch.allclose(of_steps, difference[:, None].expand_as(of_steps), atol=1e-3)  # control: a step's own
+    assert not torch.allclose(
+        of_steps, difference[:, None].expand_as(of_steps), atol=1e-3
+    )  # control: a step's own
 
 
 def test_the_first_pass_has_ratio_one_and_clips_nothing(tmp_path, slow):
@@ -187,14 +194,23 @@ def test_control_two_time_grids_do_not_replay(tmp_path, slow):
             x.append((mean + std * torch.randn_like(mean)).detach())
         return torch.stack(x, 1)
 
-    acting, scoring = 1 - torch.linspace(0, 1, K).double(), 1 - torch.linspace(0, 1 - 1 / K, K).double()
+    acting, scoring = (
+        1 - torch.linspace(0, 1, K).double(),
+        1 - torch.linspace(0, 1 - 1 / K, K).double(),
+    )
     acting[-1] = 1e-3  # our flow is not asked at 0
     x = sample(acting)
     old, one, two = means(x, acting), means(x, acting), means(x, scoring)
 
     def gap(new):
-        gaussians = [Gaussian(m, torch.full_like(m, std)) for m in (new[:, 0], old[:, 0], new[:, 2], old[:, 2])]
-        log_ratios = [method.log_ratio(*gaussians[:2], x[:, 1]), method.log_ratio(*gaussians[2:], x[:, 3])]
+        gaussians = [
+            Gaussian(m, torch.full_like(m, std))
+            for m in (new[:, 0], old[:, 0], new[:, 2], old[:, 2])
+        ]
+        log_ratios = [
+            method.log_ratio(*gaussians[:2], x[:, 1]),
+            method.log_ratio(*gaussians[2:], x[:, 3]),
+        ]
         return float(torch.stack(log_ratios).abs().max())
 
     assert gap(one) == 0
@@ -229,7 +245,9 @@ def test_the_gradient_is_the_mean_over_chains(tmp_path, slow):
     new = Normal(mean, std).log_prob(chains.x[:, 1:]).flatten(1).mean(1)
     old = Normal(chains.mean, chains.std).log_prob(chains.x[:, 1:]).flatten(1).mean(1)
     ratio = (new - old).exp()
-    surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - method.clip, 1 + method.clip))
+    surrogate = torch.maximum(
+        -advantage * ratio, -advantage * ratio.clamp(1 - method.clip, 1 + method.clip)
+    )
     objective = (surrogate - method.entropy * std.flatten(1).log().mean(1)).mean()
     parameters = [*run.trainable, *noise.parameters()]
     expected = torch.autograd.grad(objective, parameters)
@@ -275,8 +293,13 @@ def test_both_networks_learn_and_are_resumable(tmp_path, slow):
     one, two = (torch.load(folder / f"checkpoints/{i}/state.pt", weights_only=True) for i in (1, 2))
     assert set(one["registered"]) == {"noise", "noise_optimizer", "value", "value_optimizer"}
     for name in ("noise", "value"):
-        assert any(not torch.equal(v, two["registered"][name][n]) for n, v in one["registered"][name].items())
-    assert any(not torch.equal(a, b) for a, b in zip(one["parameters"], two["parameters"], strict=True))
+        assert any(
+            not torch.equal(v, two["registered"][name][n])
+            for n, v in one["registered"][name].items()
+        )
+    assert any(
+        not torch.equal(a, b) for a, b in zip(one["parameters"], two["parameters"], strict=True)
+    )
     assert two["registered"]["noise_optimizer"]["updates"] == two["optimizer"]["updates"] > 0
 
 
@@ -343,7 +366,9 @@ def test_it_improves_a_robot_policy_in_seconds(tmp_path, slow):
 def test_control_the_wrong_sign_makes_it_worse(tmp_path, slow, monkeypatch):
     honest = reinflow.clipped_surrogate
     monkeypatch.setattr(
-        reinflow, "clipped_surrogate", lambda log_rho, advantage, clip: honest(log_rho, -advantage, clip)
+        reinflow,
+        "clipped_surrogate",
+        lambda log_rho, advantage, clip: honest(log_rho, -advantage, clip),
     )
     result = improved(tmp_path, slow)
     assert result.after["return"] < result.before["return"]
@@ -390,5 +415,7 @@ def test_a_chain_that_explores_nowhere_is_refused(tmp_path, slow):
 
 
 def test_a_toy_of_prompts_is_known_by_its_features(tmp_path):
-    run, _ = prepare(config.parse(toy.experiment(tmp_path)), tmp_path / "run", Accelerator(cpu=True))
+    run, _ = prepare(
+        config.parse(toy.experiment(tmp_path)), tmp_path / "run", Accelerator(cpu=True)
+    )
     assert run.features == 8

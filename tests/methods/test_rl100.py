@@ -38,7 +38,9 @@ def built(folder, method=(), optimizer=(), **sections):
 
 def improving(folder, verdict=BETTER, **offline):
     """A pipeline that is about to improve what a data set shows; the gate says ``verdict``."""
-    run, pipeline = built(folder, {"stage": "offline", "offline": {"episodes": 0, "lr": 1e-2, **offline}})
+    run, pipeline = built(
+        folder, {"stage": "offline", "offline": {"episodes": 0, "lr": 1e-2, **offline}}
+    )
     run.enter("improve")
     pipeline._verdict = lambda point: verdict
     return run, pipeline
@@ -52,7 +54,11 @@ def state(run):
 
 
 def same(a, b):
-    return a[1] == b[1] and len(a[0]) == len(b[0]) and all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+    return (
+        a[1] == b[1]
+        and len(a[0]) == len(b[0])
+        and all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+    )
 
 
 def copied(found):
@@ -74,7 +80,10 @@ def stages(run):
         ({"stage": "imitation"}, "imitate imitate"),
         ({"stage": "offline"}, "collect criticise improve improve"),
         ({"stage": "online"}, "online"),
-        ({"stage": "offline", "offline": {"episodes": 0, "candidates": 1, "rounds": 2}}, "criticise improve " * 2),
+        (
+            {"stage": "offline", "offline": {"episodes": 0, "candidates": 1, "rounds": 2}},
+            "criticise improve " * 2,
+        ),
         (
             {"stage": "offline", "offline": {"rounds": 2, "recloning": 5, "candidates": 1}},
             "collect reclone criticise improve " * 2,
@@ -100,11 +109,15 @@ def whole(tmp_path_factory):
 
     def criticise(self):
         through = honest(self)
-        critics.append((self, {n: p.detach().clone() for n, p in self.value.q.state_dict().items()}))
+        critics.append(
+            (self, {n: p.detach().clone() for n, p in self.value.q.state_dict().items()})
+        )
         return through
 
     patch.setattr(_Pipeline, "criticise", criticise)
-    result = train(config.parse(experiment(tmp_path_factory.mktemp("whole"), budget={"iterations": 8})))
+    result = train(
+        config.parse(experiment(tmp_path_factory.mktemp("whole"), budget={"iterations": 8}))
+    )
     patch.undo()
     return result, critics
 
@@ -123,7 +136,16 @@ def test_three_stages_from_one_experiment(whole):
     assert result.summary["replay_gap"] < 0.01
     assert result.summary["env_decisions"] > 3 * 8
     counted = [row["env_steps"] for row in rows if "env_steps" in row]
-    assert [b > a for a, b in pairwise([0, *counted])] == [False, False, True, False, False, False, True, True]
+    assert [b > a for a, b in pairwise([0, *counted])] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_milestones_are_examined_and_load_again(whole):
@@ -151,7 +173,9 @@ def test_milestones_are_examined_and_load_again(whole):
 
 
 def test_imitation_alone_ends_before_its_budget(tmp_path):
-    result = train(config.parse(experiment(tmp_path, method={"stage": "imitation"}, budget={"iterations": 50})))
+    result = train(
+        config.parse(experiment(tmp_path, method={"stage": "imitation"}, budget={"iterations": 50}))
+    )
     assert result.summary["iterations"] == 2
     assert result.summary["over"]
     assert {path.name for path in (result.folder / "stages").iterdir()} == {"imitation"}
@@ -162,7 +186,11 @@ def test_imitation_alone_ends_before_its_budget(tmp_path):
     [
         ("flow", {"name": "sde", "a": 0.7}, None),
         ("flow", {"name": "cps", "a": 0.8}, None),
-        ("flow", {"name": "floorstd", "floor": 0.1, "kernel": {"name": "ddim", "eta": 1.0}}, [0, 3]),
+        (
+            "flow",
+            {"name": "floorstd", "floor": 0.1, "kernel": {"name": "ddim", "eta": 1.0}},
+            [0, 3],
+        ),
         ("vp", CLIPPED, [0, 3]),
     ],
 )
@@ -183,7 +211,9 @@ def test_offline_alone_on_data_from_elsewhere(tmp_path, family, kernel, window):
     assert result.summary["env_steps"] == result.summary["env_decisions"] == 0
     gates = [row for row in lines(result.folder) if "gate/gain" in row]
     assert len(gates) == 2
-    assert all(math.isfinite(row["gate/gain"]) and math.isfinite(row["gate/distance"]) for row in gates)
+    assert all(
+        math.isfinite(row["gate/gain"]) and math.isfinite(row["gate/distance"]) for row in gates
+    )
     assert result.summary["replay_gap"] < 0.01
     assert not (result.folder / "episodes").exists()
 
@@ -212,9 +242,17 @@ def test_what_does_not_fit_is_told(tmp_path, whole):
     for number, (sections, said) in enumerate(
         (
             (pretrained, "name them in the data section"),
-            ({**pretrained, "method": {"stage": "offline", "offline": {"episodes": 0}}}, "nothing to learn from"),
             (
-                {"chain": {"steps": 3, "kernel": CLIPPED | {"kernel": {"name": "ddim", "eta": 0.0}, "floor": 0.0}}},
+                {**pretrained, "method": {"stage": "offline", "offline": {"episodes": 0}}},
+                "nothing to learn from",
+            ),
+            (
+                {
+                    "chain": {
+                        "steps": 3,
+                        "kernel": CLIPPED | {"kernel": {"name": "ddim", "eta": 0.0}, "floor": 0.0},
+                    }
+                },
                 "std",
             ),
             ({"method": {"stage": "both"}}, "stage"),
@@ -236,7 +274,9 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path):
     stages = {stage.stage: stage for stage in cost.stages}
     assert list(stages) == ["imitate", "collect", "criticise", "improve", "online"]
     assert [stage.iterations for stage in cost.stages] == [2, 1, 1, 2, None]
-    assert "update" in stages["online"].phases, "control: a first iteration of the stage would train the value alone"
+    assert "update" in stages["online"].phases, (
+        "control: a first iteration of the stage would train the value alone"
+    )
     assert stages["collect"].env_steps > 0 == stages["criticise"].env_steps
     assert cost.iterations == 40
     each = {name: stage.evaluations for name, stage in stages.items()}
@@ -251,11 +291,16 @@ def test_without_demonstrations_the_critic_sees_the_runs_own_episodes(tmp_path):
     for demonstrations in (True, False):
         offline = {"demonstrations": demonstrations, "episodes": 4}
         (tmp_path / str(demonstrations)).mkdir()
-        run, pipeline = built(tmp_path / str(demonstrations), {"stage": "offline", "offline": offline})
+        run, pipeline = built(
+            tmp_path / str(demonstrations), {"stage": "offline", "offline": offline}
+        )
         run.enter("collect")
         pipeline.collect()
         e = pipeline.experience
-        everything, recorded = e.everything, int((e.everything.episode < len(run.data.episode.unique())).sum())
+        everything, recorded = (
+            e.everything,
+            int((e.everything.episode < len(run.data.episode.unique())).sum()),
+        )
         assert 0 < recorded < len(everything)
         lengths[demonstrations] = len(e.replay), len(everything), recorded
         drawn = e.redraw(30, 0)[1]
@@ -286,7 +331,10 @@ def test_without_advantage_and_without_kl_nothing_changes(tmp_path):
 def test_a_refused_candidate_is_undone_to_the_bit(tmp_path, ema):
     """After one that was accepted, so that there are moments to restore; it was a candidate: it had moved."""
     run, pipeline = improving(tmp_path, far=1e9)
-    run.stages = {**run.stages, "improve": config.OptimizerConfig(lr=1e-2, weight_decay=0.01, ema=ema, warmup=5)}
+    run.stages = {
+        **run.stages,
+        "improve": config.OptimizerConfig(lr=1e-2, weight_decay=0.01, ema=ema, warmup=5),
+    }
     run.enter("improve")
     fresh = copied(state(run))
     assert pipeline.improve() is False
@@ -299,7 +347,10 @@ def test_a_refused_candidate_is_undone_to_the_bit(tmp_path, ema):
     assert pipeline.improve() is False
     assert not same(moved[0], accepted), "there was something to undo"
     assert same(state(run), accepted)
-    assert [run.journal.numbers[f"gate/{n}"] for n in ("accepted", "gain")] == [[1.0, 0.0], [1.0, -1.0]]
+    assert [run.journal.numbers[f"gate/{n}"] for n in ("accepted", "gain")] == [
+        [1.0, 0.0],
+        [1.0, -1.0],
+    ]
     run.rewind = lambda point: None  # control
     pipeline.improve()
     assert not same(state(run), accepted)
@@ -328,12 +379,20 @@ def test_the_verdict_compares_the_candidate_with_what_it_came_from(tmp_path):
     for p in run.trainable:
         p.data += 0.05
     candidate = run.snapshot()
-    new = pipeline.evaluation(pipeline.experience.replay, pipeline.experience.features).double().mean()
+    new = (
+        pipeline.evaluation(pipeline.experience.replay, pipeline.experience.features)
+        .double()
+        .mean()
+    )
     verdict = pipeline._verdict(point)
     assert all(torch.equal(a, b) for a, b in zip(candidate, run.snapshot(), strict=True))
     assert verdict.old + verdict.difference == pytest.approx(float(new), abs=1e-6)
     with run.using(point[0]):
-        old = pipeline.evaluation(pipeline.experience.replay, pipeline.experience.features).double().mean()
+        old = (
+            pipeline.evaluation(pipeline.experience.replay, pipeline.experience.features)
+            .double()
+            .mean()
+        )
     assert verdict.old == pytest.approx(float(old), abs=1e-6)
 
 
@@ -354,18 +413,24 @@ def test_distance_is_the_kl_of_whole_chains_in_nats(tmp_path):
     for p in run.trainable:
         p.data += 0.03 * torch.randn_like(p)
     found = pipeline._distance()
-    chains = pipeline.experience.redraw(pipeline.s.offline.states, pipeline.s.offline.sweeps)[0].trajectory
+    chains = pipeline.experience.redraw(pipeline.s.offline.states, pipeline.s.offline.sweeps)[
+        0
+    ].trajectory
     total = 0.0
     with torch.no_grad(), run.using(anchor):
         for k in chains.steps:
             then, now = run.policy.transition(chains, k), chains.acted(k)
-            total += kl_divergence(Normal(now.mean, now.std), Normal(then.mean, then.std.expand_as(now.mean))).sum()
+            total += kl_divergence(
+                Normal(now.mean, now.std), Normal(then.mean, then.std.expand_as(now.mean))
+            ).sum()
     assert found == pytest.approx(float(total) / 9, rel=1e-4)
     pipeline.anchor.renew()
     assert pipeline._distance() == 0
 
 
-@pytest.mark.parametrize(("rates", "kept"), [((0.4, 0.5), True), ((0.4, 0.4), False), ((0.4, 0.3), False)])
+@pytest.mark.parametrize(
+    ("rates", "kept"), [((0.4, 0.5), True), ((0.4, 0.4), False), ((0.4, 0.3), False)]
+)
 def test_real_episodes_have_the_last_word(tmp_path, rates, kept):
     """The policy in force is tried first, and once; then the candidate, from the same starts."""
     run, pipeline = improving(tmp_path, check=7)
@@ -380,7 +445,9 @@ def test_real_episodes_have_the_last_word(tmp_path, rates, kept):
     pipeline.improve()
     assert same(state(run), before) != kept
     assert run.journal.numbers["gate/accepted"] == [float(kept)]
-    assert all(torch.equal(a, b) for a, b in zip(weights[0], before[0], strict=False)), "the first is the one in force"
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], before[0], strict=False)), (
+        "the first is the one in force"
+    )
     assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
     assert pipeline.anchor.rate == (rates[1] if kept else rates[0])
     answers.append(0.9)
@@ -402,7 +469,9 @@ def test_trying_out_is_paired_and_counted(tmp_path):
     assert run.journal.collected >= 12
     asked.clear()
     run.try_out(6, 2)
-    assert not {seed for seeds in asked for seed in seeds} & set(first), "control: another name, other starts"
+    assert not {seed for seeds in asked for seed in seeds} & set(first), (
+        "control: another name, other starts"
+    )
 
 
 def test_a_redraw_shows_what_was_encoded_once(tmp_path):
@@ -451,7 +520,9 @@ def test_the_advantage_is_that_of_what_was_drawn(tmp_path, samples):
                 others = [j for j in range(len(q)) if j // samples == i // samples and j != i]
                 assert torch.equal(seen[others[0]], seen[i])
                 raw = raw.index_fill(0, torch.tensor(i), float(q[i] - q[others].mean()))
-            assert len({tuple(row.tolist()) for row in x0.flatten(1)}) == len(q), "every sample is a draw of its own"
+            assert len({tuple(row.tolist()) for row in x0.flatten(1)}) == len(q), (
+                "every sample is a draw of its own"
+            )
     assert torch.allclose(advantage.float(), (raw - raw.mean()) / raw.std(correction=0), atol=1e-4)
 
 
@@ -478,7 +549,9 @@ def test_the_gradient_of_the_kl_is_that_of_the_analytic_one(tmp_path):
     for k, then in zip(chains.steps, start, strict=True):
         now = run.policy.transition(chains, k)
         std = now.std.expand_as(now.mean)
-        divergences.append(kl_divergence(Normal(now.mean, std), Normal(then.mean, std)).flatten(1).sum(1))
+        divergences.append(
+            kl_divergence(Normal(now.mean, std), Normal(then.mean, std)).flatten(1).sum(1)
+        )
     loss = beta * torch.stack(divergences).mean()
     expected = torch.autograd.grad(loss, run.trainable)
     zero = torch.zeros(len(chains))
@@ -491,7 +564,9 @@ def test_the_gradient_of_the_kl_is_that_of_the_analytic_one(tmp_path):
     for parameter, gradient in zip(run.trainable, expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, atol=1e-4 * largest)
     with pytest.raises(AssertionError):  # control: a mean over the chunk is another number
-        assert means["kl"] == pytest.approx(float(torch.stack(divergences).mean().detach()) / 4, rel=1e-2)
+        assert means["kl"] == pytest.approx(
+            float(torch.stack(divergences).mean().detach()) / 4, rel=1e-2
+        )
 
 
 def test_a_policy_at_its_anchor_feels_no_kl(tmp_path):
@@ -510,15 +585,23 @@ def test_the_loss_by_hand(tmp_path):
         step = run._score(run.policy, chains, k, advantage, pipeline.anchor.weights)
         found, metrics = pipeline.loss(step, clip=0.2, kl=0.3)
         new, old = (Normal(g.mean, g.std.expand_as(g.mean)) for g in (step.new, chains.acted(k)))
-        ratio = (new.log_prob(chains.after(k)) - old.log_prob(chains.after(k))).flatten(1).sum(1).exp()
-        assert torch.allclose(pipeline.log_ratio(step.new, step.old, step.x).exp(), ratio, rtol=1e-3)
+        ratio = (
+            (new.log_prob(chains.after(k)) - old.log_prob(chains.after(k))).flatten(1).sum(1).exp()
+        )
+        assert torch.allclose(
+            pipeline.log_ratio(step.new, step.old, step.x).exp(), ratio, rtol=1e-3
+        )
         surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
         kl = ((step.new.mean - step.reference.mean) ** 2 / (2 * step.new.std**2)).flatten(1).sum(1)
         assert torch.allclose(found, surrogate + 0.3 * kl, rtol=1e-3, atol=1e-4)
         assert torch.allclose(metrics["kl"], kl, rtol=1e-4)
-        mean = (new.log_prob(chains.after(k)) - old.log_prob(chains.after(k))).flatten(1).mean(1).exp()
+        mean = (
+            (new.log_prob(chains.after(k)) - old.log_prob(chains.after(k))).flatten(1).mean(1).exp()
+        )
         apart.append(float((mean - ratio).abs().max()))
-        plain, metrics = pipeline.loss(run._score(run.policy, chains, k, advantage, None), clip=0.2, kl=0.3)
+        plain, metrics = pipeline.loss(
+            run._score(run.policy, chains, k, advantage, None), clip=0.2, kl=0.3
+        )
         assert "kl" not in metrics
         assert torch.allclose(plain, surrogate, rtol=1e-3, atol=1e-4)
     assert max(apart) > 1e-2, "control: a mean over the chunk is another ratio"
@@ -527,16 +610,21 @@ def test_the_loss_by_hand(tmp_path):
 @pytest.mark.parametrize("minibatch", [1, 7, 12, 1000])
 @pytest.mark.parametrize("update", ["pairs", "chain", "step"])
 def test_every_decision_and_step_once_a_pass(tmp_path, update, minibatch):
-    _, pipeline = built(tmp_path, {"stage": "offline", "update": update, "offline": {"episodes": 0, "states": 11}})
+    _, pipeline = built(
+        tmp_path, {"stage": "offline", "update": update, "offline": {"episodes": 0, "states": 11}}
+    )
     rollout, _ = pipeline.experience.redraw(pipeline.s.offline.states, 0)
     whole = sorted((row, k) for row in range(11) for k in rollout.trajectory.steps)
     passes = []
     for epoch in range(2):
         batches = [
-            list(zip(b.rows.tolist(), b.k.tolist(), strict=True)) for b in pipeline._batches(rollout, minibatch, epoch)
+            list(zip(b.rows.tolist(), b.k.tolist(), strict=True))
+            for b in pipeline._batches(rollout, minibatch, epoch)
         ]
         assert sorted(pair for batch in batches for pair in batch) == whole
-        assert max(map(len, batches)) <= minibatch + (2 if update == "chain" else 0), "chains are not divided"
+        assert max(map(len, batches)) <= minibatch + (2 if update == "chain" else 0), (
+            "chains are not divided"
+        )
         for batch in batches:
             steps = {k for _, k in batch}
             if update == "step":
@@ -569,9 +657,9 @@ def test_the_value_goes_on_from_the_offline_one(tmp_path):
     own = pipeline.on_policy.critic.value.state_dict()
     assert all(torch.equal(own[n], offline[n]) for n in own)
     pipeline.on_policy.critic.value.network[0].weight.data.add_(1)
-    assert not torch.equal(pipeline.value.v.network[0].weight, pipeline.on_policy.critic.value.network[0].weight), (
-        "a copy"
-    )
+    assert not torch.equal(
+        pipeline.value.v.network[0].weight, pipeline.on_policy.critic.value.network[0].weight
+    ), "a copy"
 
 
 def test_the_anchor_is_the_policy_at_the_stages_start(tmp_path):
@@ -581,7 +669,9 @@ def test_the_anchor_is_the_policy_at_the_stages_start(tmp_path):
         p.data += 1
     assert not torch.equal(pipeline.anchor.weights[0], run.trainable[0])
     pipeline._leave("criticise")
-    assert all(torch.equal(a, b) for a, b in zip(pipeline.anchor.weights, run.trainable, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(pipeline.anchor.weights, run.trainable, strict=True)
+    )
     run.trainable[0].data += 1
     assert not torch.equal(pipeline.anchor.weights[0], run.trainable[0]), "a copy"
 
@@ -612,7 +702,9 @@ def test_recloning_imitates_what_succeeded(tmp_path):
     assert 0 < len(good) < len(replay)
     context, event, mask = pipeline.experience.imitable(torch.arange(len(good)))
     assert torch.equal(event, replay.event[good])
-    assert torch.equal(run.policy.model.encode(context), pipeline.experience.conditions[replay.now[good]])
+    assert torch.equal(
+        run.policy.model.encode(context), pipeline.experience.conditions[replay.now[good]]
+    )
     assert mask is None
     asked, honest = [], run.policy.model.encode
     run.policy.model.encode = lambda context: asked.append(len(context)) or honest(context)
@@ -664,12 +756,42 @@ def test_processes_redraw_what_one_does(tmp_path, samples):
 
 LEARNING = {
     "gamma": 0.97,
-    "imitation": {"iterations": 1, "updates": 140, "batch": 64, "lr": 3e-3, "warmup": 20, "ema": 0.9},
-    "offline": {
-        **{"episodes": 60, "critic_updates": 300, "model_updates": 150, "candidates": 2, "sweeps": 4, "states": 256},
-        **{"epochs": 2, "minibatch": 512, "lr": 1e-3, "horizon": 4, "starts": 64, "best_of": 4, "kl": 0.05},
+    "imitation": {
+        "iterations": 1,
+        "updates": 140,
+        "batch": 64,
+        "lr": 3e-3,
+        "warmup": 20,
+        "ema": 0.9,
     },
-    "online": {"episodes": 60, "epochs": 4, "minibatch": 256, "lr": 1e-3, "critic_epochs": 5, "warm_up": 1, "ema": 0.9}
+    "offline": {
+        **{
+            "episodes": 60,
+            "critic_updates": 300,
+            "model_updates": 150,
+            "candidates": 2,
+            "sweeps": 4,
+            "states": 256,
+        },
+        **{
+            "epochs": 2,
+            "minibatch": 512,
+            "lr": 1e-3,
+            "horizon": 4,
+            "starts": 64,
+            "best_of": 4,
+            "kl": 0.05,
+        },
+    },
+    "online": {
+        "episodes": 60,
+        "epochs": 4,
+        "minibatch": 256,
+        "lr": 1e-3,
+        "critic_epochs": 5,
+        "warm_up": 1,
+        "ema": 0.9,
+    }
     | {"final": 1.0},  # a short run has no time to slow down
 }
 
@@ -707,7 +829,9 @@ def test_success_rises_from_stage_to_stage(tmp_path):
 
 def test_control_a_turned_advantage_unlearns(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        rl100, "clipped_surrogate", lambda log_rho, advantage, clip: clipped_surrogate(log_rho, -advantage, clip)
+        rl100,
+        "clipped_surrogate",
+        lambda log_rho, advantage, clip: clipped_surrogate(log_rho, -advantage, clip),
     )
     monkeypatch.setitem(LEARNING, "offline", {**LEARNING["offline"], "delta": 0.0, "candidates": 1})
     rates = learned(tmp_path, 8)

@@ -28,7 +28,14 @@ ONE_STEP = {
 SMALL = {
     "name": "uni_o4",
     "members": 3,
-    "imitation": {"iterations": 2, "updates": 5, "batch": 16, "warmup": 5, "ema": 0.9, "alpha": 0.5},
+    "imitation": {
+        "iterations": 2,
+        "updates": 5,
+        "batch": 16,
+        "warmup": 5,
+        "ema": 0.9,
+        "alpha": 0.5,
+    },
     "offline": {
         "episodes": 7,
         "critic_updates": 3,
@@ -39,7 +46,14 @@ SMALL = {
         "horizon": 2,
         "starts": 8,
     },
-    "online": {"episodes": 5, "epochs": 1, "minibatch": 16, "critic_epochs": 1, "critic_minibatch": 16, "warm_up": 0},
+    "online": {
+        "episodes": 5,
+        "epochs": 1,
+        "minibatch": 16,
+        "critic_epochs": 1,
+        "critic_minibatch": 16,
+        "warm_up": 0,
+    },
 }
 """Its course: imitate 1 and 2, collect 3 to 5, criticise 6, improve 7 and 8, online from 9 on."""
 BOUNDARIES = {2: "collect", 5: "criticise", 6: "improve", 8: "online"}
@@ -109,7 +123,14 @@ def mean(run, condition):
 
 @pytest.mark.parametrize("network", ["residual", "unet"])
 def test_a_chain_of_one_step_is_a_normal(tmp_path, network):
-    policy = {"name": "mlp", "family": "gaussian", "network": network, "hidden": 32, "blocks": 1, "chunk": 2}
+    policy = {
+        "name": "mlp",
+        "family": "gaussian",
+        "network": network,
+        "hidden": 32,
+        "blocks": 1,
+        "chunk": 2,
+    }
     run, _ = toy_control.prepared(tmp_path, policy=policy, chain=ONE_STEP)
     condition, _ = seen(run, 100)
     with torch.no_grad():
@@ -128,7 +149,9 @@ def test_a_chain_of_one_step_is_a_normal(tmp_path, network):
 
 @pytest.mark.parametrize(("family", "same_action"), [("gaussian", True), ("flow", False)])
 def test_the_chains_first_draw_does_not_matter(tmp_path, family, same_action):
-    run, _ = toy_control.prepared(tmp_path, policy={"name": "mlp", "family": family, "hidden": 16}, chain=ONE_STEP)
+    run, _ = toy_control.prepared(
+        tmp_path, policy={"name": "mlp", "family": family, "hidden": 16}, chain=ONE_STEP
+    )
     condition, _ = seen(run, 5)
     noise = Noise.rows(0, 1, torch.arange(5), 1)
     x = [scale * torch.randn(5, *run.policy.model.event_shape) for scale in (1.0, 1.0, 50.0)]
@@ -139,11 +162,16 @@ def test_the_chains_first_draw_does_not_matter(tmp_path, family, same_action):
 
 
 def test_the_deployed_mean_is_deterministic(tmp_path):
-    run, _ = toy_control.prepared(tmp_path, policy={"name": "mlp", "family": "gaussian", "hidden": 16}, chain=ONE_STEP)
+    run, _ = toy_control.prepared(
+        tmp_path, policy={"name": "mlp", "family": "gaussian", "hidden": 16}, chain=ONE_STEP
+    )
     condition, _ = seen(run, 5)
     for policy, fixed in ((run.deployed, True), (run.policy, False)):
         with torch.no_grad():
-            a, b = (policy.sample(condition, Noise.rows(seed, 1, torch.arange(5), 1)).x0 for seed in (0, 1))
+            a, b = (
+                policy.sample(condition, Noise.rows(seed, 1, torch.arange(5), 1)).x0
+                for seed in (0, 1)
+            )
             assert torch.equal(a, b) == fixed
             assert torch.allclose(a, mean(run, condition), atol=1e-6) == fixed
 
@@ -151,7 +179,9 @@ def test_the_deployed_mean_is_deterministic(tmp_path):
 @pytest.mark.parametrize(("family", "is_likelihood"), [("gaussian", True), ("flow", False)])
 def test_cloning_is_maximum_likelihood(tmp_path, family, is_likelihood):
     """The imitation loss is 2 s^2 / |E| times -log pi, up to a constant, whatever t and noise."""
-    run, _ = toy_control.prepared(tmp_path, policy={"name": "mlp", "family": family, "hidden": 16}, chain=ONE_STEP)
+    run, _ = toy_control.prepared(
+        tmp_path, policy={"name": "mlp", "family": family, "hidden": 16}, chain=ONE_STEP
+    )
     condition, event = seen(run, 20)
     t = run.policy.model.times(torch.rand(20, generator=torch.Generator().manual_seed(0)).double())
     loss = run.policy.supervised_loss(condition, event, t, torch.randn_like(event)).mean()
@@ -167,7 +197,9 @@ def test_a_saved_gaussian_is_restored(tmp_path):
     policy = saved(str(result.folder / "policy")).load()
     assert policy.model.family == "gaussian"
     condition = torch.randn(4, 4)
-    drawn = [policy.sample(condition, Noise.rows(seed, 1, torch.arange(4), 1)).x0 for seed in (0, 1)]
+    drawn = [
+        policy.sample(condition, Noise.rows(seed, 1, torch.arange(4), 1)).x0 for seed in (0, 1)
+    ]
     assert torch.equal(*drawn)
 
 
@@ -193,9 +225,13 @@ def test_joint_weights_by_hand():
         assert torch.allclose(found, expected[member])
         assert torch.equal(found == 1, most == member)
         assert {round(float(w), 3) for w in found} == {1.0, 1.1}
-        (detached,) = torch.autograd.grad(-joint_loss(log_pi, member, 0.1, detached=True).sum(), log_pi)
+        (detached,) = torch.autograd.grad(
+            -joint_loss(log_pi, member, 0.1, detached=True).sum(), log_pi
+        )
         assert torch.allclose(detached[member], torch.full_like(found, 1.1))
-    assert torch.equal(joint_weight(errors[0], [], 0.1), torch.ones(50)), "alone it is plain cloning"
+    assert torch.equal(joint_weight(errors[0], [], 0.1), torch.ones(50)), (
+        "alone it is plain cloning"
+    )
 
 
 def test_an_update_descends_the_joint_loss(tmp_path):
@@ -222,7 +258,9 @@ def test_an_update_descends_the_joint_loss(tmp_path):
     for alpha, gradients in wanted.items():
         norm = float(torch.stack([g.norm() for g in gradients]).norm())
         pairs = zip(run.trainable, gradients, strict=True)
-        agree = all(torch.allclose(p.grad, g / max(1.0, norm), rtol=1e-3, atol=1e-5) for p, g in pairs)
+        agree = all(
+            torch.allclose(p.grad, g / max(1.0, norm), rtol=1e-3, atol=1e-5) for p, g in pairs
+        )
         assert agree == (alpha == 0.5), "control: plain cloning is another gradient"
     assert [same(a, b) for a, b in zip(before, members.weights, strict=True)] == [True, False, True]
     assert [o.updates for o in members.optimizers] == [0, 1, 0]
@@ -235,10 +273,14 @@ def test_members_begin_and_draw_apart(tmp_path):
     assert not any(same(first[i], first[j]) for i in range(3) for j in range(i))
     drawn = []
     honest = pipeline.imitation.source
-    object.__setattr__(pipeline.imitation, "source", lambda rows: drawn.append(rows) or honest(rows))
+    object.__setattr__(
+        pipeline.imitation, "source", lambda rows: drawn.append(rows) or honest(rows)
+    )
     pipeline.imitate()
     assert len({tuple(rows.tolist()) for rows in drawn}) == 15
-    assert same(run.snapshot(), pipeline.members.optimizers[0].ema), "the first member is what is evaluated"
+    assert same(run.snapshot(), pipeline.members.optimizers[0].ema), (
+        "the first member is what is evaluated"
+    )
     averages = copied(o.ema for o in pipeline.members.optimizers)
     pipeline.members.enter("improve")
     assert all(same(a, b) for a, b in zip(averages, pipeline.members.weights, strict=True))
@@ -254,7 +296,9 @@ def test_a_worse_target_does_not_replace_and_is_not_undone(tmp_path):
     pipeline.improve()
     assert all(same(a, b) for a, b in zip(old, members.old, strict=True))
     target = copied(members.weights)
-    assert not any(same(a, b) for a, b in zip(old, target, strict=True)), "the target had moved, and stays there"
+    assert not any(same(a, b) for a, b in zip(old, target, strict=True)), (
+        "the target had moved, and stays there"
+    )
     assert same(run.snapshot(), old[0]), "in force is an old policy"
     begun = []
     honest = run.update
@@ -262,7 +306,9 @@ def test_a_worse_target_does_not_replace_and_is_not_undone(tmp_path):
     pipeline._verdict, run.iteration = lambda member: BETTER, 2
     pipeline.improve()
     assert same(begun[0], target[0]), "it learns on from where it was"
-    assert all(same(a, b) for a, b in zip(members.weights, members.old, strict=True)), "control: a better one replaces"
+    assert all(same(a, b) for a, b in zip(members.weights, members.old, strict=True)), (
+        "control: a better one replaces"
+    )
     assert [o.updates for o in members.optimizers] == [6, 6, 6]
     assert run.journal.numbers["gate/accepted"] == [0.0] * 3 + [1.0] * 3
 
@@ -273,7 +319,9 @@ def test_the_old_policy_acts_and_the_target_learns(tmp_path):
     for iteration, one in ((1, True), (2, False)):
         run.iteration, ratios = iteration, []
         honest = run.update
-        run.update = lambda *args, honest=honest, into=ratios: into.append(honest(*args)["log_ratio_square"])
+        run.update = lambda *args, honest=honest, into=ratios: into.append(
+            honest(*args)["log_ratio_square"]
+        )
         pipeline.improve()
         run.update = honest
         assert len(ratios) == 3
@@ -346,7 +394,12 @@ def test_all_stages_from_one_experiment(whole):
     assert [i for i in of if "gate/gain" in of[i]] == [7, 8]
     assert [i for i in of if "policy/ratio_mean" in of[i]] == [7, 8, 9, 10]
     assert [i for i in of if "critic/explained" in of[i]] == [9, 10]
-    assert all(math.isfinite(value) for row in rows for key, value in row.items() if key.startswith("gate/"))
+    assert all(
+        math.isfinite(value)
+        for row in rows
+        for key, value in row.items()
+        if key.startswith("gate/")
+    )
     assert whole.summary["replay_gap"] < 0.01
     assert not whole.summary["over"]
     kept = [len(list((whole.folder / "episodes" / str(i)).glob("*.pt"))) for i in (3, 4, 5)]
@@ -370,7 +423,11 @@ def test_stopped_at_every_boundary_equals_uninterrupted_bit_for_bit(tmp_path, wh
         assert state["stage"] == BOUNDARIES[here]
         assert state["registered"]["experience"]["iterations"] == ([] if here < 5 else [3, 4, 5])
         again = made / "config.yaml"
-        again.write_text(again.read_text().replace(f"iterations: {here}\n  nfe", f"iterations: {following}\n  nfe"))
+        again.write_text(
+            again.read_text().replace(
+                f"iterations: {here}\n  nfe", f"iterations: {following}\n  nfe"
+            )
+        )
         train(again)
     a, b = weights(whole.folder, 10), weights(made, 10)
     verdicts = same_state(a, b)
@@ -385,7 +442,9 @@ def test_control_members_that_are_not_resumed_make_another_run(tmp_path, whole, 
     made = train(config.parse(experiment(tmp_path / "it", budget={"iterations": 7}))).folder
     file = made / "checkpoints/7/state.pt"
     state = torch.load(file, weights_only=True)
-    state["registered"]["members"][part] = [[v + 0.1 for v in m] for m in state["registered"]["members"][part]]
+    state["registered"]["members"][part] = [
+        [v + 0.1 for v in m] for m in state["registered"]["members"][part]
+    ]
     torch.save(state, file)
     again = made / "config.yaml"
     again.write_text(again.read_text().replace("iterations: 7\n  nfe", "iterations: 10\n  nfe"))

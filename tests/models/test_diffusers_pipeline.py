@@ -81,11 +81,19 @@ def zero_noise(model: DiffusersPipeline, guidance: float, grid: Tensor) -> Chain
     return ChainPolicy(model, Chain(model.schedule, grid, DDIM(0.0)), guidance)
 
 
-def native(pipeline: Any, family: str, model: DiffusersPipeline, output_type: str = "latent", **more: Any) -> Any:
+def native(
+    pipeline: Any, family: str, model: DiffusersPipeline, output_type: str = "latent", **more: Any
+) -> Any:
     """The pipeline's own sampler from our initial noise, guided as the family is."""
     guidance = {} if family == "flux" else {"guidance_scale": tiny.GUIDANCE[family]}
     latents = noises(PROMPTS)(PRIOR, model.event_shape)
-    call = {**tiny.CALL[family], **guidance, "num_inference_steps": K, "output_type": output_type, **more}
+    call = {
+        **tiny.CALL[family],
+        **guidance,
+        "num_inference_steps": K,
+        "output_type": output_type,
+        **more,
+    }
     return pipeline(PROMPTS, latents=latents, **call)[0]
 
 
@@ -134,18 +142,24 @@ def test_decode_is_the_pipelines_own_tail(family):
     ours = model.decode(latents)
     assert model.evaluations == counted
     assert ours.dtype == torch.float32
-    assert ours.shape[1:] == ((3, 32, 32) if ours.ndim == 4 else (ours.shape[1], 3, *ours.shape[3:]))
+    assert ours.shape[1:] == (
+        (3, 32, 32) if ours.ndim == 4 else (ours.shape[1], 3, *ours.shape[3:])
+    )
     assert float(ours.min()) >= 0
     assert float(ours.max()) <= 1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-    torch.testing.assert_close(model.decode(latents[1:]), ours[1:], rtol=0, atol=1e-5)  # another batch is rounded otherwise
+    torch.testing.assert_close(
+        model.decode(latents[1:]), ours[1:], rtol=0, atol=1e-5
+    )  # another batch is rounded otherwise
 
 
 def test_decode_in_chunks(monkeypatch):
     model = learner("sd3")
     latents = torch.randn(5, *model.event_shape)
     whole = model.decode(latents)
-    monkeypatch.setattr("genpolicy.models.diffusers_pipeline.DECODED_ELEMENTS", 2 * latents[0].numel())
+    monkeypatch.setattr(
+        "genpolicy.models.diffusers_pipeline.DECODED_ELEMENTS", 2 * latents[0].numel()
+    )
     torch.testing.assert_close(model.decode(latents), whole, rtol=0, atol=5e-6)
 
 
@@ -173,7 +187,10 @@ def test_the_grid_is_real_steps(family):
         assert torch.equal(grid, own)
         return
     assert float(grid[0]) == 1
-    if family in ("flux", "ltx"):  # these pipelines pass K real sigmas and a shift for their resolution
+    if family in (
+        "flux",
+        "ltx",
+    ):  # these pipelines pass K real sigmas and a shift for their resolution
         torch.testing.assert_close(grid, own, rtol=0, atol=1e-6)
         assert model.schedule.shift != 1
     else:  # diffusers' own last step there moves by next to nothing
@@ -188,11 +205,17 @@ def test_clipping_is_ddims_own(tmp_path):
     )
     pipeline.save_pretrained(tmp_path)
     model = load("sdxl", tmp_path)
-    x0 = zero_noise(model, 1.0, model.native_grid(K)).sample(model.encode(Context(PROMPTS)), noises(PROMPTS)).x0
+    x0 = (
+        zero_noise(model, 1.0, model.native_grid(K))
+        .sample(model.encode(Context(PROMPTS)), noises(PROMPTS))
+        .x0
+    )
     assert_same_latents(x0, native(plain(tmp_path), "sdxl", model, guidance_scale=1.0))
     unclipped = load("sdxl")
     other = (
-        zero_noise(unclipped, 1.0, model.native_grid(K)).sample(unclipped.encode(Context(PROMPTS)), noises(PROMPTS)).x0
+        zero_noise(unclipped, 1.0, model.native_grid(K))
+        .sample(unclipped.encode(Context(PROMPTS)), noises(PROMPTS))
+        .x0
     )
     assert (other - x0).abs().max() > 0.1
 
@@ -200,7 +223,9 @@ def test_clipping_is_ddims_own(tmp_path):
 # Replay
 
 
-@pytest.mark.parametrize(("family", "i"), [(f, i) for f in FAMILIES for i in range(len(kernels(f)))])
+@pytest.mark.parametrize(
+    ("family", "i"), [(f, i) for f in FAMILIES for i in range(len(kernels(f)))]
+)
 def test_replay_is_exact(family, i):
     model, kernel = learner(family), kernels(family)[i]
     guidance = tiny.GUIDANCE[family] if family != "flux" else 2.0
@@ -231,7 +256,9 @@ def test_replay_is_exact_in_a_window_unguided_and_row_by_row(family):
 @torch.no_grad()
 def test_replay_is_exact_from_rounded_storage(family, storage):
     model = learner(family)
-    policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0)), tiny.GUIDANCE[family])
+    policy = ChainPolicy(
+        model, Chain(model.schedule, model.grid(K), DDIM(1.0)), tiny.GUIDANCE[family]
+    )
     trajectory = policy.sample(model.encode(Context(PROMPTS)), noises(PROMPTS), storage=storage)
     assert torch.equal(trajectory.x, trajectory.x.to(storage).float())
     assert deviation(policy, trajectory) <= 1e-6
@@ -240,7 +267,9 @@ def test_replay_is_exact_from_rounded_storage(family, storage):
     worst = max(  # what acted scored what it drew; what is stored is something else
         float(
             (
-                policy.transition(rounded_after_scoring, k).log_prob(rounded_after_scoring.after(k), reduce="mean")
+                policy.transition(rounded_after_scoring, k).log_prob(
+                    rounded_after_scoring.after(k), reduce="mean"
+                )
                 - exact.acted(k).log_prob(exact.after(k), reduce="mean")
             )
             .abs()
@@ -257,7 +286,9 @@ def test_replay_is_exact_with_a_bf16_network(family):
     assert {p.dtype for p in model.trainable().values()} == {torch.float32}
     frozen = [p for p in model.denoiser.parameters() if not p.requires_grad]
     assert torch.bfloat16 in {p.dtype for p in frozen}
-    policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0)), tiny.GUIDANCE[family])
+    policy = ChainPolicy(
+        model, Chain(model.schedule, model.grid(K), DDIM(1.0)), tiny.GUIDANCE[family]
+    )
     trajectory = policy.sample(model.encode(Context(PROMPTS)), noises(PROMPTS))
     assert trajectory.x.dtype == trajectory.mean.dtype == torch.float32
     assert trajectory.x0.isfinite().all()
@@ -270,13 +301,17 @@ def test_replay_is_exact_with_a_bf16_network(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_reach_every_parameter_at_every_step(family):
     model = learner(family)
-    policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0)), tiny.GUIDANCE[family])
+    policy = ChainPolicy(
+        model, Chain(model.schedule, model.grid(K), DDIM(1.0)), tiny.GUIDANCE[family]
+    )
     trajectory = policy.sample(model.encode(Context(PROMPTS)), noises(PROMPTS))
     parameters = model.trainable()
     dead = {name for name in parameters if name.startswith(DEAD.get(family, ("-",)))}
     for k in trajectory.steps:
         loss = policy.transition(trajectory, k).log_prob(trajectory.after(k), reduce="mean").sum()
-        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        gradients = dict(
+            zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)
+        )
         assert {name for name, g in gradients.items() if not bool((g != 0).any())} == dead
         assert all(bool(g.isfinite().all()) for g in gradients.values())
 
@@ -301,8 +336,12 @@ def test_replay_grid(family, train, precision):
     condition, noise = model.encode(Context(GROUPED)), noises(GROUPED, 2)
     for kernel in kernels(family):
         for guidance, window, branch_at, storage in SCENES:
-            policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), kernel, window), guidance)
-            trajectory = policy.sample(condition, noise, branch_at=branch_at, members=2, storage=storage)
+            policy = ChainPolicy(
+                model, Chain(model.schedule, model.grid(K), kernel, window), guidance
+            )
+            trajectory = policy.sample(
+                condition, noise, branch_at=branch_at, members=2, storage=storage
+            )
             case = (kernel, guidance, window, branch_at, storage)
             assert deviation(policy, trajectory) <= 1e-6, case
             if precision == "fp32":
@@ -325,7 +364,9 @@ def test_rows_of_different_times_are_one_call(family):
         together = model.denoise(x, times, condition)
         handle.remove()
         assert (model.evaluations - before, len(forwards)) == (3, 1)
-        alone = [model.denoise(x[i : i + 1], times[i : i + 1], condition[i : i + 1]) for i in range(3)]
+        alone = [
+            model.denoise(x[i : i + 1], times[i : i + 1], condition[i : i + 1]) for i in range(3)
+        ]
     for name in ("x0", "eps"):
         expected = torch.cat([getattr(p, name) for p in alone])
         torch.testing.assert_close(getattr(together, name), expected, rtol=1e-5, atol=1e-5)
@@ -336,7 +377,9 @@ def test_rows_of_different_times_are_one_call(family):
 @pytest.mark.parametrize("option", ["boundary_ratio", "expand_timesteps"])
 def test_families_that_read_one_time_are_grouped(option, tmp_path):
     two = {"boundary_ratio": 0.5, "transformer_2": tiny.wan_transformer()}
-    tiny.wan(**(two if option == "boundary_ratio" else {"expand_timesteps": True})).save_pretrained(tmp_path)
+    tiny.wan(**(two if option == "boundary_ratio" else {"expand_timesteps": True})).save_pretrained(
+        tmp_path
+    )
     model = load("wan", tmp_path)
     times = torch.tensor([0.9, 0.2, 0.9, 0.3], dtype=torch.float64)
     x, condition = torch.randn(4, *model.event_shape), model.encode(Context(GROUPED))
@@ -349,7 +392,9 @@ def test_families_that_read_one_time_are_grouped(option, tmp_path):
         before = model.evaluations
         together = model.denoise(x, times, condition)
         assert (model.evaluations - before, len(forwards)) == (4, 3)
-        alone = [model.denoise(x[i : i + 1], times[i : i + 1], condition[i : i + 1]).x0 for i in range(4)]
+        alone = [
+            model.denoise(x[i : i + 1], times[i : i + 1], condition[i : i + 1]).x0 for i in range(4)
+        ]
     torch.testing.assert_close(together.x0, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
@@ -369,7 +414,9 @@ def test_a_saved_lora_is_the_same_policy_in_plain_diffusers(family, tmp_path):
     assert (x0 - base).abs().max() > 1e-3
 
     (tmp_path / "bare").mkdir()
-    save_file(load_file(tmp_path / WEIGHTS), tmp_path / "bare" / WEIGHTS)  # without metadata alpha is lost
+    save_file(
+        load_file(tmp_path / WEIGHTS), tmp_path / "bare" / WEIGHTS
+    )  # without metadata alpha is lost
     other = plain(saved(family))
     other.load_lora_weights(tmp_path / "bare", weight_name=WEIGHTS)
     assert (x0 - native(other, family, model)).abs().max() > 1e-4
@@ -380,7 +427,9 @@ def test_a_policy_starts_from_the_users_lora(family, tmp_path):
     first = learner(family)
     first.save(tmp_path)
     for start in (tmp_path, tmp_path / WEIGHTS):
-        model = load(family, lora={"rank": 2, "alpha": 1.0, "start": str(start)})  # rank, alpha are the file's
+        model = load(
+            family, lora={"rank": 2, "alpha": 1.0, "start": str(start)}
+        )  # rank, alpha are the file's
         assert list(model.trainable()) == list(first.trainable())
         for name, parameter in model.trainable().items():
             assert torch.equal(parameter, first.trainable()[name]), name
@@ -390,7 +439,9 @@ def test_a_policy_starts_from_the_users_lora(family, tmp_path):
         expected = first.denoise(x, t, first.encode(Context(PROMPTS)))
         assert torch.equal(started.x0, expected.x0)
         model.denoiser.disable_adapters()
-        assert not torch.allclose(model.denoise(x, t, model.encode(Context(PROMPTS))).x0, started.x0)
+        assert not torch.allclose(
+            model.denoise(x, t, model.encode(Context(PROMPTS))).x0, started.x0
+        )
 
 
 def test_a_fresh_lora_starts_the_same_whatever_was_drawn_before():
@@ -406,7 +457,11 @@ def test_a_fresh_lora_starts_the_same_whatever_was_drawn_before():
 def test_a_reference_is_other_values_in_the_same_parameters():
     model = learner("sd3")
     parameters = list(model.trainable().values())
-    x, t, condition = torch.randn(2, *model.event_shape), model.grid(K)[1].expand(2), model.encode(Context(PROMPTS))
+    x, t, condition = (
+        torch.randn(2, *model.event_shape),
+        model.grid(K)[1].expand(2),
+        model.encode(Context(PROMPTS)),
+    )
     with torch.no_grad():
         policy = model.denoise(x, t, condition).x0
         with swapped(parameters, [torch.zeros_like(p) for p in parameters]):
@@ -425,7 +480,11 @@ def test_full_saves_a_whole_pipeline(family, tmp_path):
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.mul_(1.01)
-    x0 = zero_noise(model, 1.0, model.native_grid(K)).sample(model.encode(Context(PROMPTS)), noises(PROMPTS)).x0
+    x0 = (
+        zero_noise(model, 1.0, model.native_grid(K))
+        .sample(model.encode(Context(PROMPTS)), noises(PROMPTS))
+        .x0
+    )
     model.save(tmp_path)
     again = plain(tmp_path)
     assert type(again) is type(plain(saved(family)))
@@ -448,7 +507,11 @@ def test_gradient_checkpointing_changes_no_gradient():
         model = stir(load("sd3", gradient_checkpointing=checkpointing))
         assert not any(module.training for module in model.denoiser.modules())
         x = torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0))
-        loss = model.denoise(x, model.grid(K)[1].expand(2), model.encode(Context(PROMPTS))).x0.square().mean()
+        loss = (
+            model.denoise(x, model.grid(K)[1].expand(2), model.encode(Context(PROMPTS)))
+            .x0.square()
+            .mean()
+        )
         gradients.append(torch.autograd.grad(loss, list(model.trainable().values())))
         assert model.evaluations == 4
     for one, other in zip(*gradients, strict=True):
@@ -466,7 +529,9 @@ def replaced(family: str, scheduler: Any, folder: Path) -> Path:
 
 
 def test_history_bearing_flow_schedulers_are_replaced(tmp_path, caplog):
-    unipc = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    unipc = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
     folder = replaced("wan", unipc, tmp_path / "from")
     with caplog.at_level(logging.WARNING):
         model = load("wan", folder, train="full")
@@ -481,12 +546,17 @@ def test_history_bearing_flow_schedulers_are_replaced(tmp_path, caplog):
     assert type(plain(tmp_path / "to").scheduler).__name__ == "UniPCMultistepScheduler"
 
 
-@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize(
+    "name", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
+)
 def test_history_bearing_diffusion_schedulers_become_ddim(name, tmp_path, caplog):
     scheduler = getattr(diffusers, name).from_config(tiny.ddim().config)
     with caplog.at_level(logging.WARNING):
         model = load("sd15", replaced("sd15", scheduler, tmp_path))
-    assert f"the steps of scheduler {name} can't be scored; DDIMScheduler takes its place" in caplog.text
+    assert (
+        f"the steps of scheduler {name} can't be scored; DDIMScheduler takes its place"
+        in caplog.text
+    )
     same = learner("sd15")
     t = same.grid(K)
     assert torch.equal(model.schedule.alpha(t), same.schedule.alpha(t))
@@ -513,7 +583,9 @@ def test_prompts_are_encoded_once(family, monkeypatch):
     model = load(family)
     calls, own = [], type(model.pipeline).encode_prompt
 
-    @functools.wraps(own)  # its signature says whether the family has a branch of its own for guidance
+    @functools.wraps(
+        own
+    )  # its signature says whether the family has a branch of its own for guidance
     def counted(*args, **kwargs):
         calls.append(args)
         return own(*args, **kwargs)
@@ -533,12 +605,17 @@ def test_dropped_embeddings_are_encoded_again(monkeypatch):
     monkeypatch.setattr("genpolicy.models._diffusers_prompts.CACHED_BYTES", 1)
     few, model = load("sd3"), learner("sd3")
     x, t = torch.randn(2, *model.event_shape), model.grid(K)[1].expand(2)
-    with torch.no_grad(), swapped([*few.trainable().values()], [p.data for p in model.trainable().values()]):
+    with (
+        torch.no_grad(),
+        swapped([*few.trainable().values()], [p.data for p in model.trainable().values()]),
+    ):
         ours = few.denoise(x, t, few.encode(Context(PROMPTS))).x0
         assert torch.equal(ours, model.denoise(x, t, model.encode(Context(PROMPTS))).x0)
 
 
-@pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([3, 0]), torch.tensor([True, False, False, True])])
+@pytest.mark.parametrize(
+    "rows", [slice(1, 3), torch.tensor([3, 0]), torch.tensor([True, False, False, True])]
+)
 def test_conditions_are_picked_by_rows(rows):
     condition = learner("sd3").encode(Context(["a", "b", "c", "d"]))
     picked = condition[rows]
@@ -553,7 +630,9 @@ def test_evaluations_are_counted(family):
     model = learner(family)
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0)), guidance=2.0)
     model.evaluations = 0.0
-    trajectory = policy.sample(model.encode(Context(GROUPED)), noises(GROUPED, 2), branch_at=0, members=2)
+    trajectory = policy.sample(
+        model.encode(Context(GROUPED)), noises(GROUPED, 2), branch_at=0, members=2
+    )
     assert model.evaluations == 2 * (2 + 3 * 4)  # the shared first step once a group; two branches
     model.evaluations = 0.0
     policy.transition(trajectory, 1)
@@ -572,7 +651,9 @@ def test_negative_prompts_and_embedded_guidance_are_read():
             model = load("sdxl", negative_prompt=negative)
             said.append(model.denoise(x, t, model.negative(model.encode(Context(PROMPTS)))).eps)
         positive = model.denoise(x, t, model.encode(Context(["a green triangle"] * 2))).eps
-        torch.testing.assert_close(said[1], positive)  # the negative prompt is a prompt like any other
+        torch.testing.assert_close(
+            said[1], positive
+        )  # the negative prompt is a prompt like any other
         assert not torch.allclose(said[0], said[1])
         assert not torch.allclose(
             said[0], model.denoise(x, t, model.encode(Context([""] * 2))).eps
@@ -585,7 +666,9 @@ def test_negative_prompts_and_embedded_guidance_are_read():
 
 def test_offload_changes_nothing_but_the_place():
     model, other = stir(load("sd3", offload=True)), learner("sd3")
-    policies = [ChainPolicy(m, Chain(m.schedule, m.grid(K), DDIM(1.0)), 2.0) for m in (model, other)]
+    policies = [
+        ChainPolicy(m, Chain(m.schedule, m.grid(K), DDIM(1.0)), 2.0) for m in (model, other)
+    ]
     one, two = (p.sample(p.model.encode(Context(PROMPTS)), noises(PROMPTS)).x0 for p in policies)
     assert torch.equal(one, two)
     assert torch.equal(model.decode(one), other.decode(two))
@@ -593,7 +676,9 @@ def test_offload_changes_nothing_but_the_place():
 
 def test_everything_is_in_eval_mode(tmp_path):
     pipeline = tiny.sd3()
-    assert pipeline.text_encoder_3.training  # what diffusers does with models from config, dropout and all
+    assert (
+        pipeline.text_encoder_3.training
+    )  # what diffusers does with models from config, dropout and all
     model = load("sd3", train="full")
     assert not any(m.training for part in model._parts().values() for m in part.modules())
 
@@ -645,14 +730,20 @@ def test_wrong_settings_get_one_sentence(settings, kind, sentence):
 
 
 def test_what_is_no_pipeline_is_told(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"is no diffusers pipeline: it has no model_index.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"is no diffusers pipeline: it has no model_index.json"
+    ):
         load("sd3", tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder, and no hub id"):
         load("sd3", tmp_path / "missing")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(OSError, match=r"an-owner/a-name: .* log in with a token .* or give a local folder"):
+    with pytest.raises(
+        OSError, match=r"an-owner/a-name: .* log in with a token .* or give a local folder"
+    ):
         DiffusersPipeline("an-owner/a-name")
-    (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline", "_diffusers_version": "0.39.0"}')
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "NoSuchPipeline", "_diffusers_version": "0.39.0"}'
+    )
     with pytest.raises(ValueError, match=r"can't be loaded: .*NoSuchPipeline"):
         load("sd3", tmp_path)
 
@@ -692,5 +783,7 @@ def test_what_can_not_be_scored_is_refused(option, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):  # noqa: PT012
         model = load("sd15", tmp_path)
         model.denoise(
-            torch.randn(1, 4, 16, 16), torch.full((1,), 0.5, dtype=torch.float64), model.encode(Context(["a"]))
+            torch.randn(1, 4, 16, 16),
+            torch.full((1,), 0.5, dtype=torch.float64),
+            model.encode(Context(["a"])),
         )

@@ -29,11 +29,17 @@ class Recorded:
         self.values = {
             STATE: torch.randn(64, 4, generator=generator) * 3 + 1,
             PICTURE: torch.rand(64, 3, 32, 32, generator=generator),
-            POINTS: torch.randn(64, 40, 3, generator=generator) * 0.2 + torch.tensor([0.0, 0.6, 0.1]),
+            POINTS: torch.randn(64, 40, 3, generator=generator) * 0.2
+            + torch.tensor([0.0, 0.6, 0.1]),
             "action": torch.rand(64, 2, generator=generator),
         }
         self.stats = {
-            name: {"mean": v.mean(0), "std": v.std(0, correction=0), "min": v.amin(0), "max": v.amax(0)}
+            name: {
+                "mean": v.mean(0),
+                "std": v.std(0, correction=0),
+                "min": v.amin(0),
+                "max": v.amax(0),
+            }
             for name, v in self.values.items()
         }
 
@@ -57,7 +63,9 @@ def seen(model: MLP, count: int = 6) -> Context:
 
 
 def uniform(model: MLP, count: int = 6, seed: int = 0) -> Tensor:
-    return torch.rand(count, model.draws, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(
+        count, model.draws, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def test_a_cloud_has_no_order() -> None:
@@ -92,7 +100,9 @@ def test_shifted_moves_the_content() -> None:
 def test_chamfer() -> None:
     first, second = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
     slow = ((first[:, :, None] - second[:, None]) ** 2).sum(-1)
-    assert torch.allclose(chamfer(first, second), slow.amin(2).mean(1) + slow.amin(1).mean(1), atol=1e-5)
+    assert torch.allclose(
+        chamfer(first, second), slow.amin(2).mean(1) + slow.amin(1).mean(1), atol=1e-5
+    )
     assert chamfer(first, first[:, [3, 1, 0, 4, 2]]).abs().max() < 1e-5
     moved = torch.zeros(1, 1, 3), torch.tensor([[[0.0, 3.0, 4.0]]])
     assert chamfer(*moved).item() == pytest.approx(50.0)
@@ -152,7 +162,11 @@ def test_the_encoder_learns_where_there_are_gradients_alone() -> None:
         for parameter in model.trainable().values():
             parameter.grad = None
         model.denoise(x, t, condition).eps.square().sum().backward()
-        moved = {name for name, p in model.trainable().items() if p.grad is not None and bool(p.grad.abs().max() > 0)}
+        moved = {
+            name
+            for name, p in model.trainable().items()
+            if p.grad is not None and bool(p.grad.abs().max() > 0)
+        }
         eyes = {name for name in model.trainable() if name.startswith("eyes.")}
         assert len(eyes) > 20
         assert moved == set(model.trainable()) - (set() if learns else eyes)
@@ -171,12 +185,16 @@ def test_encode_draws_nothing_with_gradients_or_without() -> None:
     assert torch.equal(model.encode(seen(model)), acted)
     assert torch.equal(torch.get_rng_state(), state)
     drawn = [model.supervised(seen(model), uniform(model, seed=seed))[0] for seed in (0, 1)]
-    assert (drawn[0] - acted).abs().max() > 1e-2  # the negative control: what imitation sees is random
+    assert (
+        drawn[0] - acted
+    ).abs().max() > 1e-2  # the negative control: what imitation sees is random
     assert (drawn[0] - drawn[1]).abs().max() > 1e-2
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(5), DDIM(1.0)))
     trajectory = policy.sample(acted, Noise.rows(0, 0, torch.arange(6), 1))
     again = policy.transition(trajectory, 1).log_prob(trajectory.after(1), reduce="mean")
-    assert (again - trajectory.acted(1).log_prob(trajectory.after(1), reduce="mean")).abs().max() <= 1e-6
+    assert (
+        again - trajectory.acted(1).log_prob(trajectory.after(1), reduce="mean")
+    ).abs().max() <= 1e-6
 
 
 def test_without_settings_supervised_is_encode() -> None:
@@ -187,7 +205,9 @@ def test_without_settings_supervised_is_encode() -> None:
     assert torch.equal(penalty, torch.zeros(6))
 
 
-@pytest.mark.parametrize("settings", [{name: value} for name, value in REGULARISED.items()] + [REGULARISED])
+@pytest.mark.parametrize(
+    "settings", [{name: value} for name, value in REGULARISED.items()] + [REGULARISED]
+)
 def test_supervised_is_a_function_of_each_row_and_its_numbers(settings: dict[str, Any]) -> None:
     model = made(history=2, **settings)
     draws = uniform(model)
@@ -224,7 +244,9 @@ def test_a_saved_one_is_restored_bit_for_bit(settings: dict[str, Any], tmp_path:
     assert torch.equal(again.encode(seen(model)), model.encode(seen(model)))
     assert again.trainable().keys() == model.trainable().keys()
     draws = uniform(model)
-    for ours, theirs in zip(model.supervised(seen(model), draws), again.supervised(seen(model), draws), strict=True):
+    for ours, theirs in zip(
+        model.supervised(seen(model), draws), again.supervised(seen(model), draws), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -250,9 +272,13 @@ def test_it_learns_to_see(name: str) -> None:
             clouds[:, 7] = torch.cat([at - torch.tensor([0.5, -0.1]), torch.ones(count, 1)], 1)
             return Context([""] * count, {name: clouds[:, None]}), (2 * at - 1)[:, None]
         grid = torch.arange(32) / 32
-        near = (grid[:, None] - at[:, 0, None, None]).abs() + (grid - at[:, 1, None, None]).abs() < 0.12
+        near = (grid[:, None] - at[:, 0, None, None]).abs() + (
+            grid - at[:, 1, None, None]
+        ).abs() < 0.12
         pictures = dataset.values[PICTURE][:count] * 0.3
-        return Context([""] * count, {name: (pictures + 0.7 * near[:, None])[:, None]}), (2 * at - 1)[:, None]
+        return Context([""] * count, {name: (pictures + 0.7 * near[:, None])[:, None]}), (
+            2 * at - 1
+        )[:, None]
 
     for _ in range(150):
         context, event = drawn(64)
@@ -263,8 +289,14 @@ def test_it_learns_to_see(name: str) -> None:
     context, event = drawn(64)
     with torch.no_grad():
         condition = model.encode(context)
-    error = (policy.sample(condition, Noise.rows(0, 0, torch.arange(64), 1)).x0 - event).square().mean()
-    blind = (policy.sample(condition.flip(0), Noise.rows(0, 0, torch.arange(64), 1)).x0 - event).square().mean()
+    error = (
+        (policy.sample(condition, Noise.rows(0, 0, torch.arange(64), 1)).x0 - event).square().mean()
+    )
+    blind = (
+        (policy.sample(condition.flip(0), Noise.rows(0, 0, torch.arange(64), 1)).x0 - event)
+        .square()
+        .mean()
+    )
     assert error < 0.3 * event.var()
     assert blind > event.var()
     assert math.isfinite(float(error))
@@ -273,7 +305,9 @@ def test_it_learns_to_see(name: str) -> None:
 def test_wrong_settings_are_told_in_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"policy\.shift is -1; it must be at least 0"):
         MLP(shift=-1)
-    with pytest.raises(ValueError, match=r"observation\.images\.top comes as \[1, 3, 9, 9\]; this policy needs"):
+    with pytest.raises(
+        ValueError, match=r"observation\.images\.top comes as \[1, 3, 9, 9\]; this policy needs"
+    ):
         made(inputs=[PICTURE]).encode(Context([""], {PICTURE: torch.zeros(1, 1, 3, 9, 9)}))
     odd, model = Recorded(), MLP(inputs=["observation.matrix"])
     odd.shapes["observation.matrix"] = (4, 4)

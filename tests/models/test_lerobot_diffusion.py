@@ -35,7 +35,9 @@ def lerobots_conditioning(model: LeRobotDiffusion, context: Context) -> Tensor:
     """What LeRobot's own forward hands to its U-Net, by its own preprocessor."""
     batch = model.processors.pre(dict(context.observation))
     if model.policy.config.image_features:
-        batch["observation.images"] = torch.stack([batch[n] for n in model.policy.config.image_features], dim=-4)
+        batch["observation.images"] = torch.stack(
+            [batch[n] for n in model.policy.config.image_features], dim=-4
+        )
     return model.policy.diffusion._prepare_global_conditioning(batch)
 
 
@@ -48,32 +50,46 @@ def test_the_ode_is_lerobots_ddim(sees: str, prediction: str) -> None:
     noise = torch.randn(4, *model.event_shape)
     with torch.no_grad():
         known = lerobots_conditioning(model, context)
-        expected = model.policy.diffusion.conditional_sample(4, global_cond=known, noise=noise.clone())
+        expected = model.policy.diffusion.conditional_sample(
+            4, global_cond=known, noise=noise.clone()
+        )
     policy = chain(model, 0.0, steps=7)
     rows = Noise.rows(0, 0, torch.arange(4), 1)
     ours = policy.sample(condition, rows, start=(0, noise)).x0
     apart = (ours - expected).abs()
     assert apart.mean() <= 2e-7
-    assert apart.max() <= 2e-6  # seven steps of fp32 rounding: 1e-6 on most processors, 1.013e-6 seen on one
+    assert (
+        apart.max() <= 2e-6
+    )  # seven steps of fp32 rounding: 1e-6 on most processors, 1.013e-6 seen on one
     assert expected.abs().max() > 0.1
-    clipped = ClipX0(model.denoise, model.schedule, 1.0, recompute_eps=True)  # what DDPM does, and DDIM does not
+    clipped = ClipX0(
+        model.denoise, model.schedule, 1.0, recompute_eps=True
+    )  # what DDPM does, and DDIM does not
     wrong = policy.chain.sample(clipped, condition, rows, model.event_shape, start=(0, noise)).x0
     assert (wrong - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
-def test_eta_1_is_lerobots_ddpm_with_the_same_noise(prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eta_1_is_lerobots_ddpm_with_the_same_noise(
+    prediction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sees = SEES["world"]
-    model = diffusion(*sees, noise_scheduler_type="DDPM", prediction_type=prediction, num_inference_steps=10)
+    model = diffusion(
+        *sees, noise_scheduler_type="DDPM", prediction_type=prediction, num_inference_steps=10
+    )
     assert model.clip == (1.0, True)
     context, condition = seen(model, 4, *sees)
     noise = Noise.rows(3, 0, torch.arange(4), 1)
     handed = iter(noise(k, model.event_shape) for k in range(9))
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(handed))
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(handed)
+    )
     start = torch.randn(4, *model.event_shape)
     with torch.no_grad():
         known = lerobots_conditioning(model, context)
-        expected = model.policy.diffusion.conditional_sample(4, global_cond=known, noise=start.clone())
+        expected = model.policy.diffusion.conditional_sample(
+            4, global_cond=known, noise=start.clone()
+        )
     assert next(handed, None) is None  # it drew nine times, not in the last step
     ours = chain(model, 1.0).sample(condition, noise, start=(0, start)).x0
     assert (ours - expected).abs().max() <= 1e-5
@@ -83,7 +99,9 @@ def test_eta_1_is_lerobots_ddpm_with_the_same_noise(prediction: str, monkeypatch
 
 def test_lerobots_grid_never_visits_the_top_and_ours_begins_there() -> None:
     model = diffusion(STATE, WORLD)
-    assert (model.native_grid(1) * 100).tolist() == pytest.approx([1, 0])  # one step that denoises nothing
+    assert (model.native_grid(1) * 100).tolist() == pytest.approx(
+        [1, 0]
+    )  # one step that denoises nothing
     assert (model.native_grid(4) * 100).tolist() == pytest.approx([76, 51, 26, 1, 0])
     model.spacing = "trailing"
     assert (model.grid(1) * 100).tolist() == pytest.approx([100, 0])
@@ -107,7 +125,9 @@ def test_replay_is_exact(sees: str, train: str) -> None:
     assert model.evaluations == 4 * 5 + 4 * 4 * 2
     model.policy.diffusion.unet.final_conv[1].bias.data += 0.01
     x = trajectory.after(2)
-    moved = policy.transition(trajectory, 2).log_prob(x, reduce="mean") - trajectory.acted(2).log_prob(x, reduce="mean")
+    moved = policy.transition(trajectory, 2).log_prob(x, reduce="mean") - trajectory.acted(
+        2
+    ).log_prob(x, reduce="mean")
     assert moved.abs().max() > 1e-5
 
 
@@ -127,8 +147,14 @@ def test_what_learns(train: str, reached: bool) -> None:
     _, condition = seen(model, 2, STATE, TOP)
     event = torch.rand(2, *model.event_shape)
     t = torch.tensor([0.5, 0.1], dtype=torch.float64)
-    chain(model, 0.0).supervised_loss(condition, event, t, torch.randn_like(event)).mean().backward()
-    reach = {name for name, p in model.policy.named_parameters() if p.grad is not None and bool(p.grad.abs().max() > 0)}
+    chain(model, 0.0).supervised_loss(
+        condition, event, t, torch.randn_like(event)
+    ).mean().backward()
+    reach = {
+        name
+        for name, p in model.policy.named_parameters()
+        if p.grad is not None and bool(p.grad.abs().max() > 0)
+    }
     assert set(model.trainable()) == reach
     assert any("rgb_encoder" in name for name in reach) == reached
     assert any("unet" in name for name in reach)
@@ -150,9 +176,13 @@ def test_an_encoder_that_learns_is_never_stale() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
 @pytest.mark.parametrize("sees", ["world", "camera"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_supervised_loss_is_lerobots(prediction: str, sees: str, masked: bool, monkeypatch: Any) -> None:
+def test_the_supervised_loss_is_lerobots(
+    prediction: str, sees: str, masked: bool, monkeypatch: Any
+) -> None:
     model = diffusion(*SEES[sees], prediction_type=prediction, do_mask_loss_for_padding=masked)
-    context, actions, pad = Recorded(*SEES[sees]).rows(torch.tensor([0, 3, 30, 57]), model.history, model.horizon)
+    context, actions, pad = Recorded(*SEES[sees]).rows(
+        torch.tensor([0, 3, 30, 57]), model.history, model.horizon
+    )
     assert bool(pad.any())
     noise, level = torch.randn(4, *model.event_shape), torch.tensor([0, 7, 60, 99])
     monkeypatch.setattr(torch, "randn", lambda *_, **__: noise)
@@ -196,9 +226,13 @@ def test_what_stood_still_in_the_data_is_only_shifted() -> None:
     context, _, _ = dataset.rows(torch.arange(4), 2, model.horizon)
     moved = {name: value.clone() for name, value in context.observation.items()}
     moved[WORLD][..., -1] += 1e-3
-    first, second = (model.encode(Context(context.prompts, o)) for o in (context.observation, moved))
+    first, second = (
+        model.encode(Context(context.prompts, o)) for o in (context.observation, moved)
+    )
     assert (first - second).abs().max() < 2e-3
-    fixed = theirs.steady("action", {"min": torch.tensor([1.0, 2.0]), "max": torch.tensor([1.0, 5.0])})
+    fixed = theirs.steady(
+        "action", {"min": torch.tensor([1.0, 2.0]), "max": torch.tensor([1.0, 5.0])}
+    )
     assert fixed["max"] - fixed["min"] == pytest.approx(torch.tensor([2e-3, 3.0]), rel=1e-3)
 
 
@@ -213,8 +247,14 @@ def test_a_saved_one_loads_here_and_in_lerobot(sees: str, tmp_path: Path) -> Non
     x, t = torch.randn(3, *model.event_shape), torch.tensor([0.9, 0.5, 0.01], dtype=torch.float64)
     context, condition = seen(model, 3, *SEES[sees])
     with torch.no_grad():
-        assert torch.equal(again.denoise(x, t, again.encode(context)).eps, model.denoise(x, t, condition).eps)
-    assert (again.shapes, again.event_shape, again.horizon) == (model.shapes, model.event_shape, model.horizon)
+        assert torch.equal(
+            again.denoise(x, t, again.encode(context)).eps, model.denoise(x, t, condition).eps
+        )
+    assert (again.shapes, again.event_shape, again.horizon) == (
+        model.shapes,
+        model.event_shape,
+        model.horizon,
+    )
     assert torch.equal(again.decode(x), model.decode(x))
 
     policy = DiffusionPolicy.from_pretrained(folder)
@@ -225,25 +265,35 @@ def test_a_saved_one_loads_here_and_in_lerobot(sees: str, tmp_path: Path) -> Non
         policy._queues["action"].clear()
         action = post(policy.select_action(batch, noise=x.clone()))
     rows = Noise.rows(0, 0, torch.arange(3), 1)
-    ours = again.decode(chain(again, 0.0, steps=4).sample(again.encode(context), rows, start=(0, x)).x0)
+    ours = again.decode(
+        chain(again, 0.0, steps=4).sample(again.encode(context), rows, start=(0, x)).x0
+    )
     assert (action - ours[:, 0]).abs().max() < 1e-5
 
 
-def test_the_backbones_own_weights_are_not_downloaded_to_load_a_policy(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_backbones_own_weights_are_not_downloaded_to_load_a_policy(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     from torchvision.models import resnet18
 
     name = "ResNet18_Weights.IMAGENET1K_V1"
     monkeypatch.setattr("torchvision.models.resnet18", lambda weights: resnet18(weights=None))
-    folder = saved(diffusion(STATE, TOP, use_group_norm=False, pretrained_backbone_weights=name), tmp_path / "policy")
+    folder = saved(
+        diffusion(STATE, TOP, use_group_norm=False, pretrained_backbone_weights=name),
+        tmp_path / "policy",
+    )
     asked: list[Any] = []
     monkeypatch.setattr(
-        "torchvision.models.resnet18", lambda weights: (asked.append(weights), resnet18(weights=None))[1]
+        "torchvision.models.resnet18",
+        lambda weights: (asked.append(weights), resnet18(weights=None))[1],
     )
     again = LeRobotDiffusion(pretrained=str(folder), device="cpu")
     assert asked == [None]
     assert again.policy.config.pretrained_backbone_weights == name
     again.save(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
+        (folder / "config.json").read_text()
+    )
 
 
 def test_weights_that_did_not_load_are_found(tmp_path: Path) -> None:
@@ -254,7 +304,9 @@ def test_weights_that_did_not_load_are_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"1 of the weights \({first}, ...\) are not in the file"):
         LeRobotDiffusion(pretrained=str(folder), device="cpu")
     save_file({**weights, "else": torch.zeros(1)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"1 of the weights \(else, ...\) are unknown to the policy"):
+    with pytest.raises(
+        ValueError, match=r"1 of the weights \(else, ...\) are unknown to the policy"
+    ):
         LeRobotDiffusion(pretrained=str(folder), device="cpu")
     save_file(weights, folder / "model.safetensors")
     model = LeRobotDiffusion(pretrained=str(folder), device="cpu")
@@ -269,7 +321,9 @@ def test_statistics_that_are_missing_are_told(tmp_path: Path) -> None:
     (file,) = folder.glob("policy_preprocessor*normalizer*.safetensors")
     stats = load_file(file)
     save_file({n: v for n, v in stats.items() if not n.startswith(f"{WORLD}.max")}, file)
-    with pytest.raises(ValueError, match=rf"has no statistic max of {WORLD}, which it normalises by MIN_MAX"):
+    with pytest.raises(
+        ValueError, match=rf"has no statistic max of {WORLD}, which it normalises by MIN_MAX"
+    ):
         LeRobotDiffusion(pretrained=str(folder), device="cpu")
 
 
@@ -279,10 +333,16 @@ def test_wrong_settings_are_told_in_one_sentence(tmp_path: Path) -> None:
             LeRobotDiffusion(device="cpu", **settings)
         assert "\n" not in str(caught.value)
 
-    fails(FileNotFoundError, "is no saved LeRobot policy: it has no config.json", pretrained=str(tmp_path))
+    fails(
+        FileNotFoundError,
+        "is no saved LeRobot policy: it has no config.json",
+        pretrained=str(tmp_path),
+    )
     fails(FileNotFoundError, "no such folder, and no hub id", pretrained="nowhere")
     fails(OSError, "hub repository can't be read", pretrained="nobody/nothing-of-the-kind")
-    fails(ConfigError, "policy.config has no key 'horizn'; did you mean horizon", config={"horizn": 8})
+    fails(
+        ConfigError, "policy.config has no key 'horizn'; did you mean horizon", config={"horizn": 8}
+    )
     fails(ConfigError, "horizon should be an integer multiple", config={"horizon": 9})
     fails(ConfigError, "down_dims is 'wide'; it must be", config={"down_dims": "wide"})
     fails(ValueError, "input_features can't be set there", config={"input_features": {}})
@@ -302,7 +362,9 @@ def test_wrong_settings_are_told_in_one_sentence(tmp_path: Path) -> None:
     context, condition = seen(model, 2, STATE, WORLD)
     with pytest.raises(ValueError, match="no unconditional branch"):
         model.negative(condition)
-    with pytest.raises(ValueError, match=rf"observation {WORLD} is missing; this policy needs \[2, 5\]"):
+    with pytest.raises(
+        ValueError, match=rf"observation {WORLD} is missing; this policy needs \[2, 5\]"
+    ):
         model.encode(Context(context.prompts, {STATE: context.observation[STATE]}))
 
 

@@ -52,12 +52,18 @@ def theirs(family: str, folder: Path | None = None) -> tuple[Any, Any, Any]:
     folder = folder or tiny.saved(family)
     policy = get_policy_class(family).from_pretrained(folder)
     words = {} if family == "smolvla" else {"tokenizer_processor": {"tokenizer_name": tiny.words()}}
-    pre, post = make_pre_post_processors(policy.config, pretrained_path=str(folder), preprocessor_overrides=words)
+    pre, post = make_pre_post_processors(
+        policy.config, pretrained_path=str(folder), preprocessor_overrides=words
+    )
     return policy.eval(), pre, post
 
 
 def batch(**more: Any) -> dict[str, Any]:
-    return {"task": list(PROMPTS), **{n: v[:, -1] for n, v in tiny.observation(ROWS).items()}, **more}
+    return {
+        "task": list(PROMPTS),
+        **{n: v[:, -1] for n, v in tiny.observation(ROWS).items()},
+        **more,
+    }
 
 
 def context() -> Context:
@@ -113,7 +119,9 @@ def test_what_is_seen_and_asked_matters(family):
     chunks = {}
     for name in ("nothing", "observation.state", *tiny.CAMERAS):
         changed = {n: 1 - v if n == name else v for n, v in seen.items()}
-        chunks[name] = chain(model, DDIM(0.0)).sample(model.encode(Context(PROMPTS, changed)), noises()).x0
+        chunks[name] = (
+            chain(model, DDIM(0.0)).sample(model.encode(Context(PROMPTS, changed)), noises()).x0
+        )
     others = Context(PROMPTS[::-1], seen)
     chunks["prompts"] = chain(model, DDIM(0.0)).sample(model.encode(others), noises()).x0
     plain = chunks.pop("nothing")
@@ -135,7 +143,10 @@ def test_replay_is_exact(family, kernel):
         one_by_one = torch.cat([ratio(policy, fresh[row : row + 1], k) for row in range(ROWS)])
         assert one_by_one.abs().max() <= 1e-4
     at = torch.tensor([0, 3, 1, 2])
-    gaussian, acted = policy.scored(policy.transition(trajectory, at)), policy.scored(trajectory.acted(at))
+    gaussian, acted = (
+        policy.scored(policy.transition(trajectory, at)),
+        policy.scored(trajectory.acted(at)),
+    )
     assert (gaussian.mean - acted.mean).abs().max() <= 1e-6
 
 
@@ -156,7 +167,9 @@ def test_replay_is_exact_in_bf16(family, train):
     policy, trajectory = sampled(model, SDE(0.7))
     assert trajectory.x.dtype == torch.float32
     with torch.no_grad():
-        assert max(float(ratio(policy, trajectory, k).abs().max()) for k in trajectory.steps) <= 1e-6
+        assert (
+            max(float(ratio(policy, trajectory, k).abs().max()) for k in trajectory.steps) <= 1e-6
+        )
     _, exact = sampled(shared(family), SDE(0.7))
     error = model.scored(trajectory.x0 - exact.x0)
     assert 0 < error.abs().mean() < 0.1 * model.scored(exact.x0).std()
@@ -169,7 +182,10 @@ def joint_and_scored(model: LeRobotFlow) -> tuple[Tensor, Tensor]:
     """Log-ratios after a change of weights, over all dims and over the robot's own."""
     policy, trajectory = sampled(model, SDE(0.7))
     nudge(model)
-    pairs = [(policy.transition(trajectory, k), trajectory.acted(k), trajectory.after(k)) for k in trajectory.steps]
+    pairs = [
+        (policy.transition(trajectory, k), trajectory.acted(k), trajectory.after(k))
+        for k in trajectory.steps
+    ]
     everything = torch.stack([log_ratio(*pair, reduce="sum") for pair in pairs]).sum(0)
     return everything, torch.stack([ratio(policy, trajectory, k) for k in trajectory.steps]).sum(0)
 
@@ -204,7 +220,11 @@ def test_padded_dims_follow_their_exact_flow(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_different_times_are_one_call(family):
     model = shared(family)
-    x, t, seen = torch.randn(ROWS, *model.event_shape), torch.tensor([1.0, 0.3, 0.9, 0.001]), model.encode(context())
+    x, t, seen = (
+        torch.randn(ROWS, *model.event_shape),
+        torch.tensor([1.0, 0.3, 0.9, 0.001]),
+        model.encode(context()),
+    )
     with torch.no_grad():
         before = model.evaluations
         together = model.denoise(x, t, seen).x0
@@ -258,7 +278,9 @@ def test_missing_prefixes_alone_are_encoded(encoded, monkeypatch):
         monkeypatch.setattr("genpolicy.models._lerobot_flow_prefix.ROWS", 3)
         features = model.features(model.encode(context()))
         assert encoded == [2, 2, 3, 1]
-    torch.testing.assert_close(torch.cat([two[1:], two]), torch.cat([again, everything[1:3]]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([two[1:], two]), torch.cat([again, everything[1:3]]), rtol=0, atol=1e-5
+    )
     torch.testing.assert_close(features, model.features(seen), rtol=0, atol=1e-5)
     assert features.shape[-1] == 32 + tiny.STATE
     assert not features.requires_grad
@@ -321,9 +343,13 @@ def test_gradients_reach_all_that_learns_and_nothing_else(family, train):
         ratio(policy, trajectory, k).sum().backward()
     parameters = dict(model.policy.model.named_parameters())
     learning = model.trainable()
-    still = {name for name, p in learning.items() if p.grad is None or not bool((p.grad != 0).any())}
+    still = {
+        name for name, p in learning.items() if p.grad is None or not bool((p.grad != 0).any())
+    }
     assert {
-        name for name in still if "embeddings.position_embedding" not in name and "k_proj.bias" not in name
+        name
+        for name in still
+        if "embeddings.position_embedding" not in name and "k_proj.bias" not in name
     } == set()
     assert all(p.grad is None for name, p in parameters.items() if name not in learning)
     prefix = {name for name in parameters if name.startswith(model._family.prefix)}
@@ -356,7 +382,10 @@ def test_the_supervised_loss_is_lerobots_own(family):
     generator = torch.Generator().manual_seed(5)
     actions = torch.randn(ROWS, tiny.CHUNK, tiny.ACTION, generator=generator)
     pad = torch.tensor([[False] * 4, [False, False, True, True], [False] * 3 + [True], [False] * 4])
-    noise, t = torch.randn(ROWS, *model.event_shape, generator=generator), torch.tensor([0.9, 0.5, 0.25, 0.1])
+    noise, t = (
+        torch.randn(ROWS, *model.event_shape, generator=generator),
+        torch.tensor([0.9, 0.5, 0.25, 0.1]),
+    )
     made = pre(batch(action=actions, action_is_pad=pad))
     if family == "smolvla":
         expected, _ = policy.forward(made, noise, t, reduction="none")
@@ -368,7 +397,9 @@ def test_the_supervised_loss_is_lerobots_own(family):
         )
         expected = losses[..., : tiny.ACTION].mean((1, 2))
     event = model.event(actions)
-    assert torch.equal(event[..., tiny.ACTION :], torch.zeros(ROWS, tiny.CHUNK, tiny.MAX_ACTION - tiny.ACTION))
+    assert torch.equal(
+        event[..., tiny.ACTION :], torch.zeros(ROWS, tiny.CHUNK, tiny.MAX_ACTION - tiny.ACTION)
+    )
     seen, supervised = model.encode(context()), chain(model, DDIM(0.0)).supervised_loss
     ours = supervised(seen, event, t, noise, model.event_mask(pad))
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
@@ -413,11 +444,17 @@ def test_saved_is_an_ordinary_lerobot_policy(family, tmp_path):
     policy, pre, _ = theirs(family, tmp_path / "saved")
     chunk = policy.predict_action_chunk(pre(batch()), noise=noises()(PRIOR, model.event_shape))
     network = load(family, tmp_path / "saved", padding="network")
-    torch.testing.assert_close(model.scored(sampled(network, DDIM(0.0))[1].x0), chunk, rtol=0, atol=5e-6)
-    own, saved = (json.loads((f / "config.json").read_text()) for f in (tiny.saved(family), tmp_path / "saved"))
+    torch.testing.assert_close(
+        model.scored(sampled(network, DDIM(0.0))[1].x0), chunk, rtol=0, atol=5e-6
+    )
+    own, saved = (
+        json.loads((f / "config.json").read_text())
+        for f in (tiny.saved(family), tmp_path / "saved")
+    )
     assert own == saved
     own, saved = (
-        json.loads((f / "policy_preprocessor.json").read_text()) for f in (tiny.saved(family), tmp_path / "saved")
+        json.loads((f / "policy_preprocessor.json").read_text())
+        for f in (tiny.saved(family), tmp_path / "saved")
     )
     assert own["steps"] == saved["steps"]
 
@@ -448,7 +485,9 @@ def test_a_saved_policy_moves_to_another_machine(family, tmp_path, monkeypatch):
             raise OSError(f"{name} is gated\nand so on")
 
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", gated)
-        with pytest.raises(ValueError, match=r"set policy\.tokenizer .*paligemma-3b-pt-224 is gated$"):
+        with pytest.raises(
+            ValueError, match=r"set policy\.tokenizer .*paligemma-3b-pt-224 is gated$"
+        ):
             LeRobotFlow(str(tmp_path / "there"), device="cpu")
 
 
@@ -461,8 +500,14 @@ class Recorded:
     def __init__(self, **shapes: tuple[int, ...] | None) -> None:
         camera = {"observation.images.front": (3, 24, 24), "observation.environment_state": (9,)}
         vectors = {"observation.state": (2,), "action": (3,)}
-        self.shapes = {name: shape for name, shape in {**vectors, **camera, **shapes}.items() if shape is not None}
-        self.stats = {n: {s: torch.full(vectors[n], v) for s, v in STATISTICS.items()} for n in vectors}
+        self.shapes = {
+            name: shape
+            for name, shape in {**vectors, **camera, **shapes}.items()
+            if shape is not None
+        }
+        self.stats = {
+            n: {s: torch.full(vectors[n], v) for s, v in STATISTICS.items()} for n in vectors
+        }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -475,19 +520,31 @@ def test_a_base_learns_another_robot(family, tmp_path):
     assert model.action_dim == 3
     own = theirs(family)[0].state_dict()
     assert all(torch.equal(value, own[name]) for name, value in model.policy.state_dict().items())
-    seen = {"observation.state": torch.rand(2, 1, 2), "observation.images.front": torch.rand(2, 1, 3, 24, 24)}
+    seen = {
+        "observation.state": torch.rand(2, 1, 2),
+        "observation.images.front": torch.rand(2, 1, 3, 24, 24),
+    }
     policy = chain(model, DDIM(0.0))
     x0 = policy.sample(model.encode(Context(PROMPTS[:2], seen)), noises(2)).x0
-    expected = (x0[:, : tiny.EXECUTED, :3] + 1) * 2 - 1 if family == "pi05" else x0[:, : tiny.EXECUTED, :3] * 2 + 0.5
+    expected = (
+        (x0[:, : tiny.EXECUTED, :3] + 1) * 2 - 1
+        if family == "pi05"
+        else x0[:, : tiny.EXECUTED, :3] * 2 + 0.5
+    )
     torch.testing.assert_close(model.decode(x0), expected, rtol=0, atol=1e-5)
     model.save(tmp_path)
     again = load(family, tmp_path, base=str(tiny.saved(family)))
     assert again.shapes == model.shapes
-    assert torch.equal(chain(again, DDIM(0.0)).sample(again.encode(Context(PROMPTS[:2], seen)), noises(2)).x0, x0)
+    assert torch.equal(
+        chain(again, DDIM(0.0)).sample(again.encode(Context(PROMPTS[:2], seen)), noises(2)).x0, x0
+    )
 
 
 def test_found_by_name():
-    made = config.make("models", {"name": "lerobot_flow", "pretrained": str(tiny.saved("smolvla")), "device": "cpu"})
+    made = config.make(
+        "models",
+        {"name": "lerobot_flow", "pretrained": str(tiny.saved("smolvla")), "device": "cpu"},
+    )
     assert isinstance(made, LeRobotFlow)
 
 
@@ -512,7 +569,10 @@ def with_setting(folder: Path, **settings: Any) -> None:
 
 def without_statistics(folder: Path) -> None:
     for file in folder.glob("*normalizer_processor.safetensors"):
-        save_file({n: v for n, v in load_file(file).items() if n not in ("action.mean", "action.q01")}, file)
+        save_file(
+            {n: v for n, v in load_file(file).items() if n not in ("action.mean", "action.q01")},
+            file,
+        )
 
 
 WRONG = {
@@ -520,10 +580,16 @@ WRONG = {
     "damaged": (lambda f: (f / "model.safetensors").write_bytes(b"\x10" * 100), "is damaged"),
     "missing": (lambda f: without_weights(f, "action_out_proj"), "action_out_proj"),
     "other size": (lambda f: with_setting(f, max_action_dim=7), "(is damaged|were not loaded)"),
-    "other type": (lambda f: with_setting(f, type="act"), "type act; valid here: smolvla, pi0, pi05"),
+    "other type": (
+        lambda f: with_setting(f, type="act"),
+        "type act; valid here: smolvla, pi0, pi05",
+    ),
     "unknown key": (lambda f: with_setting(f, colour="red"), "is damaged.*colour"),
     "statistics": (without_statistics, r"no statistic (mean|q01) of action"),
-    "processors": (lambda f: (f / "policy_preprocessor.json").unlink(), "has no policy_preprocessor.json"),
+    "processors": (
+        lambda f: (f / "policy_preprocessor.json").unlink(),
+        "has no policy_preprocessor.json",
+    ),
 }
 
 
@@ -539,7 +605,9 @@ def test_wrong_folders(family, case, tmp_path):
 
 @pytest.mark.parametrize("family", ["pi0", "pi05"])
 def test_relative_actions_are_refused(family, tmp_path):
-    folder = broken(family, tmp_path / "relative", lambda f: with_setting(f, use_relative_actions=True))
+    folder = broken(
+        family, tmp_path / "relative", lambda f: with_setting(f, use_relative_actions=True)
+    )
     with pytest.raises(ValueError, match="trained with use_relative_actions"):
         load(family, folder)
 
@@ -551,14 +619,27 @@ def test_wrong_settings(tmp_path):
         LeRobotFlow(str(tmp_path / "nothing"))
     model = shared("smolvla")
     with pytest.raises(ValueError, match=r"observation\.images\.wrist is missing"):
-        model.encode(Context(PROMPTS, {n: v for n, v in tiny.observation(ROWS).items() if "wrist" not in n}))
-    with pytest.raises(ValueError, match=r"observation\.state comes as \[2, 3\]; this policy needs \[1, 3\]"):
-        model.encode(Context(PROMPTS, {**tiny.observation(ROWS), "observation.state": torch.zeros(ROWS, 2, 3)}))
+        model.encode(
+            Context(PROMPTS, {n: v for n, v in tiny.observation(ROWS).items() if "wrist" not in n})
+        )
+    with pytest.raises(
+        ValueError, match=r"observation\.state comes as \[2, 3\]; this policy needs \[1, 3\]"
+    ):
+        model.encode(
+            Context(
+                PROMPTS, {**tiny.observation(ROWS), "observation.state": torch.zeros(ROWS, 2, 3)}
+            )
+        )
     with pytest.raises(ValueError, match=r"set chain\.guidance to 1"):
         model.negative(model.encode(context()))
     for shapes, sentence in (
         ({"action": (6,)}, r"action has 6 dims; .* has room for 5"),
-        ({"observation.images.front": None}, "needs observation.state and a camera; the data set has"),
+        (
+            {"observation.images.front": None},
+            "needs observation.state and a camera; the data set has",
+        ),
     ):
         with pytest.raises(ValueError, match=sentence):
-            LeRobotFlow(base=str(tiny.saved("smolvla")), device="cpu").initialise(Recorded(**shapes))
+            LeRobotFlow(base=str(tiny.saved("smolvla")), device="cpu").initialise(
+                Recorded(**shapes)
+            )

@@ -80,7 +80,12 @@ def test_reference_of_a_run_from_a_lora_is_that_lora(pipeline, trained, tmp_path
     run.iteration = 1
     reference, rollout = run.snapshot(), run.collect(2, 4)
     assert (
-        max(float(p.detach().abs().max()) for name, p in run.policy.model.trainable().items() if "lora_B" in name) > 0
+        max(
+            float(p.detach().abs().max())
+            for name, p in run.policy.model.trainable().items()
+            if "lora_B" in name
+        )
+        > 0
     )
     step = run._score(run.policy, rollout.trajectory, 1, rollout.rows(torch.zeros(2, 4)), reference)
     assert method.loss(step)[1]["kl"].abs().max() == 0
@@ -114,7 +119,9 @@ def test_saved_lora_draws_our_images_in_plain_diffusers(pipeline, trained):
         "max_sequence_length": 16,
     }
     bare = pipe(prompts, **call).images
-    pipe.load_lora_weights(trained.folder / "policy", weight_name="pytorch_lora_weights.safetensors")
+    pipe.load_lora_weights(
+        trained.folder / "policy", weight_name="pytorch_lora_weights.safetensors"
+    )
     assert (pipe(prompts, **call).images - ours).abs().max() < 1e-5
     assert (bare - ours).abs().max() > 1e-3
 
@@ -123,10 +130,16 @@ def test_saved_lora_draws_our_images_in_plain_diffusers(pipeline, trained):
 def test_half_precision_networks_train_with_an_exact_replay(pipeline, tmp_path, precision):
     """fp16 goes through the gradient scaler; what is scored is what acted, so that nothing needs to be scored again."""
     experiment = raw(pipeline, tmp_path, budget={"iterations": 2})
-    experiment["policy"] |= {"precision": precision, "gradient_checkpointing": True, "offload": True}
+    experiment["policy"] |= {
+        "precision": precision,
+        "gradient_checkpointing": True,
+        "offload": True,
+    }
     result = train(config.parse(experiment))
     assert result.summary["replay_gap"] < 1e-5
-    assert all(line["policy/ratio_mean"] == pytest.approx(1, abs=1e-3) for line in lines(result)[:1])
+    assert all(
+        line["policy/ratio_mean"] == pytest.approx(1, abs=1e-3) for line in lines(result)[:1]
+    )
     start = torch.load(result.folder / "checkpoints/0/state.pt", weights_only=True)["parameters"]
     end = torch.load(result.folder / "checkpoints/2/state.pt", weights_only=True)["parameters"]
     assert any(not torch.equal(a, b) for a, b in zip(start, end, strict=True))

@@ -40,7 +40,11 @@ class Recorded:
     def rows(self, index: Tensor, history: int, actions: range) -> Any:
         seen = {n: self.values[n][index][:, None].repeat(1, history, 1) for n in (STATE, WORLD)}
         chunk = self.values["action"][index][:, None].repeat(1, len(actions), 1)
-        return Context([""] * len(index), seen), chunk, torch.zeros(len(index), len(actions), dtype=torch.bool)
+        return (
+            Context([""] * len(index), seen),
+            chunk,
+            torch.zeros(len(index), len(actions), dtype=torch.bool),
+        )
 
 
 def made(**settings: Any) -> MLP:
@@ -52,21 +56,40 @@ def made(**settings: Any) -> MLP:
 def rows(model: MLP, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """x, t with a time of each row's own, condition."""
     context, _, _ = Recorded().rows(torch.arange(count), model.history, model.horizon)
-    return torch.randn(count, *model.event_shape), model.times(torch.rand(count).double()), model.encode(context)
+    return (
+        torch.randn(count, *model.event_shape),
+        model.times(torch.rand(count).double()),
+        model.encode(context),
+    )
 
 
 def test_the_default_network_has_the_size_that_learns_metaworld_in_seconds() -> None:
     model, dataset = MLP(), Recorded()
     dataset.shapes = {WORLD: (39,), "action": (4,)}
-    dataset.stats = {WORLD: {"mean": torch.zeros(39), "std": torch.ones(39)}, "action": dataset.stats["action"]}
+    dataset.stats = {
+        WORLD: {"mean": torch.zeros(39), "std": torch.ones(39)},
+        "action": dataset.stats["action"],
+    }
     model.initialise(dataset)
     assert sum(p.numel() for p in model.trainable().values()) == 290_832
-    assert (model.event_shape, model.executed, model.horizon, model.action_dim) == ((4, 4), 4, range(4), 4)
+    assert (model.event_shape, model.executed, model.horizon, model.action_dim) == (
+        (4, 4),
+        4,
+        range(4),
+        4,
+    )
 
 
 @pytest.mark.parametrize(("network", "family"), KINDS)
 def test_a_saved_one_is_restored_bit_for_bit(network: Any, family: Any, tmp_path: Path) -> None:
-    settings = {"network": network, "family": family, "history": 2, "chunk": 8, "blocks": 3, "inputs": [WORLD]}
+    settings = {
+        "network": network,
+        "family": family,
+        "history": 2,
+        "chunk": 8,
+        "blocks": 3,
+        "inputs": [WORLD],
+    }
     model = made(**settings)
     model.save(tmp_path)
     again = MLP(pretrained=str(tmp_path))
@@ -107,7 +130,9 @@ def test_every_parameter_learns_and_the_condition_is_seen(network: Any) -> None:
     x, t, condition = rows(model, 4)
     condition.requires_grad_(True)
     model.denoise(x, t, condition).eps.square().sum().backward()
-    assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in model.trainable().values())
+    assert all(
+        p.grad is not None and bool(p.grad.abs().max() > 0) for p in model.trainable().values()
+    )
     assert condition.grad is not None
     assert bool((condition.grad.abs().amax(0) > 0).all())  # every dim of every frame
 
@@ -124,14 +149,19 @@ def test_observations_are_standardised_and_what_stood_still_is_only_shifted() ->
     assert condition[:, 2].abs().max() < 1e-6
     far = Context(context.prompts, {n: v + 1e4 for n, v in context.observation.items()})
     assert model.encode(far).max() == 5.0
-    assert torch.equal(made(inputs=[WORLD, STATE]).encode(context), condition[:, [3, 4, 5, 6, 7, 0, 1, 2]])
+    assert torch.equal(
+        made(inputs=[WORLD, STATE]).encode(context), condition[:, [3, 4, 5, 6, 7, 0, 1, 2]]
+    )
 
 
 def test_frames_follow_one_another_oldest_first() -> None:
     model = made(inputs=[STATE], history=2)
     frames = Recorded().values[STATE][:6].view(3, 2, 3)
     condition = model.encode(Context([""] * 3, {STATE: frames}))
-    older, newer = (made(inputs=[STATE]).encode(Context([""] * 3, {STATE: frames[:, j : j + 1]})) for j in (0, 1))
+    older, newer = (
+        made(inputs=[STATE]).encode(Context([""] * 3, {STATE: frames[:, j : j + 1]}))
+        for j in (0, 1)
+    )
     assert torch.equal(condition, torch.cat([older, newer], -1))
 
 
@@ -147,12 +177,16 @@ def test_event_and_decode_are_inverse_and_the_data_lies_in_the_unit_box() -> Non
 
 
 def test_the_table_is_diffusers() -> None:
-    theirs = DDPMScheduler(num_train_timesteps=LEVELS, beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
+    theirs = DDPMScheduler(
+        num_train_timesteps=LEVELS, beta_schedule="squaredcos_cap_v2"
+    ).alphas_cumprod.double()
     assert (squared_cosine(LEVELS) / theirs - 1).abs().max() < 1e-4  # theirs is fp32
 
 
 def test_training_times() -> None:
-    uniform = torch.cat([torch.rand(1000).double(), torch.tensor([0, 1 - 1e-12], dtype=torch.float64)])
+    uniform = torch.cat(
+        [torch.rand(1000).double(), torch.tensor([0, 1 - 1e-12], dtype=torch.float64)]
+    )
     levels = made().times(uniform) * LEVELS
     assert torch.equal(levels.round().unique(), torch.arange(1, LEVELS + 1).double())
     assert (levels - levels.round()).abs().max() < 1e-9
@@ -185,8 +219,15 @@ def test_the_supervised_loss_is_that_of_the_networks_own_output(family: Any) -> 
     model = made(family=family)
     x0, t, condition = rows(model, 16)
     noise = torch.randn_like(x0)
-    ours = ChainPolicy(model, Chain(model.schedule, model.grid(5))).supervised_loss(condition, x0, t, noise).mean()
-    alpha, sigma = model.schedule.alpha(t).float()[:, None, None], model.schedule.sigma(t).float()[:, None, None]
+    ours = (
+        ChainPolicy(model, Chain(model.schedule, model.grid(5)))
+        .supervised_loss(condition, x0, t, noise)
+        .mean()
+    )
+    alpha, sigma = (
+        model.schedule.alpha(t).float()[:, None, None],
+        model.schedule.sigma(t).float()[:, None, None],
+    )
     output = model._network(alpha * x0 + sigma * noise, model._time(t), condition)
     target = noise if family == "vp" else noise - x0
     assert ours.item() == pytest.approx(((output - target) ** 2).mean().item(), rel=1e-4)
@@ -201,7 +242,9 @@ def test_it_learns_to_act(network: Any, family: Any) -> None:
 
     def seen(count: int) -> tuple[Tensor, Tensor]:
         condition = torch.randn(count, 8)
-        return condition, condition[:, None, :4].tanh() * torch.tensor([0.9, -0.9, 0.9, -0.9])[:, None]
+        return condition, condition[:, None, :4].tanh() * torch.tensor([0.9, -0.9, 0.9, -0.9])[
+            :, None
+        ]
 
     for _ in range(300):
         condition, event = seen(128)
@@ -223,12 +266,17 @@ def test_wrong_settings_are_told_in_one_sentence(tmp_path: Path) -> None:
         MLP(network="unet", hidden=48)
     with pytest.raises(ValueError, match="history is 0; it must be at least 1"):
         MLP(history=0)
-    with pytest.raises(ValueError, match=r"inputs: observation\.effort is no observation .* it has observation\.state"):
+    with pytest.raises(
+        ValueError,
+        match=r"inputs: observation\.effort is no observation .* it has observation\.state",
+    ):
         made(inputs=["observation.effort"])
     with pytest.raises(ValueError, match="no unconditional branch"):
         made().negative(torch.zeros(1, 8))
     context, _, _ = Recorded().rows(torch.arange(2), 2, range(4))
-    with pytest.raises(ValueError, match=r"observation\.state comes as \[2, 3\]; this policy needs \[1, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"observation\.state comes as \[2, 3\]; this policy needs \[1, 3\]"
+    ):
         made().encode(context)
     with pytest.raises(ValueError, match=r"observation\.environment_state is missing"):
         made(inputs=[WORLD]).encode(Context(["", ""], {STATE: context.observation[STATE]}))

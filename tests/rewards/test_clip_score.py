@@ -44,7 +44,9 @@ def scorer(checkpoint) -> ClipScore:
 @pytest.fixture(scope="module")
 def library(checkpoint):
     """The same weights through open_clip alone: (model, PIL transform, tokenizer)."""
-    model, transform = open_clip.create_model_from_pretrained("genpolicy-tiny", pretrained=checkpoint)
+    model, transform = open_clip.create_model_from_pretrained(
+        "genpolicy-tiny", pretrained=checkpoint
+    )
     return model.eval(), transform, open_clip.get_tokenizer("genpolicy-tiny")
 
 
@@ -89,12 +91,16 @@ def test_equals_the_cosine_by_hand(scorer, library):
     assert result.shape == (3,)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), truth, rtol=0, atol=2e-6)
-    assert not torch.isclose(result.double(), by_hand(library, images, normalised=False), atol=1e-3).any()
+    assert not torch.isclose(
+        result.double(), by_hand(library, images, normalised=False), atol=1e-3
+    ).any()
 
 
 def test_a_wrong_prompt_gives_another_score(scorer):
     images = pictures(3)
-    assert ((score(scorer, images) - score(scorer, images, PROMPTS[1:] + PROMPTS[:1])).abs() > 1e-3).all()
+    assert (
+        (score(scorer, images) - score(scorer, images, PROMPTS[1:] + PROMPTS[:1])).abs() > 1e-3
+    ).all()
 
 
 def test_scale_multiplies_the_cosine(scorer, checkpoint):
@@ -124,7 +130,12 @@ def test_one_tensor_resize_would_miss_the_pil_transform(scorer, library):
 @pytest.mark.parametrize("fit", ["shortest", "squash"])
 def test_size_mean_std_and_fit_come_from_the_checkpoint(tmp_path, fit):
     """A folder that says how its pictures were normalised, as SigLIP's do, through "local-dir:"."""
-    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": fit}
+    preprocess = {
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "interpolation": "bilinear",
+        "resize_mode": fit,
+    }
     config = {"model_cfg": TINY, "preprocess_cfg": preprocess}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     torch.save(open_clip.CLIP(**TINY).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
@@ -163,7 +174,9 @@ def test_gradient_flows_to_the_pictures_and_only_there(scorer):
     direction = images.grad / images.grad.norm()
     step = 1e-2
     with torch.no_grad():
-        change = (score(scorer, images + step * direction) - score(scorer, images - step * direction)).sum()
+        change = (
+            score(scorer, images + step * direction) - score(scorer, images - step * direction)
+        ).sum()
     torch.testing.assert_close(change / (2 * step), images.grad.norm(), rtol=0.02, atol=0)
 
 
@@ -201,7 +214,9 @@ def test_the_activation_is_the_tags(checkpoint, monkeypatch):
 
 def test_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ConfigError, match=r"^clip_score needs open_clip: pip install genpolicy\[rewards\]$"):
+    with pytest.raises(
+        ConfigError, match=r"^clip_score needs open_clip: pip install genpolicy\[rewards\]$"
+    ):
         ClipScore().load()
 
 
@@ -217,7 +232,10 @@ def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch, tmp_path):
     ("settings", "message"),
     [
         ({"model": "ViT-B/32"}, r"model is 'ViT-B/32'; did you mean .*ViT-B-32"),
-        ({"pretrained": "laion2b"}, r"pretrained \(a tag or a file\) is 'laion2b'; did you mean laion2b_"),
+        (
+            {"pretrained": "laion2b"},
+            r"pretrained \(a tag or a file\) is 'laion2b'; did you mean laion2b_",
+        ),
     ],
 )
 def test_wrong_names_bring_the_nearest(settings, message):
@@ -249,6 +267,11 @@ def test_mean_cosine_of_known_vectors():
     images = torch.zeros(2, 3, 4, 4)
     images[0, 0], images[1, :2] = 0.3, 0.7
     result = mean_cosine(
-        images, ("x", "x"), lambda x: x.mean((2, 3)), lambda texts: torch.tensor([[2.0, 0, 0]]), "cpu", 8
+        images,
+        ("x", "x"),
+        lambda x: x.mean((2, 3)),
+        lambda texts: torch.tensor([[2.0, 0, 0]]),
+        "cpu",
+        8,
     )
     torch.testing.assert_close(result, torch.tensor([1.0, 0.5**0.5]))

@@ -37,7 +37,9 @@ def test_size_is_that_of_the_file_on_disk_in_decimal_kilobytes(pictures, tmp_pat
     assert torch.equal(size, expected)
     # the known-wrong variants: another quality, binary kilobytes
     other = torch.tensor([file_bytes(picture, path, quality=75) for picture in pictures]) / 1000
-    assert not torch.isclose(size, other)[1:].any()  # a flat picture has the same size at any quality
+    assert not torch.isclose(size, other)[
+        1:
+    ].any()  # a flat picture has the same size at any quality
     assert not torch.isclose(size, expected * 1000 / 1024).any()
 
 
@@ -49,7 +51,9 @@ def test_flat_is_smaller_than_gradient_is_smaller_than_noise(pictures):
 
 
 def test_the_two_rewards_are_each_other_with_the_sign_turned(pictures):
-    assert torch.equal(jpeg_compressibility(pictures, CONTEXT), -jpeg_incompressibility(pictures, CONTEXT))
+    assert torch.equal(
+        jpeg_compressibility(pictures, CONTEXT), -jpeg_incompressibility(pictures, CONTEXT)
+    )
 
 
 def test_a_video_scores_the_mean_of_its_frames(pictures):
@@ -61,12 +65,16 @@ def test_a_video_scores_the_mean_of_its_frames(pictures):
 
 def test_values_outside_the_range_are_clipped_not_wrapped(pictures):
     far = (pictures - 0.5) * 10 + 0.5
-    assert torch.equal(jpeg_incompressibility(far, CONTEXT), jpeg_incompressibility(far.clamp(0, 1), CONTEXT))
+    assert torch.equal(
+        jpeg_incompressibility(far, CONTEXT), jpeg_incompressibility(far.clamp(0, 1), CONTEXT)
+    )
 
 
 def test_half_precision_is_widened_before_rounding(pictures):
     half = pictures.bfloat16()
-    assert torch.equal(jpeg_incompressibility(half, CONTEXT), jpeg_incompressibility(half.float(), CONTEXT))
+    assert torch.equal(
+        jpeg_incompressibility(half, CONTEXT), jpeg_incompressibility(half.float(), CONTEXT)
+    )
 
 
 def test_no_gradient_and_no_complaint_about_one(pictures):

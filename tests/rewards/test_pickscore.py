@@ -29,15 +29,27 @@ def folder(request, tmp_path_factory) -> str:
     vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
     tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[])
     end = 2 if request.param.startswith("largest") else tokenizer.eos_token_id
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = transformers.CLIPConfig(
-        text_config={**tower, "vocab_size": len(vocab), "max_position_embeddings": 16, "eos_token_id": end},
+        text_config={
+            **tower,
+            "vocab_size": len(vocab),
+            "max_position_embeddings": 16,
+            "eos_token_id": end,
+        },
         vision_config={**tower, "image_size": 32, "patch_size": 8},
         projection_dim=16,
     )
     torch.manual_seed(0)
     model = transformers.CLIPModel(config)
-    for weight in model.parameters():  # the default init is so small that all texts would nearly coincide
+    for (
+        weight
+    ) in model.parameters():  # the default init is so small that all texts would nearly coincide
         weight.data += 0.1 * torch.randn_like(weight)
     model.logit_scale.data.fill_(4.5)
     images = transformers.CLIPImageProcessor(
@@ -56,7 +68,9 @@ def scorer(folder) -> PickScore:
 
 def pictures(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
     """White noise at 8-bit levels, float [count, 3, height, width]."""
-    levels = torch.randint(256, (count, 3, height, width), generator=torch.Generator().manual_seed(0))
+    levels = torch.randint(
+        256, (count, 3, height, width), generator=torch.Generator().manual_seed(0)
+    )
     return levels / 255
 
 
@@ -69,7 +83,9 @@ def library(folder, images, prompts=PROMPTS):
     """(model, its inputs) through transformers alone, from PIL pictures."""
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     processor = transformers.CLIPProcessor.from_pretrained(folder)
-    return model, processor(text=list(prompts), images=pils(images), padding=True, return_tensors="pt")
+    return model, processor(
+        text=list(prompts), images=pils(images), padding=True, return_tensors="pt"
+    )
 
 
 def score(scorer, outputs, prompts=PROMPTS):
@@ -88,13 +104,17 @@ def test_equals_the_models_own_logits(scorer, folder):
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, truth, rtol=0, atol=1e-4)  # of about 90
     # the known-wrong variants: embeddings of any length, no temperature
-    assert not torch.isclose(result, model.logit_scale.exp() * (image * text).sum(-1), rtol=1e-2).any()
+    assert not torch.isclose(
+        result, model.logit_scale.exp() * (image * text).sum(-1), rtol=1e-2
+    ).any()
     assert not torch.isclose(result, torch.cosine_similarity(image, text), rtol=1e-2).any()
 
 
 def test_a_wrong_prompt_gives_another_score(scorer):
     images = pictures(3)
-    assert ((score(scorer, images) - score(scorer, images, PROMPTS[1:] + PROMPTS[:1])).abs() > 1e-2).all()
+    assert (
+        (score(scorer, images) - score(scorer, images, PROMPTS[1:] + PROMPTS[:1])).abs() > 1e-2
+    ).all()
 
 
 @pytest.mark.parametrize("backend", ["torchvision", "pil"])
@@ -153,7 +173,9 @@ def test_loads_in_fp32_at_the_first_call_and_moves(folder, tmp_path):
 
 def test_missing_weights_are_refused_not_random(folder, tmp_path):
     model = transformers.CLIPModel.from_pretrained(folder)
-    weights = {name: w for name, w in model.state_dict().items() if name != "visual_projection.weight"}
+    weights = {
+        name: w for name, w in model.state_dict().items() if name != "visual_projection.weight"
+    }
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(ConfigError, match=r"lacks 1 weights, such as visual_projection\.weight"):
         PickScore(model=str(tmp_path), processor=folder).load()
@@ -170,7 +192,9 @@ def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch, tmp_path):
         PickScore(),
         PickScore(processor=str(tmp_path / "laion/CLIP-ViT-H-14")),
     ):  # a missing folder
-        with pytest.raises(OSError, match=r"^pickscore needs .*/CLIP-ViT-H-14.* cannot be fetched") as raised:
+        with pytest.raises(
+            OSError, match=r"^pickscore needs .*/CLIP-ViT-H-14.* cannot be fetched"
+        ) as raised:
             scorer.load()
         assert "\n" not in str(raised.value)
 

@@ -89,11 +89,22 @@ def test_every_caption_has_a_true_picture_and_its_paraphrase_agrees():
     ("objects", "strict", "dense"),
     [
         pytest.param([(RED_CIRCLE, *LEFT), (BLUE_SQUARE, *RIGHT)], 1, 1.0, id="right"),
-        pytest.param([(Thing("green", "circle"), *LEFT), (BLUE_SQUARE, *RIGHT)], 0, 0.6, id="wrong colour"),
-        pytest.param([(Thing("red", "triangle"), *LEFT), (BLUE_SQUARE, *RIGHT)], 0, 0.6, id="wrong shape"),
+        pytest.param(
+            [(Thing("green", "circle"), *LEFT), (BLUE_SQUARE, *RIGHT)], 0, 0.6, id="wrong colour"
+        ),
+        pytest.param(
+            [(Thing("red", "triangle"), *LEFT), (BLUE_SQUARE, *RIGHT)], 0, 0.6, id="wrong shape"
+        ),
         pytest.param([(RED_CIRCLE, *RIGHT), (BLUE_SQUARE, *LEFT)], 0, 0.8, id="swapped relation"),
-        pytest.param([(RED_CIRCLE, 16, 8, 5.5), (BLUE_SQUARE, 16, 24, 5.5)], 0, 0.8, id="wrong axis"),
-        pytest.param([(Thing("blue", "circle"), *LEFT), (Thing("red", "square"), *RIGHT)], 0, 0.4, id="exchanged"),
+        pytest.param(
+            [(RED_CIRCLE, 16, 8, 5.5), (BLUE_SQUARE, 16, 24, 5.5)], 0, 0.8, id="wrong axis"
+        ),
+        pytest.param(
+            [(Thing("blue", "circle"), *LEFT), (Thing("red", "square"), *RIGHT)],
+            0,
+            0.4,
+            id="exchanged",
+        ),
         pytest.param([(RED_CIRCLE, *LEFT)], 0, 0.4, id="missing object"),
         pytest.param([], 0, 0.0, id="nothing"),
         pytest.param(
@@ -103,7 +114,10 @@ def test_every_caption_has_a_true_picture_and_its_paraphrase_agrees():
             id="third object",
         ),
         pytest.param(
-            [(RED_CIRCLE, *LEFT), (BLUE_SQUARE, *RIGHT), (RED_CIRCLE, 16, 27, 3)], 0, 0.9, id="the same again"
+            [(RED_CIRCLE, *LEFT), (BLUE_SQUARE, *RIGHT), (RED_CIRCLE, 16, 27, 3)],
+            0,
+            0.9,
+            id="the same again",
         ),
     ],
 )
@@ -118,7 +132,12 @@ def test_order_of_what_is_found_does_not_matter():
 def test_detect_says_where_and_what():
     image = world.draw([(RED_CIRCLE, *LEFT), (BLUE_SQUARE, *RIGHT)])
     left, right = sorted(world.detect(image), key=lambda found: found.x)
-    assert (left.colour, left.shape, right.colour, right.shape) == ("red", "circle", "blue", "square")
+    assert (left.colour, left.shape, right.colour, right.shape) == (
+        "red",
+        "circle",
+        "blue",
+        "square",
+    )
     assert (left.x, left.y, right.x, right.y) == pytest.approx((8, 16, 24, 16), abs=0.5)
     assert left.area == pytest.approx(np.pi * 5.5**2, rel=0.12)
 

@@ -31,5 +31,8 @@ def test_debug_config_trains_and_draws(tmp_path: Path, name: str):
     assert main(["train", name, f"--output={run}"]) == 0
     assert json.loads((run / "summary.json").read_text())["iterations"] == 2
     text = "a red circle left of a blue square"
-    assert main(["sample", str(run), "--prompts", text, "--out", str(tmp_path / "out"), "--n", "2"]) == 0
+    assert (
+        main(["sample", str(run), "--prompts", text, "--out", str(tmp_path / "out"), "--n", "2"])
+        == 0
+    )
     assert (tmp_path / "out" / "000_01.png").is_file()

@@ -47,7 +47,11 @@ def test_a_chunk_stops_where_the_episode_ends(environments):
     step = walk.step([0], torch.ones(1, 8, 2))
     assert step.executed.tolist() == [needed]
     assert step.rewards.tolist() == [[2.0] * needed + [0.0] * (8 - needed)]
-    assert (step.terminated.tolist(), step.truncated.tolist(), step.success.tolist()) == ([True], [False], [True])
+    assert (step.terminated.tolist(), step.truncated.tolist(), step.success.tolist()) == (
+        [True],
+        [False],
+        [True],
+    )
     assert step.context.observation[STATE][0, -1, 0] > 3
 
 
@@ -55,8 +59,16 @@ def test_the_limit_truncates(environments):
     counter = environments(worlds.Counter, limit=5)
     counter.reset([0], [0])
     first, second = counter.step([0], chunk(0, 0, 0)), counter.step([0], chunk(0, 0, 0))
-    assert (first.executed.item(), first.truncated.item(), first.terminated.item()) == (3, False, False)
-    assert (second.executed.item(), second.truncated.item(), second.terminated.item()) == (2, True, False)
+    assert (first.executed.item(), first.truncated.item(), first.terminated.item()) == (
+        3,
+        False,
+        False,
+    )
+    assert (second.executed.item(), second.truncated.item(), second.terminated.item()) == (
+        2,
+        True,
+        False,
+    )
     assert second.rewards.tolist() == [[1, 1, 0]]
 
 
@@ -67,7 +79,11 @@ def test_an_end_at_the_limit_is_the_tasks_own(environments):
     walk = environments(worlds.Walk, limit=needed)
     walk.reset([0], [0])
     step = walk.step([0], torch.ones(1, 8, 2))
-    assert (step.executed.item(), step.terminated.item(), step.truncated.item()) == (needed, True, False)
+    assert (step.executed.item(), step.terminated.item(), step.truncated.item()) == (
+        needed,
+        True,
+        False,
+    )
 
 
 def test_a_simulation_may_cut_earlier(environments):
@@ -80,7 +96,12 @@ def test_a_simulation_may_cut_earlier(environments):
 def test_success_is_kept(environments):
     counter = environments(worlds.Counter)
     counter.reset([0], [0])
-    assert [counter.step([0], chunk(0)).success.item() for _ in range(4)] == [False, True, True, True]
+    assert [counter.step([0], chunk(0)).success.item() for _ in range(4)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
     counter.reset([0], [0])
     assert not counter.step([0], chunk(0)).success.item()
 
@@ -123,12 +144,15 @@ def side_by_side(walk, slots, seeds):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     seen, rewards = [walk.reset(slots, seeds).observation[STATE]], []
     for _ in range(3):
-        actions = torch.cat([torch.rand(1, 2, 2, generator=generator) - 0.5 for generator in generators])
+        actions = torch.cat(
+            [torch.rand(1, 2, 2, generator=generator) - 0.5 for generator in generators]
+        )
         step = walk.step(slots, actions)
         seen.append(step.context.observation[STATE])
         rewards.append(step.rewards)
     return [
-        torch.cat([torch.stack(seen)[:, n].flatten(), torch.stack(rewards)[:, n].flatten()]) for n in range(len(seeds))
+        torch.cat([torch.stack(seen)[:, n].flatten(), torch.stack(rewards)[:, n].flatten()])
+        for n in range(len(seeds))
     ]
 
 
@@ -140,7 +164,10 @@ def is_function_of_seed(make, workers):
         episode(walk, slot, 40 + slot)
     used = [episode(walk, slot, seed) for slot, seed in ((2, 5), (2, 6), (0, 7))]
     together = side_by_side(walk, [3, 0, 2], [5, 6, 7])
-    return all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(alone, used, together, strict=True))
+    return all(
+        torch.equal(a, b) and torch.equal(a, c)
+        for a, b, c in zip(alone, used, together, strict=True)
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2, 9])
@@ -239,6 +266,8 @@ odd = Environments(worlds.Odd, 1, 1, 9, "walk", workers=1)
 print(int(odd.reset([0], [0]).observation["observation.state"][0, 0, 0]), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert gone(int(done.stdout))

@@ -24,9 +24,13 @@ def play(environments, names, slot, seed, scale):
     generator = torch.Generator().manual_seed(seed)
     contexts = [environments.reset([slot], [seed])]
     for _ in range(2):
-        actions = scale * (torch.rand(1, 3, environments_dim(environments), generator=generator) * 2 - 1)
+        actions = scale * (
+            torch.rand(1, 3, environments_dim(environments), generator=generator) * 2 - 1
+        )
         contexts.append(environments.step([slot], actions).context)
-    return torch.cat([context.observation[name].flatten() for context in contexts for name in names])
+    return torch.cat(
+        [context.observation[name].flatten() for context in contexts for name in names]
+    )
 
 
 def environments_dim(environments):
@@ -92,5 +96,7 @@ def test_there_is_no_expert():
 def test_a_missing_library_is_one_sentence():
     from genpolicy.tasks._simulators import library
 
-    with pytest.raises(config.ConfigError, match=r"task x needs nowhere: pip install 'genpolicy\[robots\]'"):
+    with pytest.raises(
+        config.ConfigError, match=r"task x needs nowhere: pip install 'genpolicy\[robots\]'"
+    ):
         library("nowhere.envs", "task x")

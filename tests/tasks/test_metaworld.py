@@ -24,7 +24,9 @@ class Clipped(Sawyer):
     def __init__(self, env, reward):
         super().__init__(env, reward)
         self._world._partially_observable = True
-        assert self._world.sawyer_observation_space.high[-1] == 0  # it is cached here, as its constructor does
+        assert (
+            self._world.sawyer_observation_space.high[-1] == 0
+        )  # it is cached here, as its constructor does
         self._world._partially_observable = False
 
 
@@ -64,7 +66,9 @@ def played(simulation, env, seed, steps=60):
     simulation.reset(seed=seed)
     seen, rewards = [simulation.numbers], []
     for _ in range(steps):
-        action = script.get_action(simulation.numbers.astype(np.float64)).clip(-1, 1).astype(np.float32)
+        action = (
+            script.get_action(simulation.numbers.astype(np.float64)).clip(-1, 1).astype(np.float32)
+        )
         rewards.append(simulation.step(action)[1])
         seen.append(simulation.numbers)
     return np.array(seen), np.array(rewards)
@@ -98,18 +102,25 @@ def test_shortcuts_are_exact_on_all_fifty():
 
 def test_control_a_hand_that_never_settles_is_seen():
     restless = plain(PUSH)
-    restless._world._reset_hand = lambda *_: setattr(restless._world, "init_tcp", restless._world.tcp_center)
+    restless._world._reset_hand = lambda *_: setattr(
+        restless._world, "init_tcp", restless._world.tcp_center
+    )
     assert not np.array_equal(played(restless, PUSH, 3, 0)[0], played(plain(PUSH), PUSH, 3, 0)[0])
 
 
 def test_touch_is_metaworlds():
     """All along an episode in which the expert grasps: neither always so nor never."""
     simulation = Sawyer(PUSH, "sparse")
-    world, script = simulation._world, library("metaworld.policies", "the test").ENV_POLICY_MAP[PUSH]()
+    world, script = (
+        simulation._world,
+        library("metaworld.policies", "the test").ENV_POLICY_MAP[PUSH](),
+    )
     simulation.reset(seed=3)
     felt = []
     for _ in range(80):
-        simulation.step(script.get_action(simulation.numbers.astype(np.float64)).clip(-1, 1).astype(np.float32))
+        simulation.step(
+            script.get_action(simulation.numbers.astype(np.float64)).clip(-1, 1).astype(np.float32)
+        )
         felt.append(world.touching_main_object)
         assert felt[-1] == type(world).touching_object(world, world._get_id_main_object())
     assert any(felt)
@@ -125,7 +136,9 @@ def test_a_demonstration_is_what_happened():
     length = len(shown.actions)
     assert shown.rewards.tolist() == [0.0] * (length - 1) + [1.0]
     assert shown.actions.abs().max() <= 1
-    assert {name: tuple(value.shape[1:]) for name, value in shown.observation.items()} == task.shapes
+    assert {
+        name: tuple(value.shape[1:]) for name, value in shown.observation.items()
+    } == task.shapes
     environments = task.environments(2, 1)
     environments.reset([0, 1], [8, 9])
     environments.step([0, 1], torch.rand(2, 30, 4) * 2 - 1)
@@ -150,7 +163,9 @@ def test_noise_is_the_seeds_and_less_on_the_gripper():
     moved = (noisy.actions[0] - calm.actions[0]).abs()
     assert moved.max() > 0
     noises = np.random.Generator(np.random.Philox(key=0)).standard_normal(4) * [0.1, 0.1, 0.1, 0.03]
-    assert torch.allclose(noisy.actions[0], (calm.actions[0] + torch.tensor(noises)).clamp(-1, 1).float(), atol=1e-6)
+    assert torch.allclose(
+        noisy.actions[0], (calm.actions[0] + torch.tensor(noises)).clamp(-1, 1).float(), atol=1e-6
+    )
 
 
 def test_experts_do_not_warn():
@@ -160,7 +175,10 @@ def test_experts_do_not_warn():
 
 
 def test_the_dense_reward_is_metaworlds():
-    dense, sparse = (MetaWorld(BUTTON, reward=reward).demonstrate(0, 0.0).rewards for reward in ("dense", "sparse"))
+    dense, sparse = (
+        MetaWorld(BUTTON, reward=reward).demonstrate(0, 0.0).rewards
+        for reward in ("dense", "sparse")
+    )
     assert len(dense) == len(sparse)
     assert 0 <= dense.min() < 1 < dense.max() <= 10
     assert sparse.unique().tolist() == [0, 1]
@@ -212,7 +230,8 @@ def test_a_picture_or_one_sentence(monkeypatch):
     with monkeypatch.context() as without:
         without.setattr(mujoco, "Renderer", fail)
         with pytest.raises(
-            RenderError, match="MuJoCo can't draw here: Cannot initialize a EGL device display; set MUJOCO_GL"
+            RenderError,
+            match="MuJoCo can't draw here: Cannot initialize a EGL device display; set MUJOCO_GL",
         ):
             environments.render(0)
     try:
@@ -311,7 +330,9 @@ def test_lazy_frames_are_the_eager_ones(see, name, workers):
     firsts = [some.reset([0], [5]).observation for some in environments]
     assert torch.equal(firsts[0][name][:, 2:], firsts[1][name])
     late = environments[0].step([0], actions).context.observation
-    singly = [environments[1].step([0], actions[:, j : j + 1]).context.observation for j in range(7)]
+    singly = [
+        environments[1].step([0], actions[:, j : j + 1]).context.observation for j in range(7)
+    ]
     for each in (STATE, name):
         assert torch.equal(late[each], torch.cat([seen[each] for seen in singly[-3:]], 1))
         assert not torch.equal(late[each][:, 0], late[each][:, 2])
@@ -350,7 +371,9 @@ def test_a_films_camera_changes_nothing():
 def test_what_nobody_sees_is_not_drawn(monkeypatch):
     drawn = []
     monkeypatch.setattr(Studio, "__init__", lambda self, model, size: None)
-    monkeypatch.setattr(Studio, "draw", lambda self, seen: drawn.append(1) or np.zeros((3, 64, 64), np.uint8))
+    monkeypatch.setattr(
+        Studio, "draw", lambda self, seen: drawn.append(1) or np.zeros((3, 64, 64), np.uint8)
+    )
     monkeypatch.setattr(_sawyer_pictures, "_studios", {})
     environments = MetaWorld(PUSH, see="pixels").environments(2, 2)
     environments.reset([0, 1], [0, 1])

@@ -34,7 +34,9 @@ def distance(model, geom, points):
         return abs(np.hypot(radius, (abs(points[:, 2]) - b).clip(0)) - a)
     if geom == CYLINDER:
         return np.where(
-            abs(abs(points[:, 2]) - b) < 1e-9, (radius - a).clip(0), abs(radius - a) + (abs(points[:, 2]) > b)
+            abs(abs(points[:, 2]) - b) < 1e-9,
+            (radius - a).clip(0),
+            abs(radius - a) + (abs(points[:, 2]) > b),
         )
     if geom == BOX:
         return abs((abs(points) / [a, b, c]).max(1) - 1)
@@ -94,7 +96,10 @@ def test_points_move_with_their_body_and_nothing_else_does(model):
 
 def test_the_same_model_has_the_same_points(model):
     again = mujoco.MjModel.from_xml_string(SCENE)
-    first, same = cloud(model, Surface(model, [SPHERE, BOX], 50)), cloud(again, Surface(again, [SPHERE, BOX], 50))
+    first, same = (
+        cloud(model, Surface(model, [SPHERE, BOX], 50)),
+        cloud(again, Surface(again, [SPHERE, BOX], 50)),
+    )
     assert np.array_equal(first, same)
     assert not np.array_equal(first, cloud(model, Surface(model, [SPHERE, CAPSULE], 50)))
 

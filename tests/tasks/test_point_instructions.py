@@ -12,7 +12,16 @@ from genpolicy.chain import DDIM, Chain
 from genpolicy.evaluate_control import evaluate_control
 from genpolicy.models.lerobot_flow import LeRobotFlow
 from genpolicy.policy import ChainPolicy
-from genpolicy.tasks.point_instructions import CAMERA, COLOURS, PIXELS, SPEED, STATE, PointInstructions, paint, scene
+from genpolicy.tasks.point_instructions import (
+    CAMERA,
+    COLOURS,
+    PIXELS,
+    SPEED,
+    STATE,
+    PointInstructions,
+    paint,
+    scene,
+)
 
 TASK = PointInstructions()
 
@@ -46,11 +55,18 @@ def test_what_is_seen():
     }
     assert all(v.dtype == torch.float32 for v in context.observation.values())
     assert torch.equal(context.observation[STATE][:, 0], context.observation[STATE][:, 1])
-    assert 0 <= float(context.observation[CAMERA].min()) < float(context.observation[CAMERA].max()) <= 1
+    assert (
+        0
+        <= float(context.observation[CAMERA].min())
+        < float(context.observation[CAMERA].max())
+        <= 1
+    )
     assert list(context.prompts) == [TASK.asked(5), TASK.asked(9)]
     step = plane.step([0, 2], torch.full((2, 3, 2), 0.5))
     moved = step.context.observation[STATE]
-    torch.testing.assert_close(moved[:, 1] - context.observation[STATE][:, 1], torch.full((2, 2), 1.5 * SPEED))
+    torch.testing.assert_close(
+        moved[:, 1] - context.observation[STATE][:, 1], torch.full((2, 2), 1.5 * SPEED)
+    )
     torch.testing.assert_close(moved[:, 1] - moved[:, 0], torch.full((2, 2), 0.5 * SPEED))
     assert (step.context.observation[CAMERA] != context.observation[CAMERA]).any()
     assert list(step.context.prompts) == list(context.prompts)
@@ -63,7 +79,9 @@ def test_the_picture_shows_what_the_words_say():
         picture = paint(world, 200)
         for place, colour in zip(world.places, world.colours, strict=True):
             column, row = ((1 + place[0]) * 100, (1 - place[1]) * 100)
-            np.testing.assert_allclose(picture[:, int(row), int(column)], COLOURS[colour], atol=1e-6)
+            np.testing.assert_allclose(
+                picture[:, int(row), int(column)], COLOURS[colour], atol=1e-6
+            )
         named = f"go to the {world.colours[world.asked]} {world.shapes[world.asked]}"
         assert TASK.asked(seed) == named
     assert len({TASK.asked(seed) for seed in range(200)}) == 12
@@ -84,7 +102,11 @@ def test_an_episode_that_goes_nowhere_is_cut():
     plane = TASK.environments(1, 1)
     plane.reset([0], [0])
     step = plane.step([0], torch.zeros(1, 40, 2))
-    assert (bool(step.terminated), bool(step.truncated), int(step.executed)) == (False, True, TASK.limit)
+    assert (bool(step.terminated), bool(step.truncated), int(step.executed)) == (
+        False,
+        True,
+        TASK.limit,
+    )
     with pytest.raises(ValueError, match="ended or not begun"):
         plane.step([0], torch.zeros(1, 1, 2))
     plane.reset([0], [0])
@@ -100,12 +122,16 @@ def test_the_same_seed_is_the_same_episode():
     first = many.reset(slots, seeds)
     steps = [many.step(slots, chunk * 0.2) for chunk in chunks[:2]]
     for row, seed in enumerate(seeds):
-        assert torch.equal(alone.reset([0], [seed]).observation[CAMERA], first.observation[CAMERA][row : row + 1])
+        assert torch.equal(
+            alone.reset([0], [seed]).observation[CAMERA], first.observation[CAMERA][row : row + 1]
+        )
         for chunk, together in zip(chunks, steps, strict=False):
             one = alone.step([0], chunk[row : row + 1] * 0.2)
             for name in ("rewards", "executed", "terminated", "truncated", "success"):
                 assert torch.equal(getattr(one, name), getattr(together, name)[row : row + 1])
-            assert torch.equal(one.context.observation[STATE], together.context.observation[STATE][row : row + 1])
+            assert torch.equal(
+                one.context.observation[STATE], together.context.observation[STATE][row : row + 1]
+            )
 
 
 def test_a_chunk_is_its_actions_one_by_one():
@@ -140,7 +166,10 @@ def test_demonstrations_succeed_unless_mistaken(noise):
     assert first.rewards.tolist() == [0.0] * (len(first.rewards) - 1) + [1.0]
     assert {n: tuple(v.shape[1:]) for n, v in first.observation.items()} == TASK.shapes
     begun = TASK.environments(1, 1).reset([0], [0])
-    assert all(torch.equal(value[0], begun.observation[name][0, 0]) for name, value in first.observation.items())
+    assert all(
+        torch.equal(value[0], begun.observation[name][0, 0])
+        for name, value in first.observation.items()
+    )
     assert PointInstructions(goals=1, mistaken=1.0).demonstrate(0, noise).success
     wrong = [PointInstructions(mistaken=0.4).demonstrate(seed, noise) for seed in range(300)]
     assert 0.5 < sum(d.success for d in wrong) / 300 < 0.7
@@ -151,7 +180,9 @@ def test_a_tiny_smolvla_is_made_for_it(tmp_path, monkeypatch, capsys):
     """The script that makes the embedded policy, with next to no training: the folder is whole and moves."""
     small = {"episodes": 6, "steps": 3, "batch": 8, "every": 1, "examine": 2}
     out = tmp_path / "made"
-    monkeypatch.setattr("sys.argv", ["make", "--out", str(out), *(f"--{n}={v}" for n, v in small.items())])
+    monkeypatch.setattr(
+        "sys.argv", ["make", "--out", str(out), *(f"--{n}={v}" for n, v in small.items())]
+    )
     make_tiny_smolvla.main()
     assert "success" in capsys.readouterr().out
     moved = out.rename(tmp_path / "elsewhere")

@@ -61,11 +61,15 @@ def test_what_is_seen():
     assert (task.action_dim, task.limit, task.fps) == (2, 300, 10)
     environments = task.environments(2, 2)
     context = environments.reset([0, 1], [0, 1])
-    assert {name: tuple(value.shape[2:]) for name, value in context.observation.items()} == task.shapes
+    assert {
+        name: tuple(value.shape[2:]) for name, value in context.observation.items()
+    } == task.shapes
     assert not torch.equal(*context.observation[WORLD])
     # The disc follows the action, in pixels of the 512 x 512 plane.
     step = environments.step([0, 1], torch.tensor([100.0, 400.0]).expand(2, 20, 2))
-    assert torch.allclose(step.context.observation[STATE][:, -1], torch.tensor([100.0, 400.0]), atol=5)
+    assert torch.allclose(
+        step.context.observation[STATE][:, -1], torch.tensor([100.0, 400.0]), atol=5
+    )
     again = environments.reset([1], [0])
     for name in task.shapes:
         assert torch.equal(again.observation[name][0], context.observation[name][0])

@@ -41,9 +41,13 @@ def test_the_way_to_a_push_leaves_the_t_alone():
     planner, block = _pusht_planner.Planner(pushing.world, 3), pushing.world.block
     before, actions = (*block.position, block.angle), planner._plan()
     waiting = [k for k in range(1, len(actions)) if (actions[k] == actions[k - 1]).all()]
-    arrived = max(waiting[: _pusht_planner.SETTLE - 2])  # the last steps of the way; the others are the push's
+    arrived = max(
+        waiting[: _pusht_planner.SETTLE - 2]
+    )  # the last steps of the way; the others are the push's
     shifts = []
     for action in actions:
         pushing.step(action)
-        shifts.append(max(abs(a - b) for a, b in zip((*block.position, block.angle), before, strict=True)))
+        shifts.append(
+            max(abs(a - b) for a, b in zip((*block.position, block.angle), before, strict=True))
+        )
     assert max(shifts[: arrived + 1]) < 0.1 < 5 < shifts[-1]

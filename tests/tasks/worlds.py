@@ -63,7 +63,10 @@ class Counter(Walk):
 
     def see(self):
         grey = np.full((3, 2, 2), self.count, np.uint8)
-        return {"observation.state": np.array([self.count, 0], np.float32), "observation.images.top": grey}
+        return {
+            "observation.state": np.array([self.count, 0], np.float32),
+            "observation.images.top": grey,
+        }
 
 
 class Cuts(Counter):

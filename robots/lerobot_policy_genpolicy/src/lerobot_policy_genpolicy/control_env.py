@@ -29,7 +29,9 @@ class ControlEnv(gymnasium.Env):
         self.observation_space = gymnasium.spaces.Dict(boxes)
         self.action_space = _box((task.action_dim,))
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """An episode of this seed; without one, of a seed that the last one decides."""
         super().reset(seed=seed)
         chosen = int(self.np_random.integers(2**31)) if seed is None else seed
@@ -38,10 +40,18 @@ class ControlEnv(gymnasium.Env):
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One environment step: a chunk of one action."""
-        taken: TaskStep = self._environments.step([0], torch.as_tensor(action, dtype=torch.float32)[None, None])
+        taken: TaskStep = self._environments.step(
+            [0], torch.as_tensor(action, dtype=torch.float32)[None, None]
+        )
         ended, cut = bool(taken.terminated[0]), bool(taken.truncated[0])
         success = bool(taken.success[0])
-        return _frame(taken.context.observation), float(taken.rewards[0, 0]), ended, cut, {"is_success": success}
+        return (
+            _frame(taken.context.observation),
+            float(taken.rewards[0, 0]),
+            ended,
+            cut,
+            {"is_success": success},
+        )
 
     def render(self) -> np.ndarray:
         """What a camera sees, or black, uint8 [H,W,3]."""

@@ -22,7 +22,9 @@ def make(env: str, reward: str, limit: int, draw: bool) -> gymnasium.Env:
     return FreezeAfterEpisodeEnd(ControlEnv(MetaWorld(env=env, reward=reward, limit=limit), draw))
 
 
-gymnasium.register("genpolicy/metaworld_state", entry_point="lerobot_policy_genpolicy.metaworld_state:make")
+gymnasium.register(
+    "genpolicy/metaworld_state", entry_point="lerobot_policy_genpolicy.metaworld_state:make"
+)
 
 
 @EnvConfig.register_subclass("metaworld_state")
