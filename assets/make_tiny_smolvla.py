@@ -35,10 +35,10 @@ from transformers import (
 )
 
 from genpolicy.chain import DDIM, Chain
-from genpolicy.evaluate_control import evaluate_control
+from genpolicy.contracts.task import Context
+from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.models.lerobot_flow import LeRobotFlow
-from genpolicy.policy import ChainPolicy
-from genpolicy.task import Context
+from genpolicy.policy.policy import ChainPolicy
 from genpolicy.tasks.point_instructions import CAMERA, PIXELS, STATE, PointInstructions
 
 CHUNK = 4  # actions of a chunk, all of them executed

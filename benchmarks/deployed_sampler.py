@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from genpolicy import config
-from genpolicy.build import control_model, make_policy, saved
 from genpolicy.chain import DDIM, Mean, Noise
-from genpolicy.episodes import play
-from genpolicy.evaluate_control import evaluate_control
-from genpolicy.policy import ChainPolicy
-from genpolicy.task import Context
+from genpolicy.config import schema
+from genpolicy.contracts.task import Context
+from genpolicy.evaluation.episode_scores import evaluate_control
+from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.episodes import play
+from genpolicy.training.build import control_model, make_policy, saved
 
 SLOTS, ROWS, DRAWS = 20, 200, 16
 
@@ -63,8 +63,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3_000_000)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    experiment = config.load(args.run / "config.yaml")
-    task = config.make("tasks", experiment.task)
+    experiment = schema.load(args.run / "config.yaml")
+    task = schema.make("tasks", experiment.task)
     cloned = make_policy(control_model(experiment.policy, task, None), experiment.chain)
     trained = make_policy(saved(args.run).load().model, experiment.chain)
     environments = task.environments(SLOTS, trained.model.history)

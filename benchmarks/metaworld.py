@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from genpolicy import config
-from genpolicy.build import control_model, deployed_sampler, make_policy, saved
-from genpolicy.demonstrate import demonstrate
-from genpolicy.evaluate_control import evaluate_control
-from genpolicy.experiment import finished, train
-from genpolicy.policy import ChainPolicy
-from genpolicy.task import ControlTask
+from genpolicy.config import schema
+from genpolicy.contracts.task import ControlTask
+from genpolicy.evaluation.episode_scores import evaluate_control
+from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.demonstrations import demonstrate
+from genpolicy.training.build import control_model, deployed_sampler, make_policy, saved
+from genpolicy.training.experiment import finished, train
 
 REPORT = range(8_000_000, 8_001_000)
 """Reset seeds of every reported success rate: n = 1000, looked at by nothing else. (A list from 7,000,000 on was spent on
@@ -56,7 +56,7 @@ def main() -> None:
         folder = args.out / name
         section = {"name": "metaworld", "env": name}
         clone(section, DEMONSTRATIONS[name], folder)
-        task = config.make("tasks", section)
+        task = schema.make("tasks", section)
         tell(
             args.out,
             task=name,
@@ -78,7 +78,7 @@ def clone(section: dict[str, Any], episodes: int, folder: Path) -> None:
         demonstrate(section, data, episodes=episodes, noise=NOISE, seed=DEMONSTRATED_FROM)
     if not out.exists():
         overrides = [f"--task.env={section['env']}", f"--data.root={data}", f"--output={out}"]
-        train(config.load("metaworld_bc", overrides))
+        train(schema.load("metaworld_bc", overrides))
 
 
 def improve(section: dict[str, Any], folder: Path, seed: int) -> dict[str, float]:
@@ -91,7 +91,7 @@ def improve(section: dict[str, Any], folder: Path, seed: int) -> dict[str, float
             f"--seed={seed}",
         ]
         began = time.process_time()
-        train(config.load("metaworld_dppo", [f"--task.env={section['env']}", *start]))
+        train(schema.load("metaworld_dppo", [f"--task.env={section['env']}", *start]))
         (out / "cpu_s.txt").write_text(f"{time.process_time() - began:.0f}\n")
     summary = json.loads((out / "summary.json").read_text())
     cpu = float((out / "cpu_s.txt").read_text()) if (out / "cpu_s.txt").exists() else None
@@ -125,7 +125,7 @@ def with_sampler(folder: Path, task: ControlTask, sampler: str) -> ChainPolicy:
     if sampler == "mean":
         return own.load()
     if sampler == "new sampler":
-        chain = config.load("metaworld_dppo").chain
+        chain = schema.load("metaworld_dppo").chain
         return make_policy(own.load().model, deployed_sampler(chain, {}, control=True))
     kernel = {"ode": {"name": "ddim", "eta": 0.0}, "stochastic": own.sampler.kernel.get("kernel")}[
         sampler

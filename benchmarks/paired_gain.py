@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from scipy.stats import t
 
-from genpolicy import config
-from genpolicy.build import control_model, make_policy, saved
-from genpolicy.evaluate import paired
-from genpolicy.evaluate_control import evaluate_control
-from genpolicy.policy import ChainPolicy
-from genpolicy.task import ControlTask
+from genpolicy.config import schema
+from genpolicy.contracts.task import ControlTask
+from genpolicy.evaluation.episode_scores import evaluate_control
+from genpolicy.evaluation.prompt_scores import paired
+from genpolicy.policy.policy import ChainPolicy
+from genpolicy.training.build import control_model, make_policy, saved
 
 
 def success(policy: ChainPolicy, task: ControlTask, episodes: int, seed: int) -> torch.Tensor:
@@ -41,8 +41,8 @@ def main() -> None:
     starts: dict[str, torch.Tensor] = {}
     gains: list[float] = []
     for run in args.runs:
-        experiment = config.load(run / "config.yaml")
-        task, end = config.make("tasks", experiment.task), saved(run)
+        experiment = schema.load(run / "config.yaml")
+        task, end = schema.make("tasks", experiment.task), saved(run)
         key = str(experiment.policy)
         if key not in starts:
             start = make_policy(control_model(experiment.policy, task, None), end.sampler)

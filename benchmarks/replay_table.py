@@ -17,9 +17,9 @@ import transformers
 
 from genpolicy.chain import DDIM, Chain, Noise, Trajectory
 from genpolicy.chain.noise import PRIOR
+from genpolicy.contracts.task import Context
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
-from genpolicy.policy import ChainPolicy
-from genpolicy.task import Context
+from genpolicy.policy.policy import ChainPolicy
 from tests import tiny
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle", "a yellow square"]

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from genpolicy import config
-from genpolicy.build import load
-from genpolicy.demonstrate import demonstrate
-from genpolicy.evaluate import interval
-from genpolicy.evaluate_control import evaluate_control
-from genpolicy.experiment import finished, train
+from genpolicy.config import schema
+from genpolicy.evaluation.episode_scores import evaluate_control
+from genpolicy.evaluation.prompt_scores import interval
+from genpolicy.rollout.demonstrations import demonstrate
+from genpolicy.training.build import load
+from genpolicy.training.experiment import finished, train
 
 REPORT, APART, EPISODES = 24_000_000, 1000, 400
 """Reset seeds of every reported success rate: those of a run with seed s are the 400 from 24,000,000 + 1000 s on, looked at by
@@ -85,7 +85,7 @@ def one(name: str, seed: int, out: Path) -> None:
     if not (folder.exists() and finished(folder)):
         began = time.process_time()
         train(
-            config.load(
+            schema.load(
                 "metaworld_rl100",
                 [
                     *(
@@ -118,7 +118,7 @@ def judged(
 ) -> dict[str, Any]:
     """Success of a saved policy, as it is deployed (but for ``sampler``), on the report's starts from ``first`` on."""
     policy = load(path, **sampler)
-    environments = config.make("tasks", section).environments(SLOTS, policy.model.history)
+    environments = schema.make("tasks", section).environments(SLOTS, policy.model.history)
     found = evaluate_control(policy, environments, episodes=episodes, seed=first)
     environments.close()
     failures = (found.success == 0).nonzero().flatten().tolist()

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from genpolicy import config
-from genpolicy.experiment import prepare
+from genpolicy.config import schema
 from genpolicy.learning.critic import StateValue
-from genpolicy.minibatch import Batch
-from genpolicy.rollout import Rollout
-from genpolicy.run import Run, start_processes
+from genpolicy.rollout.minibatch import Batch
+from genpolicy.rollout.rollout import Rollout
+from genpolicy.training.experiment import prepare
+from genpolicy.training.run import Run, start_processes
 
 PAIRS, REPEATS, EPISODES = 5000, 7, 40
 
@@ -60,7 +60,7 @@ def prepared(
         "optimizer": {"lr": 1e-4},
         "threads": 1,
     }
-    experiment = config.parse(raw)
+    experiment = schema.parse(raw)
     run, method = prepare(experiment, Path("unused"), start_processes(experiment, None))
     run.iteration = 1
     return run, method
@@ -127,7 +127,7 @@ def updates() -> None:
     advantage, returns = torch.randn(len(rollout.trajectory)), torch.randn(PAIRS)
     model, chains = run.policy.model, rollout.trajectory
     value = StateValue(11)
-    critic = run.learner(value.parameters(), config.OptimizerConfig(lr=1e-3))
+    critic = run.learner(value.parameters(), schema.OptimizerConfig(lr=1e-3))
     seen = chains.condition[rows]
     network = list(model.trainable().values())
 

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 import genpolicy
-from genpolicy.evaluate import evaluate, interval
-from genpolicy.policy import ChainPolicy
-from genpolicy.resources import path
-from genpolicy.reward import WeightedRewards
+from genpolicy.config.shipped import path
+from genpolicy.contracts.reward import WeightedRewards
+from genpolicy.contracts.task import read_prompts
+from genpolicy.evaluation.prompt_scores import evaluate, interval
+from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rewards import _shapes as world
 from genpolicy.rewards.shapes_dense import shapes_dense
 from genpolicy.rewards.shapes_strict import shapes_strict
-from genpolicy.task import read_prompts
 
 REWARDS = WeightedRewards(
     {"shapes_strict": (shapes_strict, 1.0), "shapes_dense": (shapes_dense, 0.0)}
@@ -36,9 +36,9 @@ def load(source: str, guidance: float) -> ChainPolicy:
     folder = Path(source)
     if (folder / "genpolicy.json").is_file() or (folder / "config.yaml").is_file():
         return genpolicy.load(folder, guidance=guidance)
-    from genpolicy.build import make_policy
-    from genpolicy.config import ChainConfig
+    from genpolicy.config.schema import ChainConfig
     from genpolicy.models.diffusers_pipeline import DiffusersPipeline
+    from genpolicy.training.build import make_policy
 
     model = DiffusersPipeline(str(path(source)), train="full", call={"max_sequence_length": 1})
     return make_policy(

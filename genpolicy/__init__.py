@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from genpolicy.build import load
-    from genpolicy.experiment import train
+    from genpolicy.training.build import load
+    from genpolicy.training.experiment import train
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "train"]
 
-_HOME = {"load": "genpolicy.build", "train": "genpolicy.experiment"}
+_HOME = {"load": "genpolicy.training.build", "train": "genpolicy.training.experiment"}
 
 
 def __getattr__(name: str) -> object:

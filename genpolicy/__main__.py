@@ -4,7 +4,7 @@ command.
 
 import sys
 
-from genpolicy.cli import main
+from genpolicy.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

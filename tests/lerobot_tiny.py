@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genpolicy.contracts.task import Context
 from genpolicy.models.lerobot_diffusion import LeRobotDiffusion
-from genpolicy.task import Context
 
 STATE, WORLD, TOP, FRONT = (
     "observation.state",

@@ -32,7 +32,7 @@ class Meeting:
 
 
 class Peer:
-    """What `genpolicy.processes.Processes` needs of accelerate's Accelerator."""
+    """What `genpolicy.training.processes.Processes` needs of accelerate's Accelerator."""
 
     trackers: Sequence[Any] = ()
     device = torch.device("cpu")

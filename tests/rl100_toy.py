@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genpolicy.task import Context
+from genpolicy.contracts.task import Context
 from genpolicy.tasks._environments import Environments
 from genpolicy.tasks._slots import Frame
 from tests import toy_control
@@ -184,10 +184,10 @@ def main(paths: Sequence[str]) -> None:
     """Train in forked processes: libraries are imported once."""
     import genpolicy.methods.rl100
     import genpolicy.models.mlp  # noqa: F401
-    from genpolicy import report
-    from genpolicy.experiment import train
+    from genpolicy.evaluation import pictures
+    from genpolicy.training.experiment import train
 
-    report.figures = lambda folder: None
+    pictures.figures = lambda folder: None
     torch.set_num_threads(1)
     codes = []
     for path in paths:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from genpolicy.chain import DDIM, Chain, Noise
 from genpolicy.datasets.lerobot_dataset import LeRobotDataset
-from genpolicy.demonstrate import demonstrate
 from genpolicy.models.lerobot_diffusion import LeRobotDiffusion
-from genpolicy.policy import ChainPolicy
+from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.demonstrations import demonstrate
 from genpolicy.tasks.metaworld import MetaWorld
 from tests.lerobot_tiny import SMALL, STATE, WORLD, saved
 

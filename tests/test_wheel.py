@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import genpolicy
-from genpolicy import resources
+from genpolicy.config.shipped import FOLDERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +41,7 @@ def shipped() -> set[str]:
     """The files that ship beside the package, by their names in the repository."""
     return {
         file.relative_to(ROOT).as_posix()
-        for folder in resources.FOLDERS
+        for folder in FOLDERS
         for file in (ROOT / folder).rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
@@ -65,7 +65,7 @@ def test_wheel_carries_the_shipped_folders(tmp_path: Path):
     remapped = {
         name.removeprefix("genpolicy/_") for name in names if name.startswith("genpolicy/_")
     }
-    carried = {name for name in remapped if name.split("/")[0] in resources.FOLDERS}
+    carried = {name for name in remapped if name.split("/")[0] in FOLDERS}
     assert carried == shipped()
     assert {"assets", "configs"} <= {name.split("/")[0] for name in carried}
     info = f"genpolicy-{genpolicy.__version__}.dist-info"
@@ -103,6 +103,6 @@ def test_wheel_works_outside_the_checkout(tmp_path: Path):
     ]
     assert names
     assert [name for name in names if name not in listed] == []
-    where = "from genpolicy import resources; print(resources.path('assets'), resources.__file__)"
+    where = "from genpolicy.config import shipped; print(shipped.path('assets'), shipped.__file__)"
     for place in call(venv / "bin" / "python", "-c", where, cwd=outside).split():
         assert Path(place).is_relative_to(venv)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genpolicy.contracts.task import Context
 from genpolicy.models.toy import Toy
-from genpolicy.task import Context
 
 ToyModel = Toy
 """``policy: {name: "tests.toy:ToyModel"}``, the same as ``policy: toy``."""

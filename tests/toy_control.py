@@ -11,13 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from genpolicy import config
-from genpolicy.experiment import prepare, train
-from genpolicy.run import Run
-from genpolicy.task import Context, Demonstration
+from genpolicy.config import schema
+from genpolicy.contracts.task import Context, Demonstration
 from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._environments import Environments
 from genpolicy.tasks._slots import Frame
+from genpolicy.training.experiment import prepare, train
+from genpolicy.training.run import Run
 
 STATE, GOAL = "observation.state", "observation.environment_state"
 SPEED = 0.25
@@ -200,7 +200,7 @@ def experiment(folder: Path, **sections: Any) -> dict[str, Any]:
 def prepared(folder: Path, accelerator: Any = None, **sections: Any) -> tuple[Run, Any]:
     """A run of `experiment` that stands at iteration 1, and its method; ``accelerator``: see `tests.peers`."""
     accelerator = accelerator or Accelerator(cpu=True)
-    run, method = prepare(config.parse(experiment(folder, **sections)), folder / "run", accelerator)
+    run, method = prepare(schema.parse(experiment(folder, **sections)), folder / "run", accelerator)
     run.iteration = 1
     return run, method
 
@@ -215,4 +215,4 @@ def cloned(folder: Path, **policy: Any) -> str:
         budget={"iterations": 2},
         output=str(folder / "cloned"),
     )
-    return str(train(config.parse(raw)).folder / "policy")
+    return str(train(schema.parse(raw)).folder / "policy")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from genpolicy.contracts.task import ControlTask, Demonstration
 from genpolicy.datasets._lerobot_import import quiet
-from genpolicy.task import ControlTask, Demonstration
 
 MADE = "genpolicy.json"
 """How the data set was made; beside LeRobot's own files in meta/, where it does not mind."""

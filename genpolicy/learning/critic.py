@@ -194,8 +194,7 @@ class StateValue(nn.Module):
         return self.network(self.scale(features)).squeeze(-1)
 
 
-# -- what is learned
-# ----------------------------------------------------------------------------------------------
+# What is learned
 
 
 def bellman_target(
@@ -255,8 +254,7 @@ def polyak(target: nn.Module, online: nn.Module, rate: float) -> None:
         slow.lerp_(fast, rate)
 
 
-# -- how an ensemble is read
-# --------------------------------------------------------------------------------------
+# How an ensemble is read
 
 
 def pessimistic(values: Tensor, spread: float) -> Tensor:

@@ -1,5 +1,5 @@
 """Behaviour cloning: supervised training of a denoising policy on recorded episodes (see
-`genpolicy.imitation`).
+`genpolicy.methods.parts.imitation`).
 
 What the averaged weights (optimizer.ema) do in the environments is what is evaluated and saved.
 """
@@ -7,10 +7,10 @@ What the averaged weights (optimizer.ema) do in the environments is what is eval
 from dataclasses import dataclass
 from typing import cast
 
-from genpolicy.config import ConfigError, at_least
-from genpolicy.imitation import Imitation, recorded
-from genpolicy.policy import ControlModel
-from genpolicy.run import Run
+from genpolicy.config.schema import ConfigError, at_least
+from genpolicy.methods.parts.imitation import Imitation, recorded
+from genpolicy.policy.policy import ControlModel
+from genpolicy.training.run import Run
 
 
 @dataclass

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain.values import Gaussian, Reduce
-from genpolicy.config import at_least, positive, share
-from genpolicy.decision_value import DecisionValue
+from genpolicy.config.schema import at_least, positive, share
 from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio
-from genpolicy.rollout import Rollout, Scored
-from genpolicy.run import Run
+from genpolicy.methods.parts.baseline import DecisionValue
+from genpolicy.rollout.rollout import Rollout, Scored
+from genpolicy.training.run import Run
 
 
 @dataclass

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from genpolicy.chain.values import Gaussian, Reduce
-from genpolicy.config import ConfigError, OptimizerConfig, at_least, positive, share
-from genpolicy.decision_value import DecisionValue
+from genpolicy.config.schema import ConfigError, OptimizerConfig, at_least, positive, share
 from genpolicy.learning.objective import clip_metrics, clipped_surrogate
-from genpolicy.rollout import Scored
-from genpolicy.run import Run
+from genpolicy.methods.parts.baseline import DecisionValue
+from genpolicy.rollout.rollout import Scored
+from genpolicy.training.run import Run
 
 
 class NoiseNet(nn.Module):

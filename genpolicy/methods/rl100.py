@@ -12,7 +12,7 @@ denoising chain throughout.
 
 rho_k: ratio of step k's transition, log-probabilities summed over the chunk; one advantage for all
 steps of a chain, not discounted over them. Gate: J = E sum_h Q(s_h, a_h) in imagination
-(`genpolicy.offline_evaluation`), with the sampler that is deployed; a candidate that is refused is
+(`genpolicy.methods.parts.gate`), with the sampler that is deployed; a candidate that is refused is
 undone to the bit. Clip the kernel's std with chain.kernel {name: floorstd, floor: 0.1, kernel:
 {name: clipstd, high: 0.8, kernel: {name: ddim, eta: 1.0}}}: the direction term of the mean goes
 with it. A decision is a chunk, or with policy.chunk 1 a single action, discounted by gamma to the
@@ -33,22 +33,22 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from genpolicy.action_value import ActionValue
 from genpolicy.chain.values import Gaussian
-from genpolicy.config import ConfigError, OptimizerConfig, at_least, positive, share
-from genpolicy.course import Course
-from genpolicy.experience import Anchor, Experience
-from genpolicy.imitation import Cloning, Imitation, recorded
-from genpolicy.judge import QJudge
+from genpolicy.config.schema import ConfigError, OptimizerConfig, at_least, positive, share
 from genpolicy.learning.advantage import leave_one_out
 from genpolicy.learning.gate import Comparison, compare
 from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio, mean_kl
-from genpolicy.minibatch import Batch
-from genpolicy.offline_evaluation import OfflineEvaluation
-from genpolicy.online import Online, OnPolicy
-from genpolicy.policy import ControlModel
-from genpolicy.rollout import Rollout, Scored
-from genpolicy.run import Loss, Run
+from genpolicy.methods.parts.gate import OfflineEvaluation
+from genpolicy.methods.parts.imitation import Cloning, Imitation, recorded
+from genpolicy.methods.parts.iql import ActionValue
+from genpolicy.methods.parts.offline_data import Anchor, Experience
+from genpolicy.methods.parts.online import Online, OnPolicy
+from genpolicy.policy.best_of import QJudge
+from genpolicy.policy.policy import ControlModel
+from genpolicy.rollout.minibatch import Batch
+from genpolicy.rollout.rollout import Rollout, Scored
+from genpolicy.training.run import Loss, Run
+from genpolicy.training.stages import Course
 
 AT_ONCE = 100
 """Updates of one iteration of recloning."""
@@ -281,7 +281,7 @@ class _Pipeline:
     def _judge(self) -> QJudge:
         return QJudge(self.value.q, self.s.offline.pessimism)
 
-    # ---------------------------------------------------------------- imitation
+    # Imitation
 
     def imitate(self) -> bool:
         """pi <- IL(demonstrations); the encoder learns here, and nowhere else."""
@@ -300,7 +300,7 @@ class _Pipeline:
             self.experience.renew()
         return False
 
-    # ---------------------------------------------------------------- offline
+    # Offline
 
     def collect(self) -> bool:
         """D <- D + episodes of pi, noise and all."""
@@ -393,7 +393,7 @@ class _Pipeline:
         anchor.rate = rate
         return True
 
-    # ---------------------------------------------------------------- online
+    # Online
 
     def online(self) -> bool:
         """pi <- PPO(pi, A = GAE), and V."""
@@ -405,7 +405,7 @@ class _Pipeline:
         self.on_policy.critic.learn(rollout, returns)
         return False
 
-    # ---------------------------------------------------------------- PPO through the chain
+    # PPO through the chain
 
     def _learn(
         self,

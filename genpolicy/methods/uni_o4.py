@@ -9,7 +9,7 @@ chain, and a gate that undoes nothing.
 
     PPO's loss = max(-A rho, -A clip(rho, 1-eps, 1+eps)),   rho = pi_i / old_i of the whole chunk
 
-J = E sum_h Q(s_h, mu(s_h)) in imagination (`genpolicy.offline_evaluation`), of the mean action.
+J = E sum_h Q(s_h, mu(s_h)) in imagination (`genpolicy.methods.parts.gate`), of the mean action.
 Where J falls short, old_i stays and pi_i learns on from where it is (RL-100 as we have it goes
 back). A member's policy is N(mu, s^2) with the s of chain.kernel, so that -log pi_i is |E| / (2
 s^2) times the mean square of its error, and L_i weighs a row with 1 where member i is the most
@@ -35,20 +35,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from genpolicy.action_value import ActionValue
 from genpolicy.chain.values import Gaussian
-from genpolicy.config import ConfigError, OptimizerConfig, at_least, positive, share
-from genpolicy.course import Course
-from genpolicy.experience import Anchor, Experience
-from genpolicy.imitation import Cloning, Imitation, recorded
+from genpolicy.config.schema import ConfigError, OptimizerConfig, at_least, positive, share
 from genpolicy.learning.gate import Comparison, compare
 from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio
-from genpolicy.minibatch import Batch
-from genpolicy.offline_evaluation import OfflineEvaluation
-from genpolicy.online import Online, OnPolicy
-from genpolicy.policy import ControlModel
-from genpolicy.rollout import Scored
-from genpolicy.run import Run
+from genpolicy.methods.parts.gate import OfflineEvaluation
+from genpolicy.methods.parts.imitation import Cloning, Imitation, recorded
+from genpolicy.methods.parts.iql import ActionValue
+from genpolicy.methods.parts.offline_data import Anchor, Experience
+from genpolicy.methods.parts.online import Online, OnPolicy
+from genpolicy.policy.policy import ControlModel
+from genpolicy.rollout.minibatch import Batch
+from genpolicy.rollout.rollout import Scored
+from genpolicy.training.run import Run
+from genpolicy.training.stages import Course
 
 
 @dataclass
@@ -317,7 +317,7 @@ class _Pipeline:
             self.anchor.renew()
             self.on_policy.critic.value.load_state_dict(self.value.v.state_dict())
 
-    # ---------------------------------------------------------------- imitation
+    # Imitation
 
     def imitate(self) -> None:
         """pi_i <- joint behaviour cloning."""
@@ -350,7 +350,7 @@ class _Pipeline:
         with members.learning(member):
             run.descend(losses, len(rows), "bc")
 
-    # ---------------------------------------------------------------- offline
+    # Offline
 
     def collect(self) -> None:
         """D <- D + the next member's share of the episodes, noise and all."""
@@ -396,7 +396,7 @@ class _Pipeline:
         with self.run.using(self.members.old[member]):
             return compare(new, self.evaluation(e.replay, e.features))
 
-    # ---------------------------------------------------------------- online
+    # Online
 
     def online(self) -> None:
         """pi <- PPO(pi, A = GAE), and V."""
@@ -410,7 +410,7 @@ class _Pipeline:
                 run.update(rollout, batch, advantage, loss)
         self.on_policy.critic.learn(rollout, returns)
 
-    # ---------------------------------------------------------------- PPO
+    # PPO
 
     def log_ratio(self, new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:
         """Summed over the chunk: the ratio of the policies' densities."""

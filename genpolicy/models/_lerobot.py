@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from genpolicy.task import Context, Dataset
+from genpolicy.contracts.task import Context, Dataset
 
 STATE, WORLD, CAMERA = "observation.state", "observation.environment_state", "observation.image"
 """LeRobot's names: the robot, everything else, and how every camera's begins."""

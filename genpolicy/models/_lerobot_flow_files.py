@@ -19,9 +19,9 @@ from draccus.utils import DecodingError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from genpolicy.contracts.task import Dataset
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models._lerobot_flow_families import FAMILIES
-from genpolicy.task import Dataset
 
 SHIPPED = "vlm"
 """Folder inside a policy's: its tokenizer, of SmolVLA with the VLM's configuration and processor.

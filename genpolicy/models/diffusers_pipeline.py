@@ -22,13 +22,13 @@ from torch import Tensor
 from genpolicy.chain import Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
+from genpolicy.contracts.task import Context
 from genpolicy.models import _diffusers_lora as lora_files
 from genpolicy.models._device import default_device
 from genpolicy.models._diffusers_load import DENOISERS, check_call, load_pipeline
 from genpolicy.models._diffusers_lora import Lora
 from genpolicy.models._diffusers_prompts import Embeddings, Entry, Prompts
 from genpolicy.models._diffusers_scheduler import Asked, OneStep, Times, markov
-from genpolicy.task import Context
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECODED_ELEMENTS = 2**17
@@ -37,7 +37,7 @@ DECODED_ELEMENTS = 2**17
 
 @dataclass(eq=False)
 class DiffusersPipeline:
-    """A diffusers pipeline as a `genpolicy.policy.Model`.
+    """A diffusers pipeline as a `genpolicy.policy.policy.Model`.
 
     pretrained: hub id or folder of a pipeline. revision: the hub's branch, tag or commit. train:
     "full" trains the denoiser (transformer or unet; of Wan 2.2's two the first), "lora" a LoRA on

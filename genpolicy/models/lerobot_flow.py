@@ -18,12 +18,12 @@ from torch.nn import functional
 from genpolicy.chain import Linear, Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation, expand
+from genpolicy.contracts.task import Context, Dataset
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models._device import default_device
 from genpolicy.models._lerobot_flow_families import FAMILIES, encode_prefix, velocity
 from genpolicy.models._lerobot_flow_files import Files
 from genpolicy.models._lerobot_flow_prefix import Prefix, Seen
-from genpolicy.task import Context, Dataset
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMPTY = "observation.images.empty_camera"
@@ -35,7 +35,7 @@ TIMES = {"beta_alpha": 1.5, "beta_beta": 1.0, "scale": 0.999, "offset": 0.001}
 
 @dataclass(eq=False)
 class LeRobotFlow:
-    """A SmolVLA, pi0 or pi0.5 as a `genpolicy.policy.ControlModel`. The event is a chunk in the
+    """A SmolVLA, pi0 or pi0.5 as a `genpolicy.policy.policy.ControlModel`. The event is a chunk in the
     network's own dims.
 
     pretrained: folder or hub id of a policy as LeRobot saves it; its config.json says which of the

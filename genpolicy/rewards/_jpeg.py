@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genpolicy.reward import RewardError
+from genpolicy.contracts.reward import RewardError
 
 QUALITY = 95
 """Pillow's quality setting in DDPO (kvablack/ddpo-pytorch, ddpo_pytorch/rewards.py) and Flow-GRPO.

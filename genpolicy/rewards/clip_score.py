@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from genpolicy.config import ConfigError, at_least, choice
-from genpolicy.task import Context
+from genpolicy.config.schema import ConfigError, at_least, choice
+from genpolicy.contracts.task import Context
 
 
 def mean_cosine(

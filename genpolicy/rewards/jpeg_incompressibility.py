@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from genpolicy.contracts.task import Context
 from genpolicy.rewards._jpeg import kilobytes
-from genpolicy.task import Context
 
 
 def jpeg_incompressibility(outputs: Tensor, context: Context) -> Tensor:

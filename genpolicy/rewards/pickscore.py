@@ -24,7 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genpolicy.config import ConfigError, at_least
+from genpolicy.config.schema import ConfigError, at_least
+from genpolicy.contracts.task import Context
 from genpolicy.rewards.clip_score import (
     brief,
     centre_crop,
@@ -34,7 +35,6 @@ from genpolicy.rewards.clip_score import (
     resize,
     shortest_edge,
 )
-from genpolicy.task import Context
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from genpolicy.task import Demonstration
+from genpolicy.contracts.task import Demonstration
 from genpolicy.tasks._environments import raw
 from genpolicy.tasks._slots import Frame, Simulation
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpolicy.task import Context, TaskStep
+from genpolicy.contracts.task import Context, TaskStep
 from genpolicy.tasks._slots import Simulation, Slots, Taken
 from genpolicy.tasks._workers import Worker
 
 
 class Environments:
-    """`genpolicy.task.Environments` of simulations that ``make`` makes.
+    """`genpolicy.contracts.task.Environments` of simulations that ``make`` makes.
 
     A decision is a chunk of actions, clipped to the action space and taken one by one until it or
     the episode ends; an episode of ``limit`` environment steps is truncated. history: of

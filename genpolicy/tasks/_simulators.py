@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
-from genpolicy.config import ConfigError
+from genpolicy.config.schema import ConfigError
 
 
 class RenderError(RuntimeError):

@@ -30,7 +30,7 @@ class Simulation(Protocol):
 
 
 class Taken(NamedTuple):
-    """`genpolicy.task.TaskStep` in numpy; seen: name -> [n,history,*shape]."""
+    """`genpolicy.contracts.task.TaskStep` in numpy; seen: name -> [n,history,*shape]."""
 
     seen: dict[str, np.ndarray]
     rewards: np.ndarray

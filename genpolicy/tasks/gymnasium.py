@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from genpolicy.config import ConfigError, at_least
-from genpolicy.task import Demonstration
+from genpolicy.config.schema import ConfigError, at_least
+from genpolicy.contracts.task import Demonstration
 from genpolicy.tasks._environments import Environments
 from genpolicy.tasks._gym import Gym
 
 
 @dataclass
 class Gymnasium:
-    """A Gymnasium environment as a `genpolicy.task.ControlTask`; rewards, ends and success are its
+    """A Gymnasium environment as a `genpolicy.contracts.task.ControlTask`; rewards, ends and success are its
     own.
 
     env: its id, e.g. Hopper-v5, PointMaze_UMaze-v3, gym_pusht/PushT-v0, or module:id. limit:

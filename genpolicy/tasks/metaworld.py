@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from genpolicy.config import at_least, choice, positive, share
-from genpolicy.task import Demonstration
+from genpolicy.config.schema import at_least, choice, positive, share
+from genpolicy.contracts.task import Demonstration
 from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._environments import Environments
 from genpolicy.tasks._sawyer import HAND, PICTURES, POINTS, STATE, WORLD, Sawyer, See, catalogue
@@ -28,7 +28,7 @@ NOISE = np.array([1, 1, 1, 0.3])
 
 @dataclass
 class MetaWorld:
-    """One of MetaWorld's tasks as a `genpolicy.task.ControlTask`.
+    """One of MetaWorld's tasks as a `genpolicy.contracts.task.ControlTask`.
 
     env: its name, e.g. peg-insert-side-v3. reward: "sparse", 1 for the step that succeeds and 0
     elsewhere, or "dense", MetaWorld's own (0 to 10 a step). limit: environment steps of an episode;

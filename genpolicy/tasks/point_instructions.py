@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpolicy.config import ConfigError, at_least, share
-from genpolicy.task import Context, Demonstration, TaskStep
+from genpolicy.config.schema import ConfigError, at_least, share
+from genpolicy.contracts.task import Context, Demonstration, TaskStep
 
 STATE, CAMERA = "observation.state", "observation.images.top"
 COLOURS = {
@@ -103,7 +103,7 @@ def _cover(depth: np.ndarray, pixels: int) -> np.ndarray:
 
 
 class Plane:
-    """`genpolicy.task.Environments` of ``count`` points, each in its own scene."""
+    """`genpolicy.contracts.task.Environments` of ``count`` points, each in its own scene."""
 
     def __init__(self, count: int, history: int, goals: int, limit: int) -> None:
         self.count = count
@@ -193,7 +193,7 @@ def _with_point(ground: np.ndarray, point: np.ndarray, pixels: int) -> np.ndarra
 
 @dataclass
 class PointInstructions:
-    """The task, as a `genpolicy.task.ControlTask`. Its observations are the point's place and a
+    """The task, as a `genpolicy.contracts.task.ControlTask`. Its observations are the point's place and a
     picture of the plane.
 
     goals: how many stand there. limit: environment steps of an episode. mistaken: the share of

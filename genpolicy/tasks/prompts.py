@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from genpolicy.task import Context, read_prompts
+from genpolicy.contracts.task import Context, read_prompts
 
 
 @dataclass

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal
 
-from genpolicy.config import at_least, choice
-from genpolicy.task import Demonstration
+from genpolicy.config.schema import at_least, choice
+from genpolicy.contracts.task import Demonstration
 from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._environments import Environments
 from genpolicy.tasks._gym import IMAGES, WORLD
@@ -19,7 +19,7 @@ from genpolicy.tasks._pusht import Pushing
 
 @dataclass
 class PushT:
-    """PushT as a `genpolicy.task.ControlTask`: it sees the disc (x, y) and eight corners of the T.
+    """PushT as a `genpolicy.contracts.task.ControlTask`: it sees the disc (x, y) and eight corners of the T.
 
     reward: "dense", the covered share of the target over .95, at most 1, each step; "sparse", 1 for
     the step that succeeds. limit: environment steps of an episode. workers: processes that

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from genpolicy.build import deployed_sampler, make_kernel, make_policy
 from genpolicy.chain import CPS, DDIM, SDE, Chain, ClipStd, FloorStd, Linear, Mean, Noise
 from genpolicy.chain.schedule import step
-from genpolicy.config import ChainConfig
+from genpolicy.config.schema import ChainConfig
+from genpolicy.contracts.task import Context
 from genpolicy.models.toy import Toy
-from genpolicy.task import Context
+from genpolicy.training.build import deployed_sampler, make_kernel, make_policy
 from tests.chain.exact import SCHEDULES, Network, batch
 
 KERNELS = {

@@ -8,9 +8,9 @@ import torch
 
 from genpolicy.chain import CPS, DDIM, SDE, Chain, FloorStd, Noise
 from genpolicy.chain.noise import PRIOR
+from genpolicy.contracts.task import Context
 from genpolicy.models.toy import Toy
-from genpolicy.policy import Base, ChainPolicy
-from genpolicy.task import Context
+from genpolicy.policy.policy import Base, ChainPolicy
 from tests.chain.exact import SCHEDULES, Network, batch
 
 K, ROWS, EVENT = 6, 8, (2, 3)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpolicy.task import Context, Demonstration, TaskStep
+from genpolicy.contracts.task import Context, Demonstration, TaskStep
 
 STATE, CAMERA = "observation.state", "observation.images.top"
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from genpolicy import report
-from genpolicy.episodes import reset_seed
-from genpolicy.experiment import train
+from genpolicy.evaluation import pictures
+from genpolicy.rollout.episodes import reset_seed
+from genpolicy.training.experiment import train
 from tests.invariants.test_control_run import same_state
 from tests.invariants.test_same_run import CHECKOUT, metrics, weights
 from tests.rl100_toy import experiment
@@ -34,7 +34,7 @@ SECTIONS = {
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch):
-    monkeypatch.setattr("genpolicy.report.figures", lambda folder: None)
+    monkeypatch.setattr("genpolicy.evaluation.pictures.figures", lambda folder: None)
 
 
 def write(folder, **sections):
@@ -192,7 +192,7 @@ def test_control_what_is_not_resumed_makes_another_run(tmp_path, runs, part):
     gains = [
         {
             row["iteration"]: row["gate/gain"]
-            for row in report.read(folder / "run")
+            for row in pictures.read(folder / "run")
             if "gate/gain" in row
         }
         for folder in (runs / "whole", tmp_path / "broken")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from genpolicy import config
-from genpolicy.decision_value import DecisionValue
-from genpolicy.experiment import train
+from genpolicy.config import schema
 from genpolicy.learning.critic import STILL, Critic, StateValue, Support, pessimistic, subset_min
+from genpolicy.methods.parts.baseline import DecisionValue
+from genpolicy.training.experiment import train
 from tests.peers import peers, together
 from tests.toy_control import STATE, experiment, prepared
 
@@ -430,7 +430,7 @@ def test_two_processes_learn_as_one(tmp_path, minibatch):
 def test_value_and_optimiser_are_saved_with_the_run(tmp_path):
     raw = experiment(tmp_path, method=METHOD, budget={"iterations": 2})
     state = torch.load(
-        train(config.parse(raw)).folder / "checkpoints/2/state.pt", weights_only=True
+        train(schema.parse(raw)).folder / "checkpoints/2/state.pt", weights_only=True
     )
     assert set(state["registered"]) == {"value", "value_optimizer"}
     assert state["registered"]["value_optimizer"]["updates"] > 0

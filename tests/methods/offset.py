@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from genpolicy.task import Context
+from genpolicy.contracts.task import Context
 
 
 def offset(outputs: Tensor, context: Context) -> Tensor:

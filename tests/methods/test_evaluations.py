@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from genpolicy import config
-from genpolicy.experiment import train
+from genpolicy.config import schema
+from genpolicy.training.experiment import train
 from tests.toy import experiment
 
 GROUP = 24
@@ -32,7 +32,7 @@ def measured(folder, chain, **method):
         budget={"iterations": 2},
         eval={"every": 0, "samples": 4},
     )
-    result = train(config.parse(raw))
+    result = train(schema.parse(raw))
     lines = [
         json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()
     ]

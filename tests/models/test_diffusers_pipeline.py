@@ -18,10 +18,10 @@ from torch import Tensor
 from genpolicy.chain import CPS, DDIM, SDE, Chain, Noise
 from genpolicy.chain.kernel import Kernel
 from genpolicy.chain.noise import PRIOR
+from genpolicy.contracts.task import Context
 from genpolicy.models._diffusers_lora import WEIGHTS
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
-from genpolicy.policy import ChainPolicy, swapped
-from genpolicy.task import Context
+from genpolicy.policy.policy import ChainPolicy, swapped
 from tests import tiny
 
 torch.set_num_threads(1)

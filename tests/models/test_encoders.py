@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import DDIM, Chain, Noise
+from genpolicy.contracts.task import Context
 from genpolicy.models._encoders import FEATURES, CloudEncoder, Eye, PictureEncoder, chamfer, shifted
 from genpolicy.models.mlp import MLP
-from genpolicy.policy import ChainPolicy
-from genpolicy.task import Context
+from genpolicy.policy.policy import ChainPolicy
 
 STATE, PICTURE, POINTS = "observation.state", "observation.images.top", "observation.points"
 SHAPES = {STATE: (4,), PICTURE: (3, 32, 32), POINTS: (40, 3)}

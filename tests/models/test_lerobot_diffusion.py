@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genpolicy.chain import DDIM, Chain, ClipX0, Noise
-from genpolicy.config import ConfigError
+from genpolicy.config.schema import ConfigError
+from genpolicy.contracts.task import Context
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models.lerobot_diffusion import LeRobotDiffusion, Seen
-from genpolicy.policy import ChainPolicy
-from genpolicy.task import Context
+from genpolicy.policy.policy import ChainPolicy
 from tests.lerobot_tiny import FRONT, STATE, TOP, WORLD, Recorded, diffusion, saved
 
 SEES = {"world": (STATE, WORLD), "camera": (STATE, TOP), "everything": (STATE, WORLD, TOP, FRONT)}

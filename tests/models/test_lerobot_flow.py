@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from genpolicy import config
 from genpolicy.chain import DDIM, SDE, Chain, Noise, Trajectory
 from genpolicy.chain.noise import PRIOR
+from genpolicy.config import schema
+from genpolicy.contracts.task import Context
 from genpolicy.learning.objective import log_ratio
 from genpolicy.models.lerobot_flow import LeRobotFlow
-from genpolicy.policy import ChainPolicy
-from genpolicy.task import Context
+from genpolicy.policy.policy import ChainPolicy
 from tests import lerobot_tiny_vla as tiny
 
 FAMILIES = tiny.FAMILIES
@@ -541,7 +541,7 @@ def test_a_base_learns_another_robot(family, tmp_path):
 
 
 def test_found_by_name():
-    made = config.make(
+    made = schema.make(
         "models",
         {"name": "lerobot_flow", "pretrained": str(tiny.saved("smolvla")), "device": "cpu"},
     )

@@ -7,9 +7,9 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from genpolicy.chain import DDIM, Chain, Noise
+from genpolicy.contracts.task import Context
 from genpolicy.models.mlp import LEVELS, MLP, REACH_FLOOR, squared_cosine
-from genpolicy.policy import ChainPolicy
-from genpolicy.task import Context
+from genpolicy.policy.policy import ChainPolicy
 
 STATE, WORLD = "observation.state", "observation.environment_state"
 KINDS = [(network, family) for network in ("residual", "unet") for family in ("vp", "flow")]

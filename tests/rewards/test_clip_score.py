@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from genpolicy.config import ConfigError, leaf, make
+from genpolicy.config.schema import ConfigError, leaf, make
+from genpolicy.contracts.task import Context
 from genpolicy.rewards.clip_score import ClipScore, mean_cosine
-from genpolicy.task import Context
 
 torch.set_num_threads(1)
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from genpolicy.reward import RewardError
+from genpolicy.contracts.reward import RewardError
+from genpolicy.contracts.task import Context
 from genpolicy.rewards.jpeg_compressibility import jpeg_compressibility
 from genpolicy.rewards.jpeg_incompressibility import jpeg_incompressibility
-from genpolicy.task import Context
 
 CONTEXT = Context(prompts=("",) * 3)
 

@@ -6,9 +6,9 @@ import torch
 import transformers
 from PIL import Image
 
-from genpolicy.config import ConfigError, leaf
+from genpolicy.config.schema import ConfigError, leaf
+from genpolicy.contracts.task import Context
 from genpolicy.rewards.pickscore import PickScore
-from genpolicy.task import Context
 
 torch.set_num_threads(1)
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from genpolicy import resources
-from genpolicy.cli import main
+from genpolicy.cli.main import main
+from genpolicy.config import shipped
 
 torch.set_num_threads(1)
 
 
-DEBUG = sorted(name for name in resources.configs() if name.startswith("debug/"))
+DEBUG = sorted(name for name in shipped.configs() if name.startswith("debug/"))
 ROBOTS = [name for name in DEBUG if "metaworld" in name]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genpolicy.task import Demonstration
+from genpolicy.contracts.task import Demonstration
 from genpolicy.tasks import _pusht_planner
 from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._pusht import Pushing

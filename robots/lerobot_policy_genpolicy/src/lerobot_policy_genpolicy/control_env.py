@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from genpolicy.task import ControlTask, TaskStep
+from genpolicy.contracts.task import ControlTask, TaskStep
 
 NAMES = {"observation.state": "agent_pos", "observation.environment_state": "environment_state"}
 """What LeRobot calls an observation inside a gymnasium environment."""

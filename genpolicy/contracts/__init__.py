@@ -1,0 +1,1 @@
+"""The contracts of models, tasks, data sets and rewards."""

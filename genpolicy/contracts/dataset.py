@@ -1,0 +1,79 @@
+"""Several data sets as one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genpolicy.contracts.task import Context, Dataset
+
+
+@dataclass(eq=False)
+class Merged:
+    """The frames of ``parts``, one data set after the other, as a `genpolicy.contracts.task.Dataset`. Raises
+    `ValueError` where they do not show the same things or were recorded at different rates.
+
+    Statistics are those of all frames together (quantiles, which can't be had from the parts',
+    their mean by frames). columns: what all parts have.
+    """
+
+    parts: Sequence[Dataset]
+
+    def __post_init__(self) -> None:
+        first = self.parts[0]
+        for part in self.parts[1:]:
+            if dict(part.shapes) != dict(first.shapes) or part.fps != first.fps:
+                raise ValueError(
+                    f"these data sets do not fit together: one has {_told(first)}, another {_told(part)}; record them alike"
+                )
+        self.shapes: Mapping[str, tuple[int, ...]] = first.shapes
+        self.fps = first.fps
+        counts = torch.tensor([len(part) for part in self.parts])
+        self._first = counts.cumsum(0) - counts
+        self._weight = counts.double() / counts.sum()
+        names = [name for name in first.columns if all(name in part.columns for part in self.parts)]
+        self.columns: Mapping[str, Tensor] = {
+            n: torch.cat([part.columns[n] for part in self.parts]) for n in names
+        }
+        numbers, episodes = [], 0
+        for part in self.parts:
+            numbers.append(part.episode.unique_consecutive(return_inverse=True)[1] + episodes)
+            episodes = int(numbers[-1].max()) + 1
+        self.episode = torch.cat(numbers)
+        self.stats: Mapping[str, Mapping[str, Tensor]] = {
+            name: self._pooled(name) for name in first.stats
+        }
+
+    def __len__(self) -> int:
+        return len(self.episode)
+
+    def rows(self, index: Tensor, history: int, actions: range) -> tuple[Context, Tensor, Tensor]:
+        """See `genpolicy.contracts.task.Dataset`."""
+        owner = torch.bucketize(index, self._first, right=True) - 1
+        found, order = [], []
+        for number, part in enumerate(self.parts):
+            mine = (owner == number).nonzero().flatten()
+            if len(mine):
+                found.append(part.rows(index[mine] - self._first[number], history, actions))
+                order.append(mine)
+        back = torch.cat(order).argsort()
+        contexts, chunks, pads = zip(*found, strict=True)
+        return Context.cat(contexts)[back], torch.cat(chunks)[back], torch.cat(pads)[back]
+
+    def _pooled(self, name: str) -> dict[str, Tensor]:
+        values = {
+            kind: torch.stack([part.stats[name][kind] for part in self.parts])
+            for kind in self.parts[0].stats[name]
+        }
+        weight = self._weight.to(values["mean"]).view(-1, *[1] * (values["mean"].ndim - 1))
+        pooled = {kind: (weight * value).sum(0) for kind, value in values.items()}
+        pooled["min"], pooled["max"] = values["min"].amin(0), values["max"].amax(0)
+        square = (weight * (values["std"] ** 2 + values["mean"] ** 2)).sum(0)
+        pooled["std"] = (square - pooled["mean"] ** 2).clamp_min(0).sqrt()
+        return pooled
+
+
+def _told(data: Dataset) -> str:
+    shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in data.shapes.items())
+    return f"{shapes} at {data.fps} frames a second"

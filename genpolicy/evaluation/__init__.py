@@ -1,0 +1,1 @@
+"""Measuring a policy: scores on fixed prompts and fixed starts, pictures, curves, comparisons."""

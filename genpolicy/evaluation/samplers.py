@@ -1,0 +1,107 @@
+"""Other samplers of a policy that acts, by name: its score depends on them as much as on its
+weights.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from genpolicy.config import schema
+from genpolicy.config.schema import ChainConfig, ConfigError, choice
+from genpolicy.policy.policy import ChainPolicy
+from genpolicy.policy.pretrained import native_sampler
+from genpolicy.training.build import Saved, make_policy, resampled, without_last_noise
+
+DEPLOYED = "deployed"
+PRESETS = {
+    DEPLOYED: "what the policy was saved with",
+    "ode": "no noise after the first",
+    "mean": "the mean of the kernel that it was trained with",
+    "stochastic": "the kernel that it was trained with, in its whole window",
+    "last_mean": "the same, its last step without noise",
+    "best_of_16": "of 16 samples of last_mean, or any other number, the one that the policy's critic picks",
+    "native": "LeRobot's own, of a LeRobot policy",
+}
+"""Every name, in words."""
+BEST_OF = re.compile(r"best_of_([1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A sampler by the name that it was asked for. ``native``: on the grid that the model's own
+    library visits.
+    """
+
+    name: str
+    sampler: ChainConfig
+    native: bool = False
+
+    def of(self, policy: ChainPolicy) -> ChainPolicy:
+        """The same model, the same frozen base and the same judge, with this sampler."""
+        made = replace(make_policy(policy.model, self.sampler, policy.judge), base=policy.base)
+        if self.native and hasattr(policy.model, "native_grid"):
+            grid = policy.model.native_grid(self.sampler.steps)  # type: ignore[attr-defined]
+            made = replace(made, chain=replace(made.chain, grid=grid))
+        return made
+
+    def description(self) -> dict[str, Any]:
+        """For eval.json."""
+        return asdict(self.sampler) | ({"grid": "native"} if self.native else {})
+
+
+def variants(asked: Sequence[str], found: Saved) -> list[Variant]:
+    """The deployed sampler, and the ones that are asked for, each once: names of `PRESETS`, of
+    which only best_of_N draws several samples, or K=V of `ChainConfig`: the deployed one but for
+    this key. (best_of=N of a deployed mean is N times the work for nearly the same action: what the
+    mean leaves of the noise is hardly a choice.)
+    """
+    return [_variant(name, found) for name in dict.fromkeys([DEPLOYED, *asked])]
+
+
+def _variant(name: str, found: Saved) -> Variant:
+    deployed = found.sampler
+    if "=" in name:
+        asked: dict[str, Any] = {}
+        schema.override(asked, f"--{name}")
+        return Variant(name, resampled(asdict(deployed), asked))
+    several = BEST_OF.fullmatch(name)
+    if several:  # .975 on 200 episodes of peg-insert-side; with noise in the last step too .96, with the ODE .91
+        return Variant(name, replace(_variant("last_mean", found).sampler, best_of=int(several[1])))
+    choice("--samplers: a sampler", name, list(PRESETS))
+    if name == DEPLOYED:
+        return Variant(name, deployed)
+    if name == "ode":
+        ode = {"name": "ddim", "eta": 0.0}
+        return Variant(
+            name, replace(deployed, kernel=ode, window=None, window_size=None, best_of=1)
+        )
+    if name == "native":
+        own = native_sampler(str(found.policy.get("pretrained")))
+        if own is None:
+            raise ConfigError(
+                f"--samplers: native is LeRobot's own sampler, and {found.where} is no LeRobot policy"
+            )
+        return Variant(name, resampled(own, {}), native=True)
+    stochastic = replace(
+        resampled(asdict(_trained(name, found)), {"steps": deployed.steps}), window_size=None
+    )
+    if name == "mean":
+        return Variant(
+            name, replace(stochastic, kernel={"name": "mean", "kernel": stochastic.kernel})
+        )
+    if name == "last_mean":
+        return Variant(name, without_last_noise(stochastic))
+    return Variant(name, stochastic)
+
+
+def _trained(name: str, found: Saved) -> ChainConfig:
+    """The sampler that the policy was trained with: its run's, or the one whose mean is deployed."""
+    if found.run is not None:
+        return schema.load(found.run / "config.yaml").chain
+    if found.sampler.kernel["name"] == "mean":
+        return replace(found.sampler, kernel=found.sampler.kernel["kernel"], best_of=1)
+    raise ConfigError(
+        f"--samplers: {name} needs the kernel that the policy was trained with, which {found.where} does not say; name"
+        " a run's folder, or give it as kernel.name=..."
+    )

@@ -1,0 +1,1 @@
+"""The pieces that several methods are made of."""

@@ -1,0 +1,119 @@
+"""Values of actions, learned from a replay: what off-policy methods improve a policy by."""
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genpolicy.config.schema import OptimizerConfig
+from genpolicy.learning.critic import (
+    Critic,
+    StateValue,
+    Support,
+    bellman_target,
+    expectile_loss,
+    pessimistic,
+    polyak,
+)
+from genpolicy.rollout.replay import Replay
+from genpolicy.training.run import Run
+
+
+class ActionValue:
+    """Implicit Q-learning (arXiv 2110.06169): Q of decisions and V of what is seen, from what was
+    done alone.
+
+        V:  | expectile - 1{u < 0} | u^2,   u = lower(Q_target)(s, a) - V(s)
+        Q:  ( (1 - w) y + w G - Q(s, a) )^2,   y = sum_j gamma^j r_j + gamma^n V(s') (1 - terminated)
+
+    lower = mean - pessimism * std over the members (two members and pessimism 1: their minimum).
+    gamma: discount per environment step, so that a chunk of n steps is discounted by gamma^n and a
+    single step by gamma (the public code raised both to the chunk's length). polyak: rate at which
+    Q_target follows Q, every update. What is worth something travels back one decision in 1 /
+    polyak updates: at the .005 of RL-100 (critic.py) 3000 updates bring a success at the end to the
+    last fifteen of an episode's thirty-odd decisions and leave the others without a value. G: what
+    the episode came to from there on; w = ``monte_carlo`` is 0 in IQL. What follows from V alone
+    drifts where observations are encoded pictures and episodes few; G holds it to what happened, at
+    the price of a lean towards whoever acted (docs/rl100.md). Networks and optimiser are saved and
+    resumed with the run.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        gamma: float,
+        *,
+        expectile: float = 0.7,
+        members: int = 2,
+        pessimism: float = 1.0,
+        polyak: float = 0.05,
+        monte_carlo: float = 0.0,
+        lr: float = 3e-4,
+        batch: int = 256,
+        support: Support | None = None,
+    ) -> None:
+        self.run, self.gamma, self.expectile, self.pessimism, self.batch = (
+            run,
+            gamma,
+            expectile,
+            pessimism,
+            batch,
+        )
+        self.polyak, self.monte_carlo = polyak, monte_carlo
+        device = run.policy.model.device
+        event = run.policy.model.scored(torch.zeros(1, *run.policy.model.event_shape)).numel()
+        self.q = Critic(run.features, event, members, support=support).to(device)
+        self.target = copy.deepcopy(self.q).requires_grad_(False)
+        self.v = StateValue(run.features).to(device)
+        parameters = [*self.q.parameters(), *self.v.parameters()]
+        self.optimizer = run.learner(
+            parameters, OptimizerConfig(lr=lr, weight_decay=0.0, max_grad_norm=10.0)
+        )
+        run.register(q=self.q, q_target=self.target, v=self.v, q_optimizer=self.optimizer)
+
+    def lower(self, critic: Critic, features: Tensor, event: Tensor) -> Tensor:
+        """What a decision is worth at least, [B]."""
+        return pessimistic(critic(features, self.run.policy.model.scored(event)), self.pessimism)
+
+    @torch.no_grad()
+    def advantage(self, features: Tensor, event: Tensor) -> Tensor:
+        """lower(Q)(s, a) - V(s), [B]."""
+        return self.lower(self.q, features, event) - self.v(features)
+
+    def learn(self, replay: Replay, features: Tensor, updates: int) -> None:
+        """``updates`` steps of Q and V on decisions drawn alike; features [F,D] of the replay's
+        views, by which they are standardised from now on.
+        """
+        scored = self.run.policy.model.scored
+        for critic in (self.q, self.target, self.v):
+            critic.scale.fit(features)
+        returns = replay.returns(self.gamma).to(features)
+        weight = (
+            self.monte_carlo * returns.isfinite()
+        )  # where it is not known how an episode ended, V alone says
+        returns = returns.nan_to_num()
+        generator = np.random.default_rng([self.run.experiment.seed % 2**64, self.run.iteration])
+        share = slice(self.run.processes.index, None, self.run.processes.count)
+        for _ in range(updates):
+            rows = torch.from_numpy(generator.integers(len(replay), size=self.batch)[share].copy())
+            now, after = features[replay.now[rows]], features[replay.after[rows]]
+            event = replay.event[rows].to(now)
+            with torch.no_grad():
+                aim = self.lower(self.target, now, event)
+                y = bellman_target(
+                    replay.rewards[rows].to(now),
+                    replay.executed[rows].to(now.device),
+                    replay.terminated[rows].to(now.device),
+                    self.v(after),
+                    self.gamma,
+                )
+                y = torch.lerp(y, returns[rows], weight[rows])
+
+            def losses(part: slice, now=now, event=event, aim=aim, y=y) -> Tensor:
+                value = expectile_loss(aim[part] - self.v(now[part]), self.expectile)
+                return value + self.q.loss(now[part], scored(event[part]), y[part]).sum(0)
+
+            self.run.descend(losses, len(rows), "critic", self.optimizer)
+            polyak(self.target, self.q, self.polyak)
+        self.run.seen(self.batch * updates)

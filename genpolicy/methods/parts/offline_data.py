@@ -1,0 +1,230 @@
+"""Experience: all that a run has to learn from off the policy, the data section and what it has
+collected itself.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genpolicy.chain.values import Condition
+from genpolicy.config.schema import ConfigError
+from genpolicy.contracts.task import Context
+from genpolicy.evaluation.prompt_scores import interval
+from genpolicy.learning.gate import safe_share
+from genpolicy.policy.policy import ControlModel
+from genpolicy.rollout.replay import Replay
+from genpolicy.rollout.rollout import Rollout
+from genpolicy.training.run import Run
+
+
+class Experience:
+    """The data section's episodes and those of the iterations that were added, as one replay, in
+    memory.
+
+    What is saved with a checkpoint is which iterations there are; the episodes themselves are in
+    the run's folder (`EpisodeStore`), where every process reads all of them. conditions, features:
+    of the replay's views by the encoder as it is; `renew` says that it has changed. cut_fails:
+    nothing comes after an episode that was cut. own: `replay` holds what the run has collected
+    itself, and the data section's episodes are only imitated.
+    """
+
+    def __init__(self, run: Run, cut_fails: bool, own: bool = False) -> None:
+        self.run, self.model, self.cut_fails, self.own = (
+            run,
+            cast(ControlModel, run.policy.model),
+            cut_fails,
+            own,
+        )
+        self.iterations: list[int] = []
+        self._everything: tuple[Replay, Replay] | None = None
+        self.renew()
+        run.register(experience=self)
+
+    def renew(self) -> None:
+        """What was computed with another encoder is computed again when it is asked for."""
+        self._conditions: Condition | None = None
+
+    def add(self, iteration: int) -> None:
+        """The episodes that were kept in this iteration belong to it from now on."""
+        self.iterations.append(iteration)
+        self.run.collector.store.pinned.add(iteration)
+        self._everything = None
+        self.renew()
+
+    @property
+    def _both(self) -> tuple[Replay, Replay]:
+        """All decisions, and those that critics and models learn from. Raises `ConfigError` where
+        there are none.
+        """
+        if self._everything is None:
+            data, store = self.run.data, self.run.collector.store
+            parts = [] if data is None else [Replay.of_dataset(data, self.model, self.cut_fails)]
+            given = sum(map(len, parts))
+            parts += [
+                Replay.of_episodes(store.episodes(i), self.cut_fails) for i in self.iterations
+            ]
+            if not parts or (self.own and not self.iterations):
+                raise ConfigError(
+                    "there is nothing to learn from: name recorded episodes in the data section, or collect some"
+                )
+            whole = Replay.cat(parts)
+            self._everything = whole, whole[torch.arange(given, len(whole))] if self.own else whole
+        return self._everything
+
+    @property
+    def everything(self) -> Replay:
+        """All decisions, those of the data section first."""
+        return self._both[0]
+
+    @property
+    def replay(self) -> Replay:
+        """The decisions that critics and models learn from."""
+        return self._both[1]
+
+    @property
+    def conditions(self) -> Condition:
+        """[F]: of the replay's views."""
+        if self._conditions is None:
+            self._conditions = self.replay.encoded(self.model)
+        return self._conditions
+
+    @property
+    def features(self) -> Tensor:
+        """Float[F,D]: what critics see of the replay's views."""
+        return self.model.features(self.conditions)
+
+    def redraw(self, states: int, number: int, samples: int = 1) -> tuple[Rollout, Tensor]:
+        """What the policy would do at ``states`` recorded decisions (of all processes together),
+        ``samples`` times in a row at each, and where this process's stand among the views. number:
+        of this redrawing in its iteration; another finds other decisions and other noise.
+        """
+        run = self.run
+        key = [run.experiment.seed % 2**64, run.iteration, number]
+        drawn = np.random.default_rng(key).integers(len(self.replay), size=states)
+        state = torch.arange(run.processes.index, states, run.processes.count).repeat_interleave(
+            samples
+        )
+        rows = self.replay.now[torch.from_numpy(drawn)[state]]
+        place = state * samples + torch.arange(len(state)) % samples
+        return run.redraw(self.conditions[rows], place, states * samples, number), rows
+
+    def imitable(self, rows: Tensor) -> tuple[Context, Tensor, None]:
+        """A `genpolicy.methods.parts.imitation.Source` over the decisions of episodes that succeeded."""
+        replay = self.everything
+        chosen = replay.success.nonzero().flatten()[rows]
+        return replay.views[replay.now[chosen]], replay.event[chosen].to(self.model.device), None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"iterations": list(self.iterations)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.iterations = list(state["iterations"])
+        self.run.collector.store.pinned.update(self.iterations)
+        self._everything = None
+        self.renew()
+
+
+class Failures:
+    """Starts from which an episode failed and none has succeeded since; saved and resumed with the
+    run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.seeds: list[int] = []
+        run.register(failures=self)
+
+    def mixed(self, fresh: Sequence[int], share: float) -> list[int]:
+        """``fresh`` reset seeds, the last ``share`` of them replaced by failures as far as there
+        are any.
+        """
+        count = min(round(share * len(fresh)), len(self.seeds))
+        key = [self.run.experiment.seed % 2**64, self.run.iteration]
+        drawn = np.random.default_rng(key).permutation(len(self.seeds))[:count]
+        return [*fresh[: len(fresh) - count], *(self.seeds[number] for number in drawn)]
+
+    def note(self, starts: Sequence[int], success: Tensor | None) -> None:
+        """What came of episodes from ``starts``; success [M,N] (None: the task does not judge)."""
+        if success is None:
+            return
+        for seed, good in zip(starts, success.mean(1).tolist(), strict=True):
+            if seed in self.seeds and good == 1:
+                self.seeds.remove(seed)
+            elif seed not in self.seeds and good < 1:
+                self.seeds.append(seed)
+
+    def state_dict(self) -> dict[str, list[int]]:
+        return {"seeds": list(self.seeds)}
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        self.seeds = list(state["seeds"])
+
+
+class Floor:
+    """A floor under what is collected: the policy that a stage began with plays so many of the
+    episodes that their expected return stays at least ``share`` of its own (`safe_share`), by the
+    lower 95 % bound of what the new one did last.
+    """
+
+    def __init__(self, run: Run, share: float, anchor: "Anchor") -> None:
+        self.run, self.share, self.anchor = run, share, anchor
+        self.lower = (
+            math.inf
+        )  # the first iteration is played by the policy that the stage began with anyway
+        run.register(floor=self)
+
+    def episodes(self, wanted: int) -> int:
+        """How many of the ``wanted`` the new policy may play, at least one in each process and
+        equally many; the others are played here and now.
+        """
+        anchor, processes = self.anchor, self.run.processes.count
+        if anchor.rate is None:
+            with self.run.using(anchor.weights):
+                anchor.rate = self.run.try_out(wanted, anchor.iteration)
+        allowed = math.floor(
+            safe_share(self.share, anchor.rate, self.lower) * wanted + 1e-9
+        )  # 7.999 is 8
+        mine = max(allowed // processes, 1) * processes
+        if wanted - mine:
+            with self.run.using(anchor.weights):
+                self.run.log("floor/baseline", self.run.try_out(wanted - mine, self.run.iteration))
+        return mine
+
+    def note(self, returns: Tensor) -> None:
+        """What the new policy's episodes came to."""
+        self.lower = interval(returns.flatten())[0]
+
+    def state_dict(self) -> dict[str, float]:
+        return {"lower": self.lower}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.lower = state["lower"]
+
+
+class Anchor:
+    """The policy that a stage begins with, to which it is held, and what the one in force came to
+    in real episodes (None: not tried): saved and resumed with the run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.renew()
+        run.register(anchor=self)
+
+    def renew(self) -> None:
+        """From now on the policy as it stands."""
+        self.weights = self.run.snapshot()
+        self.iteration = self.run.iteration
+        self.rate: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights, "iteration": self.iteration, "rate": self.rate}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.run.policy.model.device
+        self.weights = [torch.as_tensor(value).to(device) for value in state["weights"]]
+        self.iteration, self.rate = state["iteration"], state["rate"]

@@ -1,0 +1,1 @@
+"""Acting: a policy and a task give rollouts, episodes and replays."""

@@ -1,0 +1,158 @@
+"""The verb demonstrate: an expert's, or a policy's, episodes of a task as a data set."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from genpolicy.chain import Noise
+from genpolicy.config.schema import ConfigError, leaf, make
+from genpolicy.contracts.task import Context, ControlTask, Demonstration, TaskStep, is_control
+from genpolicy.rollout.episodes import play
+from genpolicy.training.build import require_fit, saved
+
+WRITER = "genpolicy.datasets._lerobot_writer:recording"
+PATIENCE = 5
+"""An expert may try so many times as many episodes as are wanted."""
+SIDE_BY_SIDE = 20
+"""Episodes that a policy plays at once."""
+
+
+@dataclass
+class Recorded:
+    """What `demonstrate` wrote: episodes kept of how many tried, how many of the kept succeeded,
+    and their frames.
+    """
+
+    episodes: int = 0
+    tried: int = 0
+    successes: int = 0
+    frames: int = 0
+
+
+def demonstrate(
+    task_section: Mapping[str, Any],
+    out: Path,
+    *,
+    episodes: int,
+    noise: float,
+    seed: int,
+    policy: str | None = None,
+) -> Recorded:
+    """Write a data set of ``episodes`` to the new folder ``out``; they begin from the reset seeds
+    ``seed``, ``seed`` + 1, ...
+
+    Without ``policy`` the task's expert acts, with Gaussian ``noise`` (std, in actions) on what it
+    does, and only what succeeds is kept; a policy (a run's or a policy's folder) acts with its
+    deployed sampler, and everything is kept ("next.success" tells). The folder appears when it is
+    complete; meta/genpolicy.json says how it was made.
+    """
+    if episodes < 1:
+        raise ConfigError(f"episodes is {episodes}; it must be at least 1")
+    if noise < 0 or (noise and policy is not None):
+        raise ConfigError(
+            f"noise is {noise}; it must be at least 0, and 0 for a policy, which acts with its own sampler"
+        )
+    if out.exists():
+        raise ConfigError(f"{out} exists already: choose another folder, or delete it")
+    task = make("tasks", task_section)
+    if not is_control(task):
+        raise ConfigError(f"task {task_section['name']} has no environments to act in")
+    if policy is None:
+        source = _by_expert(task, range(seed, seed + PATIENCE * episodes), noise)
+    else:
+        source = _by_policy(task, range(seed, seed + episodes), policy, seed)
+    done = Recorded()
+    made = {"task": dict(task_section), "policy": policy, "noise": noise, "seed": seed}
+    writing = leaf("datasets", WRITER)(out, task, made)
+    with (
+        writing as keep,
+        tqdm(total=episodes, desc="demonstrate", unit="episode", file=sys.stderr) as bar,
+    ):
+        while done.episodes < episodes and (episode := next(source, None)) is not None:
+            done.tried += 1
+            if policy is not None or episode.success:
+                keep(episode)
+                done.episodes += 1
+                done.successes += episode.success
+                done.frames += len(episode.actions)
+                bar.update()
+            bar.set_postfix_str(f"{done.tried} tried")
+        if done.episodes < episodes:
+            raise ConfigError(
+                f"the expert succeeded in {done.episodes} of {done.tried} episodes, {episodes} were asked for: lower"
+                " noise, choose another seed, or raise the task's time limit"
+            )
+        made.update(asdict(done))
+    return done
+
+
+def _by_expert(task: ControlTask, seeds: Sequence[int], noise: float) -> Iterator[Demonstration]:
+    for seed in seeds:
+        try:
+            yield task.demonstrate(seed, noise)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _by_policy(
+    task: ControlTask, seeds: Sequence[int], policy: str, seed: int
+) -> Iterator[Demonstration]:
+    """The policy's episodes, in the order of their seeds."""
+    found = saved(policy)
+    if not found.acts:
+        raise ConfigError(f"{policy} draws, it does not act: it can't demonstrate anything")
+    actor = found.load()
+    require_fit(actor.model, task)  # type: ignore[arg-type]  # it acts
+    logs = [_Log() for _ in seeds]
+
+    def watch(
+        _slots: Sequence[int], playing: Sequence[int], seen: Context, action: Tensor, step: TaskStep
+    ) -> None:
+        for row, episode in enumerate(playing):
+            logs[episode].add(seen, action, step, row)
+
+    history = actor.model.history  # type: ignore[attr-defined]  # a ControlModel, as control_model saw to
+    environments = task.environments(min(SIDE_BY_SIDE, len(seeds)), history)
+    try:
+        noise = Noise.rows(seed, 0, torch.arange(len(seeds)), 1)
+        written = 0
+        for _ in play(actor, environments, seeds, noise, keep=(0, 0), watch=watch):
+            while written < len(seeds) and logs[written].over:
+                yield logs[written].demonstration()
+                logs[written] = _Log()  # its frames are not needed any more
+                written += 1
+    finally:
+        environments.close()
+
+
+class _Log:
+    """One episode of a policy as it happens, environment step by environment step."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self._success = False
+        self._frames: list[Mapping[str, Tensor]] = []
+        self._actions: list[Tensor] = []
+        self._rewards: list[Tensor] = []
+
+    def add(self, seen: Context, action: Tensor, step: TaskStep, row: int) -> None:
+        """One environment step: what row ``row`` saw last, did and got."""
+        self._frames.append({name: value[row, -1] for name, value in seen.observation.items()})
+        self._actions.append(action[row, 0])
+        self._rewards.append(step.rewards[row, 0])
+        self._success = bool(step.success[row])
+        self.over = bool(step.terminated[row] | step.truncated[row])
+
+    def demonstration(self) -> Demonstration:
+        observation = {
+            name: torch.stack([frame[name] for frame in self._frames]) for name in self._frames[0]
+        }
+        return Demonstration(
+            observation, torch.stack(self._actions), torch.stack(self._rewards), self._success
+        )

@@ -1,0 +1,170 @@
+"""Replay: recorded decisions to learn from off the policy: what was seen, what was done, what came
+of it, what was seen next.
+
+It stores observations, not features: what a critic sees of them is computed when the encoder is
+settled, and again when it has changed (`encoded`).
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genpolicy.chain.values import Condition
+from genpolicy.contracts.task import Context, Dataset
+from genpolicy.policy.policy import ControlModel
+
+REWARD, SUCCESS = "next.reward", "next.success"
+"""What LeRobot calls the outcome of a frame."""
+AT_ONCE = 1024
+"""Observations that are encoded together."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """R decisions over F views.
+
+    views: F observations. now, after [R]: the views before and after each decision (where nothing
+    comes after it, any). event [R,*E]: the chunk, as the chain has it. rewards [R,T]: of its
+    environment steps. executed [R]: how many were taken. terminated [R]: nothing comes after.
+    success [R]: its episode succeeded. episode [R]: whose it is. first [R]: it is the first of its
+    episode.
+    """
+
+    views: Context
+    now: Tensor
+    after: Tensor
+    event: Tensor
+    rewards: Tensor
+    executed: Tensor
+    terminated: Tensor
+    success: Tensor
+    episode: Tensor
+    first: Tensor
+
+    def __len__(self) -> int:
+        return len(self.now)
+
+    def __getitem__(self, rows: Tensor) -> "Replay":
+        """Some of the decisions, over the same views."""
+        kept = {name: getattr(self, name)[rows] for name in ROWS}
+        return Replay(self.views, **kept)
+
+    @classmethod
+    def cat(cls, parts: Sequence["Replay"]) -> "Replay":
+        """Several recordings as one."""
+        rows: dict[str, list[Tensor]] = {name: [] for name in ROWS}
+        views = episodes = 0
+        for part in parts:
+            shift = {"now": views, "after": views, "episode": episodes}
+            for name, values in rows.items():
+                values.append(
+                    getattr(part, name) + shift[name] if name in shift else getattr(part, name)
+                )
+            views += len(part.views)
+            episodes += int(part.episode.max()) + 1 if len(part) else 0
+        return cls(
+            Context.cat([p.views for p in parts]),
+            **{name: torch.cat(values) for name, values in rows.items()},
+        )
+
+    @classmethod
+    def of_episodes(
+        cls, episodes: Sequence[Mapping[str, Any]], cut_fails: bool = False
+    ) -> "Replay":
+        """Episodes as `genpolicy.rollout.rollout.live` writes them: a row is a decision of the policy.
+        cut_fails: nothing comes after an episode that was cut.
+        """
+        contexts, parts, begin = [], [], 0
+        for number, e in enumerate(episodes):
+            length = len(e["x0"])
+            contexts += [
+                Context(e["prompts"], e["observation"]),
+                Context(e["prompts"][-1:], e["final"]),
+            ]
+            now = begin + torch.arange(length)
+            row = {"now": now, "after": now + 1, "event": e["x0"], "rewards": e["rewards"].double()}
+            row |= {
+                "executed": e["executed"],
+                "terminated": e["terminated"] | (e["truncated"] & cut_fails),
+            }
+            row |= {
+                "success": e["success"][-1:].repeat(length),
+                "episode": torch.full((length,), number),
+            }
+            row["first"] = torch.arange(length) == 0
+            parts.append(row)
+            begin += length + 1
+        return cls(
+            Context.cat(contexts), **{name: torch.cat([p[name] for p in parts]) for name in ROWS}
+        )
+
+    @classmethod
+    def of_dataset(cls, data: Dataset, model: ControlModel, cut_fails: bool = False) -> "Replay":
+        """A data set's frames, each as the decision that it could have been: the chunk that follows
+        it.
+
+        Without "next.success" an episode succeeded where it was rewarded, and without "next.reward"
+        too it is a demonstration, rewarded with 1 at its last frame. It ended by itself where it
+        succeeded; where it was cut, what comes after its last chunk was not recorded, and that
+        chunk is left out, unless nothing does (``cut_fails``).
+        """
+        number = data.episode.unique_consecutive(return_inverse=True)[1]
+        lengths = number.bincount()
+        last = (lengths.cumsum(0) - 1)[number]
+        frame, steps = torch.arange(len(number)), torch.arange(model.executed)
+        judged = data.columns.get(SUCCESS, data.columns.get(REWARD, (frame == last).float()))
+        success = judged.flatten() > 0
+        reward = data.columns.get(REWARD, success.float()).flatten().double()
+        succeeded = torch.zeros(len(lengths)).index_add(0, number, success.float())[number] > 0
+        executed = (last - frame + 1).clamp_max(model.executed)
+        ends = frame + model.executed > last
+        views, actions, _ = data.rows(frame, model.history, model.horizon)
+        inside = steps < executed[:, None]
+        rewards = reward[(frame[:, None] + steps).clamp_max(len(frame) - 1)] * inside
+        whole = cls(
+            views,
+            frame,
+            torch.minimum(frame + model.executed, last),
+            model.event(actions).cpu(),
+            rewards,
+            executed,
+            ends & (succeeded | cut_fails),
+            succeeded,
+            number,
+            frame == (last - lengths[number] + 1),
+        )
+        return whole[(~ends | whole.terminated).nonzero().flatten()]
+
+    def returns(self, gamma: float) -> Tensor:
+        """What every decision's episode came to from there on, sum_j gamma^j r_j over its
+        environment steps: [R] fp64, nan where the recording stops before the episode does.
+        """
+        row_of = torch.full((len(self.views) + 1,), -1)
+        row_of[self.now] = torch.arange(len(self))
+        following = torch.where(self.terminated, -1, row_of[self.after]).tolist()
+        steps = torch.arange(self.rewards.shape[1])
+        happened = torch.where(steps < self.executed[:, None], self.rewards.double(), 0.0)
+        own = (happened * gamma**steps).sum(1).tolist()
+        discount, over = (gamma ** self.executed.double()).tolist(), self.terminated.tolist()
+        found = [math.nan] * len(self)
+        for row in reversed(range(len(self))):  # a decision's next one stands behind it
+            rest = 0.0 if over[row] else found[following[row]] if following[row] > row else math.nan
+            found[row] = own[row] + discount[row] * rest
+        return torch.tensor(found, dtype=torch.float64)
+
+    @torch.no_grad()
+    def encoded(self, model: ControlModel) -> Condition:
+        """The views as conditions of the policy, [F], by the encoder as it is now."""
+        return torch.cat([model.encode(self.views[rows]) for rows in _slices(len(self.views))])  # type: ignore[arg-type]
+
+
+ROWS = ("now", "after", "event", "rewards", "executed", "terminated", "success", "episode", "first")
+"""What a `Replay` has of every decision."""
+
+
+def _slices(count: int) -> Iterator[slice]:
+    yield from (slice(begin, min(begin + AT_ONCE, count)) for begin in range(0, count, AT_ONCE))

@@ -1,0 +1,1 @@
+"""One training run: its verbs, its processes, its folder."""

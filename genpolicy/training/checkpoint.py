@@ -1,0 +1,75 @@
+"""Checkpoints: written whole or not at all, read with care, one run to a folder."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genpolicy.config.schema import ConfigError
+
+STATE = "state.pt"
+LOCK = ".lock"
+"""Marks a run's folder, and is held while the run lives."""
+
+
+def write(folder: Path, iteration: int, state: Any, keep: int = 2) -> None:
+    """checkpoints/ITERATION/state.pt by staging and one rename; only the last ``keep`` stay."""
+    root = folder / "checkpoints"
+    staged = root / f".{iteration}.staged"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    with open(staged / STATE, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    final = root / str(iteration)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(staged, final)
+    for old in iterations(folder)[:-keep]:
+        shutil.rmtree(root / str(old))
+
+
+def iterations(folder: Path) -> list[int]:
+    """Those that a run's folder has a checkpoint of, in order."""
+    root = folder / "checkpoints"
+    return (
+        sorted(int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit())
+        if root.is_dir()
+        else []
+    )
+
+
+def latest(folder: Path) -> Any | None:
+    """The newest checkpoint's state on the CPU, or None; a damaged one raises one sentence that
+    says what to do.
+    """
+    there = iterations(folder)
+    if not there:
+        return None
+    path = folder / "checkpoints" / str(there[-1])
+    try:
+        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except Exception:
+        older = f" to resume from iteration {there[-2]}" if len(there) > 1 else " to start again"
+        raise ConfigError(
+            f"checkpoint {path} is damaged (cut short or not ours): delete that folder{older}"
+        ) from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder; a second run in it raises. However the process ends, the lock goes with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"folder {folder} is in use by another run: choose another output"
+            ) from None
+        yield

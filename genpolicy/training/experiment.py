@@ -1,0 +1,218 @@
+"""An experiment from its YAML to its result: claim the folder, build what it names, train, or only
+rehearse.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import genpolicy
+from genpolicy.config import schema
+from genpolicy.config.schema import ConfigError, Experiment, choice, make
+from genpolicy.contracts.reward import RewardError
+from genpolicy.contracts.task import Task, is_control
+from genpolicy.evaluation import pictures
+from genpolicy.training import checkpoint
+from genpolicy.training.build import (
+    control_model,
+    load_rewards,
+    make_data,
+    make_policy,
+    make_rewards,
+    prompt_lines,
+    require_trainable,
+)
+from genpolicy.training.evaluator import ControlExam, Exam, PromptExam
+from genpolicy.training.rehearsal import Rehearsal
+from genpolicy.training.run import Method, Run, start_processes
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `train` returns: the run's folder, the evaluations before and after, and the whole
+    summary.
+    """
+
+    folder: Path
+    before: dict[str, Any]
+    after: dict[str, Any]
+    summary: dict[str, Any]
+
+
+def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) -> Result:
+    """Run an experiment (an `Experiment`, a YAML's path, or a shipped config's name) to the end of
+    its budget.
+
+    A run's own config.yaml resumes that run. Raises `ConfigError` before any work starts if
+    something does not fit.
+    """
+    started = time.perf_counter()
+    resume, folder = False, None
+    if not isinstance(experiment, Experiment):
+        resume = _is_run(Path(experiment))
+        folder = Path(experiment).parent if resume else None
+        experiment = schema.load(experiment, overrides)
+    folder = folder or Path(experiment.output)
+    accelerator = start_processes(experiment, folder)
+    with _folder(folder, resume) if accelerator.is_main_process else contextlib.nullcontext():
+        run, method = prepare(experiment, folder, accelerator)
+        if experiment.trackers:  # now, not before: they write into the folder
+            accelerator.init_trackers(
+                "genpolicy", config={"experiment": schema.to_yaml(experiment)}
+            )
+        with run:
+            method.train(run)
+            return _finish(run, time.perf_counter() - started)
+
+
+def _finish(run: Run, wall_time: float) -> Result:
+    """The last evaluation, the figures and summary.json."""
+    after = run.conclude()
+    summary = {
+        "asked": dataclasses.asdict(run.experiment.budget),
+        "iterations": run.iteration,
+        "over": run.over,
+        "before": run.before,
+        "after": after,
+        "wall_time_s": wall_time,
+        "training_s": run.seconds,
+        "evaluations": run.evaluations,
+        "env_decisions": run.env_decisions,
+        "env_steps": run.env_steps,
+        "replay_gap": run.replay_check.gap,
+        "seeds": {"run": run.experiment.seed, "eval": run.experiment.eval.seed},
+        "processes": run.processes.count,
+        "versions": {"python": platform.python_version(), **versions()},
+    }
+    if run.processes.main:
+        pictures.figures(run.folder)
+        pictures.write_json(run.folder / "summary.json", summary)
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
+    return Result(run.folder, run.before, after, summary)
+
+
+def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, Rehearsal]:
+    """One real iteration of each of an experiment's stages, what they cost, and what its budget
+    will; nothing is written.
+    """
+    asked = schema.load(experiment, overrides)
+    cost = Rehearsal()
+    with (
+        tempfile.TemporaryDirectory() as nowhere
+    ):  # episodes that a method keeps are written down as they end
+        run, method = prepare(asked, Path(nowhere), start_processes(asked, None))
+        run.rehearse = cost.record
+        with run:
+            method.train(run)
+    cost.project(asked)
+    return asked, cost
+
+
+@contextlib.contextmanager
+def _folder(folder: Path, resume: bool) -> Iterator[None]:
+    """Hold the run's folder. A new run that fails on bad input in its first iteration, or before,
+    leaves nothing behind.
+    """
+    existed = folder.exists()
+    if not resume and (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"folder {folder} holds a run already: resume it with genpolicy train {folder}/config.yaml, or choose another output"
+        )
+    if existed and not folder.is_dir():
+        raise ConfigError(f"output {folder} is a file: choose another output")
+    if not resume and existed and any(path.name != checkpoint.LOCK for path in folder.iterdir()):
+        raise ConfigError(f"folder {folder} is not empty and holds no run: choose another output")
+    with checkpoint.locked(folder):
+        try:
+            yield
+        except BaseException as error:
+            nothing = not (folder / "checkpoints").exists() or isinstance(
+                error, ConfigError | RewardError | OSError
+            )
+            if not resume and nothing and not any(m["iteration"] for m in pictures.read(folder)):
+                for path in folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if not existed:
+                    folder.rmdir()
+            raise
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a path is a run's own config.yaml."""
+    return path.name == "config.yaml" and (path.parent / checkpoint.LOCK).is_file()
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run in a folder has spent its budget (one that was stopped has a summary too)."""
+    file = folder / "summary.json"
+    return file.is_file() and spent(json.loads(file.read_text(encoding="utf-8")))
+
+
+def spent(summary: Mapping[str, Any]) -> bool:
+    """Whether a run with this summary has spent its budget."""
+    # the other limits are called in the summary what the budget calls them
+    done = {
+        **{name: name for name in summary["asked"]},
+        "nfe": "evaluations",
+        "seconds": "training_s",
+    }
+    return summary["over"] or any(
+        limit and summary[done[name]] >= limit for name, limit in summary["asked"].items()
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a run's numbers."""
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+    return {
+        "genpolicy": genpolicy.__version__,
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def evaluation_prompts(experiment: Experiment, task: Task) -> tuple[str, ...]:
+    """The prompts of the evaluation set: its own file's, or the task's first ones, each once."""
+    if experiment.eval.prompts is not None:
+        return prompt_lines(experiment.eval.prompts)
+    return tuple(dict.fromkeys(task.reset(range(experiment.eval.samples)).prompts))
+
+
+def prepare(experiment: Experiment, folder: Path, accelerator: Any) -> tuple[Run, Method]:
+    """Build everything an experiment names; what does not fit raises before any work starts."""
+    require_trainable(experiment.chain)
+    torch.manual_seed(experiment.seed)
+    if experiment.threads is not None:
+        torch.set_num_threads(experiment.threads)
+    method = make("methods", experiment.method)
+    task = make("tasks", experiment.task)
+    data = make_data(experiment.data)
+    if is_control(task):
+        model = control_model(experiment.policy, task, data)
+        environments = task.environments(experiment.environments, model.history)
+        exam: Exam = ControlExam(environments, task.has_success, experiment.eval)
+        parts: dict[str, Any] = {"environments": environments, "data": data}
+        if experiment.reward:
+            raise ConfigError(
+                f"task {experiment.task['name']} brings its own reward: leave the reward section out"
+            )
+    else:
+        reward = make_rewards(experiment.reward)
+        exam = PromptExam(reward, evaluation_prompts(experiment, task), experiment.eval)
+        parts = {"reward": reward}
+        load_rewards(reward)
+        model = make("models", experiment.policy)
+    choice("eval: select", experiment.eval.select or exam.measured[0], exam.measured)
+    policy = make_policy(model, experiment.chain)
+    return Run(experiment, policy, task, exam, folder, accelerator, **parts), method

@@ -1,0 +1,63 @@
+"""Many processes as one: who collects which groups, and sums and gathers over all. World size
+enters nowhere else.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genpolicy.config.schema import ConfigError
+
+
+class Processes:
+    """The processes that run an experiment together; ``accelerator`` is accelerate's view of them."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.index, self.count = accelerator.process_index, accelerator.num_processes
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.accelerator.is_main_process
+
+    def groups(self, groups: int, updates: int) -> Tensor:
+        """This process's groups [m] of M: whole ones, and the same number in each of the updates'
+        minibatches.
+        """
+        if groups % (updates * self.count):
+            raise ConfigError(
+                f"{groups} groups can't be split evenly into {updates} updates on {self.count} processes: "
+                f"the number of groups must be a multiple of {updates * self.count}"
+            )
+        return torch.arange(groups).view(updates, self.count, -1)[:, self.index].flatten()
+
+    def gather_groups(self, local: Tensor, updates: int) -> Tensor:
+        """[m,N] of this process to [M,N] of all, in the groups' global order."""
+        if self.count == 1:
+            return local
+        gathered = self.gather(local)
+        return (
+            gathered.view(self.count, updates, -1, local.shape[1])
+            .transpose(0, 1)
+            .reshape(-1, local.shape[1])
+        )
+
+    def gather(self, value: Tensor) -> Tensor:
+        """The rows of all processes, in their order, on the CPU."""
+        return (
+            value
+            if self.count == 1
+            else self.accelerator.gather(value.to(self.accelerator.device)).cpu()
+        )
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """The sum over all processes, on the value's device."""
+        if self.count == 1:
+            return value
+        return self.accelerator.reduce(value.to(self.accelerator.device), "sum").to(value.device)
+
+    def wait(self) -> None:
+        """Go on together."""
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,158 @@
+"""Rehearsing: one real iteration of each stage of an experiment, what it cost, and what the whole
+budget will.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from genpolicy.config.schema import Experiment
+from genpolicy.training.evaluator import ControlExam
+from genpolicy.training.replay_check import CHECK
+from genpolicy.training.run import Run
+from genpolicy.training.stages import Course
+
+REHEARSED = 1000
+"""The iteration that a rehearsal is: past any warm-up, which costs less than what follows."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One iteration of a stage, all processes together; seconds of wall-clock.
+
+    iterations: how many of them the method wants; None: as many as the budget allows. samples: of
+    prompts, or decisions, or recorded frames that were learned from; ``did`` says it in words.
+    phases: name -> (seconds, peak GB of memory).
+    """
+
+    stage: str
+    iterations: int | None
+    seconds: float
+    samples: int
+    evaluations: float
+    env_steps: float
+    did: str
+    phases: dict[str, tuple[float, float]]
+
+    @property
+    def once(self) -> float:
+        """Seconds of the replay check, which is made once; everything else at each iteration."""
+        return self.phases.get(CHECK, (0.0, 0.0))[0]
+
+    @property
+    def evaluations_per_sample(self) -> float:
+        return self.evaluations / max(self.samples, 1)
+
+
+@dataclass
+class Rehearsal:
+    """What one real iteration of each stage cost, and what the budget will.
+
+    memory: whose. evaluation_seconds: of one evaluation, of what ``judged`` says, extrapolated from
+    sampling, or from a few episodes. iterations, evaluations, seconds: of the whole budget, with
+    its evaluations of the policy.
+    """
+
+    memory: str = (
+        "the accelerator's, peak of the phase"
+        if torch.cuda.is_available()
+        else "this process's, peak so far"
+    )
+    stages: list[StageCost] = field(default_factory=list)
+    judged: str = ""
+    evaluation_seconds: float = 0.0
+    iterations: int = 0
+    evaluations: float = 0.0
+    seconds: float = 0.0
+
+    def record(self, run: Run) -> Iterator[int]:
+        """Stand in for `Run.iterations`: an iteration of each stage on the real sizes, and the
+        weights as they were.
+        """
+        weights, course = run.snapshot(), run.registered.get("course")
+        stages: list[tuple[str, int | None]] = [(str(run.experiment.method["name"]), None)]
+        if isinstance(course, Course):
+            stages, course.hurried = course.stages, True
+        for number, (stage, iterations) in enumerate(stages):
+            run.iteration = REHEARSED + number
+            if isinstance(course, Course) and iterations is None:
+                course.done = REHEARSED
+            evaluations, started = run.policy.model.evaluations, time.perf_counter()
+            yield run.iteration
+            run.journal.phase(None)
+            seconds, evaluations = (
+                time.perf_counter() - started,
+                run.policy.model.evaluations - evaluations,
+            )
+            self.stages.append(self._cost(run, stage, iterations, seconds, evaluations))
+            run.journal.close()
+        run.restore(weights)
+        self._examine(run)
+
+    def _cost(
+        self, run: Run, stage: str, iterations: int | None, seconds: float, evaluations: float
+    ) -> StageCost:
+        samples, count = run.journal.collected * run.processes.count, run.processes.count
+        env_steps = run.journal.env_steps * count
+        did = f"{samples} samples"
+        if isinstance(run.exam, ControlExam):
+            lived = f"{samples} decisions in {env_steps:.0f} environment steps"
+            did = lived if env_steps else f"{samples} recorded frames" if samples else "nothing new"
+        phases = {
+            name: (spent, run.journal.memory[name]) for name, spent in run.journal.clock.items()
+        }
+        return StageCost(
+            stage, iterations, seconds, samples, evaluations * count, env_steps, did, phases
+        )
+
+    def _examine(self, run: Run) -> None:
+        settings = run.experiment.eval
+        if isinstance(run.exam, ControlExam):
+            self.judged = f"{settings.episodes} episodes"
+            few = min(run.environments.count, settings.episodes)  # type: ignore[union-attr]  # the exam plays in them
+            exam = dataclasses.replace(
+                run.exam, settings=dataclasses.replace(settings, episodes=few)
+            )
+            started = time.perf_counter()
+            exam(run.deployed, run.processes, run.micro_batches, run.folder)
+            self.evaluation_seconds = (time.perf_counter() - started) * settings.episodes / few
+        else:
+            only = self.stages[0]
+            self.judged = f"{settings.samples} samples"
+            drawn = sum(
+                only.phases.get(name, (0.0, 0.0))[0] for name in ("sample", "decode", "reward")
+            )
+            self.evaluation_seconds = drawn * settings.samples / only.samples
+
+    def project(self, experiment: Experiment) -> None:
+        """Extrapolate to the budget: the stages in their order until it is spent."""
+        b, every = experiment.budget, experiment.eval.every
+        limits = [b.iterations, b.nfe, b.seconds, b.env_decisions, b.env_steps]
+        left = [math.inf if limit is None else float(limit) for limit in limits]
+        for cost in self.stages:
+            each = cost.seconds - cost.once
+            spends = [
+                1.0,
+                cost.evaluations,
+                each,
+                cost.samples if cost.env_steps else 0.0,
+                cost.env_steps,
+            ]
+            allowed = min(
+                rest / spent if spent else math.inf
+                for rest, spent in zip(left, spends, strict=True)
+            )
+            count = math.ceil(
+                min(allowed, math.inf if cost.iterations is None else cost.iterations)
+            )
+            left = [rest - count * spent for rest, spent in zip(left, spends, strict=True)]
+            self.iterations += count
+            self.evaluations += count * cost.evaluations
+            self.seconds += cost.once + count * each
+        self.seconds += (
+            2 + (max(self.iterations - 1, 0) // every if every else 0)
+        ) * self.evaluation_seconds

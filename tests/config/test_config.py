@@ -1,0 +1,169 @@
+"""Configuration: YAML and overrides to experiments, strictly, and back."""
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import yaml
+
+from genpolicy.chain import DDIM, SDE, ClipStd, Heun
+from genpolicy.config import schema, shipped
+from genpolicy.config.schema import ChainConfig, ConfigError, Experiment
+from genpolicy.contracts.task import is_control
+from genpolicy.methods.flow_grpo import FlowGRPO
+from genpolicy.models.toy import Toy
+from genpolicy.training.build import kernels, make_kernel, make_rewards, prompt_lines
+from tests import toy
+
+
+def overridden(raw: dict[str, Any], *overrides: str) -> Experiment:
+    for text in overrides:
+        schema.override(raw, text)
+    return schema.parse(raw)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E-4", 1e-4),
+        (".5e-3", 5e-4),
+        ("-1e3", -1e3),
+        ("1e-4 ", 1e-4),
+        ("3", 3.0),
+        ("0.1", 0.1),
+    ],
+)
+def test_numbers_are_numbers(text: str, value: float):
+    """PyYAML alone reads 1e-4 as text."""
+    raw: dict[str, Any] = {}
+    schema.override(raw, f"--optimizer.lr={text}")
+    assert raw["optimizer"]["lr"] == value
+    assert not isinstance(raw["optimizer"]["lr"], str)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("many", "many"),
+        ("'1e-4'", "1e-4"),
+        ("null", None),
+        ("true", True),
+        ("[0, 3]", [0, 3]),
+        ("{name: sde, a: 1e-1}", {"name": "sde", "a": 0.1}),
+        ("runs/a=b", "runs/a=b"),
+        ("", None),
+    ],
+)
+def test_override_values_are_yaml(text: str, value: Any):
+    raw: dict[str, Any] = {}
+    schema.override(raw, f"--a.b={text}")
+    assert raw == {"a": {"b": value}}
+
+
+def test_overrides_reach_into_bare_names(tmp_path):
+    raw = toy.experiment(tmp_path, method="flow_grpo")
+    experiment = overridden(
+        raw, "--method.group=8", "--chain.kernel=sde", "--budget.iterations=1e3"
+    )
+    assert experiment.method == {"name": "flow_grpo", "group": 8}
+    assert experiment.chain.kernel == {"name": "sde"}
+    assert experiment.budget.iterations == 1000
+    assert isinstance(experiment.budget.iterations, int)
+
+
+def test_a_bare_name_means_its_defaults(tmp_path):
+    bare = {
+        "policy": "toy",
+        "method": "flow_grpo",
+        "reward": "shapes_strict",
+        "chain": {"kernel": "cps"},
+    }
+    experiment = schema.parse(toy.experiment(tmp_path, **bare))
+    assert schema.make("methods", experiment.method) == FlowGRPO()
+    assert isinstance(schema.make("models", experiment.policy), Toy)
+    assert experiment.reward == {"shapes_strict": 1.0}
+    assert make_kernel(experiment.chain.kernel) == kernels()["cps"]()
+
+
+def test_config_yaml_is_the_experiment(tmp_path):
+    experiment = overridden(
+        toy.experiment(tmp_path), "--chain.window=[0,2]", "--optimizer.lr=1e-5", "--seed=7"
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(schema.to_yaml(experiment))
+    again = schema.load(file)
+    assert again == experiment
+    assert schema.to_yaml(again) == schema.to_yaml(experiment)
+    assert again.chain.window == (0, 2)
+    assert again.optimizer.lr == 1e-5
+
+
+@pytest.mark.parametrize("name", sorted(shipped.configs()))
+def test_every_shipped_config_parses(name: str):
+    """Strictly, down to its leaves; rewards and models are not built, some need weights."""
+    experiment = schema.load(name)
+    schema.make("methods", experiment.method)
+    schema.make("tasks", experiment.task)
+    make_kernel(experiment.chain.kernel)
+    task = schema.leaf("tasks", experiment.task["name"])
+    if is_control(task):
+        assert not experiment.reward
+    else:
+        make_rewards(experiment.reward)
+    model = schema.leaf("models", experiment.policy["name"])
+    known = set(model.__dataclass_fields__)
+    assert set(experiment.policy) - {"name"} <= known
+    if experiment.eval.prompts is not None:
+        assert prompt_lines(experiment.eval.prompts)
+    judged = {*(f"reward/{name}" for name in experiment.reward), "success_rate", "return"}
+    assert experiment.eval.select is None or experiment.eval.select in judged
+
+
+@pytest.mark.parametrize("name", sorted(shipped.configs()))
+def test_every_shipped_config_is_short_and_explained(name: str):
+    lines = shipped.configs()[name].read_text().splitlines()
+    assert len(lines) <= 40
+    assert lines[0].startswith("# ")
+
+
+def test_kernels_by_name_and_nested():
+    assert make_kernel({"name": "sde", "a": 1.0}) == SDE(1.0)
+    assert make_kernel({"name": "heun"}) == Heun()
+    assert make_kernel({"name": "clipstd", "kernel": {"name": "ddim"}, "high": 0.1}) == ClipStd(
+        DDIM(), high=0.1
+    )
+    assert make_kernel({"name": "genpolicy.chain.kernel:DDIM", "eta": 0.5}) == DDIM(0.5)
+
+
+def test_dotted_leaves():
+    assert schema.leaf("models", "tests.toy:ToyModel") is Toy
+    assert schema.make("rewards", {"name": "tests.toy:brightness"}) is toy.brightness
+    rewards = make_rewards({"tests.toy:brightness": 0.5, "tests.toy:constant": {"weight": 2}})
+    assert rewards.weights == {"brightness": 0.5, "constant": 2.0}
+
+
+class Plain:
+    """No dataclass: its settings are nobody's."""
+
+    def __call__(self, outputs: Any, context: Any) -> Any: ...
+
+
+def test_leaves_that_can_not_be_built():
+    with pytest.raises(ConfigError, match="make it a @dataclass"):
+        schema.make("rewards", {"name": "tests.test_config:Plain"})
+    with pytest.raises(ConfigError, match="takes no settings, got scale"):
+        schema.make("rewards", {"name": "tests.toy:brightness", "scale": 2})
+
+
+def test_shipped_paths_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(prompt_lines("assets/shapes-sd3/captions_held_out.txt")) == 88
+    assert schema.load("quickstart").method["name"] == "grpo_guard"
+
+
+def test_defaults_are_valid_and_survive_yaml():
+    chain = ChainConfig()
+    assert (
+        schema.decode(ChainConfig, yaml.safe_load(yaml.safe_dump(asdict(chain))), "chain") == chain
+    )
