@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 
 from genpolicy.chain import DDIM, Mean, Noise
-from genpolicy.config import schema
+from genpolicy.config import leaves, parse
 from genpolicy.contracts.task import Context
 from genpolicy.evaluation.episode_scores import evaluate_control
+from genpolicy.policy.files import saved
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.policy.sampler import make_policy
 from genpolicy.rollout.episodes import play
-from genpolicy.training.build import control_model, make_policy, saved
+from genpolicy.training.build import control_model
 
 SLOTS, ROWS, DRAWS = 20, 200, 16
 
@@ -63,8 +65,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3_000_000)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    experiment = schema.load(args.run / "config.yaml")
-    task = schema.make("tasks", experiment.task)
+    experiment = parse.load(args.run / "config.yaml")
+    task = leaves.make("tasks", experiment.task)
     cloned = make_policy(control_model(experiment.policy, task, None), experiment.chain)
     trained = make_policy(saved(args.run).load().model, experiment.chain)
     environments = task.environments(SLOTS, trained.model.history)

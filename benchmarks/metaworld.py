@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
-from genpolicy.config import schema
+from genpolicy.config import leaves, parse
 from genpolicy.contracts.task import ControlTask
 from genpolicy.evaluation.episode_scores import evaluate_control
+from genpolicy.policy.files import saved
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.policy.sampler import deployed_sampler, make_policy
 from genpolicy.rollout.demonstrations import demonstrate
-from genpolicy.training.build import control_model, deployed_sampler, make_policy, saved
+from genpolicy.training.build import control_model
 from genpolicy.training.experiment import finished, train
 
 REPORT = range(8_000_000, 8_001_000)
@@ -56,7 +58,7 @@ def main() -> None:
         folder = args.out / name
         section = {"name": "metaworld", "env": name}
         clone(section, DEMONSTRATIONS[name], folder)
-        task = schema.make("tasks", section)
+        task = leaves.make("tasks", section)
         tell(
             args.out,
             task=name,
@@ -78,7 +80,7 @@ def clone(section: dict[str, Any], episodes: int, folder: Path) -> None:
         demonstrate(section, data, episodes=episodes, noise=NOISE, seed=DEMONSTRATED_FROM)
     if not out.exists():
         overrides = [f"--task.env={section['env']}", f"--data.root={data}", f"--output={out}"]
-        train(schema.load("metaworld_bc", overrides))
+        train(parse.load("metaworld_bc", overrides))
 
 
 def improve(section: dict[str, Any], folder: Path, seed: int) -> dict[str, float]:
@@ -91,7 +93,7 @@ def improve(section: dict[str, Any], folder: Path, seed: int) -> dict[str, float
             f"--seed={seed}",
         ]
         began = time.process_time()
-        train(schema.load("metaworld_dppo", [f"--task.env={section['env']}", *start]))
+        train(parse.load("metaworld_dppo", [f"--task.env={section['env']}", *start]))
         (out / "cpu_s.txt").write_text(f"{time.process_time() - began:.0f}\n")
     summary = json.loads((out / "summary.json").read_text())
     cpu = float((out / "cpu_s.txt").read_text()) if (out / "cpu_s.txt").exists() else None
@@ -125,7 +127,7 @@ def with_sampler(folder: Path, task: ControlTask, sampler: str) -> ChainPolicy:
     if sampler == "mean":
         return own.load()
     if sampler == "new sampler":
-        chain = schema.load("metaworld_dppo").chain
+        chain = parse.load("metaworld_dppo").chain
         return make_policy(own.load().model, deployed_sampler(chain, {}, control=True))
     kernel = {"ode": {"name": "ddim", "eta": 0.0}, "stochastic": own.sampler.kernel.get("kernel")}[
         sampler

@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from scipy.stats import t
 
-from genpolicy.config import schema
+from genpolicy.config import leaves, parse
 from genpolicy.contracts.task import ControlTask
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.evaluation.prompt_scores import paired
+from genpolicy.policy.files import saved
 from genpolicy.policy.policy import ChainPolicy
-from genpolicy.training.build import control_model, make_policy, saved
+from genpolicy.policy.sampler import make_policy
+from genpolicy.training.build import control_model
 
 
 def success(policy: ChainPolicy, task: ControlTask, episodes: int, seed: int) -> torch.Tensor:
@@ -41,8 +43,8 @@ def main() -> None:
     starts: dict[str, torch.Tensor] = {}
     gains: list[float] = []
     for run in args.runs:
-        experiment = schema.load(run / "config.yaml")
-        task, end = schema.make("tasks", experiment.task), saved(run)
+        experiment = parse.load(run / "config.yaml")
+        task, end = leaves.make("tasks", experiment.task), saved(run)
         key = str(experiment.policy)
         if key not in starts:
             start = make_policy(control_model(experiment.policy, task, None), end.sampler)

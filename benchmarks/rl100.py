@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from genpolicy.config import schema
+from genpolicy.config import leaves, parse
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.evaluation.prompt_scores import interval
+from genpolicy.policy.files import load
 from genpolicy.rollout.demonstrations import demonstrate
-from genpolicy.training.build import load
 from genpolicy.training.experiment import finished, train
 
 REPORT, APART, EPISODES = 24_000_000, 1000, 400
@@ -85,7 +85,7 @@ def one(name: str, seed: int, out: Path) -> None:
     if not (folder.exists() and finished(folder)):
         began = time.process_time()
         train(
-            schema.load(
+            parse.load(
                 "metaworld_rl100",
                 [
                     *(
@@ -118,7 +118,7 @@ def judged(
 ) -> dict[str, Any]:
     """Success of a saved policy, as it is deployed (but for ``sampler``), on the report's starts from ``first`` on."""
     policy = load(path, **sampler)
-    environments = schema.make("tasks", section).environments(SLOTS, policy.model.history)
+    environments = leaves.make("tasks", section).environments(SLOTS, policy.model.history)
     found = evaluate_control(policy, environments, episodes=episodes, seed=first)
     environments.close()
     failures = (found.success == 0).nonzero().flatten().tolist()

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genpolicy.config import schema
+from genpolicy.config import leaves, parse
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.evaluation.prompt_scores import paired
-from genpolicy.learning.gate import rank_correlation
-from genpolicy.training.build import saved
+from genpolicy.learning.acceptance import rank_correlation
+from genpolicy.policy.files import saved
 from genpolicy.training.experiment import train
 
 CHOOSING, FRESH = range(21_000_000, 21_000_500), range(22_000_000, 22_000_500)
@@ -65,7 +65,7 @@ def unprotected(name: str, folder: Path) -> dict[str, Any]:
         "check": 0,
     }
     train(
-        schema.load(
+        parse.load(
             folder / "config.yaml",
             [
                 f"--policy.pretrained={folder / 'stages' / 'imitation'}",
@@ -140,7 +140,7 @@ def told(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]
 def rate(name: str, path: Path, seeds: range) -> Tensor:
     """Success of a saved policy from each of the starts."""
     policy = saved(path).load()
-    environments = schema.make("tasks", {"name": "metaworld", "env": name}).environments(
+    environments = leaves.make("tasks", {"name": "metaworld", "env": name}).environments(
         SLOTS, policy.model.history
     )
     found = evaluate_control(policy, environments, episodes=len(seeds), seed=seeds.start)

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.rl100 import DEMONSTRATED_FROM, NOISE, judged, results, spent, table, tell
-from genpolicy.config import schema
+from genpolicy.config import parse
+from genpolicy.policy.files import saved
 from genpolicy.rollout.demonstrations import demonstrate
-from genpolicy.training.build import saved
 from genpolicy.training.experiment import finished, train
 
 REPORT, APART, EPISODES = 26_000_000, 1000, 300
@@ -52,7 +52,7 @@ def one(seed: int, out: Path) -> None:
     """A clone, what the offline stage makes of it without and with its candidate, and the control; each on the report's starts."""
     data = out / "demonstrations"
     clone, offline, control = (out / name / str(seed) for name in ("clone", "offline", "control"))
-    section = schema.load("metaworld_pixels_bc").task
+    section = parse.load("metaworld_pixels_bc").task
     if not data.exists():
         demonstrate(
             {**section, "spread": SPREAD},
@@ -64,7 +64,7 @@ def one(seed: int, out: Path) -> None:
     begun = f"--policy.pretrained={clone / 'policy'}"
     _run("metaworld_pixels_bc", clone, data, seed)
     _run("metaworld_rl100_pixels", offline, data, seed, begun)
-    updates = schema.load("metaworld_rl100_pixels").method["offline"]["recloning"]
+    updates = parse.load("metaworld_rl100_pixels").method["offline"]["recloning"]
     _run("metaworld_pixels_bc", control, data, seed, begun, f"--budget.iterations={updates // 100}")
     stages = {
         name: (offline, f"stages/{name}", {}) for name in ("recloned", "best_of_16", "offline")
@@ -85,7 +85,7 @@ def one(seed: int, out: Path) -> None:
 def _run(preset: str, output: Path, data: Path, seed: int, *changes: str) -> None:
     if not (output.exists() and finished(output)):
         train(
-            schema.load(
+            parse.load(
                 preset, [f"--data.root={data}", f"--output={output}", f"--seed={seed}", *changes]
             )
         )

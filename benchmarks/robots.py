@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from genpolicy.config import schema
+from genpolicy.config import parse, schema
 from genpolicy.learning.critic import StateValue
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.experiment import prepare
-from genpolicy.training.run import Run, start_processes
+from genpolicy.training.processes import start_processes
+from genpolicy.training.run import Run
 
 PAIRS, REPEATS, EPISODES = 5000, 7, 40
 
@@ -60,7 +61,7 @@ def prepared(
         "optimizer": {"lr": 1e-4},
         "threads": 1,
     }
-    experiment = schema.parse(raw)
+    experiment = parse.parse(raw)
     run, method = prepare(experiment, Path("unused"), start_processes(experiment, None))
     run.iteration = 1
     return run, method

@@ -38,7 +38,7 @@ def load(source: str, guidance: float) -> ChainPolicy:
         return genpolicy.load(folder, guidance=guidance)
     from genpolicy.config.schema import ChainConfig
     from genpolicy.models.diffusers_pipeline import DiffusersPipeline
-    from genpolicy.training.build import make_policy
+    from genpolicy.policy.sampler import make_policy
 
     model = DiffusersPipeline(str(path(source)), train="full", call={"max_sequence_length": 1})
     return make_policy(

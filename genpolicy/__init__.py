@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from genpolicy.training.build import load
+    from genpolicy.policy.files import load
     from genpolicy.training.experiment import train
 
 __version__ = "0.1.0"

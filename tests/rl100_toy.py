@@ -184,10 +184,10 @@ def main(paths: Sequence[str]) -> None:
     """Train in forked processes: libraries are imported once."""
     import genpolicy.methods.rl100
     import genpolicy.models.mlp  # noqa: F401
-    from genpolicy.evaluation import pictures
+    from genpolicy.evaluation import curves
     from genpolicy.training.experiment import train
 
-    pictures.figures = lambda folder: None
+    curves.figures = lambda folder: None
     torch.set_num_threads(1)
     codes = []
     for path in paths:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from genpolicy.config import schema
+from genpolicy.config import parse
 from genpolicy.contracts.task import Context, Demonstration
 from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._environments import Environments
@@ -200,7 +200,7 @@ def experiment(folder: Path, **sections: Any) -> dict[str, Any]:
 def prepared(folder: Path, accelerator: Any = None, **sections: Any) -> tuple[Run, Any]:
     """A run of `experiment` that stands at iteration 1, and its method; ``accelerator``: see `tests.peers`."""
     accelerator = accelerator or Accelerator(cpu=True)
-    run, method = prepare(schema.parse(experiment(folder, **sections)), folder / "run", accelerator)
+    run, method = prepare(parse.parse(experiment(folder, **sections)), folder / "run", accelerator)
     run.iteration = 1
     return run, method
 
@@ -215,4 +215,4 @@ def cloned(folder: Path, **policy: Any) -> str:
         budget={"iterations": 2},
         output=str(folder / "cloned"),
     )
-    return str(train(schema.parse(raw)).folder / "policy")
+    return str(train(parse.parse(raw)).folder / "policy")

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genpolicy.config import schema
-from genpolicy.config.schema import ConfigError
+from genpolicy.config import leaves, parse
+from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import Context
-from genpolicy.evaluation import pictures
+from genpolicy.evaluation import metrics_file
 from genpolicy.training.build import load_rewards
 from genpolicy.training.experiment import train
 
@@ -54,7 +54,7 @@ def check(name: str) -> int:
     can't be checked.
     """
     dotted = _dotted(name)
-    entry = schema.leaf("leafs", dotted)
+    entry = leaves.leaf("leafs", dotted)
     kind = _kind(entry)
     laws: dict[str, Callable[[str], Iterator[Verdict]]] = {
         "reward": _reward_laws,
@@ -131,7 +131,7 @@ def _pictures() -> Tensor:
 
 
 def _reward_laws(dotted: str) -> Iterator[Verdict]:
-    rewards = WeightedRewards({dotted: (schema.make("rewards", {"name": dotted}), 1.0)})
+    rewards = WeightedRewards({dotted: (leaves.make("rewards", {"name": dotted}), 1.0)})
     load_rewards(rewards)
     pictures, context = _pictures(), Context(PROMPTS)
 
@@ -198,7 +198,7 @@ def _method_laws(dotted: str) -> Iterator[Verdict]:
     """One iteration on the toy, in one update: with a reward that teaches something, and with one
     that does not.
     """
-    fields = {field.name for field in dataclasses.fields(schema.leaf("methods", dotted))}
+    fields = {field.name for field in dataclasses.fields(leaves.leaf("methods", dotted))}
     small = {"groups": 4, "group": 4, "episodes": 16, "updates": 1, "epochs": 1, "warm_up": 0}
     section = {"name": dotted, **{name: value for name, value in small.items() if name in fields}}
     with tempfile.TemporaryDirectory() as folder:
@@ -235,7 +235,7 @@ def _iterate(section: dict[str, Any], reward: str, folder: Path) -> dict[str, An
     """The metrics of one iteration on the toy."""
     prompts = folder.with_suffix(".txt")
     prompts.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
-    experiment = schema.parse(
+    experiment = parse.parse(
         {
             "policy": "toy",
             "chain": {"steps": 4},
@@ -251,4 +251,4 @@ def _iterate(section: dict[str, Any], reward: str, folder: Path) -> dict[str, An
         io.StringIO()
     ):  # the progress bar of a run that nobody asked for
         train(experiment)
-    return next(m for m in pictures.read(folder) if "grad_norm" in m or "nfe_per_sample" in m)
+    return next(m for m in metrics_file.read(folder) if "grad_norm" in m or "nfe_per_sample" in m)

@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from genpolicy.chain import Noise
-from genpolicy.config.schema import ConfigError, make
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.leaves import make
+from genpolicy.contracts.model import ControlModel, require_fit
 from genpolicy.contracts.task import ControlTask, Environments, is_control
-from genpolicy.evaluation import pictures
+from genpolicy.evaluation import metrics_file
 from genpolicy.evaluation.episode_scores import ControlEvaluation, evaluate_control
 from genpolicy.evaluation.film import film, save
 from genpolicy.evaluation.prompt_scores import EVALUATION, latency, paired
 from genpolicy.evaluation.samplers import Variant, variants
-from genpolicy.policy.policy import ChainPolicy, ControlModel
+from genpolicy.policy.files import Saved
+from genpolicy.policy.policy import ChainPolicy
 from genpolicy.tasks._simulators import RenderError
-from genpolicy.training.build import Saved, require_fit
 
 DECISIONS, WARM_UP, SECONDS = 200, 10, 20.0
 """Decisions whose latency is measured, those that go before, and how long it may take."""
@@ -119,7 +121,7 @@ def trial(
             measured.append(_measure(variant, acting, task, environments, plan))
             print(_line(measured[-1], measured[0], width), flush=True)
         result = _result(found, task_section, plan, measured)
-        pictures.write_json(out / "eval.json", result)
+        metrics_file.write_json(out / "eval.json", result)
         last = plan.seed + plan.episodes - 1
         print(f"{plan.episodes} episodes from seeds {plan.seed} to {last}; {out / 'eval.json'}")
         if plan.gifs:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genpolicy.config.schema import Experiment
-    from genpolicy.training.build import Saved
+    from genpolicy.policy.files import Saved
     from genpolicy.training.rehearsal import Rehearsal
 
 INTERRUPTED = 130
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sentence(error: Exception) -> str | None:
     """What to say instead of a traceback: about bad input, nothing else."""
-    from genpolicy.config.schema import ConfigError
+    from genpolicy.config.errors import ConfigError
 
     reward = sys.modules.get("genpolicy.contracts.reward")
     known = (ConfigError, OSError, *((reward.RewardError,) if reward is not None else ()))
@@ -79,13 +79,13 @@ class _Parser(argparse.ArgumentParser):
     """Complains in one sentence, like everything else here."""
 
     def error(self, message: str) -> NoReturn:
-        from genpolicy.config.schema import ConfigError
+        from genpolicy.config.errors import ConfigError
 
         raise ConfigError(message)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            from genpolicy.config.schema import choice
+            from genpolicy.config.errors import choice
 
             choice(
                 action.metavar if isinstance(action.metavar, str) else action.dest,
@@ -282,7 +282,7 @@ def _sampler_options(parser: argparse.ArgumentParser) -> None:
 
 def _sampler(args: Any) -> dict[str, Any]:
     """The sampler's keys that the command line replaces."""
-    from genpolicy.config.schema import override
+    from genpolicy.config.parse import override
 
     asked: dict[str, Any] = {
         k: getattr(args, k) for k in ("steps", "guidance") if getattr(args, k) is not None
@@ -297,7 +297,7 @@ def _sampler(args: Any) -> dict[str, Any]:
 
 def _train(args: Any) -> int:
     from genpolicy.training.experiment import rehearse, train
-    from genpolicy.training.run import end_processes
+    from genpolicy.training.processes import end_processes
 
     main_process = os.environ.get("RANK", "0") == "0"
     if args.plan:
@@ -324,7 +324,7 @@ def _rewards(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def _print_plan(experiment: "Experiment", cost: "Rehearsal") -> None:
-    from genpolicy.config.schema import to_yaml
+    from genpolicy.config.parse import to_yaml
 
     print(to_yaml(experiment))
     for stage in cost.stages:
@@ -355,11 +355,12 @@ def _duration(seconds: float) -> str:
 def _evaluate(args: Any) -> int:
     from dataclasses import asdict
 
-    from genpolicy.evaluation import pictures
+    from genpolicy.evaluation import metrics_file
     from genpolicy.evaluation.prompt_scores import draw, latency, measure
+    from genpolicy.policy import files
     from genpolicy.training import build
 
-    saved = build.saved(args.policy, **_sampler(args))
+    saved = files.saved(args.policy, **_sampler(args))
     if saved.acts:
         return _try(args, saved)
     _refuse(args, OF_ACTIONS, f"{args.policy} draws: judge it with --prompts, --samples, --reward")
@@ -386,7 +387,7 @@ def _evaluate(args: Any) -> int:
         "latency_ms": latency(lambda call: draw(policy, prompts[:1], 1, seed + call)),
     }
     out = _beside(args, saved)
-    pictures.write_json(out / "eval.json", found)
+    metrics_file.write_json(out / "eval.json", found)
     for name, (low, high) in found["ci95"].items():
         print(f"{name:>24}  {found[f'reward/{name}']:8.4f}  [{low:.4f}, {high:.4f}]")
     print(f"{measured.samples} samples, {per_sample:.1f} evaluations each; {out / 'eval.json'}")
@@ -400,7 +401,7 @@ def _beside(args: Any, saved: "Saved") -> Path:
 
 def _refuse(args: Any, names: Sequence[str], why: str) -> None:
     """Raise if one of these options was given."""
-    from genpolicy.config.schema import ConfigError
+    from genpolicy.config.errors import ConfigError
 
     given = [name for name in names if getattr(args, name) is not None]
     if given or (args.overrides and "task" in names):
@@ -412,14 +413,14 @@ def _try(args: Any, saved: "Saved") -> int:
     import torch
 
     from genpolicy.cli.evaluate_episodes import Plan, trial
-    from genpolicy.config import schema
+    from genpolicy.config import parse, schema
 
     _refuse(
         args,
         OF_PICTURES,
         f"{args.policy} acts: judge it with --task, --episodes, --environments, --samplers",
     )
-    run = schema.load(saved.run / "config.yaml") if saved.run is not None else None
+    run = parse.load(saved.run / "config.yaml") if saved.run is not None else None
     defaults, side_by_side = schema.EvalConfig(), schema.Experiment.environments
     if run is not None:
         defaults, side_by_side = run.eval, run.environments
@@ -442,13 +443,13 @@ def _task(args: Any, default: dict[str, Any], why: str) -> dict[str, Any]:
     """The task section that is asked for by name or in a YAML, or else the default one, with
     --task.key=value.
     """
-    from genpolicy.config import schema
+    from genpolicy.config import errors, parse
 
     raw = {"task": _named(args.task)["task"] if args.task is not None else dict(default)}
     for text in args.overrides:
-        schema.override(raw, text)
+        parse.override(raw, text)
     if not raw["task"]:
-        raise schema.ConfigError(
+        raise errors.ConfigError(
             f"{why}: name its --task, for example --task metaworld --task.env=assembly-v3"
         )
     return raw["task"]
@@ -456,23 +457,23 @@ def _task(args: Any, default: dict[str, Any], why: str) -> dict[str, Any]:
 
 def _named(name: str) -> dict[str, Any]:
     """A YAML with a task section, or the same of a task's bare name."""
-    from genpolicy.config import schema, shipped
+    from genpolicy.config import errors, leaves, parse, shipped
 
-    tasks = schema.names("tasks")
+    tasks = leaves.names("tasks")
     if ":" in name or name in tasks:
         return {"task": {"name": name}}
     if Path(name).suffix not in shipped.SUFFIXES and name not in shipped.configs():
-        raise schema.ConfigError(
-            f"there is no task {name!r}{schema.nearest(name, tasks)}; or give a YAML with one"
+        raise errors.ConfigError(
+            f"there is no task {name!r}{errors.nearest(name, tasks)}; or give a YAML with one"
         )
-    raw = schema.read_yaml(name)
+    raw = parse.read_yaml(name)
     if "task" not in raw:
-        raise schema.ConfigError(f"{name} has no task section")
+        raise errors.ConfigError(f"{name} has no task section")
     return raw if isinstance(raw["task"], dict) else {**raw, "task": {"name": raw["task"]}}
 
 
 def _demonstrate(args: Any) -> int:
-    from genpolicy.config.schema import ConfigError
+    from genpolicy.config.errors import ConfigError
     from genpolicy.rollout.demonstrations import demonstrate
 
     task, data = _task(args, {}, ""), _named(args.task).get("data")
@@ -494,22 +495,22 @@ def _evaluation_set(
     """The rewards, the prompts and where they come from, the samples and the seed: the run's, or
     what was asked for.
     """
-    from genpolicy.config import schema
+    from genpolicy.config import errors, leaves, parse, schema
     from genpolicy.training import build
     from genpolicy.training.experiment import evaluation_prompts
 
     if args.samples is not None and args.samples < 1:
-        raise schema.ConfigError(f"--samples is {args.samples}; it must be at least 1")
+        raise errors.ConfigError(f"--samples is {args.samples}; it must be at least 1")
     rewards: dict[str, Any] = dict.fromkeys(args.reward or (), 1.0)
     source, defaults = args.prompts, schema.EvalConfig()
     prompts = build.prompt_lines(source) if source is not None else ()
     if saved.run is not None:
-        experiment = schema.load(saved.run / "config.yaml")
+        experiment = parse.load(saved.run / "config.yaml")
         rewards, defaults = rewards or experiment.reward, experiment.eval
-        prompts = prompts or evaluation_prompts(experiment, schema.make("tasks", experiment.task))
+        prompts = prompts or evaluation_prompts(experiment, leaves.make("tasks", experiment.task))
         source = source or defaults.prompts or str(experiment.task.get("prompts"))
     if source is None or not rewards:
-        raise schema.ConfigError(
+        raise errors.ConfigError(
             f"{args.policy} comes from no run of ours: name its --prompts FILE and --reward NAME"
         )
     seed = defaults.seed if args.seed is None else args.seed
@@ -517,16 +518,17 @@ def _evaluation_set(
 
 
 def _sample(args: Any) -> int:
-    from genpolicy.config import schema
+    from genpolicy.config import errors
     from genpolicy.evaluation import pictures
     from genpolicy.evaluation.prompt_scores import draw
+    from genpolicy.policy import files
     from genpolicy.training import build
 
     if args.n < 1:
-        raise schema.ConfigError(f"--n is {args.n}; it must be at least 1")
-    saved = build.saved(args.policy, **_sampler(args))
+        raise errors.ConfigError(f"--n is {args.n}; it must be at least 1")
+    saved = files.saved(args.policy, **_sampler(args))
     if saved.acts:
-        raise schema.ConfigError(
+        raise errors.ConfigError(
             f"{args.policy} acts, it does not draw: genpolicy evaluate plays and films it"
         )
     is_file = (
@@ -536,7 +538,7 @@ def _sample(args: Any) -> int:
     )
     prompts = build.prompt_lines(args.prompts) if is_file else (args.prompts,)
     if not all(prompt.strip() for prompt in prompts):
-        raise schema.ConfigError("--prompts is empty: give a prompt, or a file with one a line")
+        raise errors.ConfigError("--prompts is empty: give a prompt, or a file with one a line")
     asked = [prompt for prompt in prompts for _ in range(args.n)]
     outputs = draw(saved.load(), prompts, args.n, args.seed)
     out = Path(args.out)
@@ -575,7 +577,7 @@ def _write_sample(output: "Tensor", stem: Path) -> None:
 
 def _compare(args: Any) -> int:
     from genpolicy.cli.compare import compare, seeds
-    from genpolicy.training.run import end_processes
+    from genpolicy.training.processes import end_processes
 
     code = compare(args.configs, seeds(args.seeds), Path(args.out), args.overrides)
     end_processes()
@@ -617,7 +619,7 @@ def _listed(kind: str) -> Iterator[tuple[str, str]]:
             )
         return
     if kind == "kernels":
-        from genpolicy.training.build import kernels
+        from genpolicy.policy.sampler import kernels
 
         for name, entry in sorted(kernels().items()):
             yield name, (entry.__doc__ or "").strip().partition("\n")[0]

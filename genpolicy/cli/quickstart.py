@@ -10,22 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from genpolicy.config import schema
-from genpolicy.config.schema import ConfigError, Experiment, make
-from genpolicy.evaluation import pictures
+from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.leaves import make
+from genpolicy.config.schema import Experiment
+from genpolicy.contracts.model import ControlModel
+from genpolicy.evaluation import metrics_file, pictures
 from genpolicy.evaluation.episode_scores import ControlEvaluation, evaluate_control
 from genpolicy.evaluation.film import side_by_side
 from genpolicy.evaluation.prompt_scores import Evaluation, interval, measure, paired
-from genpolicy.policy.policy import ChainPolicy, ControlModel
+from genpolicy.policy.files import saved
+from genpolicy.policy.policy import ChainPolicy
+from genpolicy.policy.sampler import deployed_sampler, make_policy
 from genpolicy.tasks._simulators import RenderError
-from genpolicy.training.build import (
-    control_model,
-    deployed_sampler,
-    make_policy,
-    make_rewards,
-    prompt_lines,
-    saved,
-)
+from genpolicy.training.build import control_model, make_rewards, prompt_lines
 from genpolicy.training.experiment import Rehearsal, finished, rehearse, train
 
 PICTURES, ROBOT = "quickstart", "quickstart_robot"
@@ -86,7 +84,7 @@ def _learn(
 ) -> Experiment | None:
     """Train a shipped configuration into ``out``, or go on with it; None where a signal stopped it."""
     overrides = [f"--seed={seed}", f"--output={out}"]
-    experiment = schema.load(name, overrides)
+    experiment = parse.load(name, overrides)
     _require_same(experiment, out)
     resumed = (out / "config.yaml").is_file()
     if resumed:
@@ -105,7 +103,7 @@ def _learn(
 
 def _require_same(experiment: Experiment, out: Path) -> None:
     file = out / "config.yaml"
-    if file.is_file() and schema.load(file) != experiment:
+    if file.is_file() and parse.load(file) != experiment:
         raise ConfigError(
             f"{out} holds another run, or a quickstart with another seed: choose another --out"
         )
@@ -187,7 +185,7 @@ def _tell(before: Evaluation, after: Evaluation, out: Path) -> None:
     print(
         f"Diversity within a caption: {before.diversity:.3f} before, {after.diversity:.3f} after ({change:+.0%})"
     )
-    pictures.write_json(out / "quickstart.json", numbers)
+    metrics_file.write_json(out / "quickstart.json", numbers)
     rows = [i * captions // SHOWN for i in range(SHOWN)]
     pictures.before_after(
         before.outputs[rows],
@@ -272,4 +270,4 @@ def _tell_robot(found: dict[str, ControlEvaluation], out: Path, first: int) -> N
         f"  {'difference':<24} {100 * difference:+6.1f} points   [{100 * low:+.1f}, {100 * high:+.1f}], paired"
     )
     numbers["difference"] = {"value": difference, "ci95": [low, high]}
-    pictures.write_json(out / "quickstart.json", numbers)
+    metrics_file.write_json(out / "quickstart.json", numbers)

@@ -1,17 +1,45 @@
-"""Several data sets as one."""
+"""The contract of a data set of recorded episodes, and several of them as one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from genpolicy.contracts.task import Context, Dataset
+from genpolicy.contracts.task import Context
+
+
+class Dataset(Protocol):
+    """Recorded episodes, frame by frame.
+
+    shapes: of the observations and of "action". stats: name -> {min, max, mean, std, q01, q99}
+    Float[*shape]. columns: the vectors of every frame, Float[F,*shape]; "next.reward" and
+    "next.success" where they were recorded. episode [F]: the number of each frame's episode; its
+    frames stand together, in time.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    stats: Mapping[str, Mapping[str, Tensor]]
+    fps: int
+    columns: Mapping[str, Tensor]
+    episode: Tensor
+
+    def __len__(self) -> int:
+        """The number of frames."""
+        ...
+
+    def rows(self, index: Tensor, history: int, actions: range) -> tuple[Context, Tensor, Tensor]:
+        """The frames ``index`` [B] with their last ``history`` observations, the actions [B,T,D] at
+        the offsets ``actions`` (relative to the frame), and which of those lie outside the episode,
+        bool [B,T] (there the nearest action inside is repeated).
+        """
+        ...
 
 
 @dataclass(eq=False)
 class Merged:
-    """The frames of ``parts``, one data set after the other, as a `genpolicy.contracts.task.Dataset`. Raises
+    """The frames of ``parts``, one data set after the other, as a `genpolicy.contracts.dataset.Dataset`. Raises
     `ValueError` where they do not show the same things or were recorded at different rates.
 
     Statistics are those of all frames together (quantiles, which can't be had from the parts',
@@ -49,7 +77,7 @@ class Merged:
         return len(self.episode)
 
     def rows(self, index: Tensor, history: int, actions: range) -> tuple[Context, Tensor, Tensor]:
-        """See `genpolicy.contracts.task.Dataset`."""
+        """See `genpolicy.contracts.dataset.Dataset`."""
         owner = torch.bucketize(index, self._first, right=True) - 1
         found, order = [], []
         for number, part in enumerate(self.parts):

@@ -139,33 +139,6 @@ class ControlTask(Protocol):
         ...
 
 
-class Dataset(Protocol):
-    """Recorded episodes, frame by frame.
-
-    shapes: of the observations and of "action". stats: name -> {min, max, mean, std, q01, q99}
-    Float[*shape]. columns: the vectors of every frame, Float[F,*shape]; "next.reward" and
-    "next.success" where they were recorded. episode [F]: the number of each frame's episode; its
-    frames stand together, in time.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    stats: Mapping[str, Mapping[str, Tensor]]
-    fps: int
-    columns: Mapping[str, Tensor]
-    episode: Tensor
-
-    def __len__(self) -> int:
-        """The number of frames."""
-        ...
-
-    def rows(self, index: Tensor, history: int, actions: range) -> tuple[Context, Tensor, Tensor]:
-        """The frames ``index`` [B] with their last ``history`` observations, the actions [B,T,D] at
-        the offsets ``actions`` (relative to the frame), and which of those lie outside the episode,
-        bool [B,T] (there the nearest action inside is repeated).
-        """
-        ...
-
-
 def is_control(task: Task | ControlTask) -> TypeGuard[ControlTask]:
     """Whether a task has environments to act in; otherwise it is prompts, judged by the run's
     reward.

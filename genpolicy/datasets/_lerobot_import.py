@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
 
 
 @contextmanager

@@ -33,7 +33,7 @@ BOOKS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
 @dataclass(eq=False)
 class LeRobotDataset:
-    """The frames of a data set's episodes, in order: the contract is `genpolicy.contracts.task.Dataset`.
+    """The frames of a data set's episodes, in order: the contract is `genpolicy.contracts.dataset.Dataset`.
 
     root: the data set's folder. repo_id: its hub id instead (or where ``root`` is to be downloaded
     from). episodes: those, or the first so many; default all. success_only: only episodes in which
@@ -90,7 +90,7 @@ class LeRobotDataset:
         return len(self.episode)
 
     def rows(self, index: Tensor, history: int, actions: range) -> tuple[Context, Tensor, Tensor]:
-        """See `genpolicy.contracts.task.Dataset`; pictures are [B,history,C,H,W] in [0,1]."""
+        """See `genpolicy.contracts.dataset.Dataset`; pictures are [B,history,C,H,W] in [0,1]."""
         first, last = self._first[index, None], self._last[index, None]
         past = (index[:, None] + torch.arange(1 - history, 1)).clamp(first, last)
         asked = index[:, None] + torch.tensor(actions)

@@ -14,10 +14,11 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from genpolicy.chain import Noise
+from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context, ControlTask, Environments, TaskStep
 from genpolicy.evaluation.pictures import BAD, GAP, GOOD, GREY, LINE, cut, font, tile
 from genpolicy.evaluation.prompt_scores import EVALUATION
-from genpolicy.policy.policy import ChainPolicy, ControlModel
+from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.episodes import play
 
 RATE = 12.5

@@ -14,8 +14,8 @@ from genpolicy.chain import Noise
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import Context
 from genpolicy.policy.policy import ChainPolicy
-from genpolicy.rollout.micro_batch import MicroBatches
-from genpolicy.rollout.rollout import Judged, collect, recount
+from genpolicy.rollout.micro_batch import MicroBatches, recount
+from genpolicy.rollout.prompts import Judged, collect
 
 EVALUATION = -1
 """The ``iteration`` of evaluation noise: training never draws from it."""

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from genpolicy.config import schema
-from genpolicy.config.schema import ChainConfig, ConfigError, choice
+from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError, choice
+from genpolicy.config.schema import ChainConfig
+from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.pretrained import native_sampler
-from genpolicy.training.build import Saved, make_policy, resampled, without_last_noise
+from genpolicy.policy.sampler import make_policy, resampled, without_last_noise
 
 DEPLOYED = "deployed"
 PRESETS = {
@@ -63,7 +65,7 @@ def _variant(name: str, found: Saved) -> Variant:
     deployed = found.sampler
     if "=" in name:
         asked: dict[str, Any] = {}
-        schema.override(asked, f"--{name}")
+        parse.override(asked, f"--{name}")
         return Variant(name, resampled(asdict(deployed), asked))
     several = BEST_OF.fullmatch(name)
     if several:  # .975 on 200 episodes of peg-insert-side; with noise in the last step too .96, with the ODE .91
@@ -98,7 +100,7 @@ def _variant(name: str, found: Saved) -> Variant:
 def _trained(name: str, found: Saved) -> ChainConfig:
     """The sampler that the policy was trained with: its run's, or the one whose mean is deployed."""
     if found.run is not None:
-        return schema.load(found.run / "config.yaml").chain
+        return parse.load(found.run / "config.yaml").chain
     if found.sampler.kernel["name"] == "mean":
         return replace(found.sampler, kernel=found.sampler.kernel["kernel"], best_of=1)
     raise ConfigError(

@@ -97,3 +97,26 @@ def clip_metrics(log_ratio: Tensor, advantage: Tensor, surrogate: Surrogate) -> 
         "clip_fraction_positive": clipped * (advantage > 0),
         "clip_fraction_negative": clipped * (advantage < 0),
     }
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A stored step of b rows under the current weights: all that a loss on transitions needs.
+
+    new: the transition now (with its graph); old: the one that acted; reference: the one of the
+    policy at step 0, if asked; x [b,*E] the sample all three are scored on, restricted to the dims
+    that likelihoods count; advantage [b]; std: the step's total std; dt = t - s > 0; gain: kappa =
+    d mean / d output. index: the step's place 0 .. steps - 1 among the kept steps. std, dt, gain
+    and index are [b] where rows are at steps of their own.
+    """
+
+    new: Gaussian
+    old: Gaussian
+    reference: Gaussian | None
+    x: Tensor
+    advantage: Tensor
+    std: float | Tensor
+    dt: float | Tensor
+    gain: float | Tensor
+    index: int | Tensor
+    steps: int

@@ -7,9 +7,9 @@ What the averaged weights (optimizer.ema) do in the environments is what is eval
 from dataclasses import dataclass
 from typing import cast
 
-from genpolicy.config.schema import ConfigError, at_least
+from genpolicy.config.errors import ConfigError, at_least
+from genpolicy.contracts.model import ControlModel
 from genpolicy.methods.parts.imitation import Imitation, recorded
-from genpolicy.policy.policy import ControlModel
 from genpolicy.training.run import Run
 
 

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain.values import Gaussian, Reduce
-from genpolicy.config.schema import at_least, positive, share
-from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio
+from genpolicy.config.errors import at_least, positive, share
+from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate, log_ratio
 from genpolicy.methods.parts.baseline import DecisionValue
-from genpolicy.rollout.rollout import Rollout, Scored
+from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.run import Run
 
 

@@ -23,10 +23,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from genpolicy.chain.values import Gaussian, Reduce
-from genpolicy.config.schema import at_least, choice, divides, positive
+from genpolicy.config.errors import at_least, choice, divides, positive
 from genpolicy.learning.advantage import Advantage, Combine, Kind
-from genpolicy.learning.objective import clip_metrics, clipped_surrogate, guard_log_ratio, mean_kl
-from genpolicy.rollout.rollout import Scored
+from genpolicy.learning.objective import (
+    Scored,
+    clip_metrics,
+    clipped_surrogate,
+    guard_log_ratio,
+    mean_kl,
+)
 from genpolicy.training.run import Run
 
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from genpolicy.chain.values import Gaussian, Reduce
-from genpolicy.config.schema import ConfigError, OptimizerConfig, at_least, positive, share
-from genpolicy.learning.objective import clip_metrics, clipped_surrogate
+from genpolicy.config.errors import ConfigError, at_least, positive, share
+from genpolicy.config.schema import OptimizerConfig
+from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate
 from genpolicy.methods.parts.baseline import DecisionValue
-from genpolicy.rollout.rollout import Scored
 from genpolicy.training.run import Run
 
 

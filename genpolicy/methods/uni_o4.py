@@ -36,17 +36,18 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain.values import Gaussian
-from genpolicy.config.schema import ConfigError, OptimizerConfig, at_least, positive, share
-from genpolicy.learning.gate import Comparison, compare
-from genpolicy.learning.objective import clip_metrics, clipped_surrogate, log_ratio
+from genpolicy.config.errors import ConfigError, at_least, positive, share
+from genpolicy.config.schema import OptimizerConfig
+from genpolicy.contracts.model import ControlModel
+from genpolicy.learning.acceptance import Comparison, compare
+from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate, log_ratio
+from genpolicy.methods.parts.anchor import Anchor
 from genpolicy.methods.parts.gate import OfflineEvaluation
 from genpolicy.methods.parts.imitation import Cloning, Imitation, recorded
 from genpolicy.methods.parts.iql import ActionValue
-from genpolicy.methods.parts.offline_data import Anchor, Experience
+from genpolicy.methods.parts.offline_data import Experience
 from genpolicy.methods.parts.online import Online, OnPolicy
-from genpolicy.policy.policy import ControlModel
 from genpolicy.rollout.minibatch import Batch
-from genpolicy.rollout.rollout import Scored
 from genpolicy.training.run import Run
 from genpolicy.training.stages import Course
 

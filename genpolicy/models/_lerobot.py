@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from genpolicy.contracts.task import Context, Dataset
+from genpolicy.contracts.dataset import Dataset
+from genpolicy.contracts.task import Context
 
 STATE, WORLD, CAMERA = "observation.state", "observation.environment_state", "observation.image"
 """LeRobot's names: the robot, everything else, and how every camera's begins."""

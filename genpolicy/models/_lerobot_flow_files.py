@@ -19,7 +19,7 @@ from draccus.utils import DecodingError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from genpolicy.contracts.task import Dataset
+from genpolicy.contracts.dataset import Dataset
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models._lerobot_flow_families import FAMILIES
 

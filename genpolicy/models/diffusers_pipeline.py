@@ -37,7 +37,7 @@ DECODED_ELEMENTS = 2**17
 
 @dataclass(eq=False)
 class DiffusersPipeline:
-    """A diffusers pipeline as a `genpolicy.policy.policy.Model`.
+    """A diffusers pipeline as a `genpolicy.contracts.model.Model`.
 
     pretrained: hub id or folder of a pipeline. revision: the hub's branch, tag or commit. train:
     "full" trains the denoiser (transformer or unet; of Wan 2.2's two the first), "lora" a LoRA on

@@ -17,8 +17,9 @@ from torch import Tensor
 from genpolicy.chain import Prediction, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
-from genpolicy.config.schema import decode
-from genpolicy.contracts.task import Context, Dataset
+from genpolicy.config.parse import decode
+from genpolicy.contracts.dataset import Dataset
+from genpolicy.contracts.task import Context
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models._device import default_device
 
@@ -45,7 +46,7 @@ class Seen:
 
 @dataclass(eq=False)
 class LeRobotDiffusion:
-    """A LeRobot DiffusionPolicy as a `genpolicy.policy.policy.ControlModel`. The event is its whole
+    """A LeRobot DiffusionPolicy as a `genpolicy.contracts.model.ControlModel`. The event is its whole
     horizon [T,D].
 
     pretrained: folder or hub id of a saved one; None: fresh weights in `initialise`. revision: the

@@ -18,7 +18,8 @@ from torch.nn import functional
 from genpolicy.chain import Linear, Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation, expand
-from genpolicy.contracts.task import Context, Dataset
+from genpolicy.contracts.dataset import Dataset
+from genpolicy.contracts.task import Context
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models._device import default_device
 from genpolicy.models._lerobot_flow_families import FAMILIES, encode_prefix, velocity
@@ -35,7 +36,7 @@ TIMES = {"beta_alpha": 1.5, "beta_beta": 1.0, "scale": 0.999, "offset": 0.001}
 
 @dataclass(eq=False)
 class LeRobotFlow:
-    """A SmolVLA, pi0 or pi0.5 as a `genpolicy.policy.policy.ControlModel`. The event is a chunk in the
+    """A SmolVLA, pi0 or pi0.5 as a `genpolicy.contracts.model.ControlModel`. The event is a chunk in the
     network's own dims.
 
     pretrained: folder or hub id of a policy as LeRobot saves it; its config.json says which of the

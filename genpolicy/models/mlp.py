@@ -23,7 +23,8 @@ from torch import Tensor
 from genpolicy.chain import Linear, Prediction, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
-from genpolicy.contracts.task import Context, Dataset
+from genpolicy.contracts.dataset import Dataset
+from genpolicy.contracts.task import Context
 from genpolicy.models import _mlp_networks as networks
 from genpolicy.models._encoders import FEATURES, Eye, shifted
 
@@ -52,7 +53,7 @@ EDGE = 1e-6
 
 @dataclass(eq=False)
 class MLP:
-    """A small network as a `genpolicy.policy.policy.ControlModel`.
+    """A small network as a `genpolicy.contracts.model.ControlModel`.
 
     pretrained: folder of a saved one, whose settings then replace the ones here (all but shift);
     None draws weights from torch's global generator in `initialise`. history: observation frames it

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
 from genpolicy.learning.critic import Critic, Support, pessimistic
 
 WEIGHTS, SETTINGS = "judge.safetensors", "judge.json"

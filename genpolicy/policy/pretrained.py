@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
 
 LEAVES = {
     "diffusion": "lerobot_diffusion",

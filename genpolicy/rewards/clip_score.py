@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from genpolicy.config.schema import ConfigError, at_least, choice
+from genpolicy.config.errors import ConfigError, at_least, choice
 from genpolicy.contracts.task import Context
 
 

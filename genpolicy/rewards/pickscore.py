@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genpolicy.config.schema import ConfigError, at_least
+from genpolicy.config.errors import ConfigError, at_least
 from genpolicy.contracts.task import Context
 from genpolicy.rewards.clip_score import (
     brief,

@@ -11,10 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from genpolicy.chain import Noise
-from genpolicy.config.schema import ConfigError, leaf, make
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.leaves import leaf, make
+from genpolicy.contracts.model import require_fit
 from genpolicy.contracts.task import Context, ControlTask, Demonstration, TaskStep, is_control
+from genpolicy.policy.files import saved
 from genpolicy.rollout.episodes import play
-from genpolicy.training.build import require_fit, saved
 
 WRITER = "genpolicy.datasets._lerobot_writer:recording"
 PATIENCE = 5

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
+from genpolicy.policy.policy import ChainPolicy
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
@@ -60,3 +61,15 @@ class MicroBatches:
                 )
                 restart()
                 torch.cuda.empty_cache()
+
+
+def recount(policy: ChainPolicy) -> Callable[[], None]:
+    """What to call before work begins again: evaluations since now are forgotten, because aborted
+    work does not count.
+    """
+    counted = policy.model.evaluations
+
+    def restart() -> None:
+        policy.model.evaluations = counted
+
+    return restart

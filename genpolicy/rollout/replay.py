@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain.values import Condition
-from genpolicy.contracts.task import Context, Dataset
-from genpolicy.policy.policy import ControlModel
+from genpolicy.contracts.dataset import Dataset
+from genpolicy.contracts.model import ControlModel
+from genpolicy.contracts.task import Context
 
 REWARD, SUCCESS = "next.reward", "next.success"
 """What LeRobot calls the outcome of a frame."""
@@ -75,7 +76,7 @@ class Replay:
     def of_episodes(
         cls, episodes: Sequence[Mapping[str, Any]], cut_fails: bool = False
     ) -> "Replay":
-        """Episodes as `genpolicy.rollout.rollout.live` writes them: a row is a decision of the policy.
+        """Episodes as `genpolicy.rollout.recorder.live` writes them: a row is a decision of the policy.
         cut_fails: nothing comes after an episode that was cut.
         """
         contexts, parts, begin = [], [], 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from genpolicy.config.schema import ConfigError, nearest
+from genpolicy.config.errors import ConfigError, nearest
 from genpolicy.tasks._simulators import RenderError, library, quiet
 
 WORLD, IMAGES = "observation.environment_state", "observation.images."

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
 from genpolicy.tasks._point_cloud import Surface, ball
 from genpolicy.tasks._sawyer_pictures import BEHIND, GOAL_RADIUS, WAYS, Moment, moment, studio
 from genpolicy.tasks._simulators import RenderError, library

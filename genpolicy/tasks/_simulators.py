@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
 
 
 class RenderError(RuntimeError):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from genpolicy.config.schema import ConfigError, at_least
+from genpolicy.config.errors import ConfigError, at_least
 from genpolicy.contracts.task import Demonstration
 from genpolicy.tasks._environments import Environments
 from genpolicy.tasks._gym import Gym

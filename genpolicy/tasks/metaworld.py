@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from genpolicy.config.schema import at_least, choice, positive, share
+from genpolicy.config.errors import at_least, choice, positive, share
 from genpolicy.contracts.task import Demonstration
 from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._environments import Environments

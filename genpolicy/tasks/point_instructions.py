@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpolicy.config.schema import ConfigError, at_least, share
+from genpolicy.config.errors import ConfigError, at_least, share
 from genpolicy.contracts.task import Context, Demonstration, TaskStep
 
 STATE, CAMERA = "observation.state", "observation.images.top"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal
 
-from genpolicy.config.schema import at_least, choice
+from genpolicy.config.errors import at_least, choice
 from genpolicy.contracts.task import Demonstration
 from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._environments import Environments

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
 
 STATE = "state.pt"
 LOCK = ".lock"

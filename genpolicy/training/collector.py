@@ -9,23 +9,15 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import Noise
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import Context, ControlTask, Environments, Task
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.episodes import reset_seed
-from genpolicy.rollout.micro_batch import MicroBatches
-from genpolicy.rollout.rollout import (
-    Decisions,
-    Judged,
-    Lived,
-    Rollout,
-    collect,
-    concatenate,
-    live,
-    recount,
-    single,
-)
+from genpolicy.rollout.micro_batch import MicroBatches, recount
+from genpolicy.rollout.prompts import Judged, collect, concatenate
+from genpolicy.rollout.recorder import Lived, live
+from genpolicy.rollout.rollout import Decisions, Rollout, single
 from genpolicy.rollout.store import EpisodeStore
 from genpolicy.training.iteration_metrics import Journal
 from genpolicy.training.processes import Processes

@@ -18,24 +18,26 @@ from typing import Any
 import torch
 
 import genpolicy
-from genpolicy.config import schema
-from genpolicy.config.schema import ConfigError, Experiment, choice, make
+from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError, choice
+from genpolicy.config.leaves import make
+from genpolicy.config.schema import Experiment
 from genpolicy.contracts.reward import RewardError
 from genpolicy.contracts.task import Task, is_control
-from genpolicy.evaluation import pictures
+from genpolicy.evaluation import curves, metrics_file
+from genpolicy.policy.sampler import make_policy, require_trainable
 from genpolicy.training import checkpoint
 from genpolicy.training.build import (
     control_model,
     load_rewards,
     make_data,
-    make_policy,
     make_rewards,
     prompt_lines,
-    require_trainable,
 )
 from genpolicy.training.evaluator import ControlExam, Exam, PromptExam
+from genpolicy.training.processes import start_processes
 from genpolicy.training.rehearsal import Rehearsal
-from genpolicy.training.run import Method, Run, start_processes
+from genpolicy.training.run import Method, Run
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,13 @@ def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) ->
     if not isinstance(experiment, Experiment):
         resume = _is_run(Path(experiment))
         folder = Path(experiment).parent if resume else None
-        experiment = schema.load(experiment, overrides)
+        experiment = parse.load(experiment, overrides)
     folder = folder or Path(experiment.output)
     accelerator = start_processes(experiment, folder)
     with _folder(folder, resume) if accelerator.is_main_process else contextlib.nullcontext():
         run, method = prepare(experiment, folder, accelerator)
         if experiment.trackers:  # now, not before: they write into the folder
-            accelerator.init_trackers(
-                "genpolicy", config={"experiment": schema.to_yaml(experiment)}
-            )
+            accelerator.init_trackers("genpolicy", config={"experiment": parse.to_yaml(experiment)})
         with run:
             method.train(run)
             return _finish(run, time.perf_counter() - started)
@@ -96,8 +96,8 @@ def _finish(run: Run, wall_time: float) -> Result:
         "versions": {"python": platform.python_version(), **versions()},
     }
     if run.processes.main:
-        pictures.figures(run.folder)
-        pictures.write_json(run.folder / "summary.json", summary)
+        curves.figures(run.folder)
+        metrics_file.write_json(run.folder / "summary.json", summary)
     for tracker in run.accelerator.trackers:
         tracker.finish()
     return Result(run.folder, run.before, after, summary)
@@ -107,7 +107,7 @@ def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Exp
     """One real iteration of each of an experiment's stages, what they cost, and what its budget
     will; nothing is written.
     """
-    asked = schema.load(experiment, overrides)
+    asked = parse.load(experiment, overrides)
     cost = Rehearsal()
     with (
         tempfile.TemporaryDirectory() as nowhere
@@ -141,7 +141,11 @@ def _folder(folder: Path, resume: bool) -> Iterator[None]:
             nothing = not (folder / "checkpoints").exists() or isinstance(
                 error, ConfigError | RewardError | OSError
             )
-            if not resume and nothing and not any(m["iteration"] for m in pictures.read(folder)):
+            if (
+                not resume
+                and nothing
+                and not any(m["iteration"] for m in metrics_file.read(folder))
+            ):
                 for path in folder.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
                 if not existed:

@@ -2,12 +2,15 @@
 enters nowhere else.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.schema import Experiment
 
 
 class Processes:
@@ -61,3 +64,18 @@ class Processes:
     def wait(self) -> None:
         """Go on together."""
         self.accelerator.wait_for_everyone()
+
+
+def start_processes(experiment: Experiment, folder: Path | None) -> Accelerator:
+    """Join the processes that launched this run; its trackers will write to ``folder``."""
+    try:
+        return Accelerator(log_with=list(experiment.trackers) or None, project_dir=folder)
+    except ValueError as error:
+        raise ConfigError(f"the experiment: trackers: {error}") from None
+
+
+def end_processes() -> None:
+    """Leave them: at the end of a program, not of a run, after which another may follow (`genpolicy
+    compare`).
+    """
+    PartialState().destroy_process_group()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import Gaussian, Trajectory
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.rollout import Rollout

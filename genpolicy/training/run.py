@@ -1,4 +1,4 @@
-"""Run: the verbs that a method is written in. The only file that imports accelerate.
+"""Run: the verbs that a method is written in.
 
 World size never enters a config: global sizes are stated, Run divides them and keeps groups whole.
 There is no wrapper around the network: gradients are summed over processes by hand, so that a
@@ -17,27 +17,31 @@ from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from genpolicy.chain import Condition, Noise, Trajectory
-from genpolicy.config import schema
-from genpolicy.config.schema import ChainConfig, ConfigError, Experiment, OptimizerConfig
+from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.schema import ChainConfig, Experiment, OptimizerConfig
+from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.reward import WeightedRewards
-from genpolicy.contracts.task import Context, ControlTask, Dataset, Environments, Task, is_control
-from genpolicy.evaluation import pictures
+from genpolicy.contracts.task import Context, ControlTask, Environments, Task, is_control
+from genpolicy.evaluation import curves, metrics_file, pictures
 from genpolicy.evaluation.episode_scores import evaluate_control
+from genpolicy.learning.objective import Scored
 from genpolicy.policy.best_of import QJudge
+from genpolicy.policy.files import save_policy
 from genpolicy.policy.policy import Base, ChainPolicy, swapped
+from genpolicy.policy.sampler import deployed_sampler, make_policy, without_last_noise
 from genpolicy.rollout import minibatch
 from genpolicy.rollout.episodes import reset_seed
-from genpolicy.rollout.micro_batch import MicroBatches
+from genpolicy.rollout.micro_batch import MicroBatches, recount
 from genpolicy.rollout.minibatch import Batch
-from genpolicy.rollout.rollout import Rollout, Scored, recount, single
+from genpolicy.rollout.rollout import Rollout, single
 from genpolicy.rollout.store import EpisodeStore
 from genpolicy.training import checkpoint
-from genpolicy.training.build import deployed_sampler, make_policy, save_policy, without_last_noise
 from genpolicy.training.collector import Collector
 from genpolicy.training.evaluator import Exam
 from genpolicy.training.iteration_metrics import Journal
@@ -47,10 +51,16 @@ from genpolicy.training.replay_check import LogRatio, ReplayCheck
 
 Loss = Callable[[Scored], tuple[Tensor, dict[str, Tensor]]]
 """A scored step of b rows -> (loss [b], metrics by name [b]). Pure."""
+
+
 WHOLE = "whole"
 """The one stage of a method that has no stages."""
+
+
 STAGES = "stages"
 """In a run's folder: the policies of its milestones."""
+
+
 COUNTERS = [
     "iteration",
     "seconds",
@@ -64,6 +74,8 @@ COUNTERS = [
     "over",
 ]
 """What a checkpoint has of the run itself, beside weights, optimiser and what was registered."""
+
+
 REDRAW = 30.0
 """Seconds between two drawings of the curves: one costs a second, which short runs would spend
 again and again.
@@ -163,7 +175,7 @@ class Run:
             return
         self._resume()
         if self.processes.main:
-            (self.folder / "config.yaml").write_text(schema.to_yaml(self.experiment))
+            (self.folder / "config.yaml").write_text(parse.to_yaml(self.experiment))
         if self.iteration == 0 and not self.before:
             self.before = self.evaluate()
             self._save()
@@ -543,7 +555,7 @@ class Run:
                 f"{each.removeprefix('reward/')} {metrics[each]:.3f}" for each in self.exam.measured
             )
             self.say(f"{name} (n {metrics['n']}): {shown}")
-            pictures.append(
+            metrics_file.append(
                 self.folder,
                 {"iteration": self.iteration, **{f"{name}/{k}": v for k, v in metrics.items()}},
             )
@@ -586,7 +598,7 @@ class Run:
         state = checkpoint.latest(self.folder)
         if state is None:
             if self.processes.main:
-                pictures.truncate(self.folder, -1)
+                metrics_file.truncate(self.folder, -1)
             return
         try:
             self._restore(state)
@@ -597,7 +609,7 @@ class Run:
         for name in COUNTERS:
             setattr(self, name, state["counters"][name])
         if self.processes.main:
-            pictures.truncate(self.folder, self.iteration)
+            metrics_file.truncate(self.folder, self.iteration)
         self.processes.wait()
         self.say(f"resumed at iteration {self.iteration}")
 
@@ -653,7 +665,7 @@ class Run:
 
     def _keep(self, metrics: dict[str, Any]) -> None:
         select = self.experiment.eval.select or self.exam.measured[0]
-        pictures.append(
+        metrics_file.append(
             self.folder,
             {"iteration": self.iteration, **{f"eval/{k}": v for k, v in metrics.items()}},
         )
@@ -707,7 +719,7 @@ class Run:
             metrics |= {"env_decisions": self.env_decisions, "env_steps": self.env_steps}
         metrics["time_s"] = self.seconds
         if self.processes.main:
-            pictures.append(self.folder, {"iteration": self.iteration, **metrics})
+            metrics_file.append(self.folder, {"iteration": self.iteration, **metrics})
             self.accelerator.log(metrics, step=self.iteration)
         advance = min(self.progress, 1.0) * bar.total - bar.n
         if "reward/total" in metrics:
@@ -725,7 +737,7 @@ class Run:
                 and self.progress < 1
                 and time.monotonic() - self._drawn > REDRAW
             ):
-                pictures.figures(self.folder)  # `finish` draws the last
+                curves.figures(self.folder)  # `finish` draws the last
                 self._drawn = time.monotonic()
         if self.iteration % self.experiment.checkpoint_every == 0:
             self._save()
@@ -802,18 +814,3 @@ class Run:
             raise ConfigError(
                 "the chain has no stochastic step to train: widen chain.window or use a kernel with noise"
             )
-
-
-def start_processes(experiment: Experiment, folder: Path | None) -> Accelerator:
-    """Join the processes that launched this run; its trackers will write to ``folder``."""
-    try:
-        return Accelerator(log_with=list(experiment.trackers) or None, project_dir=folder)
-    except ValueError as error:
-        raise ConfigError(f"the experiment: trackers: {error}") from None
-
-
-def end_processes() -> None:
-    """Leave them: at the end of a program, not of a run, after which another may follow (`genpolicy
-    compare`).
-    """
-    PartialState().destroy_process_group()

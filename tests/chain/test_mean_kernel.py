@@ -8,7 +8,7 @@ from genpolicy.chain.schedule import step
 from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.task import Context
 from genpolicy.models.toy import Toy
-from genpolicy.training.build import deployed_sampler, make_kernel, make_policy
+from genpolicy.policy.sampler import deployed_sampler, make_kernel, make_policy
 from tests.chain.exact import SCHEDULES, Network, batch
 
 KERNELS = {

@@ -13,10 +13,12 @@ from PIL import Image
 
 from genpolicy.cli import compare
 from genpolicy.cli.main import main
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
+from genpolicy.evaluation import comparison
 from genpolicy.evaluation.prompt_scores import EVALUATION, draw, evaluate, measure, paired
+from genpolicy.policy.files import saved
 from genpolicy.rollout.micro_batch import MicroBatches
-from genpolicy.training.build import make_rewards, saved
+from genpolicy.training.build import make_rewards
 from tests.toy import PROMPTS, experiment
 
 torch.set_num_threads(1)
@@ -424,7 +426,7 @@ def test_compare_of_one_seed_claims_no_interval(compared: Path, capsys):
 
 
 def test_compare_leaves_out_totals_that_mean_different_things():
-    def fake(arm: str, weight: float) -> compare.Finished:
+    def fake(arm: str, weight: float) -> comparison.Finished:
         after = {
             "reward/a": 1.0,
             "reward/b": 2.0,
@@ -440,12 +442,14 @@ def test_compare_leaves_out_totals_that_mean_different_things():
             "training_s": 1,
             "wall_time_s": 1,
         }
-        return compare.Finished(
+        return comparison.Finished(
             arm, 0, Path("nowhere"), {"reward": {"a": weight, "b": 1.0}}, summary, []
         )
 
-    assert "reward/total" in compare.summarise([fake("one", 1.0), fake("two", 1.0)])["metrics"]
-    assert "reward/total" not in compare.summarise([fake("one", 1.0), fake("two", 2.0)])["metrics"]
+    assert "reward/total" in comparison.summarise([fake("one", 1.0), fake("two", 1.0)])["metrics"]
+    assert (
+        "reward/total" not in comparison.summarise([fake("one", 1.0), fake("two", 2.0)])["metrics"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import yaml
 from genpolicy.chain import DDIM, FloorStd, Mean
 from genpolicy.cli import compare
 from genpolicy.cli.main import main
-from genpolicy.config import schema
+from genpolicy.config import errors, parse
+from genpolicy.evaluation import comparison
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.evaluation.prompt_scores import interval
 from genpolicy.evaluation.samplers import variants
+from genpolicy.policy.files import saved
 from genpolicy.tasks._simulators import RenderError
-from genpolicy.training.build import saved
 from genpolicy.training.experiment import train
 from tests import lerobot_tiny as lerobot
 from tests.cli.test_bad_inputs import complaint
@@ -40,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sections: dict[str, Any] = {"method": METHOD, "data": None, "budget": {"iterations": 2}}
     policy = {"name": "mlp", "pretrained": cloned(folder)}
     raw = experiment(folder, policy=policy, eval={"every": 1, "episodes": 20}, **sections)
-    return train(schema.parse(raw)).folder
+    return train(parse.parse(raw)).folder
 
 
 def evaluated(out: Path, *arguments: str) -> dict[str, Any]:
@@ -207,7 +208,7 @@ def test_a_moved_policy_knows_its_kernel_from_its_mean(run: Path, tmp_path: Path
     try:
         alone = {v.name: v.sampler.kernel for v in variants(["stochastic"], saved(moved))}
         assert alone["stochastic"]["name"] == "floorstd"
-        with pytest.raises(schema.ConfigError, match="the kernel that the policy was trained with"):
+        with pytest.raises(errors.ConfigError, match="the kernel that the policy was trained with"):
             variants(["stochastic"], saved(moved, kernel={"name": "ddim", "eta": 0.0}))
     finally:
         moved.rename(run / "policy")
@@ -459,4 +460,4 @@ def test_kernels_of_arms_in_environments_may_differ(run: Path, tmp_path: Path):
     """Each is deployed with the mean of its own; on pictures the deployed samplers must be equal."""
     kernel = {"name": "ddim", "eta": 1.0}
     paths = arms(tmp_path, run / "policy", chain={"steps": 4, "kernel": kernel, "window": [0, 3]})
-    compare._require_comparable([compare.Arm(path, schema.load(path)) for path in paths])
+    compare._require_comparable([comparison.Arm(path, parse.load(path)) for path in paths])

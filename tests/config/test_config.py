@@ -7,19 +7,21 @@ import pytest
 import yaml
 
 from genpolicy.chain import DDIM, SDE, ClipStd, Heun
-from genpolicy.config import schema, shipped
-from genpolicy.config.schema import ChainConfig, ConfigError, Experiment
+from genpolicy.config import leaves, parse, shipped
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.schema import ChainConfig, Experiment
 from genpolicy.contracts.task import is_control
 from genpolicy.methods.flow_grpo import FlowGRPO
 from genpolicy.models.toy import Toy
-from genpolicy.training.build import kernels, make_kernel, make_rewards, prompt_lines
+from genpolicy.policy.sampler import kernels, make_kernel
+from genpolicy.training.build import make_rewards, prompt_lines
 from tests import toy
 
 
 def overridden(raw: dict[str, Any], *overrides: str) -> Experiment:
     for text in overrides:
-        schema.override(raw, text)
-    return schema.parse(raw)
+        parse.override(raw, text)
+    return parse.parse(raw)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def overridden(raw: dict[str, Any], *overrides: str) -> Experiment:
 def test_numbers_are_numbers(text: str, value: float):
     """PyYAML alone reads 1e-4 as text."""
     raw: dict[str, Any] = {}
-    schema.override(raw, f"--optimizer.lr={text}")
+    parse.override(raw, f"--optimizer.lr={text}")
     assert raw["optimizer"]["lr"] == value
     assert not isinstance(raw["optimizer"]["lr"], str)
 
@@ -57,7 +59,7 @@ def test_numbers_are_numbers(text: str, value: float):
 )
 def test_override_values_are_yaml(text: str, value: Any):
     raw: dict[str, Any] = {}
-    schema.override(raw, f"--a.b={text}")
+    parse.override(raw, f"--a.b={text}")
     assert raw == {"a": {"b": value}}
 
 
@@ -79,9 +81,9 @@ def test_a_bare_name_means_its_defaults(tmp_path):
         "reward": "shapes_strict",
         "chain": {"kernel": "cps"},
     }
-    experiment = schema.parse(toy.experiment(tmp_path, **bare))
-    assert schema.make("methods", experiment.method) == FlowGRPO()
-    assert isinstance(schema.make("models", experiment.policy), Toy)
+    experiment = parse.parse(toy.experiment(tmp_path, **bare))
+    assert leaves.make("methods", experiment.method) == FlowGRPO()
+    assert isinstance(leaves.make("models", experiment.policy), Toy)
     assert experiment.reward == {"shapes_strict": 1.0}
     assert make_kernel(experiment.chain.kernel) == kernels()["cps"]()
 
@@ -91,10 +93,10 @@ def test_config_yaml_is_the_experiment(tmp_path):
         toy.experiment(tmp_path), "--chain.window=[0,2]", "--optimizer.lr=1e-5", "--seed=7"
     )
     file = tmp_path / "config.yaml"
-    file.write_text(schema.to_yaml(experiment))
-    again = schema.load(file)
+    file.write_text(parse.to_yaml(experiment))
+    again = parse.load(file)
     assert again == experiment
-    assert schema.to_yaml(again) == schema.to_yaml(experiment)
+    assert parse.to_yaml(again) == parse.to_yaml(experiment)
     assert again.chain.window == (0, 2)
     assert again.optimizer.lr == 1e-5
 
@@ -102,16 +104,16 @@ def test_config_yaml_is_the_experiment(tmp_path):
 @pytest.mark.parametrize("name", sorted(shipped.configs()))
 def test_every_shipped_config_parses(name: str):
     """Strictly, down to its leaves; rewards and models are not built, some need weights."""
-    experiment = schema.load(name)
-    schema.make("methods", experiment.method)
-    schema.make("tasks", experiment.task)
+    experiment = parse.load(name)
+    leaves.make("methods", experiment.method)
+    leaves.make("tasks", experiment.task)
     make_kernel(experiment.chain.kernel)
-    task = schema.leaf("tasks", experiment.task["name"])
+    task = leaves.leaf("tasks", experiment.task["name"])
     if is_control(task):
         assert not experiment.reward
     else:
         make_rewards(experiment.reward)
-    model = schema.leaf("models", experiment.policy["name"])
+    model = leaves.leaf("models", experiment.policy["name"])
     known = set(model.__dataclass_fields__)
     assert set(experiment.policy) - {"name"} <= known
     if experiment.eval.prompts is not None:
@@ -137,8 +139,8 @@ def test_kernels_by_name_and_nested():
 
 
 def test_dotted_leaves():
-    assert schema.leaf("models", "tests.toy:ToyModel") is Toy
-    assert schema.make("rewards", {"name": "tests.toy:brightness"}) is toy.brightness
+    assert leaves.leaf("models", "tests.toy:ToyModel") is Toy
+    assert leaves.make("rewards", {"name": "tests.toy:brightness"}) is toy.brightness
     rewards = make_rewards({"tests.toy:brightness": 0.5, "tests.toy:constant": {"weight": 2}})
     assert rewards.weights == {"brightness": 0.5, "constant": 2.0}
 
@@ -151,19 +153,19 @@ class Plain:
 
 def test_leaves_that_can_not_be_built():
     with pytest.raises(ConfigError, match="make it a @dataclass"):
-        schema.make("rewards", {"name": "tests.test_config:Plain"})
+        leaves.make("rewards", {"name": "tests.test_config:Plain"})
     with pytest.raises(ConfigError, match="takes no settings, got scale"):
-        schema.make("rewards", {"name": "tests.toy:brightness", "scale": 2})
+        leaves.make("rewards", {"name": "tests.toy:brightness", "scale": 2})
 
 
 def test_shipped_paths_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(prompt_lines("assets/shapes-sd3/captions_held_out.txt")) == 88
-    assert schema.load("quickstart").method["name"] == "grpo_guard"
+    assert parse.load("quickstart").method["name"] == "grpo_guard"
 
 
 def test_defaults_are_valid_and_survive_yaml():
     chain = ChainConfig()
     assert (
-        schema.decode(ChainConfig, yaml.safe_load(yaml.safe_dump(asdict(chain))), "chain") == chain
+        parse.decode(ChainConfig, yaml.safe_load(yaml.safe_dump(asdict(chain))), "chain") == chain
     )

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from genpolicy.config import schema
-from genpolicy.config.schema import ConfigError
+from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.dataset import Merged
 from genpolicy.training.build import make_data
 from tests.rl100_toy import Outcomes
@@ -71,6 +71,6 @@ def test_what_does_not_fit_is_told():
 def test_a_list_in_the_data_section():
     section = {"name": "tests.rl100_toy:Outcomes", "episodes": 2}
     raw = {"policy": "mlp", "task": "metaworld", "method": "bc", "data": [section, section]}
-    data = make_data(schema.parse(raw).data)
+    data = make_data(parse.parse(raw).data)
     assert isinstance(data, Merged)
     assert len(data.parts) == 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from genpolicy.config import schema
+from genpolicy.config import errors, leaves
 from genpolicy.datasets import lerobot_dataset
 from genpolicy.datasets._lerobot_import import quiet
 from genpolicy.datasets.lerobot_dataset import STATISTICS, LeRobotDataset
@@ -180,8 +180,8 @@ def test_vectors_are_read_fast_and_without_lerobot(tmp_path: Path):
 
 
 def sentence(**settings) -> str:
-    with pytest.raises(schema.ConfigError) as caught:
-        schema.make("datasets", {"name": "lerobot_dataset", **settings})
+    with pytest.raises(errors.ConfigError) as caught:
+        leaves.make("datasets", {"name": "lerobot_dataset", **settings})
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

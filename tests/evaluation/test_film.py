@@ -11,8 +11,8 @@ from genpolicy.evaluation import film as films
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.evaluation.film import Film, film, save, side_by_side
 from genpolicy.evaluation.pictures import BAD, GAP, GOOD, GREY, SMALLEST
+from genpolicy.policy.files import saved
 from genpolicy.policy.policy import ChainPolicy
-from genpolicy.training.build import saved
 from tests.toy_control import Point, cloned
 
 torch.set_num_threads(1)

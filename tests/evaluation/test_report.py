@@ -8,45 +8,47 @@ import pytest
 import torch
 from PIL import Image
 
-from genpolicy.evaluation import pictures
+from genpolicy.evaluation import curves, metrics_file, pictures
 
 PROMPTS = ["a red circle", "a very long prompt " * 20, "x" * 200]
 
 
 def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / pictures.METRICS).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / metrics_file.METRICS).read_text().splitlines()]
 
 
 def test_metrics_are_appended_and_read_back(tmp_path):
-    assert pictures.read(tmp_path) == []
-    pictures.append(tmp_path, {"iteration": 1, "reward/total": 0.5})
-    pictures.append(tmp_path, {"iteration": 2, "eval/diversity": math.nan, "ci": [math.inf, 1.0]})
-    assert pictures.read(tmp_path) == [
+    assert metrics_file.read(tmp_path) == []
+    metrics_file.append(tmp_path, {"iteration": 1, "reward/total": 0.5})
+    metrics_file.append(
+        tmp_path, {"iteration": 2, "eval/diversity": math.nan, "ci": [math.inf, 1.0]}
+    )
+    assert metrics_file.read(tmp_path) == [
         {"iteration": 1, "reward/total": 0.5},
         {"iteration": 2, "eval/diversity": None, "ci": [None, 1.0]},
     ]
 
 
 def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
-    pictures.append(tmp_path, {"iteration": 1})
-    with open(tmp_path / pictures.METRICS, "a") as file:
+    metrics_file.append(tmp_path, {"iteration": 1})
+    with open(tmp_path / metrics_file.METRICS, "a") as file:
         file.write('{"iteration": 2, "reward/to')
-    assert pictures.read(tmp_path) == [{"iteration": 1}]
-    pictures.truncate(tmp_path, 1)
-    pictures.append(tmp_path, {"iteration": 2})
+    assert metrics_file.read(tmp_path) == [{"iteration": 1}]
+    metrics_file.truncate(tmp_path, 1)
+    metrics_file.append(tmp_path, {"iteration": 2})
     assert lines(tmp_path) == [{"iteration": 1}, {"iteration": 2}]
 
 
 def test_truncate_drops_what_is_written_again(tmp_path):
     for iteration in range(5):
-        pictures.append(tmp_path, {"iteration": iteration})
-    pictures.truncate(tmp_path, 2)
+        metrics_file.append(tmp_path, {"iteration": iteration})
+    metrics_file.truncate(tmp_path, 2)
     assert [line["iteration"] for line in lines(tmp_path)] == [0, 1, 2]
-    assert [path.name for path in tmp_path.iterdir()] == [pictures.METRICS]
+    assert [path.name for path in tmp_path.iterdir()] == [metrics_file.METRICS]
 
 
 def test_write_json_is_whole_and_strict(tmp_path):
-    pictures.write_json(tmp_path / "deep" / "eval.json", {"a": math.nan, "b": {"c": (1, 2.5)}})
+    metrics_file.write_json(tmp_path / "deep" / "eval.json", {"a": math.nan, "b": {"c": (1, 2.5)}})
     assert json.loads((tmp_path / "deep" / "eval.json").read_text()) == {
         "a": None,
         "b": {"c": [1, 2.5]},
@@ -55,7 +57,7 @@ def test_write_json_is_whole_and_strict(tmp_path):
 
 
 def test_series_skips_what_is_missing():
-    x, y = pictures.series(
+    x, y = metrics_file.series(
         [{"iteration": 1, "a": 2.0}, {"iteration": 2}, {"iteration": 3, "a": None}], "a"
     )
     assert x.tolist() == [1.0]
@@ -65,7 +67,7 @@ def test_series_skips_what_is_missing():
 @pytest.mark.parametrize("length", [1, 2, 23, 24, 120])
 def test_smooth_keeps_a_line(length):
     line = np.arange(length, dtype=float)
-    smoothed = pictures.smooth(line)
+    smoothed = curves.smooth(line)
     assert smoothed.shape == line.shape
     middle = slice(length // 4, length - length // 4)
     assert np.allclose(smoothed[middle], line[middle])
@@ -149,7 +151,7 @@ def run_metrics(iterations: int) -> list[dict]:
 
 
 def test_panels_say_what_a_run_has():
-    titles = [title for title, _ in pictures._panels(run_metrics(20))]
+    titles = [title for title, _ in curves._panels(run_metrics(20))]
     assert titles == [
         "reward: score",
         "diversity within a prompt (pixel std)",
@@ -159,7 +161,7 @@ def test_panels_say_what_a_run_has():
     ]
     kl = [{**line, "policy/kl": 0.1, "policy/log_ratio_square": 0.01} for line in run_metrics(20)]
     assert {"KL, as the method defines it", "log-ratio (root mean square)"} <= {
-        title for title, _ in pictures._panels(kl)
+        title for title, _ in curves._panels(kl)
     }
 
 
@@ -167,7 +169,7 @@ def test_evaluation_includes_the_one_before_training():
     from matplotlib.figure import Figure
 
     axes = Figure().add_subplot()
-    pictures.evaluation(axes, run_metrics(20), "reward/score", "evaluation", pictures.COLOURS[0])
+    curves.evaluation(axes, run_metrics(20), "reward/score", "evaluation", curves.COLOURS[0])
     assert axes.lines[0].get_xdata().tolist() == [0, 5, 10, 15, 20]
     low, high = (
         axes.collections[0].get_paths()[0].vertices[:, 1].__getattribute__(end)()
@@ -204,28 +206,28 @@ def control_metrics(iterations: int, sparse: bool = True) -> list[dict]:
 
 
 def test_panels_of_a_run_in_environments():
-    titles = [title for title, _ in pictures._panels(control_metrics(20))]
+    titles = [title for title, _ in curves._panels(control_metrics(20))]
     assert titles == [
         "success rate",
         "environment steps of an episode",
         "share of the returns' variance explained by the value",
         "seconds an iteration",
     ]
-    dense = [title for title, _ in pictures._panels(control_metrics(20, sparse=False))]
+    dense = [title for title, _ in curves._panels(control_metrics(20, sparse=False))]
     assert dense[:3] == ["success rate", "return", "environment steps of an episode"]
     unjudged = [
         {k: v for k, v in line.items() if "success" not in k} for line in control_metrics(20)
     ]
-    assert next(title for title, _ in pictures._panels(unjudged)) == "return"
+    assert next(title for title, _ in curves._panels(unjudged)) == "return"
 
 
 def test_success_is_drawn_over_what_was_experienced():
     from matplotlib.figure import Figure
 
-    lines, xlabel = pictures.by_experience(control_metrics(20))
+    lines, xlabel = curves.by_experience(control_metrics(20))
     assert xlabel == "environment steps"
     axes = Figure().add_subplot()
-    dict(pictures._panels(lines))["success rate"](axes)
+    dict(curves._panels(lines))["success rate"](axes)
     evaluated = next(line for line in axes.lines if line.get_label() == "evaluation, 95 % interval")
     assert evaluated.get_xdata().tolist() == [
         0,
@@ -236,16 +238,16 @@ def test_success_is_drawn_over_what_was_experienced():
     ]
     assert evaluated.get_ydata() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     assert any(line.get_label() == "training sampler" for line in axes.lines)
-    assert pictures.by_experience(run_metrics(20)) == (run_metrics(20), "iteration")
+    assert curves.by_experience(run_metrics(20)) == (run_metrics(20), "iteration")
     cloning = [{"iteration": i, "env_steps": 0.0, "bc/loss": 1.0} for i in (1, 2)]
-    assert pictures.by_experience(cloning) == (cloning, "iteration")
+    assert curves.by_experience(cloning) == (cloning, "iteration")
 
 
 def test_an_evaluation_without_an_interval_is_not_said_to_have_one():
     from matplotlib.figure import Figure
 
     axes = Figure().add_subplot()
-    dict(pictures._panels(control_metrics(20)))["environment steps of an episode"](axes)
+    dict(curves._panels(control_metrics(20)))["environment steps of an episode"](axes)
     assert [line.get_label() for line in axes.lines][1:] == ["training sampler", "evaluation"]
     assert not axes.collections
 
@@ -256,12 +258,12 @@ def test_curves_are_drawn(tmp_path, iterations):
         folder = tmp_path / metrics.__name__
         folder.mkdir()
         for line in metrics(iterations):
-            pictures.append(folder, line)
-        pictures.figures(folder)
+            metrics_file.append(folder, line)
+        curves.figures(folder)
         assert [path.name for path in (folder / "figures").iterdir()] == ["curves.png"]
         assert min(Image.open(folder / "figures" / "curves.png").size) > 100
 
 
 def test_a_run_without_lines_is_an_empty_figure(tmp_path):
-    pictures.figures(tmp_path)
+    curves.figures(tmp_path)
     assert (tmp_path / "figures" / "curves.png").is_file()

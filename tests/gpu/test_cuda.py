@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genpolicy.config import schema
+from genpolicy.config import parse
 from genpolicy.training.experiment import train
 from tests import tiny
 from tests.models.test_lora_run import lines, raw
@@ -16,7 +16,7 @@ def test_a_run_on_the_device_replays_and_reports_its_memory(tmp_path, precision)
     tiny.sd3().save_pretrained(tmp_path / "sd3")
     experiment = raw(tmp_path / "sd3", tmp_path / "work")
     experiment["policy"] |= {"precision": precision, "device": "cuda"}
-    result = train(schema.parse(experiment))
+    result = train(parse.parse(experiment))
     assert result.summary["replay_gap"] < 1e-4
     assert lines(result)[-1]["memory/peak_gb"] > 0
 
@@ -33,7 +33,7 @@ def test_running_out_of_memory_halves_the_micro_batch_and_leaves_the_update_alon
         experiment["policy"] |= {"device": "cuda"}
         torch.cuda.set_per_process_memory_fraction(limit)
         try:
-            folder = train(schema.parse(experiment)).folder
+            folder = train(parse.parse(experiment)).folder
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         weights.append(

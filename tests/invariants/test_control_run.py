@@ -10,8 +10,8 @@ import yaml
 
 import genpolicy
 from genpolicy.chain import Noise
-from genpolicy.config import schema
-from genpolicy.config.schema import ConfigError
+from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.training.experiment import train
 from tests.invariants.test_same_run import largest_difference, launch, metrics, weights
@@ -67,7 +67,7 @@ RUNS = {"dppo": DPPO, "reinflow": REINFLOW, "bc": BC, "grpo_guard": GRPO}
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch):
     """They take longer than these runs, and are tested elsewhere."""
-    monkeypatch.setattr("genpolicy.evaluation.pictures.figures", lambda folder: None)
+    monkeypatch.setattr("genpolicy.evaluation.curves.figures", lambda folder: None)
 
 
 def write(folder, sections):
@@ -109,7 +109,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
     }  # a cosine knows the whole budget
     whole, broken = (write(tmp_path / n, sections) for n in ("whole", "broken"))
     train(whole)
-    half = schema.load(broken, ["--budget.iterations=7"])
+    half = parse.load(broken, ["--budget.iterations=7"])
     train(half)
     resumed = tmp_path / "broken/run/config.yaml"
     resumed.write_text(resumed.read_text().replace("iterations: 7", "iterations: 12"))
@@ -148,7 +148,7 @@ def test_control_a_value_that_is_not_resumed_is_another_run(tmp_path):
     sections = {**DPPO, "optimizer": {"lr": 1e-3}}
     train(write(tmp_path / "whole", sections))
     folder = tmp_path / "broken"
-    train(schema.load(write(folder, sections), ["--budget.iterations=6"]))
+    train(parse.load(write(folder, sections), ["--budget.iterations=6"]))
     file = folder / "run/checkpoints/6/state.pt"
     state = torch.load(file, weights_only=True)
     state["registered"]["value"] = {n: v + 0.1 for n, v in state["registered"]["value"].items()}

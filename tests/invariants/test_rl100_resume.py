@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from genpolicy.evaluation import pictures
+from genpolicy.evaluation import metrics_file
 from genpolicy.rollout.episodes import reset_seed
 from genpolicy.training.experiment import train
 from tests.invariants.test_control_run import same_state
@@ -34,7 +34,7 @@ SECTIONS = {
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch):
-    monkeypatch.setattr("genpolicy.evaluation.pictures.figures", lambda folder: None)
+    monkeypatch.setattr("genpolicy.evaluation.curves.figures", lambda folder: None)
 
 
 def write(folder, **sections):
@@ -192,7 +192,7 @@ def test_control_what_is_not_resumed_makes_another_run(tmp_path, runs, part):
     gains = [
         {
             row["iteration"]: row["gate/gain"]
-            for row in pictures.read(folder / "run")
+            for row in metrics_file.read(folder / "run")
             if "gate/gain" in row
         }
         for folder in (runs / "whole", tmp_path / "broken")

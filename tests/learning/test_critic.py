@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from genpolicy.config import schema
+from genpolicy.config import parse
 from genpolicy.learning.critic import STILL, Critic, StateValue, Support, pessimistic, subset_min
 from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.training.experiment import train
@@ -429,9 +429,7 @@ def test_two_processes_learn_as_one(tmp_path, minibatch):
 
 def test_value_and_optimiser_are_saved_with_the_run(tmp_path):
     raw = experiment(tmp_path, method=METHOD, budget={"iterations": 2})
-    state = torch.load(
-        train(schema.parse(raw)).folder / "checkpoints/2/state.pt", weights_only=True
-    )
+    state = torch.load(train(parse.parse(raw)).folder / "checkpoints/2/state.pt", weights_only=True)
     assert set(state["registered"]) == {"value", "value_optimizer"}
     assert state["registered"]["value_optimizer"]["updates"] > 0
     run, _ = prepared(tmp_path, method=METHOD, output=str(tmp_path / "other"))

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from genpolicy.chain import Noise
 from genpolicy.chain.noise import PRIOR
-from genpolicy.learning import gate
-from genpolicy.learning.gate import Comparison, TransitionModel, compare, imagined, rank_correlation
+from genpolicy.learning import dynamics
+from genpolicy.learning.acceptance import Comparison, compare, rank_correlation
+from genpolicy.learning.dynamics import TransitionModel, imagined
 
 F, E, GAMMA, HORIZON, STARTS = 3, 2, 0.95, 8, 400
 A = torch.tensor([[1.0, 0.2, 0.0], [0.0, 0.9, 0.2], [0.1, 0.0, 0.9]], dtype=torch.float64)
@@ -179,7 +180,7 @@ class Listener(World):
         return super().step(features, event, uniform, noise)
 
 
-@pytest.mark.parametrize("k", [PRIOR, 0, 99, gate.MODEL])
+@pytest.mark.parametrize("k", [PRIOR, 0, 99, dynamics.MODEL])
 def test_a_policys_draws_are_not_the_models(k):
     """A policy draws from the same rows by its own k; with the model's k (control) its action is the world's luck."""
     world, noise = Listener(), rows()
@@ -190,7 +191,7 @@ def test_a_policys_draws_are_not_the_models(k):
         both = torch.cat([own.flatten(1), luck], 1)
         found.append(torch.corrcoef(both.T)[:E, E:].abs().max())
     worst = float(torch.stack(found).max())
-    assert worst > 0.99 if k == gate.MODEL else worst < 5 / math.sqrt(STARTS)
+    assert worst > 0.99 if k == dynamics.MODEL else worst < 5 / math.sqrt(STARTS)
 
 
 def test_the_score_ranks_policies_as_truth_does():
@@ -418,7 +419,7 @@ def test_log_variance_stays_within_its_bounds():
     for huge in (1e4, -1e4):
         model.network[-1].bias[..., F:] = huge
         log_variance = 2 * (model.predict(f, a)[1] / model.change_std).log()
-        low, high = gate.LOG_VARIANCE
+        low, high = dynamics.LOG_VARIANCE
         assert float(log_variance.min()) >= low - 1e-3
         assert float(log_variance.max()) <= high + 1e-3
         assert torch.isfinite(model.loss(f, a, f)).all()

@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genpolicy.evaluation.pictures.figures", lambda folder: None)
+    monkeypatch.setattr("genpolicy.evaluation.curves.figures", lambda folder: None)

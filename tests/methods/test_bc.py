@@ -10,8 +10,8 @@ import torch
 from scipy.stats import kstest
 
 import genpolicy
-from genpolicy.config import schema
-from genpolicy.config.schema import ConfigError
+from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError
 from genpolicy.methods.bc import BC
 from genpolicy.methods.parts.imitation import Imitation, recorded
 from genpolicy.policy.policy import ChainPolicy
@@ -220,7 +220,7 @@ def test_it_learns_to_act(tmp_path, family):
         eval={"every": 0, "episodes": 40},
         environments=40,
     )
-    result = train(schema.parse(raw))
+    result = train(parse.parse(raw))
     assert result.before["success_rate"] < 0.3
     assert result.after["success_rate"] > 0.6
     losses = [
@@ -245,12 +245,12 @@ def test_control_shuffled_actions_teach_nothing(tmp_path):
         eval={"every": 0, "episodes": 40},
         environments=40,
     )
-    assert train(schema.parse(raw)).after["success_rate"] < 0.4
+    assert train(parse.parse(raw)).after["success_rate"] < 0.4
 
 
 def test_what_is_missing_is_told(tmp_path):
     with pytest.raises(ConfigError, match="name them in the data section"):
-        train(schema.parse(toy.experiment(tmp_path, method={"name": "bc"})))
+        train(parse.parse(toy.experiment(tmp_path, method={"name": "bc"})))
     with pytest.raises(ConfigError, match="batch is 0"):
         BC(batch=0)
     with pytest.raises(ConfigError, match="updates is 0"):
@@ -279,4 +279,4 @@ def test_any_seed_trains(tmp_path, seed):
         seed=seed,
         eval={"every": 0, "episodes": 2},
     )
-    assert train(schema.parse(raw)).summary["iterations"] == 1
+    assert train(parse.parse(raw)).summary["iterations"] == 1

@@ -13,14 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 import genpolicy
 from genpolicy.chain import Gaussian, Noise
-from genpolicy.config import schema
-from genpolicy.config.schema import ConfigError
-from genpolicy.learning.objective import clipped_surrogate
+from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError
+from genpolicy.learning.objective import Scored, clipped_surrogate
 from genpolicy.methods import dppo
 from genpolicy.methods.dppo import DPPO
 from genpolicy.methods.parts.baseline import DecisionValue
-from genpolicy.rollout.rollout import Scored
-from genpolicy.training.build import save_policy
+from genpolicy.policy.files import save_policy
 from genpolicy.training.experiment import prepare, train
 from tests import toy
 from tests.toy_control import Recorded, cloned, experiment, prepared
@@ -308,7 +307,7 @@ def test_the_policy_waits_while_the_value_warms_up(tmp_path):
     raw = experiment(
         tmp_path, method={**SMALL, "warm_up": 2}, budget={"iterations": 3}, checkpoint_every=1
     )
-    folder = train(schema.parse(raw)).folder
+    folder = train(parse.parse(raw)).folder
     metrics = lines(folder)
     assert ["policy/kl" in metrics[i] for i in (1, 2, 3)] == [False, False, True]
     assert all("critic/loss" in metrics[i] for i in (1, 2, 3))
@@ -335,7 +334,7 @@ def test_an_epoch_that_moves_too_far_is_the_last(tmp_path):
             folder, method={**SMALL, "epochs": 4, "target_kl": target}, budget={"iterations": 1}
         )
         state = torch.load(
-            train(schema.parse(raw)).folder / "checkpoints/1/state.pt", weights_only=True
+            train(parse.parse(raw)).folder / "checkpoints/1/state.pt", weights_only=True
         )
         updates.append(state["optimizer"]["updates"])
     free, tight, wide = updates
@@ -343,7 +342,7 @@ def test_an_epoch_that_moves_too_far_is_the_last(tmp_path):
 
 
 def test_the_replay_of_a_robot_policy_is_verified(tmp_path):
-    result = train(schema.parse(experiment(tmp_path, method=SMALL, budget={"iterations": 1})))
+    result = train(parse.parse(experiment(tmp_path, method=SMALL, budget={"iterations": 1})))
     assert result.summary["replay_gap"] is not None
     assert result.summary["replay_gap"] < 0.02
     run, method, rollout = first_rollout(tmp_path, output=str(tmp_path / "other"))
@@ -375,7 +374,7 @@ def test_steps_before_the_window_stay_the_old_policys(tmp_path, slow):
         budget={"iterations": 3},
         task=SHORT,
     )
-    folder = train(schema.parse(raw)).folder
+    folder = train(parse.parse(raw)).folder
     trained = genpolicy.load(folder)
     assert trained.base is not None
     assert trained.base.above == float(trained.chain.grid[5])
@@ -557,7 +556,7 @@ def test_a_deterministic_kernel_is_refused(tmp_path):
         tmp_path, chain={"steps": 4, "kernel": {"name": "ddim", "eta": 0.0}}, method=SMALL
     )
     with pytest.raises(ConfigError, match="deterministic"):
-        train(schema.parse(raw))
+        train(parse.parse(raw))
 
 
 # -- it improves policies ------------------------------------------------------------------------------------------
@@ -589,7 +588,7 @@ def improved(folder, pretrained, method=LEARNING, **sections):
             **sections,
         },
     )
-    return train(schema.parse(raw))
+    return train(parse.parse(raw))
 
 
 @pytest.mark.parametrize("family", ["vp", "flow"])
@@ -630,7 +629,7 @@ def test_it_improves_pictures_of_prompts(tmp_path):
         budget={"iterations": 20},
         eval={"every": 0, "samples": 64},
     )
-    result = train(schema.parse(raw))
+    result = train(parse.parse(raw))
     assert abs(result.before["reward/brightness"]) < 0.05
     assert result.after["reward/brightness"] > 0.12
     assert result.summary["env_steps"] == 0
@@ -646,7 +645,7 @@ def test_the_value_of_a_prompt_is_learned(tmp_path):
         method={**SMALL, "episodes": 16},
         eval={},
     )
-    run, _ = prepare(schema.parse(raw), tmp_path / "run", Accelerator(cpu=True))
+    run, _ = prepare(parse.parse(raw), tmp_path / "run", Accelerator(cpu=True))
     value = DecisionValue(run, 0.99, 0.95, 1e-2, 60, 16)
     run.iteration = 1
     rollout = run.collect(16, 1)

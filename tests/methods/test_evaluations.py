@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from genpolicy.config import schema
+from genpolicy.config import parse
 from genpolicy.training.experiment import train
 from tests.toy import experiment
 
@@ -32,7 +32,7 @@ def measured(folder, chain, **method):
         budget={"iterations": 2},
         eval={"every": 0, "samples": 4},
     )
-    result = train(schema.parse(raw))
+    result = train(parse.parse(raw))
     lines = [
         json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()
     ]

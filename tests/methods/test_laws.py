@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from genpolicy.config import schema
-from genpolicy.config.schema import names
+from genpolicy.config import errors, leaves, parse
+from genpolicy.config.leaves import names
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.training.experiment import prepare, train
 from tests import toy, toy_control
@@ -21,10 +21,10 @@ KERNELS = {
 }
 ODE = {"name": "ddim", "eta": 0.0}
 CLIP = {"reduce": "sum", "clip": 0.2}
-METHODS = [name for name in names("methods") if hasattr(schema.leaf("methods", name), "log_ratio")]
+METHODS = [name for name in names("methods") if hasattr(leaves.leaf("methods", name), "log_ratio")]
 """Those that compare likelihoods; the others have no ratio."""
 GROUPED = [
-    name for name in METHODS if "group" in {f.name for f in fields(schema.leaf("methods", name))}
+    name for name in METHODS if "group" in {f.name for f in fields(leaves.leaf("methods", name))}
 ]
 """Those that compare the members of a group, and keep near a reference."""
 LEARNED = {"reinflow"}
@@ -34,7 +34,7 @@ WORLDS = {"prompts": toy.experiment, "control": toy_control.experiment}
 
 def section(method, **sizes):
     """A method's section with those of the sizes that it knows."""
-    known = {f.name for f in fields(schema.leaf("methods", method))}
+    known = {f.name for f in fields(leaves.leaf("methods", method))}
     return {
         "name": method,
         **{name: value for name, value in {**CLIP, **sizes}.items() if name in known},
@@ -57,7 +57,7 @@ def prepared(tmp_path, method, world="prompts", **sections):
     raw = WORLDS[world](tmp_path, method=section(method, **SMALL), **sections)
     if world == "control":
         raw["policy"]["family"] = "flow"
-    run, built = prepare(schema.parse(raw), tmp_path / "run", Accelerator(cpu=True))
+    run, built = prepare(parse.parse(raw), tmp_path / "run", Accelerator(cpu=True))
     run.iteration = 1
     return run, built
 
@@ -188,7 +188,7 @@ def solved(tmp_path, method, kernel, iterations, **sections):
         eval={"every": 0, "samples": 64},
         **sections,
     )
-    return train(schema.parse(raw))
+    return train(parse.parse(raw))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_wrong_sign_fails_where_the_method_succeeds(tmp_path, method):
 @pytest.mark.parametrize(("method", "weight"), [("flow_grpo", "std/dt"), ("grpo_guard", "1/dt")])
 def test_step_weights_reach_the_loss(tmp_path, method, weight):
     run, plain = prepared(tmp_path, method)
-    weighted = schema.make("methods", {"name": method, "weight": weight, **CLIP})
+    weighted = leaves.make("methods", {"name": method, "weight": weight, **CLIP})
     rollout, advantage = run.collect(4, 4), torch.randn(4, 4)
     step = run._score(run.policy, rollout.trajectory, 1, rollout.rows(advantage), None)
     ratio = {"std/dt": step.std / step.dt, "1/dt": abs(step.gain) / step.dt}[weight]
@@ -294,7 +294,7 @@ def test_replay_check_rescoring_and_refusal(tmp_path):
         return replace(prediction, x0=prediction.x0 + 0.1 * torch.randn_like(x))
 
     run.policy.model.denoise = noisy
-    with pytest.raises(schema.ConfigError, match=r"replay is not exact: at step \d"):
+    with pytest.raises(errors.ConfigError, match=r"replay is not exact: at step \d"):
         run.verified(run.collect(4, 4), built.log_ratio, built.clip / 10)
 
 

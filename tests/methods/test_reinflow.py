@@ -11,11 +11,12 @@ from torch.distributions import Normal
 
 import genpolicy
 from genpolicy.chain import Gaussian, Noise
-from genpolicy.config import schema
-from genpolicy.config.schema import ConfigError, OptimizerConfig
+from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.schema import OptimizerConfig
 from genpolicy.methods import reinflow
 from genpolicy.methods.reinflow import NoiseNet, ReinFlow
-from genpolicy.training.build import save_policy
+from genpolicy.policy.files import save_policy
 from genpolicy.training.experiment import prepare, train
 from tests import toy
 from tests.toy_control import Recorded, cloned, experiment, prepared
@@ -289,7 +290,7 @@ def test_both_networks_learn_and_are_resumable(tmp_path, slow):
         budget={"iterations": 2},
         checkpoint_every=1,
     )
-    folder = train(schema.parse(raw)).folder
+    folder = train(parse.parse(raw)).folder
     one, two = (torch.load(folder / f"checkpoints/{i}/state.pt", weights_only=True) for i in (1, 2))
     assert set(one["registered"]) == {"noise", "noise_optimizer", "value", "value_optimizer"}
     for name in ("noise", "value"):
@@ -354,7 +355,7 @@ def improved(folder, pretrained, iterations=6):
         eval={"every": 0, "episodes": 60},
         environments=64,
     )
-    return train(schema.parse(raw))
+    return train(parse.parse(raw))
 
 
 def test_it_improves_a_robot_policy_in_seconds(tmp_path, slow):
@@ -383,13 +384,13 @@ def test_a_chain_of_one_step(tmp_path, slow):
         task=SHORT,
         budget={"iterations": 1},
     )
-    assert train(schema.parse(raw)).summary["replay_gap"] < 1e-4
+    assert train(parse.parse(raw)).summary["replay_gap"] < 1e-4
 
 
 def test_what_it_is_not_derived_for_is_refused(tmp_path, slow):
     raw = experiment(tmp_path, chain=ODE, method=SMALL)
     with pytest.raises(ConfigError, match="does not predict a velocity"):
-        train(schema.parse(raw))
+        train(parse.parse(raw))
     with pytest.raises(ConfigError, match=r"std_low 0.3 must be below std_high 0.2"):
         ReinFlow(std_low=0.3, std_high=0.2)
     for wrong, said in (
@@ -411,11 +412,9 @@ def test_a_chain_that_explores_nowhere_is_refused(tmp_path, slow):
         task=SHORT,
     )
     with pytest.raises(ConfigError, match="no stochastic step"):
-        train(schema.parse(raw))
+        train(parse.parse(raw))
 
 
 def test_a_toy_of_prompts_is_known_by_its_features(tmp_path):
-    run, _ = prepare(
-        schema.parse(toy.experiment(tmp_path)), tmp_path / "run", Accelerator(cpu=True)
-    )
+    run, _ = prepare(parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Accelerator(cpu=True))
     assert run.features == 8

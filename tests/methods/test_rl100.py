@@ -11,14 +11,14 @@ import yaml
 from torch.distributions import Normal, kl_divergence
 
 from genpolicy.chain import Noise
-from genpolicy.config import schema
-from genpolicy.config.schema import ConfigError
-from genpolicy.learning.gate import Comparison
+from genpolicy.config import parse, schema
+from genpolicy.config.errors import ConfigError
+from genpolicy.learning.acceptance import Comparison
 from genpolicy.learning.objective import clipped_surrogate
 from genpolicy.methods import rl100
 from genpolicy.methods.rl100 import RL100, _Pipeline
+from genpolicy.policy.files import saved
 from genpolicy.rollout.minibatch import Batch
-from genpolicy.training.build import saved
 from genpolicy.training.experiment import rehearse, train
 from tests import toy_control
 from tests.rl100_toy import CLIPPED, SMALL, experiment
@@ -103,7 +103,7 @@ def lines(folder):
 def whole(tmp_path_factory):
     """All three stages, from one YAML mapping."""
     patch = pytest.MonkeyPatch()
-    patch.setattr("genpolicy.evaluation.pictures.figures", lambda folder: None)
+    patch.setattr("genpolicy.evaluation.curves.figures", lambda folder: None)
     critics = []
     honest = _Pipeline.criticise
 
@@ -116,7 +116,7 @@ def whole(tmp_path_factory):
 
     patch.setattr(_Pipeline, "criticise", criticise)
     result = train(
-        schema.parse(experiment(tmp_path_factory.mktemp("whole"), budget={"iterations": 8}))
+        parse.parse(experiment(tmp_path_factory.mktemp("whole"), budget={"iterations": 8}))
     )
     patch.undo()
     return result, critics
@@ -174,7 +174,7 @@ def test_milestones_are_examined_and_load_again(whole):
 
 def test_imitation_alone_ends_before_its_budget(tmp_path):
     result = train(
-        schema.parse(experiment(tmp_path, method={"stage": "imitation"}, budget={"iterations": 50}))
+        parse.parse(experiment(tmp_path, method={"stage": "imitation"}, budget={"iterations": 50}))
     )
     assert result.summary["iterations"] == 2
     assert result.summary["over"]
@@ -197,7 +197,7 @@ def test_imitation_alone_ends_before_its_budget(tmp_path):
 def test_offline_alone_on_data_from_elsewhere(tmp_path, family, kernel, window):
     """No environment is played in but for the examinations; flows and single actions too."""
     result = train(
-        schema.parse(
+        parse.parse(
             experiment(
                 tmp_path,
                 policy={"name": "mlp", "hidden": 16, "blocks": 1, "chunk": 1, "family": family},
@@ -221,7 +221,7 @@ def test_offline_alone_on_data_from_elsewhere(tmp_path, family, kernel, window):
 def test_online_alone_needs_a_policy_and_no_data(tmp_path, whole):
     start = str(whole[0].folder / "stages" / "imitation")
     result = train(
-        schema.parse(
+        parse.parse(
             experiment(
                 tmp_path,
                 policy={"name": "mlp", "pretrained": start},
@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_told(tmp_path, whole):
     ):
         (tmp_path / str(number)).mkdir()
         with pytest.raises(ConfigError, match=said):
-            train(schema.parse(experiment(tmp_path / str(number), **sections)))
+            train(parse.parse(experiment(tmp_path / str(number), **sections)))
 
 
 def test_a_rehearsal_goes_through_every_stage(tmp_path):
@@ -809,7 +809,7 @@ def learned(folder, iterations):
         eval={"every": 0, "episodes": 60},
         environments=60,
     )
-    result = train(schema.parse(raw))
+    result = train(parse.parse(raw))
     rates = {
         name: row[f"{name}/success_rate"]
         for name in ("imitation", "best_of_4", "offline")

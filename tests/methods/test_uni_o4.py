@@ -9,11 +9,11 @@ import torch
 from torch.distributions import Normal
 
 from genpolicy.chain import Noise
-from genpolicy.config import schema
-from genpolicy.config.schema import ConfigError
-from genpolicy.learning.gate import Comparison
+from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError
+from genpolicy.learning.acceptance import Comparison
 from genpolicy.methods.uni_o4 import _Pipeline, joint_weight
-from genpolicy.training.build import saved
+from genpolicy.policy.files import saved
 from genpolicy.training.experiment import train
 from tests import toy_control
 from tests.invariants.test_control_run import same_state
@@ -193,7 +193,7 @@ def test_cloning_is_maximum_likelihood(tmp_path, family, is_likelihood):
 
 
 def test_a_saved_gaussian_is_restored(tmp_path):
-    result = train(schema.parse(experiment(tmp_path, budget={"iterations": 2})))
+    result = train(parse.parse(experiment(tmp_path, budget={"iterations": 2})))
     policy = saved(str(result.folder / "policy")).load()
     assert policy.model.family == "gaussian"
     condition = torch.randn(4, 4)
@@ -381,8 +381,8 @@ def test_members_follow_the_advantage(tmp_path, sign):
 def whole(tmp_path_factory):
     """All stages in one piece, from one YAML mapping."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("genpolicy.evaluation.pictures.figures", lambda folder: None)
-        return train(schema.parse(experiment(tmp_path_factory.mktemp("whole") / "it")))
+        patch.setattr("genpolicy.evaluation.curves.figures", lambda folder: None)
+        return train(parse.parse(experiment(tmp_path_factory.mktemp("whole") / "it")))
 
 
 def test_all_stages_from_one_experiment(whole):
@@ -416,7 +416,7 @@ def test_the_stages_policies_load_again(whole):
 
 
 def test_stopped_at_every_boundary_equals_uninterrupted_bit_for_bit(tmp_path, whole):
-    made = train(schema.parse(experiment(tmp_path / "it", budget={"iterations": 2}))).folder
+    made = train(parse.parse(experiment(tmp_path / "it", budget={"iterations": 2}))).folder
     stops = [*BOUNDARIES, 10]
     for here, following in pairwise(stops):
         state = weights(made, here)
@@ -439,7 +439,7 @@ def test_stopped_at_every_boundary_equals_uninterrupted_bit_for_bit(tmp_path, wh
 
 @pytest.mark.parametrize("part", ["weights", "old"])
 def test_control_members_that_are_not_resumed_make_another_run(tmp_path, whole, part):
-    made = train(schema.parse(experiment(tmp_path / "it", budget={"iterations": 7}))).folder
+    made = train(parse.parse(experiment(tmp_path / "it", budget={"iterations": 7}))).folder
     file = made / "checkpoints/7/state.pt"
     state = torch.load(file, weights_only=True)
     state["registered"]["members"][part] = [
@@ -467,4 +467,4 @@ def test_control_members_that_are_not_resumed_make_another_run(tmp_path, whole, 
 )
 def test_what_does_not_fit_is_told(tmp_path, sections, said):
     with pytest.raises(ConfigError, match=said):
-        train(schema.parse(experiment(tmp_path / "it", **sections)))
+        train(parse.parse(experiment(tmp_path / "it", **sections)))

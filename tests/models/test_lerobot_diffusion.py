@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genpolicy.chain import DDIM, Chain, ClipX0, Noise
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.task import Context
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models.lerobot_diffusion import LeRobotDiffusion, Seen

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from genpolicy.chain import DDIM, SDE, Chain, Noise, Trajectory
 from genpolicy.chain.noise import PRIOR
-from genpolicy.config import schema
+from genpolicy.config import leaves
 from genpolicy.contracts.task import Context
 from genpolicy.learning.objective import log_ratio
 from genpolicy.models.lerobot_flow import LeRobotFlow
@@ -541,7 +541,7 @@ def test_a_base_learns_another_robot(family, tmp_path):
 
 
 def test_found_by_name():
-    made = schema.make(
+    made = leaves.make(
         "models",
         {"name": "lerobot_flow", "pretrained": str(tiny.saved("smolvla")), "device": "cpu"},
     )

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 import genpolicy
 from genpolicy.chain import Noise
-from genpolicy.config import schema
+from genpolicy.config import parse
 from genpolicy.contracts.task import Context
 from genpolicy.training.experiment import prepare, train
 from tests import tiny
@@ -59,7 +59,7 @@ def raw(pipeline: Path, folder: Path, start: str | None = None, **sections) -> d
 
 @pytest.fixture(scope="module")
 def trained(pipeline, tmp_path_factory):
-    return train(schema.parse(raw(pipeline, tmp_path_factory.mktemp("first"))))
+    return train(parse.parse(raw(pipeline, tmp_path_factory.mktemp("first"))))
 
 
 def lines(result) -> list[dict]:
@@ -75,7 +75,7 @@ def test_kl_starts_at_zero_and_grows(trained):
 
 def test_reference_of_a_run_from_a_lora_is_that_lora(pipeline, trained, tmp_path):
     """KL 0 at the first update from a non-zero LoRA; against the bare base (adapters off) it is not."""
-    experiment = schema.parse(raw(pipeline, tmp_path, start=str(trained.folder / "policy")))
+    experiment = parse.parse(raw(pipeline, tmp_path, start=str(trained.folder / "policy")))
     run, method = prepare(experiment, tmp_path / "run", Accelerator(cpu=True))
     run.iteration = 1
     reference, rollout = run.snapshot(), run.collect(2, 4)
@@ -135,7 +135,7 @@ def test_half_precision_networks_train_with_an_exact_replay(pipeline, tmp_path, 
         "gradient_checkpointing": True,
         "offload": True,
     }
-    result = train(schema.parse(experiment))
+    result = train(parse.parse(experiment))
     assert result.summary["replay_gap"] < 1e-5
     assert all(
         line["policy/ratio_mean"] == pytest.approx(1, abs=1e-3) for line in lines(result)[:1]

@@ -14,21 +14,16 @@ from torch import Tensor
 from genpolicy.chain import Noise
 from genpolicy.chain.noise import PRIOR
 from genpolicy.cli.main import main
-from genpolicy.config import schema
-from genpolicy.config.schema import ChainConfig, ConfigError
+from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.schema import ChainConfig
 from genpolicy.evaluation.samplers import PRESETS, variants
 from genpolicy.learning.critic import Critic, Support, pessimistic
 from genpolicy.models.mlp import MLP
 from genpolicy.policy.best_of import QJudge
+from genpolicy.policy.files import load, save_policy, saved
 from genpolicy.policy.policy import ChainPolicy
-from genpolicy.training.build import (
-    deployed_sampler,
-    load,
-    make_policy,
-    require_trainable,
-    save_policy,
-    saved,
-)
+from genpolicy.policy.sampler import deployed_sampler, make_policy, require_trainable
 from tests.cli.test_bad_inputs import complaint
 from tests.toy_control import GOAL, SPEED, STATE, Recorded, cloned, experiment
 
@@ -311,7 +306,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = Path(cloned(folder)).parent
     found = saved(home)
     policy = replace(found.load(), judge=progress())
-    save_policy(policy, schema.load(home / "config.yaml"), found.sampler, home / "policy")
+    save_policy(policy, parse.load(home / "config.yaml"), found.sampler, home / "policy")
     return home
 
 
@@ -328,13 +323,13 @@ def test_a_policy_comes_back_with_its_judge(run: Path, tmp_path: Path):
     assert several.best_of == 8
     assert (acted(several) - acted(replace(several, best_of=1))).abs().max() > 0.01
     sampler = replace(saved(run).sampler, kernel={"name": "ddim", "eta": 1.0})
-    save_policy(several, schema.load(run / "config.yaml"), sampler, tmp_path / "again")
+    save_policy(several, parse.load(run / "config.yaml"), sampler, tmp_path / "again")
     again = load(tmp_path / "again")
     assert again.best_of == 8, "the sampler that is saved is the policy's"
     assert torch.equal(acted(again), acted(several))
     plain = replace(several, best_of=1, judge=None)
     save_policy(
-        plain, schema.load(run / "config.yaml"), replace(sampler, best_of=8), tmp_path / "again"
+        plain, parse.load(run / "config.yaml"), replace(sampler, best_of=8), tmp_path / "again"
     )
     assert (saved(tmp_path / "again").judge, load(tmp_path / "again").best_of) == (None, 1)
     with pytest.raises(ConfigError, match="best_of is 8, but the policy has no critic"):
@@ -347,7 +342,7 @@ def test_what_best_of_n_is(run: Path):
     last, four = made["last_mean"].sampler, made["best_of_4"].sampler
     assert four == replace(last, best_of=4)
     assert four.window == (0, 3)
-    assert four.kernel == schema.load(run / "config.yaml").chain.kernel
+    assert four.kernel == parse.load(run / "config.yaml").chain.kernel
     assert made["best_of_16"].sampler == replace(last, best_of=16)
     assert made["best_of_1"].sampler == last
     assert made["best_of=4"].sampler == replace(made["deployed"].sampler, best_of=4)
@@ -363,7 +358,7 @@ def test_there_is_something_to_pick_from(run: Path):
         saved(run).load(),
         torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(2)),
     )
-    chain = schema.load(run / "config.yaml").chain
+    chain = parse.load(run / "config.yaml").chain
     deployed = (deployed_sampler(chain, {"best_of": n}, control=True) for n in (1, 16))
     drawn = [
         candidates(make_policy(policy.model, sampler, policy.judge), condition, 16)
@@ -405,7 +400,7 @@ def test_a_wrong_judge_brings_harm(run: Path, tmp_path: Path):
     with torch.no_grad():
         for part in readout:
             part.neg_()
-    save_policy(wrong, schema.load(run / "config.yaml"), saved(run).sampler, tmp_path / "policy")
+    save_policy(wrong, parse.load(run / "config.yaml"), saved(run).sampler, tmp_path / "policy")
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     returns = {}
     for home in (run, tmp_path):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from genpolicy.config.schema import ConfigError, leaf, make
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.leaves import leaf, make
 from genpolicy.contracts.task import Context
 from genpolicy.rewards.clip_score import ClipScore, mean_cosine
 

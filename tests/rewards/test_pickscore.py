@@ -6,7 +6,8 @@ import torch
 import transformers
 from PIL import Image
 
-from genpolicy.config.schema import ConfigError, leaf
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.leaves import leaf
 from genpolicy.contracts.task import Context
 from genpolicy.rewards.pickscore import PickScore
 

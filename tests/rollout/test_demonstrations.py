@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
 from genpolicy.datasets.lerobot_dataset import LeRobotDataset
 from genpolicy.models.mlp import MLP
 from genpolicy.rollout.demonstrations import demonstrate

@@ -11,7 +11,7 @@ from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.models.mlp import MLP
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.episodes import play, reset_seed
-from genpolicy.rollout.rollout import live
+from genpolicy.rollout.recorder import live
 from tests.toy_control import GOAL, NEAR, SPEED, STATE, Point, Recorded, Walk
 
 SEEDS = [100 + 7 * e for e in range(9)]

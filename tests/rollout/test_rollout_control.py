@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from genpolicy.config import schema
-from genpolicy.config.schema import ConfigError
+from genpolicy.config import parse, schema
+from genpolicy.config.errors import ConfigError
 from genpolicy.learning.advantage import group_relative
 from genpolicy.learning.critic import StateValue
 from genpolicy.methods import flow_grpo, reinflow
@@ -181,9 +181,7 @@ def test_a_shared_prefix_is_refused_with_a_sentence(tmp_path):
 
 
 def test_prompts_are_episodes_of_one_decision(tmp_path):
-    run, _ = prepare(
-        schema.parse(toy.experiment(tmp_path)), tmp_path / "run", Accelerator(cpu=True)
-    )
+    run, _ = prepare(parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Accelerator(cpu=True))
     run.iteration = 1
     rollout = run.collect(4, 4)
     d = rollout.decisions
@@ -507,7 +505,7 @@ def improved(folder, pretrained, method):
         eval={"every": 0, "episodes": 60},
         environments=64,
     )
-    return train(schema.parse(raw))
+    return train(parse.parse(raw))
 
 
 @pytest.mark.parametrize("method", ["flow_grpo", "grpo_guard"])

@@ -8,7 +8,7 @@ import torch
 
 from genpolicy.chain import Noise
 from genpolicy.rollout.episodes import reset_seed
-from genpolicy.rollout.rollout import live
+from genpolicy.rollout.recorder import live
 from genpolicy.rollout.store import EpisodeStore
 from tests.peers import peers, together
 from tests.toy_control import prepared

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genpolicy.config import schema
+from genpolicy.config import errors, leaves
 
 STATE, WORLD, TOP = "observation.state", "observation.environment_state", "observation.images.top"
 KNOWN = [
@@ -16,7 +16,7 @@ KNOWN = [
 
 
 def make(env, **settings):
-    return schema.make("tasks", {"name": "gymnasium", "env": env, **settings})
+    return leaves.make("tasks", {"name": "gymnasium", "env": env, **settings})
 
 
 def play(environments, names, slot, seed, scale):
@@ -84,7 +84,7 @@ def test_pixels():
     ],
 )
 def test_bad_settings_get_a_sentence(settings, sentence):
-    with pytest.raises(schema.ConfigError, match=sentence):
+    with pytest.raises(errors.ConfigError, match=sentence):
         make(**settings)
 
 
@@ -97,6 +97,6 @@ def test_a_missing_library_is_one_sentence():
     from genpolicy.tasks._simulators import library
 
     with pytest.raises(
-        schema.ConfigError, match=r"task x needs nowhere: pip install 'genpolicy\[robots\]'"
+        errors.ConfigError, match=r"task x needs nowhere: pip install 'genpolicy\[robots\]'"
     ):
         library("nowhere.envs", "task x")

@@ -8,7 +8,7 @@ import torch
 
 from assets import make_tiny_smolvla
 from genpolicy.chain import DDIM, Chain
-from genpolicy.config import schema
+from genpolicy.config import errors, leaves
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.models.lerobot_flow import LeRobotFlow
 from genpolicy.policy.policy import ChainPolicy
@@ -40,7 +40,7 @@ def straight(plane, slot: int, seed: int, goal: int) -> tuple[float, bool, bool,
 
 
 def test_found_by_name_and_described():
-    task = schema.make("tasks", {"name": "point_instructions", "goals": 2})
+    task = leaves.make("tasks", {"name": "point_instructions", "goals": 2})
     assert task.goals == 2
     assert task.shapes == {STATE: (2,), CAMERA: (3, PIXELS, PIXELS)}
     assert (task.action_dim, task.limit, task.has_success) == (2, 32, True)
@@ -234,7 +234,7 @@ def test_wrong_settings_and_actions():
         ({"limit": 0}, "limit is 0"),
         ({"mistaken": 1.5}, r"mistaken is 1.5; it must lie in \[0, 1\]"),
     ):
-        with pytest.raises(schema.ConfigError, match=sentence):
+        with pytest.raises(errors.ConfigError, match=sentence):
             PointInstructions(**settings)
     plane = TASK.environments(1, 1)
     plane.reset([0], [0])

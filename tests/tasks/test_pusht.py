@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from genpolicy.config import schema
+from genpolicy.config import errors, leaves
 from genpolicy.tasks._pusht import Pushing
 from genpolicy.tasks.pusht import PushT
 
@@ -57,7 +57,7 @@ def test_a_demonstration_is_what_happened():
 
 
 def test_what_is_seen():
-    task = schema.make("tasks", {"name": "pusht"})
+    task = leaves.make("tasks", {"name": "pusht"})
     assert (task.action_dim, task.limit, task.fps) == (2, 300, 10)
     environments = task.environments(2, 2)
     context = environments.reset([0, 1], [0, 1])
@@ -88,5 +88,5 @@ def test_pixels():
 
 
 def test_bad_settings_get_a_sentence():
-    with pytest.raises(schema.ConfigError, match="reward is 'densed'; did you mean dense"):
+    with pytest.raises(errors.ConfigError, match="reward is 'densed'; did you mean dense"):
         PushT(reward="densed")

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from genpolicy.chain import Noise
-from genpolicy.config.schema import ConfigError, OptimizerConfig
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.schema import OptimizerConfig
 from genpolicy.learning.critic import Critic
-from genpolicy.learning.gate import TransitionModel, imagined
+from genpolicy.learning.dynamics import TransitionModel, imagined
 from genpolicy.methods.parts.iql import ActionValue
 from genpolicy.rollout.replay import Replay
 from genpolicy.training.run import Run

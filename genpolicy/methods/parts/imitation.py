@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpolicy.config.schema import OptimizerConfig, at_least, positive, share
-from genpolicy.contracts.task import Context, Dataset
-from genpolicy.policy.policy import ControlModel
+from genpolicy.config.errors import at_least, positive, share
+from genpolicy.config.schema import OptimizerConfig
+from genpolicy.contracts.dataset import Dataset
+from genpolicy.contracts.model import ControlModel
+from genpolicy.contracts.task import Context
 from genpolicy.training.run import Run
 
 Source = Callable[[Tensor], tuple[Context, Tensor, Tensor | None]]

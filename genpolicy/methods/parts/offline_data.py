@@ -2,8 +2,6 @@
 collected itself.
 """
 
-import math
-from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -11,11 +9,9 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain.values import Condition
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
+from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context
-from genpolicy.evaluation.prompt_scores import interval
-from genpolicy.learning.gate import safe_share
-from genpolicy.policy.policy import ControlModel
 from genpolicy.rollout.replay import Replay
 from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.run import Run
@@ -126,105 +122,3 @@ class Experience:
         self.run.collector.store.pinned.update(self.iterations)
         self._everything = None
         self.renew()
-
-
-class Failures:
-    """Starts from which an episode failed and none has succeeded since; saved and resumed with the
-    run.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.seeds: list[int] = []
-        run.register(failures=self)
-
-    def mixed(self, fresh: Sequence[int], share: float) -> list[int]:
-        """``fresh`` reset seeds, the last ``share`` of them replaced by failures as far as there
-        are any.
-        """
-        count = min(round(share * len(fresh)), len(self.seeds))
-        key = [self.run.experiment.seed % 2**64, self.run.iteration]
-        drawn = np.random.default_rng(key).permutation(len(self.seeds))[:count]
-        return [*fresh[: len(fresh) - count], *(self.seeds[number] for number in drawn)]
-
-    def note(self, starts: Sequence[int], success: Tensor | None) -> None:
-        """What came of episodes from ``starts``; success [M,N] (None: the task does not judge)."""
-        if success is None:
-            return
-        for seed, good in zip(starts, success.mean(1).tolist(), strict=True):
-            if seed in self.seeds and good == 1:
-                self.seeds.remove(seed)
-            elif seed not in self.seeds and good < 1:
-                self.seeds.append(seed)
-
-    def state_dict(self) -> dict[str, list[int]]:
-        return {"seeds": list(self.seeds)}
-
-    def load_state_dict(self, state: dict[str, list[int]]) -> None:
-        self.seeds = list(state["seeds"])
-
-
-class Floor:
-    """A floor under what is collected: the policy that a stage began with plays so many of the
-    episodes that their expected return stays at least ``share`` of its own (`safe_share`), by the
-    lower 95 % bound of what the new one did last.
-    """
-
-    def __init__(self, run: Run, share: float, anchor: "Anchor") -> None:
-        self.run, self.share, self.anchor = run, share, anchor
-        self.lower = (
-            math.inf
-        )  # the first iteration is played by the policy that the stage began with anyway
-        run.register(floor=self)
-
-    def episodes(self, wanted: int) -> int:
-        """How many of the ``wanted`` the new policy may play, at least one in each process and
-        equally many; the others are played here and now.
-        """
-        anchor, processes = self.anchor, self.run.processes.count
-        if anchor.rate is None:
-            with self.run.using(anchor.weights):
-                anchor.rate = self.run.try_out(wanted, anchor.iteration)
-        allowed = math.floor(
-            safe_share(self.share, anchor.rate, self.lower) * wanted + 1e-9
-        )  # 7.999 is 8
-        mine = max(allowed // processes, 1) * processes
-        if wanted - mine:
-            with self.run.using(anchor.weights):
-                self.run.log("floor/baseline", self.run.try_out(wanted - mine, self.run.iteration))
-        return mine
-
-    def note(self, returns: Tensor) -> None:
-        """What the new policy's episodes came to."""
-        self.lower = interval(returns.flatten())[0]
-
-    def state_dict(self) -> dict[str, float]:
-        return {"lower": self.lower}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.lower = state["lower"]
-
-
-class Anchor:
-    """The policy that a stage begins with, to which it is held, and what the one in force came to
-    in real episodes (None: not tried): saved and resumed with the run.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.renew()
-        run.register(anchor=self)
-
-    def renew(self) -> None:
-        """From now on the policy as it stands."""
-        self.weights = self.run.snapshot()
-        self.iteration = self.run.iteration
-        self.rate: float | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"weights": self.weights, "iteration": self.iteration, "rate": self.rate}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = self.run.policy.model.device
-        self.weights = [torch.as_tensor(value).to(device) for value in state["weights"]]
-        self.iteration, self.rate = state["iteration"], state["rate"]

@@ -2,13 +2,19 @@
 learns beside it.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
-from genpolicy.config.schema import OptimizerConfig, at_least, positive, share
+from genpolicy.config.errors import at_least, positive, share
+from genpolicy.config.schema import OptimizerConfig
+from genpolicy.evaluation.prompt_scores import interval
+from genpolicy.learning.acceptance import safe_share
+from genpolicy.methods.parts.anchor import Anchor
 from genpolicy.methods.parts.baseline import DecisionValue
-from genpolicy.methods.parts.offline_data import Anchor, Failures, Floor
 from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.replay_check import LogRatio
 from genpolicy.training.run import Run
@@ -95,3 +101,80 @@ class OnPolicy:
                 rollout, decisions=replace(rollout.decisions, terminated=rollout.decisions.last)
             )
         return rollout, *self.critic.advantage(rollout)
+
+
+class Failures:
+    """Starts from which an episode failed and none has succeeded since; saved and resumed with the
+    run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.seeds: list[int] = []
+        run.register(failures=self)
+
+    def mixed(self, fresh: Sequence[int], share: float) -> list[int]:
+        """``fresh`` reset seeds, the last ``share`` of them replaced by failures as far as there
+        are any.
+        """
+        count = min(round(share * len(fresh)), len(self.seeds))
+        key = [self.run.experiment.seed % 2**64, self.run.iteration]
+        drawn = np.random.default_rng(key).permutation(len(self.seeds))[:count]
+        return [*fresh[: len(fresh) - count], *(self.seeds[number] for number in drawn)]
+
+    def note(self, starts: Sequence[int], success: Tensor | None) -> None:
+        """What came of episodes from ``starts``; success [M,N] (None: the task does not judge)."""
+        if success is None:
+            return
+        for seed, good in zip(starts, success.mean(1).tolist(), strict=True):
+            if seed in self.seeds and good == 1:
+                self.seeds.remove(seed)
+            elif seed not in self.seeds and good < 1:
+                self.seeds.append(seed)
+
+    def state_dict(self) -> dict[str, list[int]]:
+        return {"seeds": list(self.seeds)}
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        self.seeds = list(state["seeds"])
+
+
+class Floor:
+    """A floor under what is collected: the policy that a stage began with plays so many of the
+    episodes that their expected return stays at least ``share`` of its own (`safe_share`), by the
+    lower 95 % bound of what the new one did last.
+    """
+
+    def __init__(self, run: Run, share: float, anchor: "Anchor") -> None:
+        self.run, self.share, self.anchor = run, share, anchor
+        self.lower = (
+            math.inf
+        )  # the first iteration is played by the policy that the stage began with anyway
+        run.register(floor=self)
+
+    def episodes(self, wanted: int) -> int:
+        """How many of the ``wanted`` the new policy may play, at least one in each process and
+        equally many; the others are played here and now.
+        """
+        anchor, processes = self.anchor, self.run.processes.count
+        if anchor.rate is None:
+            with self.run.using(anchor.weights):
+                anchor.rate = self.run.try_out(wanted, anchor.iteration)
+        allowed = math.floor(
+            safe_share(self.share, anchor.rate, self.lower) * wanted + 1e-9
+        )  # 7.999 is 8
+        mine = max(allowed // processes, 1) * processes
+        if wanted - mine:
+            with self.run.using(anchor.weights):
+                self.run.log("floor/baseline", self.run.try_out(wanted - mine, self.run.iteration))
+        return mine
+
+    def note(self, returns: Tensor) -> None:
+        """What the new policy's episodes came to."""
+        self.lower = interval(returns.flatten())[0]
+
+    def state_dict(self) -> dict[str, float]:
+        return {"lower": self.lower}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.lower = state["lower"]

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from genpolicy.chain import Noise
-from genpolicy.config.schema import ConfigError
+from genpolicy.config.errors import ConfigError
+from genpolicy.learning.acceptance import compare
 from genpolicy.learning.critic import pessimistic
-from genpolicy.learning.gate import compare, imagined
+from genpolicy.learning.dynamics import imagined
 from genpolicy.methods.parts import gate
 from genpolicy.methods.parts.gate import GATE, OfflineEvaluation
 from genpolicy.methods.parts.iql import ActionValue

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from genpolicy.learning.gate import safe_share
-from genpolicy.methods.parts.offline_data import Anchor, Failures, Floor
-from genpolicy.methods.parts.online import Online, OnPolicy
+from genpolicy.learning.acceptance import safe_share
+from genpolicy.methods.parts.anchor import Anchor
+from genpolicy.methods.parts.online import Failures, Floor, Online, OnPolicy
 from tests.peers import peers, together
 from tests.toy_control import prepared
 

@@ -1,0 +1,59 @@
+"""The error of bad input, and the checks of a settings class: each raises one sentence."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """What is wrong with what the user asked for, in one sentence."""
+
+
+def nearest(word: str, valid: Sequence[str]) -> str:
+    """'; did you mean a, b?' or '; valid are ...', for error messages."""
+    close = difflib.get_close_matches(word, valid, n=3)
+    return (
+        f"; did you mean {', '.join(close)}?"
+        if close
+        else f"; valid are {', '.join(sorted(valid))}"
+    )
+
+
+def choice(what: str, value: Any, valid: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of ``valid``."""
+    if value not in valid:
+        raise ConfigError(f"{what} is {value!r}{nearest(str(value), valid)}")
+
+
+def at_least(where: str, section: Any, **least: float) -> None:
+    """Raise unless every named field of ``section`` is None or a finite number of at least so much."""
+    for name, low in least.items():
+        value = getattr(section, name)
+        if value is not None and not low <= value < math.inf:
+            raise ConfigError(f"{where}: {name} is {value}; it must be at least {low}")
+
+
+def positive(where: str, section: Any, *names: str) -> None:
+    """Raise unless every named field of ``section`` is None or a finite number above 0."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{where}: {name} is {value}; it must be above 0")
+
+
+def share(where: str, section: Any, *names: str) -> None:
+    """Raise unless every named field of ``section`` lies in [0, 1]."""
+    for name in names:
+        value = getattr(section, name)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{where}: {name} is {value}; it must lie in [0, 1]")
+
+
+def divides(where: str, section: Any, part: str, whole: str) -> None:
+    """Raise unless the field ``part`` divides the field ``whole``."""
+    small, large = getattr(section, part), getattr(section, whole)
+    if large % small:
+        raise ConfigError(
+            f"{where}: {whole} is {large} and can't be split evenly into {part} = {small}; choose a multiple of it"
+        )

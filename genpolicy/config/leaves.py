@@ -1,0 +1,86 @@
+"""Finding leaves: the class or function that a section of an experiment names."""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from genpolicy.config import shipped
+from genpolicy.config.errors import ConfigError, nearest
+from genpolicy.config.parse import decode
+
+KINDS = ("methods", "models", "rewards", "tasks", "datasets")
+
+
+SHIPPED = ("assets/", "configs/", "robots/")
+
+
+def names(kind: str) -> list[str]:
+    """The shipped leaves of a kind, by file name."""
+    package = importlib.import_module(f"genpolicy.{kind}")
+    return sorted(
+        m.name
+        for m in pkgutil.iter_modules(package.__path__)
+        if not m.ispkg and not m.name.startswith("_")
+    )
+
+
+def leaf(kind: str, name: str) -> Any:
+    """The entry of a leaf: the class or function of genpolicy/<kind>/<name>.py, or of a dotted path
+    ``pkg.mod:entry``.
+    """
+    if ":" in name:
+        module_name, _, entry = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module_name), entry)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"{kind[:-1]} {name!r} can't be imported: {error}") from None
+    if name not in names(kind):
+        raise ConfigError(
+            f"there is no {kind[:-1]} {name!r}{nearest(name, names(kind))} (or a dotted path pkg.mod:entry)"
+        )
+    module = importlib.import_module(f"genpolicy.{kind}.{name}")
+    plain = name.replace("_", "")
+    for attribute in vars(module):
+        if attribute.lower().replace("_", "") == plain and callable(getattr(module, attribute)):
+            return getattr(module, attribute)
+    raise ConfigError(f"genpolicy/{kind}/{name}.py has no class or function named like the file")
+
+
+def settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A leaf's own settings, with shipped paths (assets/..., configs/..., robots/...) resolved."""
+    return {key: _resolve(value) for key, value in raw.items() if key != "name"}
+
+
+def _resolve(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(SHIPPED):
+        try:
+            return str(shipped.path(value))
+        except FileNotFoundError as error:
+            raise ConfigError(str(error)) from None
+    if isinstance(value, dict):
+        return {key: _resolve(item) for key, item in value.items()}
+    return value
+
+
+def make(kind: str, raw: Mapping[str, Any]) -> Any:
+    """Build a leaf from its section: a dataclass is decoded strictly, a plain function is returned
+    as it is.
+    """
+    if not isinstance(raw.get("name"), str):
+        raise ConfigError(
+            f"the {kind[:-1]} section needs a name; valid are {', '.join(names(kind))}"
+        )
+    entry = leaf(kind, raw["name"])
+    if isinstance(entry, type) and dataclasses.is_dataclass(entry):
+        return decode(entry, settings(raw), f"{kind[:-1]} {raw['name']}")
+    if isinstance(entry, type):
+        raise ConfigError(
+            f"{kind[:-1]} {raw['name']} is a plain class: make it a @dataclass, its fields are its settings"
+        )
+    if settings(raw):
+        raise ConfigError(
+            f"{kind[:-1]} {raw['name']} takes no settings, got {', '.join(settings(raw))}"
+        )
+    return entry

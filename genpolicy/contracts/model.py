@@ -1,0 +1,149 @@
+"""The contracts of models: families of networks behind one meaning."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from genpolicy.chain import Condition, Prediction
+from genpolicy.chain.schedule import Schedule
+from genpolicy.chain.values import Parametrisation
+from genpolicy.config.errors import ConfigError
+from genpolicy.contracts.dataset import Dataset
+from genpolicy.contracts.task import Context, ControlTask
+
+
+class Model(Protocol):
+    """A family of networks behind one meaning: encode, denoise, decode. Everything here is what
+    `ChainPolicy` needs.
+
+    schedule, parametrisation: how the network's output is read. event_shape: E of one sample as the
+    chain sees it. clip: (bound, recompute_eps) of the predicted x0 (see `ClipX0`), None where the
+    family does not clip. evaluations: network evaluations so far, in rows; a row whose evaluation
+    is differentiated counts twice (its forward and its backward: the notes' "F per sample", with a
+    backward priced as a forward).
+    """
+
+    schedule: Schedule
+    parametrisation: Parametrisation
+    event_shape: tuple[int, ...]
+    clip: tuple[float, bool] | None
+    device: torch.device
+    precision: Literal["fp32", "bf16", "fp16"]
+    evaluations: float
+
+    def grid(self, steps: int) -> Tensor:
+        """The family's own K+1 decreasing noise times, ending at 0 (fp64)."""
+        ...
+
+    def encode(self, context: Context) -> Condition:
+        """Condition of B rows: prompts once per distinct one and cached, observations normalised
+        and encoded.
+        """
+        ...
+
+    def negative(self, condition: Condition) -> Condition:
+        """The unconditional (negative-prompt) condition of the same rows."""
+        ...
+
+    def denoise(self, x: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """One unguided, unclipped network evaluation, counted. x [B,*E] fp32, t [B] (or [B,T]) ->
+        Prediction, fp32.
+        """
+        ...
+
+    def scored(self, value: Tensor) -> Tensor:
+        """The dims of [B,*E] (or of what broadcasts to it) that likelihoods count: all but those
+        that no parameter acts through (padding).
+        """
+        ...
+
+    def features(self, condition: Condition) -> Tensor:
+        """What a critic sees of the condition, Float[B,F], detached."""
+        ...
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Samples [B,*E] to outputs: images Float[B,3,H,W] in [0,1], videos Float[B,F,3,H,W], or
+        the chunk of actions that is executed, Float[B,T,D] in the environment's units.
+        """
+        ...
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that learn, by name, in a fixed order. fp32."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write the policy in its ecosystem's own format."""
+        ...
+
+
+class ControlModel(Model, Protocol):
+    """A model whose samples are chunks of actions.
+
+    pretrained: None for one that is still to be given its shapes and statistics by `initialise`.
+    history: observation frames it sees. shapes: of the observations it needs, by LeRobot's names.
+    action_dim: D of the environment. executed: how many of a chunk's actions are carried out, T of
+    `decode`. horizon: offsets, relative to the current frame, of the actions that one event holds.
+    draws: uniform numbers that a row of `supervised` takes.
+    """
+
+    pretrained: str | None
+    history: int
+    shapes: Mapping[str, tuple[int, ...]]
+    action_dim: int
+    executed: int
+    horizon: range
+    draws: int
+
+    def supervised(self, context: Context, uniform: Tensor) -> tuple[Condition, Tensor]:
+        """The condition of B rows to imitate from, and what the encoder's own losses add to each
+        row's loss [B]. uniform [B,``draws``] in [0,1): all its chance (augmentation, a bottleneck's
+        samples). A model without any says `encode`, 0.
+        """
+        ...
+
+    def initialise(self, dataset: Dataset) -> None:
+        """Draw fresh weights for the dataset's shapes, and take its statistics for normalisation."""
+        ...
+
+    def event(self, actions: Tensor) -> Tensor:
+        """Actions Float[B,T,D] in the environment's units, at the offsets ``horizon``, as the
+        chain's x0 [B,*E].
+        """
+        ...
+
+    def event_mask(self, pad: Tensor) -> Tensor | None:
+        """The dims of an event that a supervised loss counts, bool, broadcastable to [B,*E] (None:
+        all), where ``pad`` bool[B,T] says which actions lie outside their episode: what the
+        family's own training does.
+        """
+        ...
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """Noise times to train at, [B] fp64, from uniform numbers in [0,1): the family's own
+        training distribution.
+        """
+        ...
+
+
+def require_fit(model: ControlModel, task: ControlTask) -> None:
+    """Raise `ConfigError` where the task does not show what the model needs to see, or takes other
+    actions.
+    """
+    for name, shape in model.shapes.items():
+        seen = tuple(task.shapes[name]) if name in task.shapes else None
+        if seen != tuple(shape):
+            has = (
+                ", ".join(f"{n} {tuple(s)}" for n, s in task.shapes.items())
+                if seen is None
+                else f"shape {seen}"
+            )
+            raise ConfigError(
+                f"the policy needs {name} of shape {tuple(shape)}; the task has {has}"
+            )
+    if model.action_dim != task.action_dim:
+        raise ConfigError(
+            f"the policy gives actions of {model.action_dim} dims; the task takes {task.action_dim}"
+        )

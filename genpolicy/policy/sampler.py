@@ -1,0 +1,129 @@
+"""Samplers: from a chain section to the chain that acts, and which sampler is deployed."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from genpolicy import chain
+from genpolicy.chain import Chain
+from genpolicy.config.errors import ConfigError, nearest
+from genpolicy.config.leaves import leaf, settings
+from genpolicy.config.parse import decode
+from genpolicy.config.schema import ChainConfig
+from genpolicy.contracts.model import Model
+from genpolicy.policy.policy import ChainPolicy, Judge
+
+
+def kernels() -> dict[str, Callable[..., Any]]:
+    """The kernels and solvers of genpolicy.chain by name: ddim, sde, cps, consistency, heun,
+    dpmsolver, and the wrappers.
+    """
+    return {
+        attribute.lower(): entry
+        for attribute, entry in vars(chain).items()
+        if isinstance(entry, type)
+        and any(hasattr(entry, method) for method in ("coefficients", "integrate"))
+    }
+
+
+def make_kernel(raw: Mapping[str, Any]) -> Any:
+    """A kernel or solver of `kernels` by name, or a dotted path."""
+    name = raw.get("name")
+    if not isinstance(name, str):
+        raise ConfigError("chain: kernel needs a name, for example {name: ddim, eta: 1.0}")
+    if ":" in name:
+        return decode(leaf("kernels", name), settings(raw), f"kernel {name}")
+    valid = kernels()
+    if name not in valid:
+        raise ConfigError(f"there is no kernel {name!r}{nearest(name, list(valid))}")
+    inner = {
+        key: make_kernel(value) if key == "kernel" else value
+        for key, value in settings(raw).items()
+    }
+    known = [f.name for f in dataclasses.fields(valid[name])]  # type: ignore[arg-type]
+    for key in inner:
+        if key not in known:
+            raise ConfigError(f"kernel {name} has no key {key!r}{nearest(key, known)}")
+    try:
+        return valid[name](**inner)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"kernel {name} does not fit: {error}") from None
+
+
+def require_trainable(chain: ChainConfig) -> None:
+    """Raise `ConfigError` for a sampler that acts but can't be trained."""
+    if chain.best_of > 1:
+        raise ConfigError(
+            f"chain: best_of is {chain.best_of}, and what is picked from several samples has no likelihood to train on:"
+            " leave it at 1, and set eval.sampler.best_of for the sampler that is deployed"
+        )
+
+
+def make_policy(model: Model, sampler: ChainConfig, judge: Judge | None = None) -> ChainPolicy:
+    """A model with a sampler; a sampler that does not fit the model's schedule, or one of several
+    samples without the judge that picks one, raises `ConfigError`.
+    """
+    if sampler.best_of > 1 and judge is None:
+        raise ConfigError(
+            f"best_of is {sampler.best_of}, but the policy has no critic that could pick one sample of several: RL-100's"
+            " offline stage (method rl100) learns one, which is saved beside its policies"
+        )
+    try:
+        grid = model.grid(sampler.steps)
+        built = Chain(model.schedule, grid, make_kernel(sampler.kernel), window=sampler.window)
+        interval = sampler.guidance_interval or (0.0, float("inf"))
+        policy = ChainPolicy(model, built, sampler.guidance, interval, sampler.negative_gradient)
+        policy = replace(policy, best_of=sampler.best_of, judge=judge)
+        for k in built.stochastic:
+            policy.std(k)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"chain: {error}") from None
+    if sampler.window_size is not None and not 1 <= sampler.window_size <= len(built.stochastic):
+        raise ConfigError(
+            f"chain: window_size {sampler.window_size} does not fit into the window of {len(built.stochastic)} steps"
+        )
+    return policy
+
+
+def deployed_sampler(
+    rollout: ChainConfig, overrides: Mapping[str, Any], control: bool = False
+) -> ChainConfig:
+    """The sampler that is evaluated and saved: the rollout's steps and guidance, unless overridden;
+    pictures with the ODE, which keeps their diversity, actions (``control``) with the mean of the
+    kernel that they were trained with. The best of several actions is picked from the kernel's own
+    samples: its means are nearly the same for all noise.
+    """
+    if control:
+        default = replace(
+            rollout, kernel={"name": "mean", "kernel": rollout.kernel}, window_size=None
+        )
+    else:
+        default = replace(
+            rollout, kernel={"name": "ddim", "eta": 0.0}, window=None, window_size=None
+        )
+    sampler = decode(ChainConfig, {**dataclasses.asdict(default), **overrides}, "eval: sampler")
+    if not control or sampler.best_of == 1 or "kernel" in overrides:
+        return sampler
+    sampler = replace(sampler, kernel=rollout.kernel)
+    return sampler if "window" in overrides else without_last_noise(sampler)
+
+
+def without_last_noise(sampler: ChainConfig) -> ChainConfig:
+    """The same sampler, whose kernel does not act at the last step."""
+    low, high = sampler.window or (0, sampler.steps)
+    return replace(sampler, window=(low, max(min(high, sampler.steps - 1), low)))
+
+
+def resampled(own: Mapping[str, Any], overrides: Mapping[str, Any]) -> ChainConfig:
+    """A sampler with some keys replaced; a window that was the whole chain stays the whole chain."""
+    merged = {**own, **overrides}
+    if (
+        "window" not in overrides
+        and own.get("window") is not None
+        and [*own["window"]] == [0, own.get("steps")]
+    ):
+        merged["window"] = [0, merged["steps"]]
+    return decode(ChainConfig, merged, "the sampler")
