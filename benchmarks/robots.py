@@ -93,7 +93,7 @@ def where_time_goes(workers: int) -> None:
             run.update(rollout, batch, advantage, method.loss)
             updates += 1
         update = time.perf_counter() - began
-        steps, decisions = run.journal.env_steps, len(rollout.trajectory)
+        steps, decisions = run.metrics.env_steps, len(rollout.trajectory)
         print(
             f"  workers {workers}: {steps / collect:6.0f} env steps/s, {decisions / collect:5.0f} decisions/s with the policy; "
             f"simulating {simulate / collect:.0%}, sampling {1 - simulate / collect:.0%} of it; "

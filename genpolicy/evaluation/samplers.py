@@ -40,8 +40,8 @@ class Variant:
     native: bool = False
 
     def of(self, policy: ChainPolicy) -> ChainPolicy:
-        """The same model, the same frozen base and the same judge, with this sampler."""
-        made = replace(make_policy(policy.model, self.sampler, policy.judge), base=policy.base)
+        """The same model and the same parts, with this sampler."""
+        made = make_policy(policy.model, self.sampler, policy.parts)
         if self.native and hasattr(policy.model, "native_grid"):
             grid = policy.model.native_grid(self.sampler.steps)  # type: ignore[attr-defined]
             made = replace(made, chain=replace(made.chain, grid=grid))
@@ -75,9 +75,9 @@ def _variant(name: str, found: Saved) -> Variant:
         return Variant(name, deployed)
     if name == "ode":
         ode = {"name": "ddim", "eta": 0.0}
-        return Variant(
-            name, replace(deployed, kernel=ode, window=None, window_size=None, best_of=1)
-        )
+        # no step is inside the window, so that a learned std acts nowhere either
+        nowhere = replace(deployed, kernel=ode, window=(0, 0), window_size=None, best_of=1)
+        return Variant(name, nowhere)
     if name == "native":
         own = native_sampler(str(found.policy.get("pretrained")))
         if own is None:

@@ -32,6 +32,7 @@ from genpolicy.config.errors import at_least, positive, share
 from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate, log_ratio
 from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.rollout.rollout import Rollout
+from genpolicy.training.requirements import require_density
 from genpolicy.training.run import Run
 
 
@@ -78,7 +79,7 @@ class DPPO:
         share("method dppo", self, "gamma", "lam", "gamma_den")
 
     def train(self, run: Run) -> None:
-        run.require_density()
+        require_density(run)
         run.freeze_base()
         value = DecisionValue(
             run, self.gamma, self.lam, self.critic_lr, self.critic_epochs, self.critic_minibatch

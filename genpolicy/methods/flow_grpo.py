@@ -23,6 +23,7 @@ from genpolicy.chain.values import Gaussian, Reduce
 from genpolicy.config.errors import at_least, choice, divides, positive
 from genpolicy.learning.advantage import Advantage, Combine, Kind
 from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate, log_ratio, mean_kl
+from genpolicy.training.requirements import require_density
 from genpolicy.training.run import Run
 
 
@@ -64,8 +65,8 @@ class FlowGRPO:
         divides("method flow_grpo", self, "updates", "groups")
 
     def train(self, run: Run) -> None:
-        run.require_density()
-        reference = run.snapshot() if self.beta else None
+        require_density(run)
+        reference = run.weights() if self.beta else None
         estimate = Advantage(self.advantage, self.combine, self.advantage_clip)
         run.register(advantage=estimate)
         for _ in run.iterations():

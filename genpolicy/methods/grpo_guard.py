@@ -32,6 +32,7 @@ from genpolicy.learning.objective import (
     guard_log_ratio,
     mean_kl,
 )
+from genpolicy.training.requirements import require_density
 from genpolicy.training.run import Run
 
 
@@ -69,8 +70,8 @@ class GRPOGuard:
         divides("method grpo_guard", self, "updates", "groups")
 
     def train(self, run: Run) -> None:
-        run.require_density()
-        reference = run.snapshot() if self.beta else None
+        require_density(run)
+        reference = run.weights() if self.beta else None
         estimate = Advantage(self.advantage, self.combine, self.advantage_clip)
         run.register(advantage=estimate)
         for _ in run.iterations():

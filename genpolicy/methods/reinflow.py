@@ -18,37 +18,18 @@ density, and log-probabilities are not clamped to [-1, 1].
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genpolicy.chain.values import Gaussian, Reduce
 from genpolicy.config.errors import ConfigError, at_least, positive, share
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate
 from genpolicy.methods.parts.baseline import DecisionValue
+from genpolicy.policy.parts.learned_std import LearnedStd
+from genpolicy.training.requirements import require_window
 from genpolicy.training.run import Run
-
-
-class NoiseNet(nn.Module):
-    """(t [B], features [B,F]) -> std [B,dims] between ``low`` and ``high``; it starts in the middle
-    (of log std^2).
-    """
-
-    def __init__(self, features: int, dims: int, low: float, high: float, hidden: int = 64) -> None:
-        super().__init__()
-        self.low, self.high = 2 * math.log(low), 2 * math.log(high)
-        self.network = nn.Sequential(
-            nn.Linear(features + 2, hidden), nn.SiLU(), nn.Linear(hidden, dims)
-        )
-        nn.init.zeros_(self.network[2].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.network[2].bias)  # type: ignore[arg-type]
-
-    def forward(self, t: Tensor, features: Tensor) -> Tensor:
-        time = torch.stack([t, t**2], -1).to(features)
-        place = (self.network(torch.cat([features, time], -1)).tanh() + 1) / 2
-        return ((self.low + (self.high - self.low) * place) / 2).exp()
 
 
 @dataclass
@@ -111,16 +92,17 @@ class ReinFlow:
             raise ConfigError(
                 "method reinflow is derived for flow policies: this one does not predict a velocity"
             )
-        run.require_window()
-        noise = NoiseNet(
-            run.features, math.prod(run.policy.model.event_shape), self.std_low, self.std_high
-        )
+        require_window(run)
+        dims = math.prod(run.policy.model.event_shape)
+        noise = LearnedStd(run.features, dims, self.std_low, self.std_high)
         noise.to(run.policy.model.device)
+        if "std" in run.policy.parts:  # the policy that the run goes on from has learned one
+            noise.load_state_dict(run.policy.parts["std"].state_dict())
         noise_optimizer = run.learner(
             noise.parameters(), OptimizerConfig(lr=self.noise_lr, weight_decay=0.0)
         )
-        run.register(noise=noise, noise_optimizer=noise_optimizer)
-        run.policy = replace(run.policy, std_of=noise)  # the deployed policy has none
+        run.attach(std=noise)
+        run.register(noise_optimizer=noise_optimizer)
         value = DecisionValue(
             run, self.gamma, self.lam, self.critic_lr, self.critic_epochs, self.critic_minibatch
         )

@@ -25,7 +25,7 @@ holds the policy to where Q was learned: without it the gate's score rises while
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
@@ -46,11 +46,13 @@ from genpolicy.methods.parts.imitation import Cloning, Imitation, recorded
 from genpolicy.methods.parts.iql import ActionValue
 from genpolicy.methods.parts.offline_data import Experience
 from genpolicy.methods.parts.online import Online, OnPolicy
-from genpolicy.policy.best_of import QJudge
+from genpolicy.policy.parts.best_of import BestOf
+from genpolicy.policy.weights import Weights
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.rollout.rollout import Rollout
+from genpolicy.training.requirements import require_density
 from genpolicy.training.run import Loss, Run
-from genpolicy.training.stages import Course
+from genpolicy.training.stages import Stage
 
 AT_ONCE = 100
 """Updates of one iteration of recloning."""
@@ -188,11 +190,9 @@ class _Pipeline:
     def __init__(self, settings: RL100, run: Run) -> None:
         self.s, self.run = settings, run
         self.model = cast(ControlModel, run.policy.model)
-        self.course = Course(self._course())
-        run.register(course=self.course)
-        run.stages = self._optimizers()
-        run.enter(self.course.stage)
-        names = [name for name, _ in self.course.stages]
+        stages = self._stages()
+        run.plan(stages)
+        names = [stage.name for stage in stages]
         if "imitate" in names and run.data is None:
             raise ConfigError(
                 "method rl100 imitates recorded episodes: name them in the data section"
@@ -213,15 +213,16 @@ class _Pipeline:
             self.evaluation = OfflineEvaluation(
                 run, self.value, horizon=o.horizon, starts=o.starts, caution=o.caution
             )
+            self.critic = BestOf(self.value.q, o.pessimism)
         if "online" in names:
             self.on_policy = OnPolicy(
                 run, settings.online, settings.gamma, settings.cut_fails, self.anchor
             )
         if {"improve", "online"} & set(names):
-            run.require_density()
+            require_density(run)
 
-    def _course(self) -> list[tuple[str, int | None]]:
-        """(stage, iterations) in order."""
+    def _stages(self) -> list[Stage]:
+        """The stages in order, each with its optimiser."""
         s, o = self.s, self.s.offline
         course: list[tuple[str, int | None]] = []
         if s.stage in ("all", "imitation"):
@@ -233,7 +234,8 @@ class _Pipeline:
                 course += [("criticise", 1), ("improve", o.candidates)]
         if s.stage in ("all", "online"):
             course.append(("online", None))
-        return course
+        optimizers = self._optimizers()
+        return [Stage(name, iterations, optimizers[name]) for name, iterations in course]
 
     def _optimizers(self) -> dict[str, OptimizerConfig]:
         """Each stage's, with the experiment's own betas, eps, decay and norm."""
@@ -247,41 +249,27 @@ class _Pipeline:
         }
 
     def train(self) -> None:
-        run, course = self.run, self.course
+        run = self.run
         for _ in run.iterations():
-            stage = course.stage
-            run.pace = course.progress
+            stage = run.stages.now.name
             if stage in ("improve", "online") and self.s.stage != "online":
-                run.deployed = replace(
-                    run.deployed, judge=self._judge
-                )  # saved with the policy, for best-of-N
-            through = getattr(self, stage)()
-            if course.advance(through):
-                if course.stage != stage:
-                    self._leave(stage)
-                    run.enter(course.stage)
-            else:
-                self._leave(stage)
-                run.over = True
+                run.attach(best_of=self.critic)
+            run.advance(getattr(self, stage)(), self._leave)
 
     def _leave(self, stage: str) -> None:
-        """A stage is through."""
+        """End a stage."""
         run = self.run
         if stage in ("imitate", "reclone"):
             run.milestone("imitation" if stage == "imitate" else "recloned")
         if stage == "criticise":
             self.anchor.renew()
-            n = self.s.offline.best_of
-            run.milestone(f"best_of_{n}", self._judge, n)
+            run.attach(best_of=self.critic)
+            run.milestone(f"best_of_{self.s.offline.best_of}", self.s.offline.best_of)
         if stage == "improve":
             run.milestone("offline")
             self.anchor.renew()
             if self.s.stage == "all":
                 self.on_policy.critic.value.load_state_dict(self.value.v.state_dict())
-
-    @property
-    def _judge(self) -> QJudge:
-        return QJudge(self.value.q, self.s.offline.pessimism)
 
     # Imitation
 
@@ -351,11 +339,11 @@ class _Pipeline:
             run.rewind(point)
         return far
 
-    def _verdict(self, point: tuple[list[Tensor], Any]) -> Comparison:
+    def _verdict(self, point: tuple[Weights, Any]) -> Comparison:
         """The candidate against the policy in force, in imagination."""
         e = self.experience
         new = self.evaluation(e.replay, e.features)
-        with self.run.using(point[0]):
+        with point[0].using():
             old = self.evaluation(e.replay, e.features)
         return compare(new, old)
 
@@ -368,7 +356,7 @@ class _Pipeline:
         trajectory = self.experience.redraw(self.s.offline.states, self.s.offline.sweeps)[
             0
         ].trajectory
-        with run.using(self.anchor.weights):
+        with self.anchor.weights.using():
             then = [
                 run.policy.scored(run.policy.transition(trajectory, k)) for k in trajectory.steps
             ]
@@ -380,13 +368,13 @@ class _Pipeline:
         sums = run.processes.reduce(torch.tensor([total, len(trajectory)], dtype=torch.float64))
         return float(sums[0] / sums[1])
 
-    def _checked(self, point: tuple[list[Tensor], Any]) -> bool:
+    def _checked(self, point: tuple[Weights, Any]) -> bool:
         """Real episodes, from the same starts for every policy of the stage: the candidate succeeds
         more often than the policy in force; where both always do, nothing speaks for a change.
         """
         run, anchor, episodes = self.run, self.anchor, self.s.offline.check
         if anchor.rate is None:
-            with run.using(point[0]):
+            with point[0].using():
                 anchor.rate = run.try_out(episodes, anchor.iteration)
         rate = run.try_out(episodes, anchor.iteration)
         run.log("gate/real_gain", rate - anchor.rate)
@@ -401,7 +389,7 @@ class _Pipeline:
         """pi <- PPO(pi, A = GAE), and V."""
         run, o = self.run, self.s.online
         rollout, advantage, returns = self.on_policy.rollout(self.log_ratio)
-        if self.course.done >= o.warm_up:
+        if self.run.stages.done >= o.warm_up:
             loss = partial(self.loss, clip=o.clip, kl=0.0)
             self._learn(rollout, run.normalised(advantage), o.epochs, o.minibatch, loss, None)
         self.on_policy.critic.learn(rollout, returns)
@@ -416,7 +404,7 @@ class _Pipeline:
         epochs: int,
         minibatch: int,
         loss: Loss,
-        reference: Sequence[Tensor] | None,
+        reference: Weights | None,
     ) -> None:
         """``epochs`` passes over a rollout."""
         for epoch in range(epochs):

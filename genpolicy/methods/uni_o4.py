@@ -47,9 +47,11 @@ from genpolicy.methods.parts.imitation import Cloning, Imitation, recorded
 from genpolicy.methods.parts.iql import ActionValue
 from genpolicy.methods.parts.offline_data import Experience
 from genpolicy.methods.parts.online import Online, OnPolicy
+from genpolicy.policy.weights import Weights
 from genpolicy.rollout.minibatch import Batch
+from genpolicy.training.requirements import require_density
 from genpolicy.training.run import Run
-from genpolicy.training.stages import Course
+from genpolicy.training.stages import Stage
 
 
 @dataclass
@@ -154,85 +156,81 @@ class Members:
 
     def __init__(self, run: Run, count: int, settings: dict[str, OptimizerConfig]) -> None:
         self.run, self.settings = run, settings
-        self.weights = [run.snapshot(), *(self._drawn(i) for i in range(1, count))]
+        self.weights = [run.weights(), *(self._drawn(i) for i in range(1, count))]
         self._begin("imitate")
         run.register(members=self)
 
     def __len__(self) -> int:
         return len(self.weights)
 
-    def _drawn(self, member: int) -> list[Tensor]:
+    def _drawn(self, member: int) -> Weights:
         run = self.run
         model = cast(ControlModel, run.policy.model)
         if model.pretrained is not None:
-            return run.snapshot()
+            return run.weights()
         assert run.data is not None
         model = copy.deepcopy(model)
         with torch.random.fork_rng():
             torch.manual_seed(run.experiment.seed + member)
             model.initialise(run.data)
-        return [p.detach().clone() for p in model.trainable().values()]
+        return Weights(run.trainable, list(model.trainable().values()))
 
     def _begin(self, stage: str) -> None:
         """Fresh optimisers, and nothing scored yet."""
         self.optimizers = []
         for weights in self.weights:
-            with self.run.using(weights):
+            with weights.using():
                 self.optimizers.append(self.run.learner(self.run.trainable, self.settings[stage]))
-        self.old = [[value.clone() for value in weights] for weights in self.weights]
+        self.old = [self._copy(weights) for weights in self.weights]
         self.score = [-math.inf] * len(self)
 
     def enter(self, stage: str) -> None:
         """Go on with fresh optimisers, from the averaged weights where there are any."""
-        self.weights = [[value.clone() for value in self.settled(i)] for i in range(len(self))]
+        self.weights = [self._copy(self.settled(i)) for i in range(len(self))]
         self._begin(stage)
 
-    def settled(self, member: int) -> list[Tensor]:
+    def settled(self, member: int) -> Weights:
         """A member's averaged weights where its optimiser has some, else its weights."""
-        return self.optimizers[member].ema or self.weights[member]
+        averages = self.optimizers[member].ema
+        return self.weights[member] if averages is None else Weights(self.run.trainable, averages)
+
+    def _copy(self, weights: Weights) -> Weights:
+        return Weights(self.run.trainable, weights.values)
 
     @contextmanager
     def learning(self, member: int) -> Iterator[None]:
         """A member's weights and optimiser in the run's place: what is learned in here is its own."""
-        run, own = self.run, self.run.optimizer
-        with run.using(self.weights[member]):
-            run.optimizer = self.optimizers[member]
-            try:
-                yield
-            finally:
-                run.optimizer = own
+        with self.run.learning(self.weights[member], self.optimizers[member]):
+            yield
 
     def judge(self, member: int, verdict: Comparison) -> bool:
         """A member's old policy is what scored higher: itself as it stands, or the old one."""
         better = verdict.difference > 0
         if better:
-            self.old[member] = [value.clone() for value in self.weights[member]]
+            self.old[member] = self._copy(self.weights[member])
         self.score[member] = verdict.old + max(verdict.difference, 0.0)
         return better
 
     @property
-    def best(self) -> list[Tensor]:
+    def best(self) -> Weights:
         """The old policy that scored highest."""
         return self.old[self.score.index(max(self.score))]
 
     def state_dict(self) -> dict[str, Any]:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         return {
-            "weights": self.weights,
-            "old": self.old,
+            "weights": [weights.values for weights in self.weights],
+            "old": [weights.values for weights in self.old],
             "score": list(self.score),
             "optimizers": optimizers,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = self.run.policy.model.device
-        weights, old = (
-            [[torch.as_tensor(value).to(device) for value in each] for each in state[name]]
-            for name in ("weights", "old")
-        )
-        self.weights = weights
-        self._begin("imitate" if self.run.stage == "imitate" else "improve")
-        self.old, self.score = old, list(state["score"])
+        parameters = self.run.trainable
+        self.weights = [Weights(parameters, values) for values in state["weights"]]
+        self._begin("imitate" if self.run.stages.now.name == "imitate" else "improve")
+        self.old = [Weights(parameters, values) for values in state["old"]]
+        self.score = list(state["score"])
         for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(value)
 
@@ -251,12 +249,9 @@ class _Pipeline:
         o, n = settings.offline, settings.members
         course: list[tuple[str, int | None]] = [("imitate", settings.imitation.iterations)]
         course += [("collect", n)] if o.episodes else []
-        self.course = Course(
-            [*course, ("criticise", 1), ("improve", o.candidates), ("online", None)]
-        )
-        run.register(course=self.course)
-        of_members, run.stages = self._optimizers()
-        run.enter(self.course.stage)
+        course += [("criticise", 1), ("improve", o.candidates), ("online", None)]
+        of_members, own = self._optimizers()
+        run.plan([Stage(name, iterations, own[name]) for name, iterations in course])
         self.members = Members(run, n, of_members)
         rows = settings.imitation.batch
         self.imitation = Imitation(run, recorded(run.data, self.model), len(run.data), rows)
@@ -277,7 +272,7 @@ class _Pipeline:
                 "method uni_o4 needs policies whose likelihood is known: policy {name: mlp, family: gaussian} and chain {steps: 1,"
                 " kernel: {name: floorstd, floor: 0.1, kernel: {name: ddim, eta: 0.0}}, window: [0, 1]}"
             )
-        run.require_density()
+        require_density(run)
         if any(len(shape) != 1 for shape in self.model.shapes.values()):
             raise ConfigError(
                 "method uni_o4 sees vectors only: its members would each have an encoder of their own, and the critics none;"
@@ -298,15 +293,9 @@ class _Pipeline:
         return members, {**own, "online": self.s.online.optimizer(common)}
 
     def train(self) -> None:
-        run, course = self.run, self.course
-        for _ in run.iterations():
-            stage = course.stage
-            run.pace = course.progress
-            getattr(self, stage)()
-            course.advance()
-            if course.stage != stage:
-                self._leave(stage)
-                run.enter(course.stage)
+        for _ in self.run.iterations():
+            getattr(self, self.run.stages.now.name)()
+            self.run.advance(leave=self._leave)
 
     def _leave(self, stage: str) -> None:
         """A stage is through."""
@@ -327,7 +316,7 @@ class _Pipeline:
             for member in range(len(self.members)):
                 self._imitate(member, [run.experiment.seed % 2**64, run.iteration, update, member])
         run.seen(i.batch * i.updates * len(self.members))
-        run.restore(self.members.settled(0))
+        self.members.settled(0).restore()
 
     def _imitate(self, member: int, key: list[int]) -> None:
         run, members = self.run, self.members
@@ -343,7 +332,7 @@ class _Pipeline:
             others = []
             for other in range(len(members)):
                 if other != member:
-                    with torch.no_grad(), run.using(members.weights[other]):
+                    with torch.no_grad(), members.weights[other].using():
                         others.append(error())
             own = error()
             return joint_weight(own.detach(), others, self.s.imitation.alpha) * own
@@ -355,8 +344,8 @@ class _Pipeline:
 
     def collect(self) -> None:
         """D <- D + the next member's share of the episodes, noise and all."""
-        member, n = self.course.done, len(self.members)
-        with self.run.using(self.members.weights[member]):
+        member, n = self.run.stages.done, len(self.members)
+        with self.members.weights[member].using():
             self.run.collect((self.s.offline.episodes + n - 1 - member) // n, 1, keep=True)
         self.experience.add(self.run.iteration)
 
@@ -371,10 +360,10 @@ class _Pipeline:
         every member.
         """
         run, o, members = self.run, self.s.offline, self.members
-        loss = partial(self.loss, clip=o.clip * (1 - (self.course.progress or 0.0)))
+        loss = partial(self.loss, clip=o.clip * (1 - (run.stages.progress or 0.0)))
         for member in range(len(members)):
             for update in range(o.updates):
-                with run.using(members.old[member]):
+                with members.old[member].using():
                     rollout, rows = self.experience.redraw(o.states, update * len(members) + member)
                     rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
                 advantage = self.value.advantage(
@@ -387,14 +376,14 @@ class _Pipeline:
             run.log("gate/accepted", float(members.judge(member, verdict)))
             run.log("gate/gain", verdict.difference)
             run.log("gate/value", verdict.old)
-        run.restore(members.best)
+        members.best.restore()
 
     def _verdict(self, member: int) -> Comparison:
         """A member against its old policy, in imagination."""
         e = self.experience
-        with self.run.using(self.members.weights[member]):
+        with self.members.weights[member].using():
             new = self.evaluation(e.replay, e.features)
-        with self.run.using(self.members.old[member]):
+        with self.members.old[member].using():
             return compare(new, self.evaluation(e.replay, e.features))
 
     # Online
@@ -403,7 +392,7 @@ class _Pipeline:
         """pi <- PPO(pi, A = GAE), and V."""
         run, o = self.run, self.s.online
         rollout, advantage, returns = self.on_policy.rollout(self.log_ratio)
-        if self.course.done >= o.warm_up:
+        if self.run.stages.done >= o.warm_up:
             advantage, loss = run.normalised(advantage), partial(self.loss, clip=o.clip)
             for batch in run.minibatches(
                 rollout, math.ceil(rollout.decisions.total / o.minibatch), o.epochs

@@ -4,55 +4,53 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from genpolicy.config.errors import ConfigError
-from genpolicy.config.leaves import leaf, make, settings
-from genpolicy.config.schema import ChainConfig, Experiment
-from genpolicy.policy.best_of import QJudge
-from genpolicy.policy.policy import Base, ChainPolicy, swapped
+from genpolicy.config.leaves import leaf, make, names, settings
+from genpolicy.config.schema import ChainConfig
+from genpolicy.contracts.model import Model
+from genpolicy.policy.policy import ChainPolicy, Part
 from genpolicy.policy.pretrained import foreign
 from genpolicy.policy.sampler import make_policy, resampled
 
-BASE = "base"
-"""In a saved policy's folder: the frozen network of the noisier part of its chain, if it has one.
-"""
-
-
-JUDGE = "judge"
-"""There too: the critic that picks for a best-of-N sampler, if it has one, whichever sampler is
-deployed.
-"""
-
-
 SAMPLER = "genpolicy.json"
-"""Beside a saved policy: how to load it again, and the sampler that it is deployed with."""
+"""Beside a saved policy: how to load it again, the sampler it is deployed with, and its parts."""
+PARTS = "parts"
+"""In a saved policy's folder: a folder per part, by its name."""
+OLD_BASE, OLD_JUDGE = "base", "judge"
+"""Where policies saved before parts had a contract keep the two that there were."""
 
 
 def save_policy(
-    policy: ChainPolicy, experiment: Experiment, sampler: ChainConfig, folder: Path
+    policy: ChainPolicy, section: Mapping[str, Any], sampler: ChainConfig, folder: Path
 ) -> None:
-    """Write the policy in its ecosystem's format with its sampler, and its judge if it has one,
-    beside it; the folder is replaced in one move. ``best_of`` is the policy's, whatever the
-    sampler's.
+    """Write the policy in its ecosystem's format, with its sampler and parts beside it.
+
+    section: the experiment's policy section. The folder is replaced in one move. ``best_of`` is the
+    policy's, whatever the sampler's.
     """
     staged = folder.with_name(folder.name + ".staged")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     policy.model.save(staged)
-    acted = replace(sampler, best_of=policy.best_of)
-    description: dict[str, Any] = {"policy": experiment.policy, "chain": dataclasses.asdict(acted)}
-    if policy.base is not None:
-        description["base_above"] = policy.base.above
-        (staged / BASE).mkdir()
-        with swapped(list(policy.model.trainable().values()), policy.base.weights):
-            policy.model.save(staged / BASE)
-    if policy.judge is not None:
-        assert isinstance(policy.judge, QJudge), "only a QJudge can be saved"
-        (staged / JUDGE).mkdir()
-        policy.judge.save(staged / JUDGE)
+    for name, part in policy.parts.items():
+        (staged / PARTS / name).mkdir(parents=True)
+        part.save(staged / PARTS / name)
+    description = {
+        "policy": dict(section),
+        "chain": dataclasses.asdict(replace(sampler, best_of=policy.best_of)),
+        "parts": {
+            name: {"kind": part.kind, "version": part.version}
+            for name, part in policy.parts.items()
+        },
+    }
     (staged / SAMPLER).write_text(json.dumps(description, indent=1) + "\n")
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
@@ -66,35 +64,148 @@ def save_policy(
 
 @dataclass(frozen=True)
 class Saved:
-    """A policy on disk or on the hub: where, its policy section, its deployed sampler, and the run
-    that made it.
+    """A policy on disk or on the hub.
 
-    base: the folder of the frozen network of its chain's noisier part, and the noise time above
-    which it acts. judge: the folder of its critic.
+    where: its folder or hub id.
+    policy: its policy section.
+    sampler: the one it is deployed with.
+    run: the folder of the run that made it, if it lies in one.
     """
 
     where: str
     policy: dict[str, Any]
     sampler: ChainConfig
     run: Path | None
-    base: tuple[str, float] | None = None
-    judge: Path | None = None
 
     @property
     def acts(self) -> bool:
-        """Whether its samples are chunks of actions (`ControlModel`)."""
+        """True where its samples are chunks of actions (`ControlModel`)."""
         return hasattr(leaf("models", self.policy["name"]), "event_mask")
 
     def load(self) -> ChainPolicy:
-        """The policy with its sampler and its judge."""
+        """The policy with its sampler and its parts."""
         model = make("models", self.policy)
-        judge = None if self.judge is None else QJudge.load(self.judge, model.device)
-        policy = make_policy(model, self.sampler, judge)
-        if self.base is None:
-            return policy
-        folder, above = self.base
-        frozen = make("models", {**self.policy, "pretrained": folder}).trainable().values()
-        return replace(policy, base=Base([value.detach() for value in frozen], above))
+        return make_policy(model, self.sampler, load_parts(self.policy, model))
+
+
+def load_parts(section: Mapping[str, Any], model: Model) -> dict[str, Part]:
+    """The parts of the saved policy that a policy section names, by name; none where it names none.
+
+    Raises `ConfigError` for a part that is missing, damaged, newer than this version of genpolicy,
+    or of an unknown kind: a policy without one of its parts is another policy.
+    """
+    folder = _origin(section)
+    if folder is None or not (folder / SAMPLER).is_file():
+        return {}
+    description = _described(folder)
+    if "parts" not in description:
+        return _old_parts(section, folder, description, model)
+    return {
+        name: _load_part(name, entry, folder / PARTS / name, model)
+        for name, entry in description["parts"].items()
+    }
+
+
+def require_savable(name: str, part: Part, model: Model) -> None:
+    """Raise `ConfigError` unless a part comes back from a folder as it is now.
+
+    It is saved and loaded once, before any work starts, so that nothing is lost at the end.
+    """
+    kind = getattr(part, "kind", None)
+    if kind not in names("policy.parts") or leaf("policy.parts", str(kind)) is not type(part):
+        raise ConfigError(
+            f"the policy's part {name!r} is a {type(part).__name__}, which can't be saved with it;"
+            f" kinds of parts are {', '.join(names('policy.parts'))}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            part.save(Path(folder))
+            again = type(part).load(Path(folder), model)
+            same = _equal(part.state_dict(), again.state_dict())
+        except Exception as error:
+            raise ConfigError(
+                f"the policy's part {name!r} can't be saved and loaded again:"
+                f" {' '.join(str(error).split())}"
+            ) from error
+    if not same:
+        raise ConfigError(
+            f"the policy's part {name!r} ({kind}) does not come back from its folder as it was"
+            " saved: it would be lost with the policy"
+        )
+
+
+def _load_part(name: str, entry: Mapping[str, Any], folder: Path, model: Model) -> Part:
+    kind, version = entry.get("kind"), entry.get("version")
+    if kind not in names("policy.parts"):
+        raise ConfigError(
+            f"{folder}: the policy's part {name!r} is of kind {kind!r}, which this version of"
+            f" genpolicy does not know; it knows {', '.join(names('policy.parts'))}"
+        )
+    found = leaf("policy.parts", str(kind))
+    if not isinstance(version, int) or version > found.version:
+        raise ConfigError(
+            f"{folder}: the policy's part {name!r} ({kind}) has version {version}; this version of"
+            f" genpolicy reads up to {found.version}"
+        )
+    return _read(name, folder, lambda: found.load(folder, model))
+
+
+def _read[T](name: str, folder: Path, load: Callable[[], T]) -> T:
+    """A part from its folder, or one sentence."""
+    try:
+        return load()
+    except Exception as error:  # json, safetensors and torch each complain in types of their own
+        missing = isinstance(error, FileNotFoundError)
+        state = "incomplete" if missing else "damaged"
+        raise ConfigError(
+            f"the policy's part {name!r} in {folder} is {state}: {' '.join(str(error).split())}"
+        ) from None
+
+
+def _old_parts(
+    section: Mapping[str, Any], folder: Path, description: Mapping[str, Any], model: Model
+) -> dict[str, Part]:
+    """The parts of a policy that was saved before they had a contract."""
+    found: dict[str, Part] = {}
+    if description.get("base_above") is not None:
+        base = make("models", {**section, "pretrained": str(folder / OLD_BASE)})
+        found["base"] = leaf("policy.parts", "base").of(base, float(description["base_above"]))
+    if (folder / OLD_JUDGE).is_dir():
+        judge, best_of = folder / OLD_JUDGE, leaf("policy.parts", "best_of")
+        found["best_of"] = _read("best_of", judge, lambda: best_of.load(judge, model))
+    return found
+
+
+def _origin(section: Mapping[str, Any]) -> Path | None:
+    """The folder that a policy section takes its weights from."""
+    lora = section.get("lora") or {}
+    start = lora.get("start") if section.get("train") == "lora" else section.get("pretrained")
+    return None if start is None else Path(settings({"path": str(start)})["path"])
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    try:
+        description = json.loads((folder / SAMPLER).read_text(encoding="utf-8"))
+        return {
+            **description,
+            "policy": dict(description["policy"]),
+            "chain": dict(description["chain"]),
+        }
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{folder / SAMPLER} is damaged: it must hold the keys policy and chain"
+        ) from None
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Equality of two state_dicts, to the bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one == other
 
 
 def saved(path: str | Path, **overrides: Any) -> Saved:
@@ -118,21 +229,13 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
     if not (folder / SAMPLER).is_file():
         section, sampler = foreign(str(folder))
         return Saved(str(path), section, resampled(sampler, overrides), None)
-    try:
-        description = json.loads((folder / SAMPLER).read_text())
-        section, sampler = dict(description["policy"]), dict(description["chain"])
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"{folder / SAMPLER} is damaged: it must hold the keys policy and chain"
-        ) from None
+    description = _described(folder)
+    section, sampler = description["policy"], description["chain"]
     if section.get("train") == "lora":
         section["lora"] = {**(section.get("lora") or {}), "start": str(folder)}
     else:
         section["pretrained"] = str(folder)
-    above = description.get("base_above")
-    base = None if above is None else (str(folder / BASE), float(above))
-    judge = folder / JUDGE if (folder / JUDGE).is_dir() else None
-    return Saved(str(folder), section, resampled(sampler, overrides), run, base, judge)
+    return Saved(str(folder), section, resampled(sampler, overrides), run)
 
 
 def load(path: str | Path, **overrides: Any) -> ChainPolicy:

@@ -1,53 +1,72 @@
-"""The contracts of a policy: `Model`, a family of networks, and `ChainPolicy`, a model with its
-sampler.
-"""
+"""A policy: a model with the sampler that acts, and the parts that act beside its network."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from genpolicy.chain import Chain, ClipX0, Condition, Guidance, Noise, Prediction, Trajectory
+from genpolicy.chain import Chain, ClipX0, Condition, Guidance, Noise, Trajectory
 from genpolicy.chain.kernel import gain
 from genpolicy.chain.schedule import Step
 from genpolicy.chain.values import Denoiser, Gaussian, expand, output_gain, reduce_event
 from genpolicy.contracts.model import Model
-
-
-@dataclass(frozen=True)
-class Base:
-    """A frozen network for the noisier part of a chain: values of the model's trainable parameters,
-    used at noise times above ``above`` (DPPO's steps before the last K').
-    """
-
-    weights: Sequence[Tensor]
-    above: float
-
+from genpolicy.learning.objective import Scored
+from genpolicy.policy.weights import Weights
 
 Judge = Callable[[Tensor, Tensor], Tensor]
-"""(features [B,F], scored event [B,*E]) -> what that decision is worth, [B]: a critic, as the
-sampler sees it.
-"""
+"""(features [B,F], scored event [B,*E]) -> the value of that decision, [B]: a critic."""
+
+Wrapper = Callable[[Denoiser], Denoiser]
+"""A denoiser around a denoiser."""
 
 
-StdOf = Callable[[Tensor, Tensor], Tensor]
-"""(t [B], features [B,F]) -> std [B,*E]: noise that is learned beside the network (ReinFlow)."""
+class Part(Protocol):
+    """A part of a policy: what acts besides its network, and is saved with it.
+
+    kind: the name of its file in genpolicy/policy/parts. version: of its files; a saved policy
+    whose part is newer than this is refused. `state_dict` and `load_state_dict` resume it.
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int]
+
+    def attach(self, policy: "ChainPolicy") -> "ChainPolicy":
+        """The policy that acts with this part; `ValueError` where the two do not fit."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write everything that `load` needs into an empty folder."""
+        ...
+
+    @classmethod
+    def load(cls, folder: Path, model: Model) -> Self:
+        """The part that was saved for this model; it acts bit for bit as the saved one."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True)
 class ChainPolicy:
-    """A model and the sampler that acts: a chain with its guidance. The sampler is part of the
-    policy.
+    """A model and the sampler that acts: a chain, its guidance, and the parts of the policy.
 
-    guidance: classifier-free scale, 1 is none (one evaluation a step). guidance_interval: (low,
-    high] in noise time. negative_gradient: differentiate the unconditional branch too (see
-    `Guidance`). base: who denoises the noisier part, if not the network that learns. std_of: what
-    replaces the kernel's std, if the noise is learned. best_of: samples that are drawn for a
-    decision; ``judge`` picks the one that is carried out. Such a policy acts and is not trained:
-    the chosen chain's likelihood is not the sampler's.
+    model: the network, encoder and decoder.
+    chain: schedule, grid, kernel and start.
+    guidance: classifier-free scale; 1 is none, one evaluation per step.
+    guidance_interval: (low, high] in noise time, where guidance acts.
+    negative_gradient: differentiate the unconditional branch too (see `Guidance`).
+    best_of: samples drawn per decision, of which ``judge`` picks one. Such a policy acts and is not
+        trained by likelihoods: the chosen chain's likelihood is not the sampler's.
+    parts: by name, in the order in which they were attached. They fill the slots below.
+    base: denoises the noisier steps in the place of the network that learns.
+    noise: gives the transitions a std of their own in the place of the kernel's.
+    judge: values the samples of a decision.
+    refiner: moves a sample, (policy, features [B,F], event [B,*E]) -> [B,*E], before it is valued.
     """
 
     model: Model
@@ -55,10 +74,16 @@ class ChainPolicy:
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, float("inf"))
     negative_gradient: bool = False
-    base: Base | None = None
-    std_of: StdOf | None = None
     best_of: int = 1
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    base: Wrapper | None = None
+    noise: Wrapper | None = None
     judge: Judge | None = None
+    refiner: "Callable[[ChainPolicy, Tensor, Tensor], Tensor] | None" = None
+
+    def attach(self, name: str, part: Part) -> "ChainPolicy":
+        """The same policy with a part, in the place of the one that had its name."""
+        return replace(part.attach(self), parts={**self.parts, name: part})
 
     @property
     def denoiser(self) -> Denoiser:
@@ -72,9 +97,9 @@ class ChainPolicy:
             negative, interval = self.model.negative, self.guidance_interval
             denoise = Guidance(denoise, negative, self.guidance, interval, self.negative_gradient)
         if self.base is not None:
-            denoise = _Handover(denoise, list(self.model.trainable().values()), self.base)
-        if self.std_of is not None:
-            denoise = _LearnedStd(denoise, self.model.features, self.std_of)
+            denoise = self.base(denoise)
+        if self.noise is not None:
+            denoise = self.noise(denoise)
         return denoise
 
     def with_window(self, window: tuple[int, int] | None) -> "ChainPolicy":
@@ -82,12 +107,12 @@ class ChainPolicy:
         return replace(self, chain=replace(self.chain, window=window))
 
     def sample(self, condition: Condition, noise: Noise, **options: Any) -> Trajectory:
-        """`Chain.sample` with this policy's denoiser; of ``best_of`` samples of every row the one
-        that is judged best.
+        """`Chain.sample` with this policy's denoiser, refined; of ``best_of`` samples per row the
+        one with the highest value.
         """
         if self.best_of > 1:
             return self._best(condition, noise, **options)
-        return self.chain.sample(
+        drawn = self.chain.sample(
             self.denoiser,
             condition,
             noise,
@@ -95,6 +120,9 @@ class ChainPolicy:
             device=self.model.device,
             **options,
         )
+        if self.refiner is None:
+            return drawn
+        return replace(drawn, x0=self.refiner(self, self.model.features(condition), drawn.x0))
 
     @torch.no_grad()
     def _best(self, condition: Condition, noise: Noise, **options: Any) -> Trajectory:
@@ -125,6 +153,36 @@ class ChainPolicy:
     def _step(self, k: int | Tensor) -> Step:
         return self.chain.step(k, 1 if isinstance(k, int) else len(k))
 
+    def score(
+        self,
+        trajectory: Trajectory,
+        k: int | Tensor,
+        advantage: Tensor,
+        reference: Weights | None = None,
+    ) -> Scored:
+        """Stored step k of every row (or each row's own, [b]) under the weights as they are: all
+        that a loss on transitions needs.
+
+        advantage [b]. reference: weights under which the step is scored too, without gradients.
+        """
+        anchor = None
+        if reference is not None:
+            with torch.no_grad(), reference.using():
+                anchor = self.scored(self.transition(trajectory, k))
+        grid, device = self.chain.grid, trajectory.x0.device
+        return Scored(
+            new=self.scored(self.transition(trajectory, k)),
+            old=self.scored(trajectory.acted(k)),
+            reference=anchor,
+            x=self.model.scored(trajectory.after(k)),
+            advantage=advantage,
+            std=self.std(k).to(device),
+            dt=(grid[k] - grid[k + 1]).float().to(device),
+            gain=self.gain(k).to(device),
+            index=k - trajectory.first,
+            steps=len(trajectory.steps),
+        )
+
     def scored(self, gaussian: Gaussian) -> Gaussian:
         """A Gaussian over the dims that likelihoods count."""
         return Gaussian(self.model.scored(gaussian.mean), self.model.scored(gaussian.std))
@@ -153,46 +211,3 @@ class ChainPolicy:
         else:
             error = (prediction.x0 - event) / expand(d_x0, event)
         return reduce_event(error**2, "mean", mask)
-
-
-@dataclass(frozen=True)
-class _Handover:
-    """The base at noise times above its own, the learning network below."""
-
-    denoiser: Denoiser
-    parameters: Sequence[torch.nn.Parameter]
-    base: Base
-
-    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        if not bool((t > self.base.above).any()):
-            return self.denoiser(x, t, condition)
-        with torch.no_grad(), swapped(self.parameters, self.base.weights):
-            return self.denoiser(x, t, condition)
-
-
-@dataclass(frozen=True)
-class _LearnedStd:
-    """The same prediction with a std of its own."""
-
-    denoiser: Denoiser
-    features: Callable[[Condition], Tensor]
-    std_of: StdOf
-
-    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        prediction = self.denoiser(x, t, condition)
-        return replace(prediction, std=self.std_of(t, self.features(condition)).view_as(x))
-
-
-@contextmanager
-def swapped(parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Run with other values in the parameters' place, without a copy: references and averages are
-    evaluated in here.
-    """
-    originals = [p.data for p in parameters]
-    try:
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.data = value
-        yield
-    finally:
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.data = original

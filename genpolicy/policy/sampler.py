@@ -12,7 +12,7 @@ from genpolicy.config.leaves import leaf, settings
 from genpolicy.config.parse import decode
 from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.model import Model
-from genpolicy.policy.policy import ChainPolicy, Judge
+from genpolicy.policy.policy import ChainPolicy, Part
 
 
 def kernels() -> dict[str, Callable[..., Any]]:
@@ -60,32 +60,38 @@ def require_trainable(chain: ChainConfig) -> None:
         )
 
 
-def make_policy(model: Model, sampler: ChainConfig, judge: Judge | None = None) -> ChainPolicy:
-    """A model with a sampler; a sampler that does not fit the model's schedule, or one of several
-    samples without the judge that picks one, raises `ConfigError`.
+def make_policy(
+    model: Model, sampler: ChainConfig, parts: Mapping[str, Part] | None = None
+) -> ChainPolicy:
+    """A model with a sampler and the parts of its policy, attached in their order.
+
+    Raises `ConfigError` where sampler, parts and model do not fit together.
     """
-    if sampler.best_of > 1 and judge is None:
-        raise ConfigError(
-            f"best_of is {sampler.best_of}, but the policy has no critic that could pick one sample of several: RL-100's"
-            " offline stage (method rl100) learns one, which is saved beside its policies"
-        )
     try:
         grid = model.grid(sampler.steps)
         built = Chain(model.schedule, grid, make_kernel(sampler.kernel), window=sampler.window)
         interval = sampler.guidance_interval or (0.0, float("inf"))
         policy = ChainPolicy(model, built, sampler.guidance, interval, sampler.negative_gradient)
-        policy = replace(policy, best_of=sampler.best_of, judge=judge)
         for k in built.stochastic:
             policy.std(k)
+        for name, part in (parts or {}).items():
+            policy = policy.attach(name, part)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"chain: {error}") from None
     if sampler.window_size is not None and not 1 <= sampler.window_size <= len(built.stochastic):
         raise ConfigError(
-            f"chain: window_size {sampler.window_size} does not fit into the window of {len(built.stochastic)} steps"
+            f"chain: window_size {sampler.window_size} does not fit into the window of"
+            f" {len(built.stochastic)} steps"
         )
-    return policy
+    if sampler.best_of > 1 and policy.judge is None:
+        raise ConfigError(
+            f"best_of is {sampler.best_of}, but the policy has no critic that could pick one sample"
+            " of several: RL-100's offline stage (method rl100) learns one, which is saved beside"
+            " its policies"
+        )
+    return replace(policy, best_of=sampler.best_of)
 
 
 def deployed_sampler(

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,6 +15,14 @@ from genpolicy.config.errors import ConfigError
 STATE = "state.pt"
 LOCK = ".lock"
 """Marks a run's folder, and is held while the run lives."""
+
+
+class Stateful(Protocol):
+    """Anything that is saved and resumed with a run."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any, /) -> Any: ...
 
 
 def write(folder: Path, iteration: int, state: Any, keep: int = 2) -> None:

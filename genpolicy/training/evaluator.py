@@ -1,28 +1,29 @@
-"""What a run is judged by, before, between and after: prompts and rewards, or episodes in
-environments.
-"""
+"""The evaluation of a run before, between and after: prompts and rewards, or episodes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from genpolicy.config.schema import EvalConfig
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import Environments
 from genpolicy.evaluation import pictures
-from genpolicy.evaluation.episode_scores import evaluate_control
+from genpolicy.evaluation.episode_scores import ControlEvaluation, evaluate_control
 from genpolicy.evaluation.prompt_scores import evaluate
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.training.processes import Processes
 
 
-class Exam(Protocol):
+class Evaluator(Protocol):
     """The same questions for every policy that is to be compared.
 
-    measured: the metrics that may select the best policy; the first is the default.
+    measured: the metrics that may select the best policy; the first is the default. of_actions:
+    True where the policy acts in environments.
     """
+
+    of_actions: ClassVar[bool]
 
     @property
     def measured(self) -> Sequence[str]: ...
@@ -35,14 +36,20 @@ class Exam(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of environments."""
+        ...
+
 
 @dataclass(frozen=True)
-class PromptExam:
+class PromptEvaluator:
     """Rewards of samples of fixed prompts."""
 
     reward: WeightedRewards
     prompts: Sequence[str]
     settings: EvalConfig
+
+    of_actions: ClassVar[bool] = False
 
     @property
     def measured(self) -> Sequence[str]:
@@ -65,14 +72,19 @@ class PromptExam:
             pictures.grid(found.outputs, found.prompts, folder / "grid.png")
         return found.metrics()
 
+    def close(self) -> None:
+        """Do nothing: prompts hold nothing open."""
+
 
 @dataclass(frozen=True)
-class ControlExam:
+class EpisodeEvaluator:
     """Success and return of episodes from fixed starts."""
 
     environments: Environments
     judged: bool
     settings: EvalConfig
+
+    of_actions: ClassVar[bool] = True
 
     @property
     def measured(self) -> Sequence[str]:
@@ -81,13 +93,21 @@ class ControlExam:
     def __call__(
         self, policy: ChainPolicy, processes: Processes, micro_batches: MicroBatches, folder: Path
     ) -> dict[str, Any]:
-        found = evaluate_control(
+        return self.play(policy, processes, self.settings.episodes, self.settings.seed).metrics()
+
+    def play(
+        self, policy: ChainPolicy, processes: Processes, episodes: int, seed: int
+    ) -> ControlEvaluation:
+        """``episodes`` episodes whose reset seeds begin at ``seed``."""
+        return evaluate_control(
             policy,
             self.environments,
-            episodes=self.settings.episodes,
-            seed=self.settings.seed,
+            episodes=episodes,
+            seed=seed,
             judged=self.judged,
             process=(processes.index, processes.count),
             gather=processes.gather,
         )
-        return found.metrics()
+
+    def close(self) -> None:
+        self.environments.close()

@@ -25,8 +25,11 @@ from genpolicy.config.schema import Experiment
 from genpolicy.contracts.reward import RewardError
 from genpolicy.contracts.task import Task, is_control
 from genpolicy.evaluation import curves, metrics_file
+from genpolicy.policy.files import load_parts
 from genpolicy.policy.sampler import make_policy, require_trainable
-from genpolicy.training import checkpoint
+from genpolicy.rollout.micro_batch import MicroBatches
+from genpolicy.rollout.store import EpisodeStore
+from genpolicy.training import checkpoint, loop
 from genpolicy.training.build import (
     control_model,
     load_rewards,
@@ -34,8 +37,13 @@ from genpolicy.training.build import (
     make_rewards,
     prompt_lines,
 )
-from genpolicy.training.evaluator import ControlExam, Exam, PromptExam
-from genpolicy.training.processes import start_processes
+from genpolicy.training.collector import Collector
+from genpolicy.training.display import Display
+from genpolicy.training.episode_collector import EpisodeCollector
+from genpolicy.training.evaluator import EpisodeEvaluator, Evaluator, PromptEvaluator
+from genpolicy.training.iteration_metrics import IterationMetrics
+from genpolicy.training.processes import Processes, start_processes
+from genpolicy.training.prompt_collector import PromptCollector
 from genpolicy.training.rehearsal import Rehearsal
 from genpolicy.training.run import Method, Run
 
@@ -66,11 +74,11 @@ def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) ->
         folder = Path(experiment).parent if resume else None
         experiment = parse.load(experiment, overrides)
     folder = folder or Path(experiment.output)
-    accelerator = start_processes(experiment, folder)
-    with _folder(folder, resume) if accelerator.is_main_process else contextlib.nullcontext():
-        run, method = prepare(experiment, folder, accelerator)
+    processes = start_processes(experiment, folder)
+    with _folder(folder, resume) if processes.main else contextlib.nullcontext():
+        run, method = prepare(experiment, folder, processes)
         if experiment.trackers:  # now, not before: they write into the folder
-            accelerator.init_trackers("genpolicy", config={"experiment": parse.to_yaml(experiment)})
+            processes.start_trackers(parse.to_yaml(experiment))
         with run:
             method.train(run)
             return _finish(run, time.perf_counter() - started)
@@ -78,18 +86,18 @@ def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) ->
 
 def _finish(run: Run, wall_time: float) -> Result:
     """The last evaluation, the figures and summary.json."""
-    after = run.conclude()
+    after, spent = loop.conclude(run), run.spent
     summary = {
         "asked": dataclasses.asdict(run.experiment.budget),
         "iterations": run.iteration,
-        "over": run.over,
-        "before": run.before,
+        "over": spent.over,
+        "before": run.deployment.before,
         "after": after,
         "wall_time_s": wall_time,
-        "training_s": run.seconds,
-        "evaluations": run.evaluations,
-        "env_decisions": run.env_decisions,
-        "env_steps": run.env_steps,
+        "training_s": spent.seconds,
+        "evaluations": spent.evaluations,
+        "env_decisions": spent.env_decisions,
+        "env_steps": spent.env_steps,
         "replay_gap": run.replay_check.gap,
         "seeds": {"run": run.experiment.seed, "eval": run.experiment.eval.seed},
         "processes": run.processes.count,
@@ -98,9 +106,8 @@ def _finish(run: Run, wall_time: float) -> Result:
     if run.processes.main:
         curves.figures(run.folder)
         metrics_file.write_json(run.folder / "summary.json", summary)
-    for tracker in run.accelerator.trackers:
-        tracker.finish()
-    return Result(run.folder, run.before, after, summary)
+    run.processes.finish_trackers()
+    return Result(run.folder, run.deployment.before, after, summary)
 
 
 def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, Rehearsal]:
@@ -112,8 +119,8 @@ def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Exp
     with (
         tempfile.TemporaryDirectory() as nowhere
     ):  # episodes that a method keeps are written down as they end
-        run, method = prepare(asked, Path(nowhere), start_processes(asked, None))
-        run.rehearse = cost.record
+        processes = start_processes(asked, None)
+        run, method = prepare(asked, Path(nowhere), processes, rehearsal=cost)
         with run:
             method.train(run)
     cost.project(asked)
@@ -193,8 +200,13 @@ def evaluation_prompts(experiment: Experiment, task: Task) -> tuple[str, ...]:
     return tuple(dict.fromkeys(task.reset(range(experiment.eval.samples)).prompts))
 
 
-def prepare(experiment: Experiment, folder: Path, accelerator: Any) -> tuple[Run, Method]:
-    """Build everything an experiment names; what does not fit raises before any work starts."""
+def prepare(
+    experiment: Experiment, folder: Path, processes: Processes, rehearsal: Rehearsal | None = None
+) -> tuple[Run, Method]:
+    """Build everything an experiment names; what does not fit raises before any work starts.
+
+    rehearsal: records one iteration of each stage in the place of the loop.
+    """
     require_trainable(experiment.chain)
     torch.manual_seed(experiment.seed)
     if experiment.threads is not None:
@@ -202,21 +214,45 @@ def prepare(experiment: Experiment, folder: Path, accelerator: Any) -> tuple[Run
     method = make("methods", experiment.method)
     task = make("tasks", experiment.task)
     data = make_data(experiment.data)
+    # what every run has, and what the two worlds have each
+    metrics, display = IterationMetrics(), Display(experiment, folder, processes.main)
+    micro_batches = MicroBatches(experiment.micro_batch, display.say)
+    seed, settings = experiment.seed, experiment.eval
+    collector: Collector
+    evaluator: Evaluator
     if is_control(task):
-        model = control_model(experiment.policy, task, data)
-        environments = task.environments(experiment.environments, model.history)
-        exam: Exam = ControlExam(environments, task.has_success, experiment.eval)
-        parts: dict[str, Any] = {"environments": environments, "data": data}
         if experiment.reward:
             raise ConfigError(
-                f"task {experiment.task['name']} brings its own reward: leave the reward section out"
+                f"task {experiment.task['name']} brings its own reward: leave the reward section"
+                " out"
             )
+        model = control_model(experiment.policy, task, data)
+        environments = task.environments(experiment.environments, model.history)
+        evaluator = EpisodeEvaluator(environments, task.has_success, settings)
+        circumstances = repr((experiment.task, experiment.chain, experiment.environments))
+        store = EpisodeStore(folder)
+        collector = EpisodeCollector(seed, circumstances, environments, processes, metrics, store)
     else:
         reward = make_rewards(experiment.reward)
-        exam = PromptExam(reward, evaluation_prompts(experiment, task), experiment.eval)
-        parts = {"reward": reward}
+        evaluator = PromptEvaluator(reward, evaluation_prompts(experiment, task), settings)
         load_rewards(reward)
         model = make("models", experiment.policy)
-    choice("eval: select", experiment.eval.select or exam.measured[0], exam.measured)
-    policy = make_policy(model, experiment.chain)
-    return Run(experiment, policy, task, exam, folder, accelerator, **parts), method
+        collector = PromptCollector(seed, task, reward, processes, metrics, micro_batches)
+    choice("eval: select", settings.select or evaluator.measured[0], evaluator.measured)
+    policy = make_policy(model, experiment.chain, load_parts(experiment.policy, model))
+    run = Run(
+        experiment,
+        policy,
+        task,
+        collector,
+        evaluator,
+        folder,
+        processes,
+        metrics,
+        micro_batches,
+        display,
+        data=data,
+        iterate=loop.iterations if rehearsal is None else rehearsal.record,
+        rehearsal=rehearsal is not None,
+    )
+    return run, method

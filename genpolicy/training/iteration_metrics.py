@@ -4,11 +4,12 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 
 
-class Journal:
+class IterationMetrics:
     """Numbers of the iteration that is running; `close` returns them and begins the next page."""
 
     def __init__(self) -> None:
@@ -26,8 +27,13 @@ class Journal:
         """Add a number; several of one name are averaged."""
         self.numbers[name].append(value)
 
+    def log_all(self, values: Mapping[str, float]) -> None:
+        """Add several numbers."""
+        for name, value in values.items():
+            self.numbers[name].append(value)
+
     def phase(self, name: str | None) -> None:
-        """From now on this is what time is spent on (None: nothing that is counted)."""
+        """Start timing ``name``; None stops."""
         now = time.perf_counter()
         if self._phase is not None:
             self.clock[self._phase] += now - self._since

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.config.schema import OptimizerConfig
-from genpolicy.policy.policy import swapped
+from genpolicy.policy.weights import swapped
 
 
 class Optimizer:

@@ -2,6 +2,7 @@
 enters nowhere else.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,50 @@ class Processes:
             return value
         return self.accelerator.reduce(value.to(self.accelerator.device), "sum").to(value.device)
 
+    def sum(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        if self.count == 1:
+            return value
+        return float(self.reduce(torch.tensor([value], dtype=torch.float64)))
+
+    def sums(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The sums by name over all processes, of which some may have no name at all."""
+        if self.count == 1:
+            return dict(values)
+        # everybody learns the names from the process that has the most of them
+        written = "\n".join(values).encode()
+        longest = int(self.gather(torch.tensor([len(written)])).max())
+        if not longest:
+            return {}
+        padded = torch.tensor(list(written.ljust(longest)), dtype=torch.uint8)[None]
+        longest_row = max(bytes(row.tolist()).decode().rstrip() for row in self.gather(padded))
+        names = longest_row.split("\n")
+        mine = torch.tensor([values.get(name, 0.0) for name in names], dtype=torch.float64)
+        return dict(zip(names, self.reduce(mine).tolist(), strict=True))
+
+    def log(self, metrics: Mapping[str, float], iteration: int) -> None:
+        """Hand an iteration's metrics to the trackers."""
+        self.accelerator.log(dict(metrics), step=iteration)
+
+    def start_trackers(self, text: str) -> None:
+        """Begin the trackers' records with the experiment as text."""
+        self.accelerator.init_trackers("genpolicy", config={"experiment": text})
+
+    def finish_trackers(self) -> None:
+        """End the trackers' records."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     def wait(self) -> None:
         """Go on together."""
         self.accelerator.wait_for_everyone()
 
 
-def start_processes(experiment: Experiment, folder: Path | None) -> Accelerator:
+def start_processes(experiment: Experiment, folder: Path | None) -> Processes:
     """Join the processes that launched this run; its trackers will write to ``folder``."""
     try:
-        return Accelerator(log_with=list(experiment.trackers) or None, project_dir=folder)
+        accelerator = Accelerator(log_with=list(experiment.trackers) or None, project_dir=folder)
+        return Processes(accelerator)
     except ValueError as error:
         raise ConfigError(f"the experiment: trackers: {error}") from None
 

@@ -2,7 +2,6 @@
 budget will.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -11,10 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from genpolicy.config.schema import Experiment
-from genpolicy.training.evaluator import ControlExam
+from genpolicy.training.evaluator import EpisodeEvaluator
 from genpolicy.training.replay_check import CHECK
 from genpolicy.training.run import Run
-from genpolicy.training.stages import Course
 
 REHEARSED = 1000
 """The iteration that a rehearsal is: past any warm-up, which costs less than what follows."""
@@ -70,55 +68,50 @@ class Rehearsal:
     seconds: float = 0.0
 
     def record(self, run: Run) -> Iterator[int]:
-        """Stand in for `Run.iterations`: an iteration of each stage on the real sizes, and the
-        weights as they were.
+        """Stand in for the loop: an iteration of each stage on the real sizes, and the weights as
+        they were.
         """
-        weights, course = run.snapshot(), run.registered.get("course")
-        stages: list[tuple[str, int | None]] = [(str(run.experiment.method["name"]), None)]
-        if isinstance(course, Course):
-            stages, course.hurried = course.stages, True
-        for number, (stage, iterations) in enumerate(stages):
-            run.iteration = REHEARSED + number
-            if isinstance(course, Course) and iterations is None:
-                course.done = REHEARSED
+        weights, stages = run.weights(), run.stages
+        stages.hurried = True
+        for number, stage in enumerate(stages.all):
+            run.spent.iteration = REHEARSED + number
+            if stage.iterations is None:
+                stages.done = REHEARSED
             evaluations, started = run.policy.model.evaluations, time.perf_counter()
             yield run.iteration
-            run.journal.phase(None)
-            seconds, evaluations = (
-                time.perf_counter() - started,
-                run.policy.model.evaluations - evaluations,
-            )
-            self.stages.append(self._cost(run, stage, iterations, seconds, evaluations))
-            run.journal.close()
-        run.restore(weights)
-        self._examine(run)
+            run.metrics.phase(None)
+            seconds = time.perf_counter() - started
+            evaluations = run.policy.model.evaluations - evaluations
+            whole = len(stages.all) == 1
+            name = str(run.experiment.method["name"]) if whole else stage.name
+            self.stages.append(self._cost(run, name, stage.iterations, seconds, evaluations))
+            run.metrics.close()
+        weights.restore()
+        self._evaluate(run)
 
     def _cost(
         self, run: Run, stage: str, iterations: int | None, seconds: float, evaluations: float
     ) -> StageCost:
-        samples, count = run.journal.collected * run.processes.count, run.processes.count
-        env_steps = run.journal.env_steps * count
+        samples, count = run.metrics.collected * run.processes.count, run.processes.count
+        env_steps = run.metrics.env_steps * count
         did = f"{samples} samples"
-        if isinstance(run.exam, ControlExam):
+        if isinstance(run.evaluator, EpisodeEvaluator):
             lived = f"{samples} decisions in {env_steps:.0f} environment steps"
             did = lived if env_steps else f"{samples} recorded frames" if samples else "nothing new"
         phases = {
-            name: (spent, run.journal.memory[name]) for name, spent in run.journal.clock.items()
+            name: (spent, run.metrics.memory[name]) for name, spent in run.metrics.clock.items()
         }
         return StageCost(
             stage, iterations, seconds, samples, evaluations * count, env_steps, did, phases
         )
 
-    def _examine(self, run: Run) -> None:
+    def _evaluate(self, run: Run) -> None:
         settings = run.experiment.eval
-        if isinstance(run.exam, ControlExam):
+        if isinstance(run.evaluator, EpisodeEvaluator):
             self.judged = f"{settings.episodes} episodes"
-            few = min(run.environments.count, settings.episodes)  # type: ignore[union-attr]  # the exam plays in them
-            exam = dataclasses.replace(
-                run.exam, settings=dataclasses.replace(settings, episodes=few)
-            )
+            few = min(run.evaluator.environments.count, settings.episodes)
             started = time.perf_counter()
-            exam(run.deployed, run.processes, run.micro_batches, run.folder)
+            run.evaluator.play(run.deployed, run.processes, few, settings.seed)
             self.evaluation_seconds = (time.perf_counter() - started) * settings.episodes / few
         else:
             only = self.stages[0]

@@ -14,7 +14,7 @@ from genpolicy.config.errors import ConfigError
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.rollout import Rollout
-from genpolicy.training.iteration_metrics import Journal
+from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.processes import Processes
 
 LogRatio = Callable[[Gaussian, Gaussian, Tensor], Tensor]
@@ -35,13 +35,13 @@ class ReplayCheck:
 
     def __init__(
         self,
-        journal: Journal,
+        metrics: IterationMetrics,
         micro_batches: MicroBatches,
         processes: Processes,
         say: Callable[[str], None],
     ) -> None:
-        self.journal, self.micro_batches, self.processes, self.say = (
-            journal,
+        self.metrics, self.micro_batches, self.processes, self.say = (
+            metrics,
             micro_batches,
             processes,
             say,
@@ -54,14 +54,14 @@ class ReplayCheck:
     ) -> Rollout:
         """The rollout, whose old means are those of the training forward to within ``tolerance``."""
         if self.again is None:
-            self.journal.phase(CHECK)
+            self.metrics.phase(CHECK)
             counted = policy.model.evaluations
             self._look(policy, rollout.trajectory, log_ratio, tolerance)
             policy.model.evaluations = counted
-            self.journal.phase(None)
+            self.metrics.phase(None)
         if not self.again:
             return rollout
-        self.journal.phase("rescore")
+        self.metrics.phase("rescore")
         return replace(
             rollout, trajectory=scored_again(policy, rollout.trajectory, self.micro_batches)
         )

@@ -5,89 +5,48 @@ There is no wrapper around the network: gradients are summed over processes by h
 pipeline's own code keeps running.
 """
 
-import contextlib
 import copy
 import math
-import signal
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
-from genpolicy.chain import Condition, Noise, Trajectory
-from genpolicy.config import parse
-from genpolicy.config.errors import ConfigError
-from genpolicy.config.schema import ChainConfig, Experiment, OptimizerConfig
+from genpolicy.chain import Condition, Noise
+from genpolicy.config.schema import Experiment, OptimizerConfig
 from genpolicy.contracts.dataset import Dataset
-from genpolicy.contracts.reward import WeightedRewards
-from genpolicy.contracts.task import Context, ControlTask, Environments, Task, is_control
-from genpolicy.evaluation import curves, metrics_file, pictures
-from genpolicy.evaluation.episode_scores import evaluate_control
+from genpolicy.contracts.task import Context, ControlTask, Task
 from genpolicy.learning.objective import Scored
-from genpolicy.policy.best_of import QJudge
-from genpolicy.policy.files import save_policy
-from genpolicy.policy.policy import Base, ChainPolicy, swapped
-from genpolicy.policy.sampler import deployed_sampler, make_policy, without_last_noise
+from genpolicy.policy.files import require_savable
+from genpolicy.policy.parts.base import Base
+from genpolicy.policy.policy import ChainPolicy, Part
+from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch
 from genpolicy.rollout.episodes import reset_seed
-from genpolicy.rollout.micro_batch import MicroBatches, recount
+from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.rollout.rollout import Rollout, single
-from genpolicy.rollout.store import EpisodeStore
-from genpolicy.training import checkpoint
+from genpolicy.training.budget import Spent
+from genpolicy.training.checkpoint import Stateful
 from genpolicy.training.collector import Collector
-from genpolicy.training.evaluator import Exam
-from genpolicy.training.iteration_metrics import Journal
+from genpolicy.training.deployment import Deployment
+from genpolicy.training.display import Display
+from genpolicy.training.evaluator import EpisodeEvaluator, Evaluator
+from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.optimizer import Optimizer
 from genpolicy.training.processes import Processes
 from genpolicy.training.replay_check import LogRatio, ReplayCheck
+from genpolicy.training.stages import Stage, Stages
+from genpolicy.training.updates import Updates
 
 Loss = Callable[[Scored], tuple[Tensor, dict[str, Tensor]]]
 """A scored step of b rows -> (loss [b], metrics by name [b]). Pure."""
 
-
-WHOLE = "whole"
-"""The one stage of a method that has no stages."""
-
-
-STAGES = "stages"
-"""In a run's folder: the policies of its milestones."""
-
-
-COUNTERS = [
-    "iteration",
-    "seconds",
-    "evaluations",
-    "env_decisions",
-    "env_steps",
-    "best",
-    "before",
-    "last",
-    "evaluated_at",
-    "over",
-]
-"""What a checkpoint has of the run itself, beside weights, optimiser and what was registered."""
-
-
-REDRAW = 30.0
-"""Seconds between two drawings of the curves: one costs a second, which short runs would spend
-again and again.
-"""
-
-
-class Stateful(Protocol):
-    """Anything that `Run.register` saves and resumes."""
-
-    def state_dict(self) -> Any: ...
-
-    def load_state_dict(self, state: Any, /) -> Any: ...
+Losses = Callable[[slice], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
+"""A stretch of rows -> their losses [b], or those and metrics by name [b]."""
 
 
 class Method(Protocol):
@@ -97,10 +56,12 @@ class Method(Protocol):
 
 
 class Run:
-    """The state of one training run: policy, task, optimiser, counters, folder.
+    """One training run. Methods call its verbs and read its attributes; they write into none.
 
-    reward: of prompts. environments: of a control task. data: the recorded episodes, if the
-    experiment names some.
+    experiment, task, folder, processes: what runs, on what, where, and who runs it.
+    policy: the one that learns and collects. deployment: the one that is evaluated and saved.
+    data: the recorded episodes or pictures, if the experiment names some.
+    spent: counters. stages: of the method. metrics: of the iteration that is running.
     """
 
     def __init__(
@@ -108,129 +69,115 @@ class Run:
         experiment: Experiment,
         policy: ChainPolicy,
         task: Task | ControlTask,
-        exam: Exam,
+        collector: Collector,
+        evaluator: Evaluator,
         folder: Path,
-        accelerator: Accelerator,
+        processes: Processes,
+        metrics: IterationMetrics,
+        micro_batches: MicroBatches,
+        display: Display,
         *,
-        reward: WeightedRewards | None = None,
-        environments: Environments | None = None,
         data: Dataset | None = None,
+        iterate: Callable[["Run"], Iterator[int]],
+        rehearsal: bool = False,
     ) -> None:
-        self.experiment, self.policy, self.task, self.exam = experiment, policy, task, exam
-        self.reward, self.environments, self.data = reward, environments, data
-        self.folder, self.accelerator = folder, accelerator
-        self.processes = Processes(accelerator)
-        self.sampler = deployed_sampler(experiment.chain, experiment.eval.sampler, is_control(task))
-        self.deployed = make_policy(policy.model, self.sampler)
-        self.window = policy.chain.stochastic
-        self.iteration = 0
-        # of training so far; evaluations, decisions and steps of environments of all processes
-        # together
-        self.seconds = self.evaluations = self.env_decisions = self.env_steps = 0.0
+        self.experiment, self.policy, self.task = experiment, policy, task
+        self.collector, self.evaluator, self.data = collector, evaluator, data
+        self.folder, self.processes, self.metrics = folder, processes, metrics
+        self.display, self.spent = display, Spent()
         self.trainable = list(policy.model.trainable().values())
-        self.stages: Mapping[str, OptimizerConfig] = {WHOLE: experiment.optimizer}
-        self.enter(WHOLE)
-        self.pace: float | None = (
-            None  # how far a method's stage is, where that and not the budget sets the lr
+        self.stages = Stages([Stage("whole", None, experiment.optimizer)])
+        self.optimizer = self.fresh_optimizer()
+        self.deployment = Deployment(
+            experiment,
+            policy,
+            evaluator,
+            folder,
+            processes,
+            micro_batches,
+            lambda: self.optimizer.averaged(),
+            self.say,
         )
-        self.over = False  # a method whose course is run says so
-        self.micro_batches = MicroBatches(experiment.micro_batch, self.say)
-        self.journal = Journal()
-        self.collector = Collector(
-            experiment.seed,
-            repr((experiment.task, experiment.chain, experiment.environments)),
-            task,
-            reward,
-            environments,
-            self.processes,
-            self.journal,
-            self.micro_batches,
-            EpisodeStore(folder),
-        )
-        self.replay_check = ReplayCheck(self.journal, self.micro_batches, self.processes, self.say)
+        self.replay_check = ReplayCheck(metrics, micro_batches, processes, self.say)
+        self.updates = Updates(processes, micro_batches)
         self.registered: dict[str, Stateful] = {}
-        self.before: dict[str, Any] = {}
-        self.last: dict[str, Any] = {}
-        self.best = -math.inf
-        self.rehearse: Callable[[Run], Iterator[int]] | None = None
-        self._stop = False
-        self._drawn = 0.0
-        self.evaluated_at = -1
+        self.unclaimed: dict[str, Any] = {}
+        self._iterate, self.rehearsal = iterate, rehearsal
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.environments is not None:
-            self.environments.close()
+        self.evaluator.close()
+
+    @property
+    def iteration(self) -> int:
+        """The number of the iteration that is running, from 1."""
+        return self.spent.iteration
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is spent, in [0, 1]; 1 when the method is through."""
+        return self.spent.share(self.experiment.budget)
+
+    @property
+    def pace(self) -> float:
+        """The share of the stage that is done, or of the budget where the stage has no end: what
+        learning rates go by.
+        """
+        done = self.stages.progress
+        return self.progress if done is None else done
+
+    @property
+    def deployed(self) -> ChainPolicy:
+        """The policy that is evaluated and saved."""
+        return self.deployment.policy
+
+    @property
+    def window(self) -> range:
+        """The steps that are trained."""
+        return self.policy.chain.stochastic
 
     # The loop
 
     def iterations(self) -> Iterator[int]:
         """Yield 1, 2, ... until the budget is spent or a signal asks to stop; resume, evaluate,
-        checkpoint and log around it.
+        checkpoint and log around it (`genpolicy.training.loop`; a rehearsal does none of that).
         """
-        if self.rehearse is not None:
-            yield from self.rehearse(self)
+        return self._iterate(self)
+
+    def plan(self, stages: Sequence[Stage]) -> None:
+        """Give the method stages, each with an optimiser of its own. Call it before `iterations`."""
+        self.stages = Stages(stages)
+        self.optimizer = self.fresh_optimizer()
+
+    def advance(
+        self, through: bool = False, leave: Callable[[str], None] = lambda stage: None
+    ) -> None:
+        """Count an iteration of the stage. Where that was its last (or ``through``), call
+        ``leave`` with its name and go on with the next one's fresh optimiser, or end the run.
+
+        Where the stage averaged its weights, the averages are what goes on: they are what was
+        evaluated and saved.
+        """
+        stage = self.stages.now.name
+        if not self.stages.advance(through):
             return
-        self._resume()
-        if self.processes.main:
-            (self.folder / "config.yaml").write_text(parse.to_yaml(self.experiment))
-        if self.iteration == 0 and not self.before:
-            self.before = self.evaluate()
-            self._save()
-        handlers = {
-            s: signal.signal(s, self._request_stop)
-            for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        }
-        try:
-            with self._bar() as bar:
-                while self.progress < 1 and not self._stopping():
-                    started, counted = time.perf_counter(), self.policy.model.evaluations
-                    self.iteration += 1
-                    yield self.iteration
-                    self._account(
-                        time.perf_counter() - started, self.policy.model.evaluations - counted
-                    )
-                    self._finish_iteration(self.policy.model.evaluations - counted, bar)
-            self._save()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        if self.stages.over:
+            leave(stage)
+            self.spent.over = True
+        elif self.stages.now.name != stage:
+            leave(stage)
+            if self.optimizer.ema is not None:
+                Weights(self.trainable, self.optimizer.ema).restore()
+            self.optimizer = self.fresh_optimizer()
 
-    @property
-    def progress(self) -> float:
-        """The share of the budget that is spent, by whichever of its limits is nearest; 1 when the
-        method is through.
-        """
-        if self.over:
-            return 1.0
-        b = self.experiment.budget
-        spent = {
-            "iterations": self.iteration,
-            "nfe": self.evaluations,
-            "env_decisions": self.env_decisions,
-        }
-        spent |= {"env_steps": self.env_steps, "seconds": self.seconds}
-        limits = {name: getattr(b, name) for name in spent}
-        return max((spent[name] / limit for name, limit in limits.items() if limit), default=0.0)
-
-    def _account(self, seconds: float, evaluations: float) -> None:
-        """Add an iteration's cost: the main process's clock and everybody's evaluations, the same
-        numbers on every process, because budget and learning rate follow from them.
-        """
-        decisions = self.journal.collected if self.journal.env_steps else 0
-        mine = [
-            seconds if self.processes.main else 0.0,
-            evaluations,
-            decisions,
-            self.journal.env_steps,
-        ]
-        spent = self.processes.reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
-        self.seconds += spent[0]
-        self.evaluations += spent[1]
-        self.env_decisions += spent[2]
-        self.env_steps += spent[3]
+    def take_up(self, stages: dict[str, int], optimizer: dict[str, Any]) -> None:
+        """Go on in the stage and with the optimiser of a checkpoint."""
+        self.stages.load_state_dict(stages)
+        if not self.stages.over:
+            self.optimizer = self.fresh_optimizer()
+            self.optimizer.load_state_dict(optimizer)
 
     # Collecting
 
@@ -243,6 +190,8 @@ class Run:
         shared_prefix: bool = False,
         keep: bool = False,
         starts: Sequence[int] | None = None,
+        policy: ChainPolicy | None = None,
+        window: tuple[int, int] | None = None,
     ) -> Rollout:
         """Roll the policy out: ``groups`` = M prompts or start states of this iteration,
         ``members`` = N samples or episodes each.
@@ -251,20 +200,27 @@ class Run:
         over the processes). shared_prefix: the members of a group share everything before the
         window (prompts only). keep: episodes are written down as they end (`EpisodeStore`), and a
         run that was killed meanwhile plays only those that are missing. starts: reset seeds of the
-        groups, if not the iteration's own (`starts`).
+        groups, if not the iteration's own (`starts`). policy: one that acts in the place of the one
+        that learns. window: [low, high) steps at which the kernel acts, kept and trained.
         """
-        window = self._draw_window()
-        policy = self.policy.with_window(window)
+        window = window or self._draw_window()
+        acting = (policy or self.policy).with_window(window)
         branch = window[0] if shared_prefix else None
         rollout = self.collector(
-            policy, self.iteration, groups, members, updates, branch, keep, starts
+            acting,
+            self.iteration,
+            groups,
+            members,
+            updates=updates,
+            branch_at=branch,
+            keep=keep,
+            starts=starts,
         )
         for name, value in {**rollout.parts, "total": rollout.rewards}.items():
             self.log(f"reward/{name}", value.mean().item())
         rewards = rollout.rewards
-        self.log(
-            "reward/total_ci95", 1.96 * rewards.mean(1).std().item() / math.sqrt(max(groups, 2))
-        )
+        spread = rewards.mean(1).std().item()
+        self.log("reward/total_ci95", 1.96 * spread / math.sqrt(max(groups, 2)))
         self.log(
             "reward/group_std_zero", (rewards.std(1, correction=0) == 0).double().mean().item()
         )
@@ -272,32 +228,26 @@ class Run:
 
     def starts(self, groups: int) -> list[int]:
         """The reset seeds of this iteration's groups."""
-        return [reset_seed(self.experiment.seed, self.iteration, group) for group in range(groups)]
+        seed = self.experiment.seed
+        return [reset_seed(seed, self.iteration, group) for group in range(groups)]
 
     def redraw(self, condition: Condition, place: Tensor, total: int, draw: int = 0) -> Rollout:
-        """What the policy would do where it is shown this process's B rows of ``condition``:
-        decisions that nobody carried out, to be judged by a critic. place [B]: their numbers among
-        the ``total`` of all processes, which name their noise; draw: the number of this redrawing
-        in its iteration.
+        """The policy's decisions where it is shown this process's B rows of ``condition``; nobody
+        carries them out.
+
+        place [B]: the rows' numbers among the ``total`` of all processes, which name their noise.
+        draw: the number of this redrawing in its iteration.
         """
-        self.journal.phase("sample")
+        self.metrics.phase("sample")
         policy = self.policy.with_window(self._draw_window())
         noise = Noise(self.experiment.seed, self.iteration, place, torch.full_like(place, draw))
         trajectory = policy.sample(condition, noise)
-        self.journal.phase(None)
-        context, unknown = Context([""] * len(place)), torch.zeros(len(place), dtype=torch.float64)
-        decisions = single(unknown, context, place, total)
-        outputs = trajectory.x0
+        self.metrics.phase(None)
+        context = Context([""] * len(place))
+        unknown = torch.zeros(len(place), dtype=torch.float64)
+        rows, decisions = torch.arange(len(place)), single(unknown, context, place, total)
         return Rollout(
-            trajectory,
-            context,
-            outputs,
-            {},
-            {},
-            unknown[:, None],
-            (),
-            torch.arange(len(place)),
-            decisions,
+            trajectory, context, trajectory.x0, {}, {}, unknown[:, None], (), rows, decisions
         )
 
     def _draw_window(self) -> tuple[int, int]:
@@ -310,6 +260,8 @@ class Run:
         uniform = 0.5 * math.erfc(-float(noise(0, (1,))[0, 0]) / math.sqrt(2))
         start = low + min(int(uniform * (high - size - low + 1)), high - size - low)
         return start, start + size
+
+    # Learning
 
     def minibatches(self, rollout: Rollout, updates: int, epochs: int = 1) -> Iterator[Batch]:
         """`minibatch.rows`, ``epochs`` times."""
@@ -335,15 +287,13 @@ class Run:
         return (values - mean) / (max(second / count - mean**2, 0.0) ** 0.5 + 1e-8)
 
     def verified(self, rollout: Rollout, log_ratio: LogRatio, tolerance: float) -> Rollout:
-        """A rollout that the training forward replays to within a log-ratio of ``tolerance``
-        (`rescore.ReplayCheck`).
-        """
-        return self.replay_check(self._window_of(rollout.trajectory), rollout, log_ratio, tolerance)
+        """A rollout that the training forward replays to within a log-ratio of ``tolerance``."""
+        return self.replay_check(self._acting(rollout), rollout, log_ratio, tolerance)
 
-    def _window_of(self, trajectory: Trajectory) -> ChainPolicy:
-        return self.policy.with_window((trajectory.steps.start, trajectory.steps.stop))
-
-    # Updating
+    def _acting(self, rollout: Rollout) -> ChainPolicy:
+        """The policy with the window in which a rollout was drawn."""
+        steps = rollout.trajectory.steps
+        return self.policy.with_window((steps.start, steps.stop))
 
     def update(
         self,
@@ -351,125 +301,77 @@ class Run:
         batch: Batch,
         advantage: Tensor,
         loss: Loss,
-        reference: Sequence[Tensor] | None = None,
+        reference: Weights | None = None,
         also: Sequence[Optimizer] = (),
     ) -> dict[str, float]:
         """One optimiser step on the mean of ``loss`` over these rows and steps, in micro-batches,
-        over all processes; returns the means of the loss and its metrics.
+        over all processes; returns the means of the loss and its metrics, and logs them as
+        policy/NAME.
 
-        advantage: of episodes [M,N], or of this process's rows [R]. reference: a snapshot under
-        which every step is scored too, without gradients. also: optimisers of other parts that the
-        loss reaches, stepped together.
+        advantage: of episodes [M,N], or of this process's rows [R]. reference: weights under which
+        every step is scored too, without gradients. also: optimisers of other parts that the loss
+        reaches, stepped together.
         """
-        self.journal.phase("update")
+        self.metrics.phase("update")
         rows = (
-            advantage.to(rollout.trajectory.x0) if advantage.ndim == 1 else rollout.rows(advantage)
+            rollout.rows(advantage) if advantage.ndim == 2 else advantage.to(rollout.trajectory.x0)
         )
-        chains, weight = rollout.trajectory[batch.rows], 1.0
-        if not len(
-            chains
-        ):  # another process has all of a small minibatch; few networks can be asked about no row
-            batch, weight = minibatch.stand_in(rollout, batch), 0.0
-            chains = rollout.trajectory[batch.rows]
-        advantages = rows[batch.rows]
-        policy = self._window_of(rollout.trajectory)
+        chains, advantages = rollout.trajectory[batch.rows], rows[batch.rows]
+        policy = self._acting(rollout)
         steps = list(chains.steps) if batch.k is None else [batch.k]
-        sums: dict[str, float] = {}
 
-        def accumulate(part: slice) -> None:
+        def terms(part: slice) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
             for k in steps:
                 k = k if isinstance(k, int) else k[part]
-                value, metrics = loss(
-                    self._score(policy, chains[part], k, advantages[part], reference)
-                )
-                self.optimizer.backward(weight * value.sum() / count)
-                for name, metric in {"loss": value, **metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + weight * float(
-                        metric.detach().double().sum()
-                    )
+                yield loss(policy.score(chains[part], k, advantages[part], reference))
 
-        forget = recount(policy)
-
-        def restart() -> None:
-            for optimizer in (self.optimizer, *also):
-                optimizer.zero_grad()
-            sums.clear()
-            forget()
-
-        restart()
-        count = self._count(len(chains) * len(steps) if weight else 0)
-        self.micro_batches(accumulate, len(chains), chains.shared * batch.whole, restart)
-        if not weight:
-            forget()
-        self.log("lr", self.optimizer.lr(self._pace))
-        self.log("grad_norm", self.optimizer.step(self._pace))
-        for optimizer in also:
-            optimizer.step(self._pace)
-        totals = (
-            self.processes.reduce(torch.tensor(list(sums.values()), dtype=torch.float64)) / count
+        self.log("lr", self.optimizer.lr(self.pace))
+        means, norm = self.updates.step(
+            terms,
+            len(chains),
+            [self.optimizer, *also],
+            self.pace,
+            self.policy.model,
+            each=len(steps),
+            whole=chains.shared * batch.whole,
         )
-        means = dict(zip(sums, totals.tolist(), strict=True))
-        for name, value in means.items():
-            self.log(f"policy/{name}", value)
-        self.journal.phase(None)
+        self.metrics.log_all({"grad_norm": norm, **{f"policy/{n}": v for n, v in means.items()}})
+        self.metrics.phase(None)
         return means
 
     def descend(
-        self,
-        losses: Callable[[slice], Tensor],
-        rows: int,
-        name: str,
-        optimizer: Optimizer | None = None,
-    ) -> None:
-        """One step of ``optimizer`` (the policy's by default) on the mean of ``losses(rows) ->
-        [b]`` over this process's ``rows`` and everybody else's, in micro-batches; logged as
-        NAME/loss.
+        self, losses: Losses, rows: int, name: str, optimizer: Optimizer | None = None
+    ) -> dict[str, float]:
+        """One step of ``optimizer`` (the policy's by default) on the mean of ``losses`` over this
+        process's ``rows`` (there may be none) and everybody else's, in micro-batches; returns the
+        means of the loss and its metrics, and logs them, lr and grad_norm as NAME/....
         """
-        self.journal.phase(f"update {name}" if optimizer else "update")
-        optimizer = optimizer or self.optimizer
-        count, total = self._count(rows), 0.0
-        forget = recount(self.policy)
+        self.metrics.phase(f"update {name}" if optimizer else "update")
+        chosen = optimizer or self.optimizer
 
-        def accumulate(part: slice) -> None:
-            nonlocal total
-            value = losses(part).sum()
-            optimizer.backward(value / count)
-            total += float(value.detach())
+        def terms(part: slice) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+            found = losses(part)
+            yield (found, {}) if isinstance(found, Tensor) else found
 
-        def restart() -> None:
-            nonlocal total
-            optimizer.zero_grad()
-            total = 0.0
-            forget()
+        found = {"lr": chosen.lr(self.pace)}
+        means, norm = self.updates.step(terms, rows, [chosen], self.pace, self.policy.model)
+        found |= {"grad_norm": norm, **means}
+        self.metrics.log_all({f"{name}/{key}": value for key, value in found.items()})
+        self.metrics.phase(None)
+        return means
 
-        restart()
-        self.micro_batches(accumulate, rows, restart=restart)
-        self.log(f"{name}/grad_norm", optimizer.step(self._pace))
-        self.log(
-            f"{name}/loss",
-            float(self.processes.reduce(torch.tensor([total], dtype=torch.float64))) / count,
-        )
-        self.journal.phase(None)
-
-    def _count(self, rows: int) -> int:
-        return int(self.processes.reduce(torch.tensor([rows], dtype=torch.float64)))
-
-    @property
-    def _pace(self) -> float:
-        return self.progress if self.pace is None else self.pace
-
-    def enter(self, stage: str) -> None:
-        """Go on with the fresh optimiser of one of ``stages``. Where the last one averaged the
-        weights, the averages are what goes on: they are what was evaluated and saved.
-        """
-        if hasattr(self, "optimizer") and self.optimizer.ema is not None:
-            self.restore(self.optimizer.ema)
-        reduce = self.processes.reduce if self.processes.count > 1 else None
+    def fresh_optimizer(self) -> Optimizer:
         fp16 = self.policy.model.precision == "fp16"
-        self.stage, self.optimizer = (
-            stage,
-            Optimizer(self.stages[stage], self.trainable, fp16, reduce),
-        )
+        reduce = self.processes.reduce if self.processes.count > 1 else None
+        return Optimizer(self.stages.now.optimizer, self.trainable, fp16, reduce)
+
+    def pin(self, iteration: int) -> None:
+        """Keep the episodes of an iteration (of `collect` with ``keep``) as long as the run."""
+        self.collector.pin(iteration)
+
+    def kept(self, iteration: int) -> Any:
+        """The episodes that were kept of an iteration, of all processes."""
+        return self.collector.kept(iteration)
 
     def learner(
         self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerConfig
@@ -478,339 +380,122 @@ class Run:
         reduce = self.processes.reduce if self.processes.count > 1 else None
         return Optimizer(settings, list(parameters), False, reduce)
 
-    def _score(
-        self,
-        policy: ChainPolicy,
-        batch: Trajectory,
-        k: int | Tensor,
-        advantage: Tensor,
-        reference: Sequence[Tensor] | None,
-    ) -> Scored:
-        anchor = None
-        if reference is not None:
-            with torch.no_grad(), self.using(reference):
-                anchor = policy.scored(policy.transition(batch, k))
-        grid, device = policy.chain.grid, batch.x0.device
-        return Scored(
-            new=policy.scored(policy.transition(batch, k)),
-            old=policy.scored(batch.acted(k)),
-            reference=anchor,
-            x=policy.model.scored(batch.after(k)),
-            advantage=advantage,
-            std=policy.std(k).to(device),
-            dt=(grid[k] - grid[k + 1]).float().to(device),
-            gain=policy.gain(k).to(device),
-            index=k - batch.first,
-            steps=len(batch.steps),
-        )
+    @contextmanager
+    def learning(self, weights: Weights, optimizer: Optimizer) -> Iterator[None]:
+        """Learn with other weights and another optimiser in the policy's place."""
+        own = self.optimizer
+        with weights.using():
+            self.optimizer = optimizer
+            try:
+                yield
+            finally:
+                self.optimizer = own
 
-    # Snapshots and state
+    # The policy's weights and parts, and the state of the run
+
+    def weights(self) -> Weights:
+        """A copy of the policy's weights as they are now; `register` it where it changes."""
+        return Weights(self.trainable)
+
+    def pool(self, size: int) -> Pool:
+        """The last ``size`` copies of the policy's weights, the first taken now; `register` it."""
+        return Pool(self.trainable, size)
 
     def register(self, **objects: Stateful) -> None:
-        """Save and resume these with the run. Call it before `iterations`."""
-        self.registered.update(objects)
+        """Save and resume with the run what only trains. Call it before `iterations`."""
+        for name, value in objects.items():
+            if name in self.policy.parts or any(value is p for p in self.policy.parts.values()):
+                raise ValueError(f"{name} is a part of the policy: it has one owner")
+            self.registered[name] = value
 
-    def snapshot(self) -> list[Tensor]:
-        """A copy of the trainable parameters: the reference when taken before `iterations`."""
-        return [p.detach().clone() for p in self.trainable]
+    def attach(self, **parts: Part) -> None:
+        """Give the policy that collects and the one that is deployed a part, saved with them and
+        resumed with the run; a part of the same name is replaced.
 
-    def using(self, snapshot: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Run with a snapshot in the parameters' place."""
-        return swapped(self.trainable, snapshot)
+        Raises `ConfigError` where it can't be saved, `ValueError` where it does not fit.
+        """
+        for name, part in parts.items():
+            if name in self.registered or any(part is v for v in self.registered.values()):
+                raise ValueError(f"{name} is registered: a part has one owner")
+            if self.policy.parts.get(name) is not part:
+                require_savable(name, part, self.policy.model)
+            if name in self.unclaimed:
+                part.load_state_dict(self.unclaimed.pop(name))
+            self.policy = self.policy.attach(name, part)
+            self.deployment.attach(name, part)
 
-    def restore(self, snapshot: Sequence[Tensor]) -> None:
-        """Set the parameters back to a snapshot."""
-        for parameter, value in zip(self.trainable, snapshot, strict=True):
-            parameter.data.copy_(value)
-
-    def save_point(self) -> tuple[list[Tensor], Any]:
+    def save_point(self) -> tuple[Weights, Any]:
         """Everything that an update of the policy changes: its weights, its optimiser, their
         averages.
         """
-        return self.snapshot(), copy.deepcopy(self.optimizer.state_dict())
+        return self.weights(), copy.deepcopy(self.optimizer.state_dict())
 
-    def rewind(self, point: tuple[list[Tensor], Any]) -> None:
+    def rewind(self, point: tuple[Weights, Any]) -> None:
         """Undo every update since a `save_point`, to the bit."""
         weights, optimizer = point
-        self.restore(weights)
+        weights.restore()
         self.optimizer.load_state_dict(copy.deepcopy(optimizer))
-
-    def milestone(self, name: str, judge: QJudge | None = None, best_of: int = 1) -> None:
-        """Examine the policy as it stands, log NAME/metric, and keep it as stages/NAME. judge:
-        instead of the deployed sampler, the best of ``best_of`` samples of the training kernel (its
-        last step without noise) by this critic. A rehearsal passes none.
-        """
-        if self.rehearse is not None:
-            return
-        if judge is None:
-            sampler, policy, metrics = self.sampler, self.deployed, self.evaluate()
-        else:
-            sampler = without_last_noise(
-                replace(self.experiment.chain, window_size=None, best_of=best_of)
-            )
-            policy = replace(make_policy(self.policy.model, sampler, judge), base=self.policy.base)
-            metrics = self._examine(policy)
-        if self.processes.main:
-            shown = "  ".join(
-                f"{each.removeprefix('reward/')} {metrics[each]:.3f}" for each in self.exam.measured
-            )
-            self.say(f"{name} (n {metrics['n']}): {shown}")
-            metrics_file.append(
-                self.folder,
-                {"iteration": self.iteration, **{f"{name}/{k}": v for k, v in metrics.items()}},
-            )
-        self.keep(name, policy, sampler)
-
-    def keep(
-        self, name: str, policy: ChainPolicy | None = None, sampler: ChainConfig | None = None
-    ) -> None:
-        """Save the policy as it stands, with the deployed sampler or another, as stages/NAME."""
-        if self.processes.main:
-            (self.folder / STAGES).mkdir(parents=True, exist_ok=True)
-            with self.optimizer.averaged():
-                save_policy(
-                    policy or self.deployed,
-                    self.experiment,
-                    sampler or self.sampler,
-                    self.folder / STAGES / name,
-                )
-        self.processes.wait()
-
-    def try_out(self, episodes: int, name: int) -> float:
-        """The success rate (or mean return) of the deployed sampler in real episodes, which count
-        as any others that the run collects; of one ``name`` they always begin from the same starts.
-        """
-        assert self.environments is not None
-        found = evaluate_control(
-            self.deployed,
-            self.environments,
-            episodes=episodes,
-            seed=reset_seed(self.experiment.seed, name, -1 % 2**32),
-            judged=is_control(self.task) and self.task.has_success,
-            process=(self.processes.index, self.processes.count),
-            gather=self.processes.gather,
-        )
-        self.journal.env_steps += float(found.lengths.sum()) / self.processes.count
-        self.journal.collected += int(found.decisions) // self.processes.count
-        return float((found.success if found.judged else found.returns).mean())
-
-    def _resume(self) -> None:
-        state = checkpoint.latest(self.folder)
-        if state is None:
-            if self.processes.main:
-                metrics_file.truncate(self.folder, -1)
-            return
-        try:
-            self._restore(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"the checkpoint in {self.folder} does not fit this experiment (was its policy or method changed?): {error}"
-            ) from error
-        for name in COUNTERS:
-            setattr(self, name, state["counters"][name])
-        if self.processes.main:
-            metrics_file.truncate(self.folder, self.iteration)
-        self.processes.wait()
-        self.say(f"resumed at iteration {self.iteration}")
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.enter(state["stage"])
-        self.restore(state["parameters"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.replay_check.load_state_dict(state["replay_check"])
-        for name, value in state["registered"].items():
-            self.registered[name].load_state_dict(value)
-
-    def _save(self) -> None:
-        """Checkpoint, and the policy as it stands, written atomically by the main process."""
-        if self.processes.main:
-            state = {
-                "parameters": [p.detach() for p in self.trainable],
-                "stage": self.stage,
-                "optimizer": self.optimizer.state_dict(),
-                "registered": {name: value.state_dict() for name, value in self.registered.items()},
-                "replay_check": self.replay_check.state_dict(),
-                "counters": {name: getattr(self, name) for name in COUNTERS},
-            }
-            checkpoint.write(self.folder, self.iteration, state)
-            self.collector.store.trim(min(checkpoint.iterations(self.folder)))
-            if self.iteration:
-                with self.optimizer.averaged():
-                    save_policy(
-                        self.deployed, self.experiment, self.sampler, self.folder / "policy"
-                    )
-        self.processes.wait()
 
     # Evaluating and telling
 
-    def evaluate(self) -> dict[str, Any]:
-        """Examine the deployed sampler (with averaged weights, if any) on the fixed evaluation set;
-        keep the best policy.
+    def milestone(self, name: str, best_of: int = 1) -> None:
+        """Evaluate the policy as it stands, log NAME/metric, and keep it as stages/NAME; a
+        rehearsal passes none (see `Deployment.milestone`).
         """
-        metrics = self._examine(self.deployed)
-        if self.processes.main:
-            with self.optimizer.averaged():
-                self._keep(metrics)
-        self.last, self.evaluated_at = metrics, self.iteration
-        return metrics
+        if not self.rehearsal:
+            self.deployment.milestone(name, self.iteration, best_of)
 
-    def _examine(self, policy: ChainPolicy) -> dict[str, Any]:
-        """A policy's metrics with the averaged weights; what that costs does not count."""
-        evaluations = self.policy.model.evaluations
-        with self.optimizer.averaged():
-            folder = self.folder / "samples" / str(self.iteration)
-            metrics = self.exam(policy, self.processes, self.micro_batches, folder)
-        self.policy.model.evaluations = evaluations
-        return metrics
+    def keep(self, name: str) -> None:
+        """Save the policy as it stands as stages/NAME."""
+        self.deployment.keep(name)
 
-    def _keep(self, metrics: dict[str, Any]) -> None:
-        select = self.experiment.eval.select or self.exam.measured[0]
-        metrics_file.append(
-            self.folder,
-            {"iteration": self.iteration, **{f"eval/{k}": v for k, v in metrics.items()}},
-        )
-        if (
-            self.iteration and metrics[select] >= self.best
-        ):  # of equals the one that has learned longer
-            self.best = metrics[select]
-            save_policy(self.deployed, self.experiment, self.sampler, self.folder / "policy_best")
-        shown = "  ".join(
-            f"{name.removeprefix('reward/')} {metrics[name]:.3f}" for name in self.exam.measured
-        )
-        self.say(f"evaluation after {self.iteration} iterations (n {metrics['n']}): {shown}")
+    def try_out(self, episodes: int, name: int) -> float:
+        """The success rate (or mean return) of the deployed policy in real episodes, which count as
+        any others that the run collects; of one ``name`` they always begin from the same starts.
+        """
+        seed = reset_seed(self.experiment.seed, name, -1 % 2**32)
+        assert isinstance(self.evaluator, EpisodeEvaluator)
+        found = self.evaluator.play(self.deployed, self.processes, episodes, seed)
+        self.metrics.env_steps += float(found.lengths.sum()) / self.processes.count
+        self.metrics.collected += int(found.decisions) // self.processes.count
+        return float((found.success if found.judged else found.returns).mean())
 
     def show(self, rollout: Rollout, advantage: Tensor) -> None:
         """Where an evaluation is due, draw one group of pictures with its rewards and advantages
         [M,N].
         """
-        if self._evaluation_due() and self.processes.main and self.environments is None:
-            n = rollout.rewards.shape[1]
-            group = int(rollout.local[0])
-            pictures.group(
-                rollout.outputs[:n],
-                rollout.prompts[group],
-                rollout.rewards[group],
-                advantage[group],
-                self.folder / "samples" / str(self.iteration) / "group.png",
-            )
+        if self.evaluation_due and not self.evaluator.of_actions:
+            self.display.draw_group(rollout, advantage, self.iteration)
+
+    @property
+    def evaluation_due(self) -> bool:
+        """True in the iterations after which ``eval.every`` asks for an evaluation."""
+        every = self.experiment.eval.every
+        return not self.rehearsal and bool(every) and self.iteration % every == 0
 
     def seen(self, samples: int) -> None:
         """Count the samples of an iteration that collects none itself."""
-        self.journal.collected += samples // self.processes.count
+        self.metrics.collected += samples // self.processes.count
 
     def log(self, name: str, value: float) -> None:
         """Add a number to this iteration's metrics; several in one iteration are averaged."""
-        self.journal.log(name, value)
+        self.metrics.log(name, value)
 
     def say(self, text: str) -> None:
-        """One line to the person, above the progress bar."""
-        if self.processes.main:
-            tqdm.write(text, file=sys.stderr)
-
-    def _evaluation_due(self) -> bool:
-        every = self.experiment.eval.every
-        return self.rehearse is None and bool(every) and self.iteration % every == 0
-
-    def _finish_iteration(self, evaluations: float, bar: tqdm) -> None:
-        rows = self.journal.collected or 1
-        metrics = self.journal.close()
-        metrics["nfe_per_sample"] = evaluations / rows
-        if self.environments is not None:
-            metrics |= {"env_decisions": self.env_decisions, "env_steps": self.env_steps}
-        metrics["time_s"] = self.seconds
-        if self.processes.main:
-            metrics_file.append(self.folder, {"iteration": self.iteration, **metrics})
-            self.accelerator.log(metrics, step=self.iteration)
-        advance = min(self.progress, 1.0) * bar.total - bar.n
-        if "reward/total" in metrics:
-            shown = f"reward {metrics['reward/total']:.3f} ± {metrics['reward/total_ci95']:.3f}"
-        else:
-            shown = f"loss {next((v for name, v in metrics.items() if name.endswith('/loss')), math.nan):.4f}"
-        bar.set_postfix_str(
-            f"{shown}, {metrics['nfe_per_sample']:.1f} evaluations/sample", refresh=False
-        )
-        bar.update(advance)
-        if (self._evaluation_due() or self.progress >= 1) and self.evaluated_at < self.iteration:
-            self.evaluate()
-            if (
-                self.processes.main
-                and self.progress < 1
-                and time.monotonic() - self._drawn > REDRAW
-            ):
-                curves.figures(self.folder)  # `finish` draws the last
-                self._drawn = time.monotonic()
-        if self.iteration % self.experiment.checkpoint_every == 0:
-            self._save()
-
-    def _bar(self) -> tqdm:
-        total = self.experiment.budget.iterations or 100
-        return tqdm(
-            total=total,
-            initial=min(self.progress, 1.0) * total,
-            desc=str(self.experiment.method["name"]),
-            unit="it" if self.experiment.budget.iterations else "%",
-            disable=not self.processes.main,
-            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n:.0f}/{total} [{elapsed}<{remaining}] {postfix}",
-            file=sys.stderr,
-        )
-
-    def _request_stop(self, number: int, _frame: Any) -> None:
-        if self._stop:
-            raise KeyboardInterrupt
-        self._stop = True
-        self.say(
-            f"{signal.Signals(number).name}: finishing this iteration, saving, then stopping (again: stop at once)"
-        )
-
-    def _stopping(self) -> bool:
-        return bool(self.processes.reduce(torch.tensor([float(self._stop)]))[0] > 0)
-
-    def conclude(self) -> dict[str, Any]:
-        """The last evaluation: of the end, or, where a signal stopped the run, the one before (the
-        run will go on from there).
-        """
-        return (
-            self.last
-            if self.evaluated_at == self.iteration or self.progress < 1
-            else self.evaluate()
-        )
+        """Tell the person one line, above the progress bar."""
+        self.display.say(text)
 
     @property
     def features(self) -> int:
         """The length F of what a critic sees of an observation or a prompt."""
-        if self.environments is not None:
-            context = self.environments.reset([0], [0])
-        else:
-            context = cast(Task, self.task).reset(range(1))
         with torch.no_grad():
-            return self.policy.model.features(self.policy.model.encode(context)).shape[1]
+            model = self.policy.model
+            return model.features(model.encode(self.collector.example())).shape[1]
 
     def freeze_base(self) -> None:
         """Where the window begins inside the chain, leave what comes before it to the policy as it
-        is now, for good. Call it before `iterations`.
+        is now, for good (`Base`). Call it before `iterations`.
         """
-        if self.window.start:
-            base = Base(self.snapshot(), float(self.policy.chain.grid[self.window.start]))
-            self.policy, self.deployed = (
-                replace(self.policy, base=base),
-                replace(self.deployed, base=base),
-            )
-
-    def require_density(self) -> None:
-        """Raise unless every step of the window has a density: a likelihood method can't train a
-        point.
-        """
-        for k in self.window:
-            if float(self.policy.std(k)) == 0:
-                raise ConfigError(
-                    f"step {k} of the window is deterministic (std 0) under kernel {self.experiment.chain.kernel}: a method that "
-                    "needs likelihoods can't train it; use ddim with eta > 0, sde or cps, or another window"
-                )
-        self.require_window()
-
-    def require_window(self) -> None:
-        """Raise unless there is a step to train."""
-        if not self.window:
-            raise ConfigError(
-                "the chain has no stochastic step to train: widen chain.window or use a kernel with noise"
-            )
+        if self.window.start and "base" not in self.policy.parts:
+            above = float(self.policy.chain.grid[self.window.start])
+            self.attach(base=Base.of(self.policy.model, above))

@@ -354,11 +354,11 @@ def test_how_much_the_value_explains(tmp_path):
     run, value, rollout = valued(tmp_path)
     advantage, returns = value.advantage(rollout)
     expected = 1 - float(advantage.var(correction=0) / returns.double().var(correction=0))
-    assert run.journal.close()["critic/explained"] == pytest.approx(expected, abs=1e-4)
+    assert run.metrics.close()["critic/explained"] == pytest.approx(expected, abs=1e-4)
     for _ in range(10):
         value.learn(rollout, returns)
         advantage, returns = value.advantage(rollout)
-    learned = run.journal.numbers["critic/explained"]
+    learned = run.metrics.numbers["critic/explained"]
     assert learned[-1] > max(learned[0], 0.5)
 
 
@@ -393,7 +393,7 @@ def test_one_update_is_the_gradient_of_the_mean_square(tmp_path):
     value.learn(rollout, returns)
     for parameter, gradient in zip(value.value.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient / max(1.0, norm), rtol=1e-3, atol=1e-6)
-    metrics = run.journal.close()
+    metrics = run.metrics.close()
     assert metrics["critic/loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     assert metrics["critic/grad_norm"] == pytest.approx(norm, rel=1e-3)
 

@@ -69,7 +69,7 @@ def test_the_loss_is_the_plain_mean_square_of_the_networks_output(tmp_path, fami
     loss = ((output - (noise if family == "vp" else noise - x0)) ** 2).mean()
     expected = torch.autograd.grad(loss, run.trainable)
     once(run, method)
-    metrics = run.journal.close()
+    metrics = run.metrics.close()
     assert metrics["bc/loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     norm = float(torch.stack([g.norm() for g in expected]).norm())
     assert metrics["bc/grad_norm"] == pytest.approx(norm, rel=1e-3)
@@ -89,7 +89,7 @@ def test_every_update_draws_anew(tmp_path):
     assert not torch.equal(seen[0], seen[1])
     for update, uniform in enumerate(seen):
         assert torch.equal(uniform, drawn(0, 1, update, 12, len(run.data), (4, 2))[1])
-    assert run.journal.collected == 3 * 12
+    assert run.metrics.collected == 3 * 12
     assert run.optimizer.updates == 3
 
 
@@ -142,8 +142,8 @@ def test_processes_share_a_batch(tmp_path, count):
             )
             < 1e-6
         )
-        assert run.journal.numbers["bc/loss"] == pytest.approx(
-            one.journal.numbers["bc/loss"], rel=1e-5
+        assert run.metrics.numbers["bc/loss"] == pytest.approx(
+            one.metrics.numbers["bc/loss"], rel=1e-5
         )
 
 
@@ -183,7 +183,7 @@ def test_actions_outside_the_episode_do_not_count_where_the_family_says_so(tmp_p
     squares = ((output - noise) ** 2).mean(2)
     inside = torch.stack([row[~out].mean() for row, out in zip(squares, pad, strict=True)]).mean()
     once(run, method)
-    assert run.journal.numbers["bc/loss"] == [pytest.approx(float(inside), rel=1e-4)]
+    assert run.metrics.numbers["bc/loss"] == [pytest.approx(float(inside), rel=1e-4)]
     assert float(squares.mean()) != pytest.approx(float(inside), rel=1e-3)  # control: all of them
 
 
@@ -259,7 +259,7 @@ def test_what_is_missing_is_told(tmp_path):
 
 def test_a_batch_smaller_than_the_processes_is_still_a_batch(tmp_path):
     def work(run, method):
-        return once(run, method).journal.numbers["bc/loss"]
+        return once(run, method).metrics.numbers["bc/loss"]
 
     accelerators, built = peers(3), []
     for index, accelerator in enumerate(accelerators):

@@ -347,7 +347,7 @@ def test_a_refused_candidate_is_undone_to_the_bit(tmp_path, ema):
     assert pipeline.improve() is False
     assert not same(moved[0], accepted), "there was something to undo"
     assert same(state(run), accepted)
-    assert [run.journal.numbers[f"gate/{n}"] for n in ("accepted", "gain")] == [
+    assert [run.metrics.numbers[f"gate/{n}"] for n in ("accepted", "gain")] == [
         [1.0, 0.0],
         [1.0, -1.0],
     ]
@@ -401,7 +401,7 @@ def test_who_went_too_far_is_refused_whatever_the_gate_says(tmp_path):
     before = copied(state(run))
     assert pipeline.improve() is True, "and the round is over"
     assert same(state(run), before)
-    assert run.journal.numbers["gate/distance"][0] > 1e-6
+    assert run.metrics.numbers["gate/distance"][0] > 1e-6
     assert pipeline.course.advance(True) is True
 
 
@@ -444,7 +444,7 @@ def test_real_episodes_have_the_last_word(tmp_path, rates, kept):
     run.try_out = try_out
     pipeline.improve()
     assert same(state(run), before) != kept
-    assert run.journal.numbers["gate/accepted"] == [float(kept)]
+    assert run.metrics.numbers["gate/accepted"] == [float(kept)]
     assert all(torch.equal(a, b) for a, b in zip(weights[0], before[0], strict=False)), (
         "the first is the one in force"
     )
@@ -465,8 +465,8 @@ def test_trying_out_is_paired_and_counted(tmp_path):
     assert run.try_out(6, 1) == one
     assert [seed for seeds in asked for seed in seeds] == first
     assert len(set(first)) == 6
-    assert run.journal.env_steps >= 12
-    assert run.journal.collected >= 12
+    assert run.metrics.env_steps >= 12
+    assert run.metrics.collected >= 12
     asked.clear()
     run.try_out(6, 2)
     assert not {seed for seeds in asked for seed in seeds} & set(first), (

@@ -310,7 +310,7 @@ def test_a_worse_target_does_not_replace_and_is_not_undone(tmp_path):
         "control: a better one replaces"
     )
     assert [o.updates for o in members.optimizers] == [6, 6, 6]
-    assert run.journal.numbers["gate/accepted"] == [0.0] * 3 + [1.0] * 3
+    assert run.metrics.numbers["gate/accepted"] == [0.0] * 3 + [1.0] * 3
 
 
 def test_the_old_policy_acts_and_the_target_learns(tmp_path):

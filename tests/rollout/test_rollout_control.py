@@ -83,7 +83,7 @@ def test_rows_are_episodes_in_order_and_each_in_time(tmp_path):
     assert row == len(rollout.trajectory) == len(d.episode) == d.total
     assert torch.allclose(rollout.rewards.flatten(), returns, atol=1e-5)
     assert torch.allclose(rollout.parts["return"].flatten(), returns, atol=1e-5)
-    metrics = run.journal.close()
+    metrics = run.metrics.close()
     assert metrics["episode/success"] == pytest.approx(float(success.mean()))
     assert metrics["episode/length"] == pytest.approx(float(d.executed.sum()) / 12)
     assert metrics["reward/return"] == pytest.approx(float(returns.mean()), abs=1e-5)

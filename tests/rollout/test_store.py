@@ -308,9 +308,9 @@ def test_a_run_that_was_killed_while_it_collected(tmp_path):
     assert torch.equal(again.rewards, result.rewards)
     assert torch.equal(again.decisions.place, result.decisions.place)
     assert (
-        resumed.journal.env_steps == one.journal.env_steps == float(result.decisions.executed.sum())
+        resumed.metrics.env_steps == one.metrics.env_steps == float(result.decisions.executed.sum())
     )
-    assert resumed.journal.collected == one.journal.collected
+    assert resumed.metrics.collected == one.metrics.collected
     resumed.iteration = 2
     assert not torch.equal(resumed.collect(8, 2, keep=True).rewards, result.rewards), (
         "control: another iteration"

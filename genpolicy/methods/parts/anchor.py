@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from genpolicy.training.run import Run
 
 
@@ -19,14 +17,17 @@ class Anchor:
 
     def renew(self) -> None:
         """From now on the policy as it stands."""
-        self.weights = self.run.snapshot()
+        self.weights = self.run.weights()
         self.iteration = self.run.iteration
         self.rate: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": self.weights, "iteration": self.iteration, "rate": self.rate}
+        return {
+            "weights": self.weights.state_dict(),
+            "iteration": self.iteration,
+            "rate": self.rate,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = self.run.policy.model.device
-        self.weights = [torch.as_tensor(value).to(device) for value in state["weights"]]
+        self.weights.load_state_dict(state["weights"])
         self.iteration, self.rate = state["iteration"], state["rate"]

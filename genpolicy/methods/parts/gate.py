@@ -55,9 +55,8 @@ class OfflineEvaluation:
             caution,
         )
         self.batch = batch
-        assert run.environments is not None
         with torch.no_grad():
-            condition = run.policy.model.encode(run.environments.reset([0], [0]))
+            condition = run.policy.model.encode(run.collector.example())
             if (
                 not isinstance(condition, Tensor)
                 or condition.shape != run.policy.model.features(condition).shape

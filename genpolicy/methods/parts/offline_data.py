@@ -47,7 +47,7 @@ class Experience:
     def add(self, iteration: int) -> None:
         """The episodes that were kept in this iteration belong to it from now on."""
         self.iterations.append(iteration)
-        self.run.collector.store.pinned.add(iteration)
+        self.run.pin(iteration)
         self._everything = None
         self.renew()
 
@@ -57,12 +57,10 @@ class Experience:
         there are none.
         """
         if self._everything is None:
-            data, store = self.run.data, self.run.collector.store
+            data = self.run.data
             parts = [] if data is None else [Replay.of_dataset(data, self.model, self.cut_fails)]
             given = sum(map(len, parts))
-            parts += [
-                Replay.of_episodes(store.episodes(i), self.cut_fails) for i in self.iterations
-            ]
+            parts += [Replay.of_episodes(self.run.kept(i), self.cut_fails) for i in self.iterations]
             if not parts or (self.own and not self.iterations):
                 raise ConfigError(
                     "there is nothing to learn from: name recorded episodes in the data section, or collect some"
@@ -119,6 +117,7 @@ class Experience:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.iterations = list(state["iterations"])
-        self.run.collector.store.pinned.update(self.iterations)
+        for iteration in self.iterations:
+            self.run.pin(iteration)
         self._everything = None
         self.renew()

@@ -158,14 +158,14 @@ class Floor:
         """
         anchor, processes = self.anchor, self.run.processes.count
         if anchor.rate is None:
-            with self.run.using(anchor.weights):
+            with anchor.weights.using():
                 anchor.rate = self.run.try_out(wanted, anchor.iteration)
         allowed = math.floor(
             safe_share(self.share, anchor.rate, self.lower) * wanted + 1e-9
         )  # 7.999 is 8
         mine = max(allowed // processes, 1) * processes
         if wanted - mine:
-            with self.run.using(anchor.weights):
+            with anchor.weights.using():
                 self.run.log("floor/baseline", self.run.try_out(wanted - mine, self.run.iteration))
         return mine
 

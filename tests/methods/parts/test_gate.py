@@ -200,7 +200,7 @@ def test_the_world_is_learned_and_said_how_well(tmp_path):
     """Better than the mean change over the data, which is an error of 1, on episodes that it never learned from."""
     stage = Stage(tmp_path)
     stage.gate.learn(stage.replay, stage.features, 150)
-    error = stage.run.journal.numbers["world/held_out"][0]
+    error = stage.run.metrics.numbers["world/held_out"][0]
     assert error < 0.5
     rows = (stage.replay.episode % 10 == 0).nonzero().flatten()
     now, after = stage.features[stage.replay.now[rows]], stage.features[stage.replay.after[rows]]
@@ -238,7 +238,7 @@ def test_elites_are_chosen_on_episodes_that_nobody_learned_from(stage, monkeypat
     assert {tuple(row) for row in both[held].tolist()} == set(tested)
     assert learned == {tuple(row) for row in both[~held].tolist()}
     assert sorted(stage.gate.model.elites.tolist()) == [0, 2, 4, 5, 6]
-    assert stage.run.journal.numbers["world/held_out"] == [pytest.approx(0.1)]
+    assert stage.run.metrics.numbers["world/held_out"] == [pytest.approx(0.1)]
 
 
 def test_what_comes_after_an_end_is_not_learned(stage, monkeypatch):

@@ -1,0 +1,77 @@
+"""The critic of a best-of-N sampler: it says which of several samples is carried out."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from genpolicy.contracts.model import Model
+from genpolicy.learning.critic import Critic, Support, pessimistic
+from genpolicy.policy.policy import ChainPolicy
+
+WEIGHTS, SETTINGS = "judge.safetensors", "judge.json"
+
+
+@dataclass(frozen=True, eq=False)
+class BestOf:
+    """mean - pessimism * std over the critic's members of a decision's value.
+
+    It is called with features [B,F] and scored events [B,*E] and returns [B]. How many samples it
+    chooses from is the sampler's ``best_of``.
+    """
+
+    critic: Critic
+    pessimism: float
+
+    kind: ClassVar[str] = "best_of"
+    version: ClassVar[int] = 1
+
+    def __call__(self, features: Tensor, event: Tensor) -> Tensor:
+        return pessimistic(self.critic(features, event), self.pessimism)
+
+    def attach(self, policy: ChainPolicy) -> ChainPolicy:
+        """The policy whose samples this critic chooses among."""
+        return replace(policy, judge=self)
+
+    def save(self, folder: Path) -> None:
+        """Write the critic's weights as safetensors, and as json what rebuilds and reads it.
+
+        inputs: features and event together, which the networks see as one vector.
+        """
+        first, support = self.critic.weights[0], self.critic.support
+        members, inputs, hidden = first.shape
+        settings = {
+            "inputs": inputs,
+            "members": members,
+            "hidden": hidden,
+            "layers": len(self.critic.weights) - 1,
+            "support": None if support is None else asdict(support),
+            "pessimism": self.pessimism,
+        }
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+        save_file(self.critic.state_dict(), folder / WEIGHTS)
+
+    @classmethod
+    def load(cls, folder: Path, model: Model) -> Self:
+        """Read the critic, not to be trained any further."""
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        pessimism, inputs = float(settings.pop("pessimism")), settings.pop("inputs")
+        support = settings.pop("support")
+        with torch.device("meta"):  # no weights are drawn that the file's would replace
+            made = Support(**support) if support is not None else None
+            critic = Critic(inputs, support=made, **settings)
+        weights = load_file(folder / WEIGHTS, device=str(model.device))
+        critic.load_state_dict(weights, assign=True)
+        return cls(critic.requires_grad_(False), pessimism)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the critic's weights."""
+        return self.critic.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the critic's weights."""
+        self.critic.load_state_dict(state)

@@ -1,0 +1,70 @@
+"""A refiner of actions: gradient steps on the critic before an action is carried out."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from genpolicy.contracts.model import Model
+from genpolicy.policy.policy import ChainPolicy
+
+SETTINGS = "refiner.json"
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """a <- clip(a + rate dQ/da, low, high), ``steps`` times from each sampled event a.
+
+    The iterate with the highest Q is taken, the sampled one among them (PA-RL, arXiv 2412.06685).
+    Q is the policy's critic (the part `BestOf`), which must be attached first.
+    """
+
+    steps: int  # gradient steps per sample
+    rate: float  # event units per unit of dQ/da
+    low: float = -1.0  # event units
+    high: float = 1.0  # event units
+
+    kind: ClassVar[str] = "refiner"
+    version: ClassVar[int] = 1
+
+    def __call__(self, policy: ChainPolicy, features: Tensor, event: Tensor) -> Tensor:
+        assert policy.judge is not None
+        best, at = event, event
+        highest = torch.full((len(event),), -torch.inf, device=event.device)
+        for step in range(self.steps + 1):
+            with torch.enable_grad():
+                at = at.detach().requires_grad_(True)
+                value = policy.judge(features, policy.model.scored(at))
+                gradient = torch.autograd.grad(value.sum(), at)[0]
+            # keep the best iterate of each row
+            better = value.detach() > highest
+            highest = torch.where(better, value.detach(), highest)
+            best = torch.where(better.view(-1, *[1] * (at.ndim - 1)), at.detach(), best)
+            if step < self.steps:
+                at = (at.detach() + self.rate * gradient).clamp(self.low, self.high)
+        return best
+
+    def attach(self, policy: ChainPolicy) -> ChainPolicy:
+        """The policy whose samples are refined; `ValueError` where it has no critic."""
+        if policy.judge is None:
+            raise ValueError("a refiner follows the policy's critic: attach a best_of part first")
+        return replace(policy, refiner=self)
+
+    def save(self, folder: Path) -> None:
+        """Write the settings as json."""
+        (folder / SETTINGS).write_text(json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, model: Model) -> Self:
+        """Read the settings."""
+        return cls(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: a refiner does not learn."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing."""

@@ -1,0 +1,98 @@
+"""Copies of the parameters that learn: a reference, an old policy, an anchor, a pool of them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def swapped(parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Run with other values in the parameters' place, without a copy."""
+    originals = [p.data for p in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data = original
+
+
+class Weights:
+    """A copy of ``parameters`` as they are now, or ``values`` in its place.
+
+    The policy that a run began with (a reference), the one that acts while another learns, the one
+    that a stage is held to: each is a `Weights`. It has a state_dict.
+    """
+
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor] | None = None
+    ) -> None:
+        self.parameters = list(parameters)
+        self.values = copied(self.parameters if values is None else values)
+
+    def renew(self) -> None:
+        """Take the parameters as they are now."""
+        self.values = copied(self.parameters)
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """values <- decay * values + (1 - decay) * parameters."""
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+
+    def using(self) -> AbstractContextManager[None]:
+        """Run with the values in the parameters' place."""
+        return swapped(self.parameters, self.values)
+
+    def restore(self) -> None:
+        """Set the parameters to the values."""
+        for parameter, value in zip(self.parameters, self.values, strict=True):
+            parameter.data.copy_(value)
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Return the values."""
+        return {"values": self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take values of the same shapes; `RuntimeError` where they do not fit."""
+        pairs = zip(self.parameters, state["values"], strict=True)
+        self.values = [torch.as_tensor(value).to(p.device).reshape(p.shape) for p, value in pairs]
+
+
+class Pool:
+    """The last ``size`` copies of ``parameters``, the first of them taken now; oldest first."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], size: int) -> None:
+        if size < 1:
+            raise ValueError(f"a pool of weights holds at least 1 copy, got size {size}")
+        self.parameters, self.size = list(parameters), size
+        self.members = [Weights(self.parameters)]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, place: int) -> Weights:
+        """Return a copy by its place, 0 the oldest, -1 the newest."""
+        return self.members[place]
+
+    def add(self) -> None:
+        """Take a copy of the parameters as they are now; the oldest leaves a full pool."""
+        self.members = [*self.members, Weights(self.parameters)][-self.size :]
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        """Return every copy's values."""
+        return {"members": [member.state_dict() for member in self.members]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take as many copies as the state has."""
+        self.members = [Weights(self.parameters) for _ in state["members"]]
+        for member, values in zip(self.members, state["members"], strict=True):
+            member.load_state_dict(values)
+
+
+def copied(values: Sequence[Tensor]) -> list[Tensor]:
+    """Return detached copies."""
+    return [value.detach().clone() for value in values]

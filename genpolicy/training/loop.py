@@ -1,0 +1,72 @@
+"""The loop around a method's iterations: resume, count, log, evaluate, checkpoint, stop."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from genpolicy.config import parse
+from genpolicy.evaluation import metrics_file
+from genpolicy.training import run_state
+from genpolicy.training.run import Run
+from genpolicy.training.stop_request import StopRequest
+
+
+def iterations(run: Run) -> Iterator[int]:
+    """Yield 1, 2, ... until the budget is spent or a signal asks to stop."""
+    run_state.resume(run)
+    if run.processes.main:
+        (run.folder / "config.yaml").write_text(parse.to_yaml(run.experiment))
+    if run.iteration == 0 and not run.deployment.before:
+        run.deployment.before = run.deployment.evaluate(0)
+        run_state.save(run)
+    with StopRequest(run.say) as stop, run.display.bar(run.progress):
+        while run.progress < 1 and not run.processes.sum(float(stop.asked)):
+            started, counted = time.perf_counter(), run.policy.model.evaluations
+            run.spent.iteration += 1
+            yield run.iteration
+            evaluations = run.policy.model.evaluations - counted
+            _account(run, time.perf_counter() - started, evaluations)
+            _finish(run, evaluations)
+        run_state.save(run)
+
+
+def conclude(run: Run) -> dict[str, Any]:
+    """The last evaluation: of the end, or, where a signal stopped the run, the one before (the run
+    will go on from there).
+    """
+    if run.deployment.evaluated_at == run.iteration or run.progress < 1:
+        return run.deployment.last
+    return run.deployment.evaluate(run.iteration)
+
+
+def _account(run: Run, seconds: float, evaluations: float) -> None:
+    """Add an iteration's cost: the main process's clock and everybody's evaluations, the same
+    numbers on every process, because budget and learning rate follow from them.
+    """
+    metrics = run.metrics
+    decisions = metrics.collected if metrics.env_steps else 0
+    clock = seconds if run.processes.main else 0.0
+    mine = [clock, evaluations, decisions, metrics.env_steps]
+    run.spent.add(*run.processes.reduce(torch.tensor(mine, dtype=torch.float64)).tolist())
+
+
+def _finish(run: Run, evaluations: float) -> None:
+    """Log and show the iteration; where they are due, evaluate and checkpoint."""
+    spent, rows = run.spent, run.metrics.collected or 1
+    metrics = {**run.metrics.close(), "nfe_per_sample": evaluations / rows}
+    if run.evaluator.of_actions:
+        metrics |= {"env_decisions": spent.env_decisions, "env_steps": spent.env_steps}
+    metrics["time_s"] = spent.seconds
+    if run.processes.main:
+        metrics_file.append(run.folder, {"iteration": run.iteration, **metrics})
+        run.processes.log(metrics, run.iteration)
+    run.display.advance(run.progress, metrics)
+    due = run.evaluation_due or run.progress >= 1
+    if due and run.deployment.evaluated_at < run.iteration:
+        run.deployment.evaluate(run.iteration)
+        if run.progress < 1:  # the end draws the last
+            run.display.draw_curves()
+    if run.iteration % run.experiment.checkpoint_every == 0:
+        run_state.save(run)

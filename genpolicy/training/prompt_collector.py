@@ -1,0 +1,101 @@
+"""The collector of prompts: samples, scored by the rewards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genpolicy.chain import Noise
+from genpolicy.config.errors import ConfigError
+from genpolicy.contracts.reward import WeightedRewards
+from genpolicy.contracts.task import Context, Task
+from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.micro_batch import MicroBatches, recount
+from genpolicy.rollout.prompts import Judged, collect, concatenate
+from genpolicy.rollout.rollout import Rollout, single
+from genpolicy.training.iteration_metrics import IterationMetrics
+from genpolicy.training.processes import Processes
+
+
+@dataclass(frozen=True)
+class PromptCollector:
+    """Collects samples of the task's prompts; see `genpolicy.training.collector.Collector`."""
+
+    seed: int
+    task: Task
+    reward: WeightedRewards
+    processes: Processes
+    metrics: IterationMetrics
+    micro_batches: MicroBatches
+
+    def __call__(
+        self,
+        policy: ChainPolicy,
+        iteration: int,
+        groups: int,
+        members: int,
+        *,
+        updates: int = 1,
+        branch_at: int | None = None,
+        keep: bool = False,
+        starts: Sequence[int] | None = None,
+    ) -> Rollout:
+        local = self.processes.groups(groups, updates)
+        noise = Noise.rows(self.seed, iteration, local, members)
+        prompts = self._prompts(iteration, groups)
+        asked = [prompts[g] for g in local.tolist() for _ in range(members)]
+
+        def chunk(rows: slice) -> Judged:
+            return collect(
+                policy,
+                Context(asked[rows]),
+                self.reward,
+                noise[rows],
+                members=members,
+                branch_at=branch_at,
+                on_phase=self.metrics.phase,
+            )
+
+        chunks = self.micro_batches(chunk, len(asked), members, recount(policy))
+        judged = concatenate(chunks, policy)
+        self.metrics.phase(None)
+        self.metrics.collected += len(asked)
+        parts = {
+            name: self.processes.gather_groups(value.view(-1, members), updates)
+            for name, value in judged.parts.items()
+        }
+        place = (local[:, None] * members + torch.arange(members)).flatten()
+        return Rollout(
+            judged.trajectory,
+            judged.context,
+            judged.outputs,
+            parts,
+            self.reward.weights,
+            self.reward.total(parts),
+            prompts,
+            local,
+            single(self.reward.total(judged.parts), judged.context, place, groups * members),
+        )
+
+    def example(self) -> Context:
+        return self.task.reset(range(1))
+
+    def contexts(self, iteration: int, place: Tensor, total: int) -> Context:
+        prompts = self._prompts(iteration, total)
+        return Context([prompts[p] for p in place.tolist()])
+
+    def trim(self, iteration: int) -> None:
+        pass  # pictures are not kept
+
+    def pin(self, iteration: int) -> None:
+        raise ConfigError("the samples of prompts are not kept: only episodes are")
+
+    def kept(self, iteration: int) -> Any:
+        raise ConfigError("the samples of prompts are not kept: only episodes are")
+
+    def _prompts(self, iteration: int, count: int) -> tuple[str, ...]:
+        """The prompts of an iteration: the task's, one iteration's after the other's."""
+        first = (iteration - 1) * count
+        return tuple(self.task.reset(range(first, first + count)).prompts)

@@ -1,0 +1,64 @@
+"""The state of a run: what a checkpoint holds, and how a run takes it up again."""
+
+from typing import Any
+
+from genpolicy.config.errors import ConfigError
+from genpolicy.evaluation import metrics_file
+from genpolicy.policy.weights import Weights
+from genpolicy.training import checkpoint
+from genpolicy.training.checkpoint import Stateful
+from genpolicy.training.run import Run
+
+
+def _kept(run: Run) -> dict[str, Stateful]:
+    """The run's own counters and metrics, and what its method registered."""
+    own = {"spent": run.spent, "replay_check": run.replay_check, "deployment": run.deployment}
+    return {**own, **run.registered}
+
+
+def save(run: Run) -> None:
+    """Checkpoint, and the policy as it stands, written atomically by the main process."""
+    if run.processes.main:
+        state = {
+            "parameters": [p.detach() for p in run.trainable],
+            "stages": run.stages.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "kept": {name: value.state_dict() for name, value in _kept(run).items()},
+            "parts": {name: part.state_dict() for name, part in run.policy.parts.items()},
+        }
+        checkpoint.write(run.folder, run.iteration, state)
+        run.collector.trim(min(checkpoint.iterations(run.folder)))
+        if run.iteration:
+            run.deployment.save(run.folder / "policy")
+    run.processes.wait()
+
+
+def resume(run: Run) -> None:
+    """Take up the newest checkpoint in the run's folder, if there is one."""
+    state = checkpoint.latest(run.folder)
+    if state is None:
+        if run.processes.main:
+            metrics_file.truncate(run.folder, -1)
+        return
+    try:
+        _restore(run, state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"the checkpoint in {run.folder} does not fit this experiment (was its policy or"
+            f" method changed?): {error}"
+        ) from error
+    if run.processes.main:
+        metrics_file.truncate(run.folder, run.iteration)
+    run.processes.wait()
+    run.say(f"resumed at iteration {run.iteration}")
+
+
+def _restore(run: Run, state: dict[str, Any]) -> None:
+    run.take_up(state["stages"], state["optimizer"])
+    Weights(run.trainable, state["parameters"]).restore()
+    for name, value in _kept(run).items():
+        value.load_state_dict(state["kept"][name])
+    # a part that a later stage attaches takes up its state then
+    run.unclaimed.update(state["parts"])
+    for name in [name for name in run.unclaimed if name in run.policy.parts]:
+        run.policy.parts[name].load_state_dict(run.unclaimed.pop(name))
