@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +34,19 @@ class Dataset(Protocol):
         the offsets ``actions`` (relative to the frame), and which of those lie outside the episode,
         bool [B,T] (there the nearest action inside is repeated).
         """
+        ...
+
+
+@runtime_checkable
+class Pictures(Protocol):
+    """Pictures with captions, one per row."""
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        ...
+
+    def pictures(self, index: Tensor) -> tuple[Context, Tensor]:
+        """The captions and the pictures Float[B,3,H,W] in [0,1] of the rows ``index`` [B]."""
         ...
 
 

@@ -311,9 +311,9 @@ class _Pipeline:
         """
         run, o, point = self.run, self.s.offline, self.run.save_point()
         for sweep in range(o.sweeps):
-            rollout, rows = self.experience.redraw(o.states, sweep, o.samples)
+            rollout, index = self.experience.redraw(o.states, sweep, o.samples)
             rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
-            advantage = self.value.advantage(self.experience.features[rows], rollout.trajectory.x0)
+            advantage = self.value.advantage(self.experience.seen(index), rollout.trajectory.x0)
             if o.samples > 1:
                 advantage = leave_one_out(advantage.view(-1, o.samples)).flatten()
             loss = partial(self.loss, clip=o.clip, kl=o.kl)

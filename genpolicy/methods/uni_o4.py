@@ -314,13 +314,13 @@ class _Pipeline:
         run, i = self.run, self.s.imitation
         for update in range(i.updates):
             for member in range(len(self.members)):
-                self._imitate(member, [run.experiment.seed % 2**64, run.iteration, update, member])
+                self._imitate(member, update * len(self.members) + member)
         run.seen(i.batch * i.updates * len(self.members))
         self.members.settled(0).restore()
 
-    def _imitate(self, member: int, key: list[int]) -> None:
+    def _imitate(self, member: int, number: int) -> None:
         run, members = self.run, self.members
-        rows, uniform, noise, _ = self.imitation.draw(key)
+        rows, uniform, noise, _ = self.imitation.draw(number)
         t = self.model.times(uniform)
 
         def losses(part: slice) -> Tensor:
@@ -364,11 +364,11 @@ class _Pipeline:
         for member in range(len(members)):
             for update in range(o.updates):
                 with members.old[member].using():
-                    rollout, rows = self.experience.redraw(o.states, update * len(members) + member)
+                    rollout, index = self.experience.redraw(
+                        o.states, update * len(members) + member
+                    )
                     rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
-                advantage = self.value.advantage(
-                    self.experience.features[rows], rollout.trajectory.x0
-                )
+                advantage = self.value.advantage(self.experience.seen(index), rollout.trajectory.x0)
                 everything = Batch(slice(0, len(rollout.trajectory)))
                 with members.learning(member):
                     run.update(rollout, everything, run.normalised(advantage.cpu()), loss)

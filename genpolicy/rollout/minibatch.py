@@ -2,7 +2,7 @@
 number of processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,61 +25,65 @@ class Batch:
     k: Tensor | None = None
     whole: int = 1
 
+    def __len__(self) -> int:
+        """The number of rows."""
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
 
-def rows(rollout: Rollout, updates: int, order: Sequence[int]) -> Iterator[Batch]:
+
+def rows(
+    rollout: Rollout, updates: int, order: np.random.Generator, chosen: Tensor | None = None
+) -> Iterator[Batch]:
     """A pass over the rows in ``updates`` minibatches, all kept steps of each row together: whole
-    groups of prompts in their own order, decisions of episodes in an order drawn from the seed
-    ``order``.
+    groups of prompts in their own order, decisions of episodes in a drawn ``order``.
+
+    chosen: bool [R], the rows to pass over; without it all of them.
     """
-    if rollout.ragged:
-        yield from (Batch(drawn) for drawn in _shuffled(rollout, 1, updates, order))
+    if rollout.ragged or (chosen is not None and rollout.trajectory.shared == 1):
+        yield from (Batch(drawn) for drawn in _shuffled(rollout, 1, updates, order, chosen))
         return
-    update = (
-        rollout.decisions.place * updates // rollout.decisions.total
-    )  # the rows stand in the order of their places
+    if chosen is not None:
+        raise ValueError("rows can't be chosen where the members of a group share their start")
+    # the rows stand in the order of their places
+    update = rollout.decisions.place * updates // rollout.decisions.total
     for u in range(updates):
         begin = int((update < u).sum())
         yield Batch(slice(begin, begin + int((update == u).sum())))
 
 
-def pairs(rollout: Rollout, updates: int, order: Sequence[int]) -> Iterator[Batch]:
+def pairs(
+    rollout: Rollout, updates: int, order: np.random.Generator, chosen: Tensor | None = None
+) -> Iterator[Batch]:
     """A pass over the (row, kept step) pairs in ``updates`` minibatches."""
     steps = len(rollout.trajectory.steps)
-    for drawn in _shuffled(rollout, steps, updates, order):
+    for drawn in _shuffled(rollout, steps, updates, order, chosen):
         yield Batch(drawn // steps, drawn % steps + rollout.trajectory.first)
 
 
-def chains(rollout: Rollout, updates: int, order: Sequence[int]) -> Iterator[Batch]:
+def chains(
+    rollout: Rollout, updates: int, order: np.random.Generator, chosen: Tensor | None = None
+) -> Iterator[Batch]:
     """A pass over the rows in ``updates`` minibatches; a row's kept steps stand one after the other
     and are scored in one evaluation, for a loss that needs the likelihood of whole chains.
     """
     steps = torch.tensor(list(rollout.trajectory.steps))
-    for drawn in _shuffled(rollout, 1, updates, order):
+    for drawn in _shuffled(rollout, 1, updates, order, chosen):
         yield Batch(drawn.repeat_interleave(len(steps)), steps.repeat(len(drawn)), len(steps))
 
 
-def stand_in(rollout: Rollout, batch: Batch) -> Batch:
-    """Some row in the place of a share that has none, to be scored for nothing: what it adds must
-    be left out.
-    """
-    if batch.k is None:
-        return Batch(slice(0, rollout.trajectory.shared))
-    first = rollout.trajectory.first
-    return Batch(
-        torch.zeros(batch.whole, dtype=torch.long),
-        torch.arange(first, first + batch.whole),
-        batch.whole,
-    )
+def _shuffled(
+    rollout: Rollout, each: int, updates: int, order: np.random.Generator, chosen: Tensor | None
+) -> Iterator[Tensor]:
+    """This process's share of minibatches of all processes' rows times ``each``.
 
-
-def _shuffled(rollout: Rollout, each: int, updates: int, order: Sequence[int]) -> Iterator[Tensor]:
-    """This process's share of minibatches of all processes' rows times ``each``: a pure function of
-    ``order``.
+    Rows that are not chosen leave gaps, so that minibatches may differ in size.
     """
     place = (rollout.decisions.place[:, None] * each + torch.arange(each)).flatten()
     total = rollout.decisions.total * each
     updates = min(updates, total)
-    rank = torch.from_numpy(np.random.default_rng([*order, each]).permutation(total))[place]
+    rank = torch.from_numpy(order.permutation(total))[place]
     sequence = rank.argsort()
     update = rank[sequence] * updates // total
+    if chosen is not None:
+        kept = chosen.cpu().repeat_interleave(each)[sequence]
+        sequence, update = sequence[kept], update[kept]
     yield from (sequence[update == u] for u in range(updates))

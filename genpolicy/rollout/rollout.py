@@ -78,3 +78,13 @@ def single(rewards: Tensor, context: Context, place: Tensor, total: int) -> Deci
     return Decisions(
         rows, rewards[:, None], torch.ones_like(rows), ended, ended, context, place, total
     )
+
+
+def unjudged(trajectory: Trajectory, place: Tensor, total: int) -> Rollout:
+    """Decisions that nobody carried out: B rows without rewards, each a group of its own."""
+    context = Context([""] * len(place))
+    unknown = torch.zeros(len(place), dtype=torch.float64)
+    rows, decisions = torch.arange(len(place)), single(unknown, context, place, total)
+    return Rollout(
+        trajectory, context, trajectory.x0, {}, {}, unknown[:, None], (), rows, decisions
+    )

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,53 @@ class Stateful(Protocol):
     def state_dict(self) -> Any: ...
 
     def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+class RunState:
+    """All that a run saves and resumes beside its own counters: objects by name, each owned once.
+
+    registered: what only trains. parts: of the policy. unclaimed: states of parts that a resumed
+    run has not attached yet.
+    """
+
+    def __init__(self, parts: Mapping[str, Stateful]) -> None:
+        self.registered: dict[str, Stateful] = {}
+        self.parts: dict[str, Stateful] = dict(parts)
+        self.unclaimed: dict[str, Any] = {}
+
+    def register(self, objects: Mapping[str, Stateful]) -> None:
+        """Take what only trains; `ValueError` for a part of the policy, which has one owner."""
+        for name, value in objects.items():
+            self._require_new(name, value, self.parts)
+            self.registered[name] = value
+
+    def own_part(self, name: str, part: Stateful) -> None:
+        """Take a part of the policy, and give it the state that it had in the checkpoint."""
+        self._require_new(name, part, self.registered)
+        if name in self.unclaimed:
+            part.load_state_dict(self.unclaimed.pop(name))
+        self.parts[name] = part
+
+    def _require_new(self, name: str, value: Stateful, others: Mapping[str, Stateful]) -> None:
+        if name in others or any(value is other for other in others.values()):
+            raise ValueError(
+                f"{name} is both registered and a part of the policy: it has one owner"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all."""
+        return {
+            "registered": {name: value.state_dict() for name, value in self.registered.items()},
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give every object its state; parts that a later stage attaches take up theirs then."""
+        for name, value in self.registered.items():
+            value.load_state_dict(state["registered"][name])
+        self.unclaimed = dict(state["parts"])
+        for name, part in self.parts.items():
+            part.load_state_dict(self.unclaimed.pop(name))
 
 
 def write(folder: Path, iteration: int, state: Any, keep: int = 2) -> None:

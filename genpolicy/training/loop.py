@@ -8,19 +8,19 @@ import torch
 
 from genpolicy.config import parse
 from genpolicy.evaluation import metrics_file
-from genpolicy.training import run_state
+from genpolicy.training import resume
 from genpolicy.training.run import Run
 from genpolicy.training.stop_request import StopRequest
 
 
 def iterations(run: Run) -> Iterator[int]:
     """Yield 1, 2, ... until the budget is spent or a signal asks to stop."""
-    run_state.resume(run)
+    resume.resume(run)
     if run.processes.main:
         (run.folder / "config.yaml").write_text(parse.to_yaml(run.experiment))
     if run.iteration == 0 and not run.deployment.before:
         run.deployment.before = run.deployment.evaluate(0)
-        run_state.save(run)
+        resume.save(run)
     with StopRequest(run.say) as stop, run.display.bar(run.progress):
         while run.progress < 1 and not run.processes.sum(float(stop.asked)):
             started, counted = time.perf_counter(), run.policy.model.evaluations
@@ -29,7 +29,7 @@ def iterations(run: Run) -> Iterator[int]:
             evaluations = run.policy.model.evaluations - counted
             _account(run, time.perf_counter() - started, evaluations)
             _finish(run, evaluations)
-        run_state.save(run)
+        resume.save(run)
 
 
 def conclude(run: Run) -> dict[str, Any]:
@@ -69,4 +69,4 @@ def _finish(run: Run, evaluations: float) -> None:
         if run.progress < 1:  # the end draws the last
             run.display.draw_curves()
     if run.iteration % run.experiment.checkpoint_every == 0:
-        run_state.save(run)
+        resume.save(run)

@@ -7,46 +7,43 @@ pipeline's own code keeps running.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from genpolicy.chain import Condition, Noise
 from genpolicy.config.schema import Experiment, OptimizerConfig
-from genpolicy.contracts.dataset import Dataset
+from genpolicy.contracts.dataset import Dataset, Pictures
 from genpolicy.contracts.task import Context, ControlTask, Task
-from genpolicy.learning.objective import Scored
 from genpolicy.policy.files import require_savable
 from genpolicy.policy.parts.base import Base
 from genpolicy.policy.policy import ChainPolicy, Part
 from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch
 from genpolicy.rollout.episodes import reset_seed
+from genpolicy.rollout.examples import shown
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.minibatch import Batch
-from genpolicy.rollout.rollout import Rollout, single
+from genpolicy.rollout.rollout import Rollout, unjudged
 from genpolicy.training.budget import Spent
-from genpolicy.training.checkpoint import Stateful
+from genpolicy.training.checkpoint import RunState, Stateful
 from genpolicy.training.collector import Collector
 from genpolicy.training.deployment import Deployment
 from genpolicy.training.display import Display
+from genpolicy.training.draws import Draws
 from genpolicy.training.evaluator import EpisodeEvaluator, Evaluator
 from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.optimizer import Optimizer
 from genpolicy.training.processes import Processes
 from genpolicy.training.replay_check import LogRatio, ReplayCheck
 from genpolicy.training.stages import Stage, Stages
-from genpolicy.training.updates import Updates
-
-Loss = Callable[[Scored], tuple[Tensor, dict[str, Tensor]]]
-"""A scored step of b rows -> (loss [b], metrics by name [b]). Pure."""
-
-Losses = Callable[[slice], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
-"""A stretch of rows -> their losses [b], or those and metrics by name [b]."""
+from genpolicy.training.updates import Loss, Losses, Updates
 
 
 class Method(Protocol):
@@ -77,7 +74,7 @@ class Run:
         micro_batches: MicroBatches,
         display: Display,
         *,
-        data: Dataset | None = None,
+        data: Dataset | Pictures | None = None,
         iterate: Callable[["Run"], Iterator[int]],
         rehearsal: bool = False,
     ) -> None:
@@ -99,9 +96,9 @@ class Run:
             self.say,
         )
         self.replay_check = ReplayCheck(metrics, micro_batches, processes, self.say)
-        self.updates = Updates(processes, micro_batches)
-        self.registered: dict[str, Stateful] = {}
-        self.unclaimed: dict[str, Any] = {}
+        self.updates = Updates(processes, micro_batches, metrics)
+        self._draws = Draws(experiment.seed, processes)
+        self.state = RunState(policy.parts)
         self._iterate, self.rehearsal = iterate, rehearsal
 
     def __enter__(self) -> Self:
@@ -231,53 +228,107 @@ class Run:
         seed = self.experiment.seed
         return [reset_seed(seed, self.iteration, group) for group in range(groups)]
 
-    def redraw(self, condition: Condition, place: Tensor, total: int, draw: int = 0) -> Rollout:
+    def redraw(
+        self,
+        condition: Condition,
+        place: Tensor,
+        total: int,
+        *,
+        number: int = 0,
+        members: int = 1,
+        branch_at: int | None = None,
+    ) -> Rollout:
         """The policy's decisions where it is shown this process's B rows of ``condition``; nobody
         carries them out.
 
-        place [B]: the rows' numbers among the ``total`` of all processes, which name their noise.
-        draw: the number of this redrawing in its iteration.
+        place [B]: the rows' numbers among the ``total`` of all processes, group-major with
+        ``members`` = N to a group; they name the noise. number: of this redrawing in its iteration.
+        branch_at: the members of a group share their first ``branch_at`` steps, which are drawn as
+        the others are, and only the steps after them are kept.
         """
         self.metrics.phase("sample")
-        policy = self.policy.with_window(self._draw_window())
-        noise = Noise(self.experiment.seed, self.iteration, place, torch.full_like(place, draw))
-        trajectory = policy.sample(condition, noise)
-        self.metrics.phase(None)
-        context = Context([""] * len(place))
-        unknown = torch.zeros(len(place), dtype=torch.float64)
-        rows, decisions = torch.arange(len(place)), single(unknown, context, place, total)
-        return Rollout(
-            trajectory, context, trajectory.x0, {}, {}, unknown[:, None], (), rows, decisions
+        low, high = self._draw_window()
+        policy = self.policy.with_window((low, high))
+        groups = self.noise("redraw", place // members, number)
+        noise = replace(groups, member=place % members)
+        keep = None if branch_at is None else (max(branch_at, low), high)
+        trajectory = policy.sample(
+            condition, noise, members=members, branch_at=branch_at, keep=keep
         )
+        self.metrics.phase(None)
+        return unjudged(trajectory, place, total)
+
+    def contexts(self, count: int) -> tuple[Context, Tensor]:
+        """This process's share of ``count`` prompts, or recorded observations where the experiment
+        names data, of this iteration, and their numbers among the ``count``; nothing is drawn by
+        the policy.
+        """
+        place = self._draws.mine(np.arange(count))
+        if self.data is None:
+            return self.collector.contexts(self.iteration, place, count), place
+        rows = self.rows(len(self.data), count, "contexts")
+        return shown(self.data, self.policy.model, rows), place
 
     def _draw_window(self) -> tuple[int, int]:
-        """This iteration's window of steps: a pure function of seed and iteration."""
+        """This iteration's window of steps."""
         low, high = self.window.start, self.window.stop
         size = self.experiment.chain.window_size
         if size is None:
             return low, high
-        noise = Noise(self.experiment.seed, self.iteration, torch.tensor([-1]), torch.tensor([-1]))
-        uniform = 0.5 * math.erfc(-float(noise(0, (1,))[0, 0]) / math.sqrt(2))
-        start = low + min(int(uniform * (high - size - low + 1)), high - size - low)
+        start = low + int(self.generator("window").integers(high - size - low + 1))
         return start, start + size
+
+    # Drawing
+
+    def noise(self, purpose: str, place: Tensor, number: int = 0) -> Noise:
+        """Standard normal noise of the rows ``place`` [B], a pure function of purpose, seed,
+        iteration, number and place.
+        """
+        return self._draws.noise(purpose, self.iteration, place, number)
+
+    def rows(
+        self, count: int, size: int | tuple[int, ...], purpose: str, number: int = 0
+    ) -> Tensor:
+        """Draw ``size`` of ``count`` rows with replacement; this process's share of the last
+        dimension.
+        """
+        return self.mine(self.generator(purpose, number).integers(count, size=size))
+
+    def generator(self, purpose: str, number: int = 0) -> np.random.Generator:
+        """A generator for what all processes draw alike; `mine` takes this process's share."""
+        return self._draws.generator(purpose, self.iteration, number)
+
+    def mine(self, drawn: np.ndarray) -> Tensor:
+        """This process's share of what all have drawn alike, of its last dimension."""
+        return self._draws.mine(drawn)
 
     # Learning
 
-    def minibatches(self, rollout: Rollout, updates: int, epochs: int = 1) -> Iterator[Batch]:
-        """`minibatch.rows`, ``epochs`` times."""
+    def minibatches(
+        self, rollout: Rollout, updates: int, epochs: int = 1, chosen: Tensor | None = None
+    ) -> Iterator[Batch]:
+        """`minibatch.rows`, ``epochs`` times; of the ``chosen`` rows bool [R] where they are given."""
         for epoch in range(epochs):
-            yield from minibatch.rows(rollout, updates, self._order(epoch))
+            order = self.generator("minibatches", epoch)
+            yield from self._filled(minibatch.rows(rollout, updates, order, chosen))
 
-    def pairs(self, rollout: Rollout, updates: int, epoch: int) -> Iterator[Batch]:
+    def pairs(
+        self, rollout: Rollout, updates: int, epoch: int, chosen: Tensor | None = None
+    ) -> Iterator[Batch]:
         """`minibatch.pairs` in an order that is the epoch's own."""
-        return minibatch.pairs(rollout, updates, self._order(epoch))
+        order = self.generator("pairs", epoch)
+        return self._filled(minibatch.pairs(rollout, updates, order, chosen))
 
-    def chains(self, rollout: Rollout, updates: int, epoch: int) -> Iterator[Batch]:
+    def chains(
+        self, rollout: Rollout, updates: int, epoch: int, chosen: Tensor | None = None
+    ) -> Iterator[Batch]:
         """`minibatch.chains` in an order that is the epoch's own."""
-        return minibatch.chains(rollout, updates, self._order(epoch))
+        order = self.generator("chains", epoch)
+        return self._filled(minibatch.chains(rollout, updates, order, chosen))
 
-    def _order(self, epoch: int) -> list[int]:
-        return [self.experiment.seed % 2**64, self.iteration, epoch]
+    def _filled(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The minibatches that have a row in some process."""
+        return (batch for batch in batches if self.processes.sum(float(len(batch))))
 
     def normalised(self, values: Tensor) -> Tensor:
         """(values - mean) / std over the rows [R] of all processes."""
@@ -312,32 +363,17 @@ class Run:
         every step is scored too, without gradients. also: optimisers of other parts that the loss
         reaches, stepped together.
         """
-        self.metrics.phase("update")
-        rows = (
-            rollout.rows(advantage) if advantage.ndim == 2 else advantage.to(rollout.trajectory.x0)
-        )
-        chains, advantages = rollout.trajectory[batch.rows], rows[batch.rows]
-        policy = self._acting(rollout)
-        steps = list(chains.steps) if batch.k is None else [batch.k]
-
-        def terms(part: slice) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
-            for k in steps:
-                k = k if isinstance(k, int) else k[part]
-                yield loss(policy.score(chains[part], k, advantages[part], reference))
-
-        self.log("lr", self.optimizer.lr(self.pace))
-        means, norm = self.updates.step(
-            terms,
-            len(chains),
-            [self.optimizer, *also],
+        optimizers = [self.optimizer, *also]
+        return self.updates.on_rollout(
+            self._acting(rollout),
+            rollout,
+            batch,
+            advantage,
+            loss,
+            reference,
+            optimizers,
             self.pace,
-            self.policy.model,
-            each=len(steps),
-            whole=chains.shared * batch.whole,
         )
-        self.metrics.log_all({"grad_norm": norm, **{f"policy/{n}": v for n, v in means.items()}})
-        self.metrics.phase(None)
-        return means
 
     def descend(
         self, losses: Losses, rows: int, name: str, optimizer: Optimizer | None = None
@@ -346,19 +382,9 @@ class Run:
         process's ``rows`` (there may be none) and everybody else's, in micro-batches; returns the
         means of the loss and its metrics, and logs them, lr and grad_norm as NAME/....
         """
-        self.metrics.phase(f"update {name}" if optimizer else "update")
-        chosen = optimizer or self.optimizer
-
-        def terms(part: slice) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
-            found = losses(part)
-            yield (found, {}) if isinstance(found, Tensor) else found
-
-        found = {"lr": chosen.lr(self.pace)}
-        means, norm = self.updates.step(terms, rows, [chosen], self.pace, self.policy.model)
-        found |= {"grad_norm": norm, **means}
-        self.metrics.log_all({f"{name}/{key}": value for key, value in found.items()})
-        self.metrics.phase(None)
-        return means
+        phase = f"update {name}" if optimizer else "update"
+        chosen, model = optimizer or self.optimizer, self.policy.model
+        return self.updates.on_rows(losses, rows, name, phase, chosen, self.pace, model)
 
     def fresh_optimizer(self) -> Optimizer:
         fp16 = self.policy.model.precision == "fp16"
@@ -403,10 +429,7 @@ class Run:
 
     def register(self, **objects: Stateful) -> None:
         """Save and resume with the run what only trains. Call it before `iterations`."""
-        for name, value in objects.items():
-            if name in self.policy.parts or any(value is p for p in self.policy.parts.values()):
-                raise ValueError(f"{name} is a part of the policy: it has one owner")
-            self.registered[name] = value
+        self.state.register(objects)
 
     def attach(self, **parts: Part) -> None:
         """Give the policy that collects and the one that is deployed a part, saved with them and
@@ -415,12 +438,9 @@ class Run:
         Raises `ConfigError` where it can't be saved, `ValueError` where it does not fit.
         """
         for name, part in parts.items():
-            if name in self.registered or any(part is v for v in self.registered.values()):
-                raise ValueError(f"{name} is registered: a part has one owner")
             if self.policy.parts.get(name) is not part:
                 require_savable(name, part, self.policy.model)
-            if name in self.unclaimed:
-                part.load_state_dict(self.unclaimed.pop(name))
+            self.state.own_part(name, part)
             self.policy = self.policy.attach(name, part)
             self.deployment.attach(name, part)
 

@@ -5,12 +5,10 @@ The world is a `TransitionModel` of the features that critics see; a policy is j
 Q says along the way (AM-Q, RL-100 arXiv 2510.14830), with the sampler that would be deployed.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from genpolicy.chain import Noise
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.learning.critic import Critic
@@ -90,16 +88,11 @@ class OfflineEvaluation:
             )
         self.model.fit_scale(features[replay.now[learn]], features[replay.after[learn]])
         self.end.scale.fit(features[replay.now[learn]])
-        generator = np.random.default_rng([self.run.experiment.seed % 2**64, self.run.iteration])
-        share = slice(self.run.processes.index, None, self.run.processes.count)
-        for _ in range(updates):
-            rows = learn[
-                torch.from_numpy(generator.integers(len(learn), size=self.batch)[share].copy())
-            ]
+        drawn = self.run.rows(len(learn), (updates, self.batch), "world model")
+        bootstrap = self.run.generator("world model bootstrap")
+        for rows in learn[drawn]:
             # a bootstrap by weights: how often each member draws a row
-            weight = torch.from_numpy(
-                generator.poisson(1.0, (self.model.members, self.batch))[:, share].copy()
-            )
+            weight = self.run.mine(bootstrap.poisson(1.0, (self.model.members, self.batch)))
             now, after = features[replay.now[rows]], features[replay.after[rows]]
             event, weight = scored(replay.event[rows].to(now)), weight.to(now)
             over = (replay.terminated & replay.success)[rows].to(now)
@@ -125,11 +118,11 @@ class OfflineEvaluation:
         """The policy as it stands, from every start, [S]; per decision, so that it reads like a
         value.
         """
-        run, deployed, seed = self.run, self.run.deployed, self.run.experiment.seed
-        generator = np.random.default_rng([seed % 2**64, run.iteration, self.starts])
-        rows = replay.now[torch.from_numpy(generator.integers(len(replay), size=self.starts))]
+        run, deployed = self.run, self.run.deployed
+        drawn = run.generator("imagined starts").integers(len(replay), size=self.starts)
+        rows = replay.now[torch.from_numpy(drawn)]
         name = torch.arange(self.starts)
-        noise = Noise(seed, GATE + run.iteration, name, torch.zeros_like(name))
+        noise = run.noise("imagination", name)
 
         def actor(seen: Tensor, h: int) -> Tensor:
             chain = deployed.sample(seen, noise.at(torch.full_like(name, h)), keep=(0, 0))

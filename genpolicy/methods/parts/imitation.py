@@ -9,7 +9,7 @@ parametrisation.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from genpolicy.config.errors import at_least, positive, share
 from genpolicy.config.schema import OptimizerConfig
-from genpolicy.contracts.dataset import Dataset
-from genpolicy.contracts.model import ControlModel
+from genpolicy.contracts.dataset import Dataset, Pictures
+from genpolicy.contracts.model import Model
 from genpolicy.contracts.task import Context
+from genpolicy.rollout.examples import examples
 from genpolicy.training.run import Run
 
 Source = Callable[[Tensor], tuple[Context, Tensor, Tensor | None]]
@@ -66,13 +67,13 @@ class Imitation:
     def __call__(self, updates: int) -> None:
         """So many updates; counted as samples seen."""
         for update in range(updates):
-            self._update([self.run.experiment.seed % 2**64, self.run.iteration, update])
+            self._update(update)
         self.run.seen(self.batch * updates)
 
-    def _update(self, key: list[int]) -> None:
+    def _update(self, number: int) -> None:
         run = self.run
-        model = cast(ControlModel, run.policy.model)
-        rows, uniform, noise, chance = self.draw(key)
+        model = run.policy.model
+        rows, uniform, noise, chance = self.draw(number)
         t = model.times(uniform)
 
         def losses(part: slice) -> Tensor:
@@ -85,27 +86,22 @@ class Imitation:
 
         run.descend(losses, len(rows), "bc")
 
-    def draw(self, key: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This process's share of the batch: rows, uniform numbers for the times, noise, uniform
-        numbers for the encoder.
+    def draw(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This process's share of a batch: rows [b], uniform numbers for the times [b], noise
+        [b,*E], uniform numbers for the encoder [b,draws]. number: of the update in its iteration.
         """
-        generator = np.random.default_rng(key)
-        share = slice(self.run.processes.index, None, self.run.processes.count)
-        rows = generator.integers(self.rows, size=self.batch)[share]
-        uniform = generator.random(self.batch)[share]
-        shape = (self.batch, *self.run.policy.model.event_shape)
-        noise = generator.standard_normal(shape, dtype=np.float32)[share]
-        chance = generator.random((self.batch, cast(ControlModel, self.run.policy.model).draws))[
-            share
-        ]
-        return tuple(torch.from_numpy(drawn.copy()) for drawn in (rows, uniform, noise, chance))  # type: ignore[return-value]
+        run, batch, model = self.run, self.batch, self.run.policy.model
+        generator = run.generator("imitation", number)
+        rows = generator.integers(self.rows, size=batch)
+        uniform = generator.random(batch)
+        noise = generator.standard_normal((batch, *model.event_shape), dtype=np.float32)
+        chance = generator.random((batch, model.draws))
+        place = run.mine(np.arange(batch))
+        everything = (torch.from_numpy(drawn) for drawn in (rows, uniform, noise, chance))
+        mine = [drawn[place] for drawn in everything]
+        return mine[0], mine[1], mine[2], mine[3]
 
 
-def recorded(data: Dataset, model: ControlModel) -> Source:
-    """The frames of a data set, each with the chunk that follows it."""
-
-    def source(rows: Tensor) -> tuple[Context, Tensor, Tensor | None]:
-        context, actions, pad = data.rows(rows, model.history, model.horizon)
-        return context, model.event(actions), model.event_mask(pad)
-
-    return source
+def recorded(data: Dataset | Pictures, model: Model) -> Source:
+    """The rows of a data set: frames with the chunk that follows, or captioned pictures."""
+    return partial(examples, data, model)

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,10 +92,7 @@ class ActionValue:
             self.monte_carlo * returns.isfinite()
         )  # where it is not known how an episode ended, V alone says
         returns = returns.nan_to_num()
-        generator = np.random.default_rng([self.run.experiment.seed % 2**64, self.run.iteration])
-        share = slice(self.run.processes.index, None, self.run.processes.count)
-        for _ in range(updates):
-            rows = torch.from_numpy(generator.integers(len(replay), size=self.batch)[share].copy())
+        for rows in self.run.rows(len(replay), (updates, self.batch), "critic"):
             now, after = features[replay.now[rows]], features[replay.after[rows]]
             event = replay.event[rows].to(now)
             with torch.no_grad():

@@ -91,20 +91,33 @@ class Experience:
         """Float[F,D]: what critics see of the replay's views."""
         return self.model.features(self.conditions)
 
-    def redraw(self, states: int, number: int, samples: int = 1) -> tuple[Rollout, Tensor]:
-        """What the policy would do at ``states`` recorded decisions (of all processes together),
-        ``samples`` times in a row at each, and where this process's stand among the views. number:
-        of this redrawing in its iteration; another finds other decisions and other noise.
+    def redraw(
+        self, states: int, number: int, samples: int = 1, branch_at: int | None = None
+    ) -> tuple[Rollout, Tensor]:
+        """The policy's decisions at ``states`` recorded ones (of all processes together),
+        ``samples`` in a row at each, and the indices [R] of the recorded decisions in `replay`.
+
+        number: of this redrawing in its iteration; another finds other decisions and other noise.
+        branch_at: the samples at a state share their first ``branch_at`` denoising steps.
         """
         run = self.run
-        key = [run.experiment.seed % 2**64, run.iteration, number]
-        drawn = np.random.default_rng(key).integers(len(self.replay), size=states)
-        state = torch.arange(run.processes.index, states, run.processes.count).repeat_interleave(
-            samples
-        )
-        rows = self.replay.now[torch.from_numpy(drawn)[state]]
+        drawn = run.rows(len(self.replay), states, "redrawn decisions", number)
+        state = run.mine(np.arange(states)).repeat_interleave(samples)
         place = state * samples + torch.arange(len(state)) % samples
-        return run.redraw(self.conditions[rows], place, states * samples, number), rows
+        index = drawn.repeat_interleave(samples)
+        rollout = run.redraw(
+            self.conditions[self.replay.now[index]],
+            place,
+            states * samples,
+            number=number,
+            members=samples,
+            branch_at=branch_at,
+        )
+        return rollout, index
+
+    def seen(self, index: Tensor) -> Tensor:
+        """Float[R,D]: what critics see at the recorded decisions ``index`` [R]."""
+        return self.features[self.replay.now[index]]
 
     def imitable(self, rows: Tensor) -> tuple[Context, Tensor, None]:
         """A `genpolicy.methods.parts.imitation.Source` over the decisions of episodes that succeeded."""

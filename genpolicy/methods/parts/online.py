@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 from torch import Tensor
 
 from genpolicy.config.errors import at_least, positive, share
@@ -118,8 +117,7 @@ class Failures:
         are any.
         """
         count = min(round(share * len(fresh)), len(self.seeds))
-        key = [self.run.experiment.seed % 2**64, self.run.iteration]
-        drawn = np.random.default_rng(key).permutation(len(self.seeds))[:count]
+        drawn = self.run.generator("failures").permutation(len(self.seeds))[:count]
         return [*fresh[: len(fresh) - count], *(self.seeds[number] for number in drawn)]
 
     def note(self, starts: Sequence[int], success: Tensor | None) -> None:

@@ -11,9 +11,13 @@ from genpolicy.training.run import Run
 
 
 def _kept(run: Run) -> dict[str, Stateful]:
-    """The run's own counters and metrics, and what its method registered."""
-    own = {"spent": run.spent, "replay_check": run.replay_check, "deployment": run.deployment}
-    return {**own, **run.registered}
+    """Counters, metrics, and what the method registered or attached."""
+    return {
+        "spent": run.spent,
+        "replay_check": run.replay_check,
+        "deployment": run.deployment,
+        "state": run.state,
+    }
 
 
 def save(run: Run) -> None:
@@ -24,7 +28,6 @@ def save(run: Run) -> None:
             "stages": run.stages.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "kept": {name: value.state_dict() for name, value in _kept(run).items()},
-            "parts": {name: part.state_dict() for name, part in run.policy.parts.items()},
         }
         checkpoint.write(run.folder, run.iteration, state)
         run.collector.trim(min(checkpoint.iterations(run.folder)))
@@ -58,7 +61,3 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
     Weights(run.trainable, state["parameters"]).restore()
     for name, value in _kept(run).items():
         value.load_state_dict(state["kept"][name])
-    # a part that a later stage attaches takes up its state then
-    run.unclaimed.update(state["parts"])
-    for name in [name for name in run.unclaimed if name in run.policy.parts]:
-        run.policy.parts[name].load_state_dict(run.unclaimed.pop(name))

@@ -1,0 +1,41 @@
+"""The random numbers of a run: each a pure function of its purpose, the seed and the iteration."""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genpolicy.chain import Noise
+from genpolicy.training.processes import Processes
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws by purpose, so that no two purposes share a stream, whatever the seed.
+
+    The purpose comes first in every key and all keys have the same length: a key that ends in 0 is
+    the stream of the same key without it.
+    """
+
+    seed: int
+    processes: Processes
+
+    def generator(self, purpose: str, iteration: int, number: int) -> np.random.Generator:
+        """A generator for draws that all processes make alike."""
+        key = [_hashed(purpose), self.seed % 2**64, iteration, number]
+        return np.random.default_rng(key)
+
+    def noise(self, purpose: str, iteration: int, place: Tensor, number: int) -> Noise:
+        """Noise of the rows ``place`` [B]."""
+        seed = _hashed(f"{purpose} {self.seed} {number}")
+        return Noise(seed, iteration, place, torch.zeros_like(place))
+
+    def mine(self, drawn: np.ndarray) -> Tensor:
+        """This process's share of what all have drawn alike, of its last dimension."""
+        return torch.from_numpy(drawn[..., self.processes.index :: self.processes.count].copy())
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
