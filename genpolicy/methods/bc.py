@@ -5,11 +5,11 @@ What the averaged weights (optimizer.ema) do in the environments is what is eval
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar
 
-from genpolicy.config.errors import ConfigError, at_least
-from genpolicy.contracts.model import ControlModel
+from genpolicy.config.errors import at_least
 from genpolicy.methods.parts.imitation import Imitation, recorded
+from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run
 
 
@@ -20,16 +20,13 @@ class BC:
     batch: int = 256
     updates: int = 100
 
+    needs: ClassVar[Needs] = Needs(data=True)
+
     def __post_init__(self) -> None:
         at_least("method bc", self, batch=1, updates=1)
 
     def train(self, run: Run) -> None:
-        if run.data is None:
-            raise ConfigError(
-                "method bc learns from recorded episodes: name them in the data section"
-            )
-        imitate = Imitation(
-            run, recorded(run.data, cast(ControlModel, run.policy.model)), len(run.data), self.batch
-        )
+        assert run.data is not None
+        imitate = Imitation(run, recorded(run.data, run.policy.model), len(run.data), self.batch)
         for _ in run.iterations():
             imitate(self.updates)

@@ -23,6 +23,7 @@ noise is not clamped at 3 std under an unclamped density; log-probabilities are 
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from genpolicy.config.errors import at_least, positive, share
 from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate, log_ratio
 from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.rollout.rollout import Rollout
-from genpolicy.training.requirements import require_density
+from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run
 
 
@@ -65,6 +66,8 @@ class DPPO:
     critic_minibatch: int = 256
     warm_up: int = 2
 
+    needs: ClassVar[Needs] = Needs(likelihoods=True)
+
     def __post_init__(self) -> None:
         least = {
             "episodes": 1,
@@ -79,7 +82,6 @@ class DPPO:
         share("method dppo", self, "gamma", "lam", "gamma_den")
 
     def train(self, run: Run) -> None:
-        require_density(run)
         run.freeze_base()
         value = DecisionValue(
             run, self.gamma, self.lam, self.critic_lr, self.critic_epochs, self.critic_minibatch

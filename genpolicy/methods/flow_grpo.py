@@ -16,6 +16,7 @@ is never stochastic, and the unconditional branch is outside the graph.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from genpolicy.chain.values import Gaussian, Reduce
 from genpolicy.config.errors import at_least, choice, divides, positive
 from genpolicy.learning.advantage import Advantage, Combine, Kind
 from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate, log_ratio, mean_kl
-from genpolicy.training.requirements import require_density
+from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run
 
 
@@ -57,6 +58,8 @@ class FlowGRPO:
     weight: str = "none"
     shared_prefix: bool = False
 
+    needs: ClassVar[Needs] = Needs(likelihoods=True)
+
     def __post_init__(self) -> None:
         choice("method flow_grpo: kl_form", self.kl_form, ("true", "published"))
         choice("method flow_grpo: weight", self.weight, ("none", "std/dt"))
@@ -65,7 +68,6 @@ class FlowGRPO:
         divides("method flow_grpo", self, "updates", "groups")
 
     def train(self, run: Run) -> None:
-        require_density(run)
         reference = run.weights() if self.beta else None
         estimate = Advantage(self.advantage, self.combine, self.advantage_clip)
         run.register(advantage=estimate)

@@ -19,6 +19,7 @@ kappa is proportional to dt except at the first step).
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from genpolicy.learning.objective import (
     guard_log_ratio,
     mean_kl,
 )
-from genpolicy.training.requirements import require_density
+from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run
 
 
@@ -63,6 +64,8 @@ class GRPOGuard:
     weight: str = "1/gain"
     shared_prefix: bool = False
 
+    needs: ClassVar[Needs] = Needs(likelihoods=True)
+
     def __post_init__(self) -> None:
         choice("method grpo_guard: weight", self.weight, ("1/gain", "1/dt"))
         at_least("method grpo_guard", self, groups=1, group=2, updates=1, epochs=1, beta=0)
@@ -70,7 +73,6 @@ class GRPOGuard:
         divides("method grpo_guard", self, "updates", "groups")
 
     def train(self, run: Run) -> None:
-        require_density(run)
         reference = run.weights() if self.beta else None
         estimate = Advantage(self.advantage, self.combine, self.advantage_clip)
         run.register(advantage=estimate)

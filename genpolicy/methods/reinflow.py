@@ -19,6 +19,7 @@ density, and log-probabilities are not clamped to [-1, 1].
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from genpolicy.config.schema import OptimizerConfig
 from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate
 from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.policy.parts.learned_std import LearnedStd
-from genpolicy.training.requirements import require_window
+from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run
 
 
@@ -61,6 +62,8 @@ class ReinFlow:
     critic_minibatch: int = 256
     warm_up: int = 2
 
+    needs: ClassVar[Needs] = Needs(("robots",), window=True)
+
     def __post_init__(self) -> None:
         least = {
             "episodes": 1,
@@ -92,7 +95,6 @@ class ReinFlow:
             raise ConfigError(
                 "method reinflow is derived for flow policies: this one does not predict a velocity"
             )
-        require_window(run)
         dims = math.prod(run.policy.model.event_shape)
         noise = LearnedStd(run.features, dims, self.std_low, self.std_high)
         noise.to(run.policy.model.device)

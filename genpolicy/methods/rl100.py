@@ -50,7 +50,7 @@ from genpolicy.policy.parts.best_of import BestOf
 from genpolicy.policy.weights import Weights
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.rollout.rollout import Rollout
-from genpolicy.training.requirements import require_density
+from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Loss, Run
 from genpolicy.training.stages import Stage
 
@@ -180,6 +180,12 @@ class RL100:
     def __post_init__(self) -> None:
         share("method rl100", self, "gamma")
 
+    @property
+    def needs(self) -> Needs:
+        """Robots; demonstrations to imitate; likelihoods for PPO."""
+        imitates, improves = self.stage in ("all", "imitation"), self.stage != "imitation"
+        return Needs(("robots",), data=imitates, likelihoods=improves)
+
     def train(self, run: Run) -> None:
         _Pipeline(self, run).train()
 
@@ -193,10 +199,6 @@ class _Pipeline:
         stages = self._stages()
         run.plan(stages)
         names = [stage.name for stage in stages]
-        if "imitate" in names and run.data is None:
-            raise ConfigError(
-                "method rl100 imitates recorded episodes: name them in the data section"
-            )
         self.anchor = Anchor(run)
         if "improve" in names:
             o = settings.offline
@@ -218,8 +220,6 @@ class _Pipeline:
             self.on_policy = OnPolicy(
                 run, settings.online, settings.gamma, settings.cut_fails, self.anchor
             )
-        if {"improve", "online"} & set(names):
-            require_density(run)
 
     def _stages(self) -> list[Stage]:
         """The stages in order, each with its optimiser."""

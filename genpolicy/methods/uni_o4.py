@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ from genpolicy.methods.parts.offline_data import Experience
 from genpolicy.methods.parts.online import Online, OnPolicy
 from genpolicy.policy.weights import Weights
 from genpolicy.rollout.minibatch import Batch
-from genpolicy.training.requirements import require_density
+from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run
 from genpolicy.training.stages import Stage
 
@@ -133,6 +133,8 @@ class UniO4:
     imitation: Joint = field(default_factory=Joint)
     offline: Offline = field(default_factory=Offline)
     online: Practice = field(default_factory=Practice)
+
+    needs: ClassVar[Needs] = Needs(("robots",), data=True, likelihoods=True)
 
     def __post_init__(self) -> None:
         at_least("method uni_o4", self, members=1)
@@ -242,10 +244,7 @@ class _Pipeline:
         self.s, self.run = settings, run
         self.model = cast(ControlModel, run.policy.model)
         self._require_gaussian()
-        if run.data is None:
-            raise ConfigError(
-                "method uni_o4 imitates recorded episodes: name them in the data section"
-            )
+        assert run.data is not None
         o, n = settings.offline, settings.members
         course: list[tuple[str, int | None]] = [("imitate", settings.imitation.iterations)]
         course += [("collect", n)] if o.episodes else []
@@ -272,7 +271,6 @@ class _Pipeline:
                 "method uni_o4 needs policies whose likelihood is known: policy {name: mlp, family: gaussian} and chain {steps: 1,"
                 " kernel: {name: floorstd, floor: 0.1, kernel: {name: ddim, eta: 0.0}}, window: [0, 1]}"
             )
-        require_density(run)
         if any(len(shape) != 1 for shape in self.model.shapes.values()):
             raise ConfigError(
                 "method uni_o4 sees vectors only: its members would each have an encoder of their own, and the critics none;"

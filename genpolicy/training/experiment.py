@@ -45,6 +45,12 @@ from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.processes import Processes, start_processes
 from genpolicy.training.prompt_collector import PromptCollector
 from genpolicy.training.rehearsal import Rehearsal
+from genpolicy.training.requirements import (
+    Needs,
+    World,
+    require_chain,
+    require_sections,
+)
 from genpolicy.training.run import Method, Run
 
 
@@ -200,6 +206,17 @@ def evaluation_prompts(experiment: Experiment, task: Task) -> tuple[str, ...]:
     return tuple(dict.fromkeys(task.reset(range(experiment.eval.samples)).prompts))
 
 
+def required(method: Method) -> Needs:
+    """A method's needs; `ConfigError` where it states none."""
+    needs = getattr(method, "needs", None)
+    if not isinstance(needs, Needs):
+        raise ConfigError(
+            f"method {type(method).__name__} does not say what it needs: give its class the"
+            " attribute needs = genpolicy.training.requirements.Needs(...)"
+        )
+    return needs
+
+
 def prepare(
     experiment: Experiment, folder: Path, processes: Processes, rehearsal: Rehearsal | None = None
 ) -> tuple[Run, Method]:
@@ -212,7 +229,10 @@ def prepare(
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     method = make("methods", experiment.method)
-    task = make("tasks", experiment.task)
+    task: Any = make("tasks", experiment.task)
+    name, needs = str(experiment.method["name"]), required(method)
+    world: World = "robots" if is_control(task) else "prompts"
+    require_sections(name, needs, world, experiment.data is not None)
     data = make_data(experiment.data)
     # what every run has, and what the two worlds have each
     metrics, display = IterationMetrics(), Display(experiment, folder, processes.main)
@@ -240,6 +260,7 @@ def prepare(
         collector = PromptCollector(seed, task, reward, processes, metrics, micro_batches)
     choice("eval: select", settings.select or evaluator.measured[0], evaluator.measured)
     policy = make_policy(model, experiment.chain, load_parts(experiment.policy, model))
+    require_chain(name, needs, policy)
     run = Run(
         experiment,
         policy,

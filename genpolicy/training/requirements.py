@@ -1,38 +1,75 @@
-"""Requirements of methods on the chain that is trained: each raises one sentence."""
+"""What methods need of an experiment, and the sentences that tell what is missing."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.policy.parts.base import Base
-from genpolicy.training.run import Run
+from genpolicy.policy.policy import ChainPolicy
+
+World = Literal["prompts", "robots"]
+WORLDS: tuple[World, ...] = get_args(World)
 
 
-def require_density(run: Run) -> None:
-    """Raise unless every step of the window has a density: likelihoods can't train a point."""
-    for k in run.window:
-        if float(run.policy.std(k)) == 0:
-            raise ConfigError(
-                f"step {k} of the window is deterministic (std 0) under kernel"
-                f" {run.experiment.chain.kernel}: a method that needs likelihoods can't train it;"
-                " use ddim with eta > 0, sde or cps, or another window"
-            )
-    if run.policy.refiner is not None:
+@dataclass(frozen=True)
+class Needs:
+    """The needs of a method, which it states as its attribute ``needs``.
+
+    worlds: the kinds of tasks that it can train: prompts, robots (environments), or both.
+    data: recorded examples, named in the data section.
+    window: at least one step of the chain at which noise is drawn.
+    likelihoods: a density at every step of that window.
+    """
+
+    worlds: tuple[World, ...] = WORLDS
+    data: bool = False
+    window: bool = False
+    likelihoods: bool = False
+
+
+def require_sections(name: str, needs: Needs, world: World, data: bool) -> None:
+    """Raise `ConfigError` unless method ``name`` can train this world with (or without) data."""
+    if world not in needs.worlds:
         raise ConfigError(
-            "the policy's actions are refined by gradient steps and have no likelihood: a method"
-            " that needs likelihoods can't train it"
+            f"method {name} trains {' and '.join(needs.worlds)}, and the task is one of {world}"
         )
-    require_window(run)
-
-
-def require_window(run: Run) -> None:
-    """Raise unless there is a step to train, and the network that learns acts at every one."""
-    if not run.window:
+    if needs.data and not data:
         raise ConfigError(
-            "the chain has no stochastic step to train: widen chain.window or use a kernel with"
-            " noise"
+            f"method {name} learns from recorded examples: name them in the data section"
         )
-    base = run.policy.parts.get("base")
-    first = float(run.policy.chain.grid[run.window.start])
+
+
+def require_chain(name: str, needs: Needs, policy: ChainPolicy) -> None:
+    """Raise `ConfigError` unless the chain can be trained as method ``name`` needs it."""
+    window = policy.chain.stochastic
+    if not needs.window and not needs.likelihoods:
+        return
+    if not window:
+        raise ConfigError(
+            f"method {name} trains noisy steps and the chain has none: widen chain.window or use a"
+            " kernel with noise"
+        )
+    if needs.likelihoods:
+        _require_density(name, policy)
+    base = policy.parts.get("base")
+    first = float(policy.chain.grid[window.start])
     if isinstance(base, Base) and first > base.above:
         raise ConfigError(
             f"the policy's base denoises above noise time {base.above:.3f}, and chain.window begins"
             f" at {first:.3f}: its frozen steps can't be trained, so begin the window later"
+        )
+
+
+def _require_density(name: str, policy: ChainPolicy) -> None:
+    for k in policy.chain.stochastic:
+        if float(policy.std(k)) == 0:
+            raise ConfigError(
+                f"step {k} of the window is deterministic (std 0) under kernel"
+                f" {policy.chain.kernel}: method {name} needs likelihoods and can't train it; use"
+                " ddim with eta > 0, sde or cps, or another window"
+            )
+    if policy.refiner is not None:
+        raise ConfigError(
+            f"the policy's actions are refined by gradient steps and have no likelihood, which"
+            f" method {name} needs"
         )

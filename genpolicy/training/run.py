@@ -42,12 +42,16 @@ from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.optimizer import Optimizer
 from genpolicy.training.processes import Processes
 from genpolicy.training.replay_check import LogRatio, ReplayCheck
+from genpolicy.training.requirements import Needs
 from genpolicy.training.stages import Stage, Stages
 from genpolicy.training.updates import Loss, Losses, Updates
 
 
 class Method(Protocol):
-    """One paper: ``train(run)`` is its loop in the verbs of Run."""
+    """One paper: ``train(run)`` is its loop in the verbs of Run; ``needs`` is what that takes."""
+
+    @property
+    def needs(self) -> Needs: ...
 
     def train(self, run: "Run") -> None: ...
 
@@ -516,6 +520,16 @@ class Run:
         """Where the window begins inside the chain, leave what comes before it to the policy as it
         is now, for good (`Base`). Call it before `iterations`.
         """
-        if self.window.start and "base" not in self.policy.parts:
-            above = float(self.policy.chain.grid[self.window.start])
+        if not self.window.start:
+            return
+        above, base = (
+            float(self.policy.chain.grid[self.window.start]),
+            self.policy.parts.get("base"),
+        )
+        if base is None:
             self.attach(base=Base.of(self.policy.model, above))
+        elif isinstance(base, Base) and abs(base.above - above) > 1e-9:
+            raise ConfigError(
+                f"the policy's base denoises above noise time {base.above:.3f}, and chain.window"
+                f" begins at {above:.3f}: begin the window there, so that what is frozen stays so"
+            )
