@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import Condition, Noise
+from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import Experiment, OptimizerConfig
 from genpolicy.contracts.dataset import Dataset, Pictures
 from genpolicy.contracts.task import Context, ControlTask, Task
