@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,11 @@ Verdict = tuple[str, bool | None, str]
 """A law, whether it holds (None: it does not apply), and what was seen."""
 
 
-def check(name: str) -> int:
-    """Print a verdict a law; return 0 if all hold, 1 if one does not. Raises `ConfigError` for what
-    can't be checked.
+def run(args: Namespace) -> int:
+    """Prints a verdict per law of ``args.leaf``; returns 0 if all hold, 1 if one does not. Raises
+    `ConfigError` for what can't be checked.
     """
-    dotted = _dotted(name)
+    dotted = _dotted(args.leaf)
     entry = leaves.leaf("leafs", dotted)
     kind = _kind(entry)
     laws: dict[str, Callable[[str], Iterator[Verdict]]] = {

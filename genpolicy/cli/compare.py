@@ -1,11 +1,12 @@
-"""Compare experiments: same start, same evaluation set, equal budget, the same seeds; a table and
-one figure.
+"""The verb compare: experiments with the same start, evaluation set, budget and seeds, in a table
+and one figure.
 """
 
 import gc
 import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +24,26 @@ from genpolicy.evaluation.comparison import Arm, Finished, figure, markdown, sum
 from genpolicy.policy.sampler import deployed_sampler, make_policy
 from genpolicy.training.build import control_model, make_data, make_rewards
 from genpolicy.training.experiment import evaluation_prompts, finished, spent, train
+from genpolicy.training.processes import end_processes
+
+
+def run(args: Namespace) -> int:
+    """Trains every config with every seed, one run's folder each under --out/NAME/seed-S, then
+    writes the comparison.
+
+    What is finished already is left as it is, what was interrupted is resumed. Raises
+    `ConfigError`, before anything is trained, if the arms differ in what must be the same, and says
+    in what.
+    """
+    out, all_seeds = Path(args.out), seeds(args.seeds)
+    arms = [Arm(_name(path), parse.load(path, args.overrides)) for path in args.configs]
+    _require_comparable(arms)
+    asked = [(arm, seed, out / arm.name / f"seed-{seed}") for seed in all_seeds for arm in arms]
+    complete = _train(asked)
+    if complete and os.environ.get("RANK", "0") == "0":
+        _write([_read(arm.name, seed, folder) for arm, seed, folder in asked], out)
+    end_processes()
+    return 0
 
 
 def seeds(text: str) -> list[int]:
@@ -36,19 +57,8 @@ def seeds(text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def compare(
-    configs: Sequence[str], over: Sequence[int], out: Path, overrides: Sequence[str] = ()
-) -> int:
-    """Train every config with every seed, one run's folder each under out/NAME/seed-S, then write
-    the comparison.
-
-    What is finished already is left as it is, what was interrupted is resumed. Returns the exit
-    code. Raises `ConfigError`, before anything is trained, if the arms differ in what must be the
-    same, and says in what.
-    """
-    arms = [Arm(_name(path), parse.load(path, overrides)) for path in configs]
-    _require_comparable(arms)
-    asked = [(arm, seed, out / arm.name / f"seed-{seed}") for seed in over for arm in arms]
+def _train(asked: Sequence[tuple[Arm, int, Path]]) -> bool:
+    """Trains what is not finished; False where a signal stopped it."""
     begun = {folder for _, _, folder in asked if (folder / "config.yaml").is_file()}
     for arm, seed, folder in asked:
         _require_same(_with(arm, seed, folder), folder)
@@ -60,17 +70,18 @@ def compare(
         gc.collect()  # one model at a time
         if not spent(result.summary):
             print("stopped; the same command goes on from here", file=sys.stderr)
-            return 0
-    if os.environ.get("RANK", "0") != "0":
-        return 0
-    runs = [_read(arm.name, seed, folder) for arm, seed, folder in asked]
+            return False
+    return True
+
+
+def _write(runs: Sequence[Finished], out: Path) -> None:
+    """The table, as JSON and for people, and the figure."""
     table = summarise(runs)
     metrics_file.write_json(out / "compare.json", table)
     text = markdown(table)
     (out / "compare.md").write_text(text, encoding="utf-8")
     figure(runs, table, out / "compare.png")
     print(f"{text}\n{out / 'compare.md'}, {out / 'compare.json'}, {out / 'compare.png'}")
-    return 0
 
 
 # Before

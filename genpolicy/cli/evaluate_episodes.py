@@ -4,6 +4,7 @@ and GIFs of some.
 
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 import torch
 
 from genpolicy.chain import Noise
+from genpolicy.cli.sections import task_section
+from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make
+from genpolicy.config.schema import EvalConfig, Experiment
 from genpolicy.contracts.model import ControlModel, require_fit
 from genpolicy.contracts.task import ControlTask, Environments, is_control
 from genpolicy.evaluation import metrics_file
@@ -32,15 +36,13 @@ GIFS = "episodes"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to play: ``episodes`` from the reset seeds ``seed``, ``seed`` + 1, ..., so many
-    ``environments`` side by side; GIFs of so many successes and so many failures.
-    """
+class Asked:
+    """The episodes to play, the same for every sampler."""
 
-    episodes: int
-    seed: int
-    environments: int
-    gifs: int
+    episodes: int  # how many
+    seed: int  # reset seed of the first one; the others follow it, one by one
+    environments: int  # side by side
+    gifs: int  # of so many successes, and of so many failures
 
     def __post_init__(self) -> None:
         for name, low in (("episodes", 1), ("environments", 1), ("gifs", 0)):
@@ -96,51 +98,82 @@ class Measured:
         }
 
 
-def trial(
-    found: Saved, task_section: Mapping[str, Any], plan: Plan, asked: Sequence[str], out: Path
+def run(args: Namespace, found: Saved, out: Path) -> int:
+    """Evaluates the policy ``found`` as ``args`` say, or as its run did, and writes out/eval.json."""
+    made_by = parse.load(found.run / "config.yaml") if found.run is not None else None
+    settings, side_by_side, task = EvalConfig(), Experiment.environments, {}
+    if made_by is not None:
+        settings, side_by_side, task = made_by.eval, made_by.environments, made_by.task
+        if made_by.threads is not None:
+            torch.set_num_threads(made_by.threads)
+    section = task_section(args, task)
+    if not section:
+        raise ConfigError(
+            f"{args.policy} comes from no run of ours: name its --task, "
+            "for example --task metaworld --task.env=assembly-v3"
+        )
+    asked = Asked(
+        episodes=settings.episodes if args.episodes is None else args.episodes,
+        seed=settings.seed if args.seed is None else args.seed,
+        environments=side_by_side if args.environments is None else args.environments,
+        gifs=2 if args.gifs is None else args.gifs,
+    )
+    evaluate_episodes(found, section, asked, args.samplers or (), out)
+    return 0
+
+
+def evaluate_episodes(
+    found: Saved, section: Mapping[str, Any], asked: Asked, samplers: Sequence[str], out: Path
 ) -> dict[str, Any]:
-    """Play, measure and film a policy with its deployed sampler and the others that are ``asked``
-    for (see `variants`); print a table, write out/eval.json and return what it holds.
+    """Plays, measures and films a policy in the task of ``section``, with its deployed sampler and
+    the other ``samplers`` (see `variants`); prints a table, writes out/eval.json and returns what
+    it holds.
     """
-    task = make("tasks", task_section)
+    task = make("tasks", section)
     if not is_control(task):
-        raise ConfigError(f"task {task_section['name']} has no environments to act in")
-    chosen = variants(asked, found)
+        raise ConfigError(f"task {section['name']} has no environments to act in")
+    chosen = variants(samplers, found)
     if any(variant.sampler.guidance != 1 for variant in chosen):
         raise ConfigError("guidance is for prompts: a policy that acts has no unconditional branch")
     policy = found.load()
     model: ControlModel = policy.model  # type: ignore[assignment]  # its caller saw that it acts
     require_fit(model, task)
     policies = [variant.of(policy) for variant in chosen]
-    environments = task.environments(min(plan.environments, plan.episodes), model.history)
+    environments = task.environments(min(asked.environments, asked.episodes), model.history)
     measured: list[Measured] = []
     try:
+        # a line of the table as soon as its sampler is measured
         width = max(len("sampler"), *(len(variant.name) for variant in chosen))
         print(_head(width, task.has_success, len(chosen) > 1))
         for variant, acting in zip(chosen, policies, strict=True):
-            measured.append(_measure(variant, acting, task, environments, plan))
+            measured.append(_measure(variant, acting, task, environments, asked))
             print(_line(measured[-1], measured[0], width), flush=True)
-        result = _result(found, task_section, plan, measured)
+        # the file, then the films, which may fail for want of a camera
+        result = _result(found, section, asked, measured)
         metrics_file.write_json(out / "eval.json", result)
-        last = plan.seed + plan.episodes - 1
-        print(f"{plan.episodes} episodes from seeds {plan.seed} to {last}; {out / 'eval.json'}")
-        if plan.gifs:
-            _film(policies[0], task, environments, plan, measured[0].evaluation, out / GIFS)
+        last = asked.seed + asked.episodes - 1
+        print(f"{asked.episodes} episodes from seeds {asked.seed} to {last}; {out / 'eval.json'}")
+        if asked.gifs:
+            _film(policies[0], task, environments, asked, measured[0].evaluation, out / GIFS)
     finally:
         environments.close()
     return result
 
 
 def _measure(
-    variant: Variant, policy: ChainPolicy, task: ControlTask, environments: Environments, plan: Plan
+    variant: Variant,
+    policy: ChainPolicy,
+    task: ControlTask,
+    environments: Environments,
+    asked: Asked,
 ) -> Measured:
     counted, started = policy.model.evaluations, time.perf_counter()
     found = evaluate_control(
-        policy, environments, episodes=plan.episodes, seed=plan.seed, judged=task.has_success
+        policy, environments, episodes=asked.episodes, seed=asked.seed, judged=task.has_success
     )
     seconds = time.perf_counter() - started
     nfe = (policy.model.evaluations - counted) / found.decisions
-    return Measured(variant, found, nfe, seconds, _latency(policy, environments, plan.seed))
+    return Measured(variant, found, nfe, seconds, _latency(policy, environments, asked.seed))
 
 
 @torch.no_grad()
@@ -160,16 +193,16 @@ def _latency(policy: ChainPolicy, environments: Environments, seed: int) -> dict
 
 
 def _result(
-    found: Saved, task_section: Mapping[str, Any], plan: Plan, measured: Sequence[Measured]
+    found: Saved, section: Mapping[str, Any], asked: Asked, measured: Sequence[Measured]
 ) -> dict[str, Any]:
     """eval.json: the deployed sampler's numbers, and those of the others under "samplers"."""
     deployed, *others = measured
     result = {
         "policy": found.where,
-        "task": dict(task_section),
+        "task": dict(section),
         **deployed.entry(),
-        "n": plan.episodes,
-        "seeds": {"first": plan.seed, "episodes": plan.episodes},
+        "n": asked.episodes,
+        "seeds": {"first": asked.seed, "episodes": asked.episodes},
         "env_steps_per_s": float(deployed.evaluation.lengths.sum()) / deployed.seconds,
     }
     if others:
@@ -209,7 +242,7 @@ def _film(
     policy: ChainPolicy,
     task: ControlTask,
     environments: Environments,
-    plan: Plan,
+    asked: Asked,
     evaluation: ControlEvaluation,
     folder: Path,
 ) -> None:
@@ -222,10 +255,10 @@ def _film(
         else [evaluation.returns.isfinite()]
     )
     chosen = sorted(
-        episode for kind in kinds for episode in kind.nonzero().flatten()[: plan.gifs].tolist()
+        episode for kind in kinds for episode in kind.nonzero().flatten()[: asked.gifs].tolist()
     )
     try:
-        films = film(policy, task, environments, seed=plan.seed, episodes=chosen)
+        films = film(policy, task, environments, seed=asked.seed, episodes=chosen)
     except RenderError as error:
         print(f"no GIFs: {error}", file=sys.stderr)
         return

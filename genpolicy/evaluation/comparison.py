@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genpolicy.config.schema import Experiment
-from genpolicy.evaluation.curves import COLOURS, EPISODES, Panel, by_experience, smooth
+from genpolicy.evaluation.curves import COLOURS, EPISODES, Panel, by_experience, save_panels, smooth
 from genpolicy.evaluation.metrics_file import series
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def figure(runs: Sequence[Finished], table: Mapping[str, Any], path: Path) -> No
             )
         )
     count = len(table["seeds"])
-    curves.save_panels(
+    save_panels(
         panels, path, title=f"{' · '.join(arms)}: mean of {count} seeds thick, each seed thin"
     )
 

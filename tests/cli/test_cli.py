@@ -100,7 +100,7 @@ def test_version_and_interruption(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("genpolicy.cli.check.check", interrupt)
+    monkeypatch.setattr("genpolicy.cli.check.run", interrupt)
     assert main(["check", "tests.toy"]) == 130
     assert capsys.readouterr().err == "genpolicy: interrupted\n"
 
