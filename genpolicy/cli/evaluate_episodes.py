@@ -15,7 +15,7 @@ import torch
 from genpolicy.chain import Noise
 from genpolicy.cli.sections import task_section
 from genpolicy.config import parse
-from genpolicy.config.errors import ConfigError
+from genpolicy.config.errors import ConfigError, RenderError
 from genpolicy.config.leaves import make
 from genpolicy.config.schema import EvalConfig, Experiment
 from genpolicy.contracts.model import ControlModel, require_fit
@@ -27,7 +27,6 @@ from genpolicy.evaluation.prompt_scores import EVALUATION, latency, paired
 from genpolicy.evaluation.samplers import Variant, variants
 from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
-from genpolicy.tasks._simulators import RenderError
 
 DECISIONS, WARM_UP, SECONDS = 200, 10, 20.0
 """Decisions whose latency is measured, those that go before, and how long it may take."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from genpolicy.config.errors import RenderError
 from genpolicy.config.leaves import make
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.model import ControlModel
@@ -15,7 +16,6 @@ from genpolicy.evaluation.prompt_scores import interval, paired
 from genpolicy.policy.files import saved
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import deployed_sampler, make_policy
-from genpolicy.tasks._simulators import RenderError
 from genpolicy.training.build import control_model
 from genpolicy.training.rehearsal import Rehearsal
 

@@ -1,4 +1,4 @@
-"""The error of bad input, and the checks of a settings class: each raises one sentence."""
+"""Errors that are one sentence to the user, and the checks of a settings class, which raise them."""
 
 import difflib
 import math
@@ -7,7 +7,15 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """What is wrong with what the user asked for, in one sentence."""
+    """The mistake in what the user asked for, in one sentence."""
+
+
+class RenderError(RuntimeError):
+    """The reason why there is no picture of an environment here, in one sentence.
+
+    It stands here and not beside `genpolicy.contracts.task.Environments`, because processes that
+    only simulate raise it and never import torch.
+    """
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:

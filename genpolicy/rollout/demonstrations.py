@@ -13,12 +13,14 @@ from tqdm import tqdm
 from genpolicy.chain import Noise
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import leaf, make
+from genpolicy.contracts.dataset import DatasetWriter
 from genpolicy.contracts.model import require_fit
 from genpolicy.contracts.task import Context, ControlTask, Demonstration, TaskStep, is_control
 from genpolicy.policy.files import saved
 from genpolicy.rollout.episodes import play
 
-WRITER = "genpolicy.datasets._lerobot_writer:recording"
+WRITER = "lerobot_dataset"
+"""The leaf of datasets/ that episodes are recorded as."""
 PATIENCE = 5
 """An expert may try so many times as many episodes as are wanted."""
 SIDE_BY_SIDE = 20
@@ -71,9 +73,9 @@ def demonstrate(
         source = _by_policy(task, range(seed, seed + episodes), policy, seed)
     done = Recorded()
     made = {"task": dict(task_section), "policy": policy, "noise": noise, "seed": seed}
-    writing = leaf("datasets", WRITER)(out, task, made)
+    writer: DatasetWriter = leaf("datasets", WRITER)
     with (
-        writing as keep,
+        writer.recording(out, task, made) as keep,
         tqdm(total=episodes, desc="demonstrate", unit="episode", file=sys.stderr) as bar,
     ):
         while done.episodes < episodes and (episode := next(source, None)) is not None:

@@ -13,10 +13,6 @@ from types import ModuleType
 from genpolicy.config.errors import ConfigError
 
 
-class RenderError(RuntimeError):
-    """One sentence: why there is no picture of an environment here."""
-
-
 def library(module: str, needed_by: str) -> ModuleType:
     """Import a module of the extra `robots`; where it is missing raise `ConfigError` with the
     command to run.
