@@ -14,7 +14,8 @@ from genpolicy.config import leaves, parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import EvalConfig
 from genpolicy.evaluation import metrics_file
-from genpolicy.evaluation.prompt_scores import draw, latency, measure
+from genpolicy.evaluation.prompt_scores import draw, measure
+from genpolicy.evaluation.statistics import latency
 from genpolicy.policy.files import Saved, saved
 from genpolicy.training.build import load_rewards, make_rewards, prompt_lines
 from genpolicy.training.experiment import evaluation_prompts

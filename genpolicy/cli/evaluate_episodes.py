@@ -23,8 +23,9 @@ from genpolicy.contracts.task import ControlTask, Environments, is_control
 from genpolicy.evaluation import metrics_file
 from genpolicy.evaluation.episode_scores import ControlEvaluation, evaluate_control
 from genpolicy.evaluation.film import film, save
-from genpolicy.evaluation.prompt_scores import EVALUATION, latency, paired
+from genpolicy.evaluation.prompt_scores import EVALUATION
 from genpolicy.evaluation.samplers import Variant, variants
+from genpolicy.evaluation.statistics import latency, paired
 from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from genpolicy.config.leaves import make
 from genpolicy.config.schema import Experiment
 from genpolicy.evaluation import metrics_file, pictures
-from genpolicy.evaluation.prompt_scores import Evaluation, interval, measure, paired
+from genpolicy.evaluation.prompt_scores import Evaluation, measure
+from genpolicy.evaluation.statistics import interval, paired
 from genpolicy.policy.files import saved
 from genpolicy.policy.sampler import deployed_sampler, make_policy
 from genpolicy.training.build import make_rewards, prompt_lines

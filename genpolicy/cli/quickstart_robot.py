@@ -12,7 +12,7 @@ from genpolicy.contracts.task import ControlTask
 from genpolicy.evaluation import metrics_file
 from genpolicy.evaluation.episode_scores import ControlEvaluation, evaluate_control
 from genpolicy.evaluation.film import side_by_side
-from genpolicy.evaluation.prompt_scores import interval, paired
+from genpolicy.evaluation.statistics import interval, paired
 from genpolicy.policy.files import saved
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import deployed_sampler, make_policy

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from genpolicy.config.schema import Experiment
 from genpolicy.evaluation.curves import COLOURS, EPISODES, Panel, by_experience, save_panels, smooth
 from genpolicy.evaluation.metrics_file import series
+from genpolicy.evaluation.statistics import paired
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +101,7 @@ def summarise(runs: Sequence[Finished]) -> dict[str, Any]:
             entry["metrics"][name] = {"before": _after(mine, name, "before"), **_spread(values)}
             if arm != arms[0]:
                 other = _after([run for run in runs if run.arm == arms[0]], name)
-                entry["difference"][name] = paired(values, other)
+                entry["difference"][name] = _difference(values, other)
         for name in (*CLIPPED, *COSTS):
             entry[name] = _spread([run.cost(name) for run in mine])
         table["arms"][arm] = entry
@@ -123,18 +125,11 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "sd": sd, "values": list(values)}
 
 
-def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
-    """The mean of value - other over seeds and its 95 % interval by Student's t; no interval for a
-    single seed.
-    """
-    from scipy.stats import t
-
-    spread = _spread([a - b for a, b in zip(values, others, strict=True)])
-    n, centre = len(values), spread["mean"]
-    if n < 2:
-        return {"mean": centre, "ci95": None}
-    half = float(t.ppf(0.975, n - 1)) * spread["sd"] / math.sqrt(n)
-    return {"mean": centre, "ci95": [centre - half, centre + half]}
+def _difference(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """The mean of value - other over seeds and its 95 % interval; no interval for a single seed."""
+    pair = (torch.tensor(each, dtype=torch.float64) for each in (others, values))
+    mean, low, high = paired(*pair, len(values))
+    return {"mean": mean, "ci95": None if len(values) < 2 else [low, high]}
 
 
 def markdown(table: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from genpolicy.chain import Noise
 from genpolicy.contracts.task import Environments
-from genpolicy.evaluation.prompt_scores import EVALUATION, interval
+from genpolicy.evaluation.prompt_scores import EVALUATION
+from genpolicy.evaluation.statistics import interval
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.episodes import Watch, play
 

@@ -1,7 +1,6 @@
 """Evaluation of a policy's deployed sampler on fixed prompts and one fixed noise."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from genpolicy.chain import Noise
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import Context
+from genpolicy.evaluation.statistics import interval
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches, recount
 from genpolicy.rollout.prompts import Judged, collect
@@ -55,39 +55,6 @@ class Evaluation:
         return {**result, "diversity": self.diversity, "n": self.samples}
 
 
-def interval(value: Tensor, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of the mean of [S] values: Wilson's for rates (every value 0 or 1), the normal
-    one otherwise.
-    """
-    n, mean = len(value), float(value.mean())
-    if bool(((value == 0) | (value == 1)).all()):
-        centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
-    else:
-        centre, half = mean, z * float(value.std(correction=0)) / math.sqrt(n)
-    return centre - half, centre + half
-
-
-def paired(before: Tensor, after: Tensor, prompts: int) -> tuple[float, float, float]:
-    """(mean, low, high): after - before of the same [S] samples, sample i of prompt i mod
-    ``prompts``, with its 95 % interval.
-
-    Prompts are the units (samples of one prompt are alike): the mean over prompts of the prompt's
-    mean difference, Student's t.
-    """
-    from scipy.stats import t
-
-    difference = after - before
-    means = torch.stack(
-        [difference[p::prompts].mean() for p in range(min(prompts, len(difference)))]
-    )
-    centre = float(means.mean())
-    if len(means) < 2:
-        return centre, math.nan, math.nan
-    half = float(t.ppf(0.975, len(means) - 1)) * float(means.std()) / math.sqrt(len(means))
-    return centre, centre - half, centre + half
-
-
 def evaluate(
     policy: ChainPolicy,
     reward: WeightedRewards,
@@ -109,7 +76,7 @@ def evaluate(
     mine = [min(i, samples - 1) for i in range(index * share, (index + 1) * share)]
     outputs, parts, thumbnails = [], [], []
 
-    def judge(rows: Tensor) -> Judged:
+    def score(rows: Tensor) -> Judged:
         context = Context([str(prompts[i % len(prompts)]) for i in rows.tolist()])
         noise = Noise(seed, EVALUATION, rows % len(prompts), rows // len(prompts))
         return collect(policy, context, reward, noise, members=1, keep=(0, 0))
@@ -117,7 +84,7 @@ def evaluate(
     fits = micro_batches or MicroBatches("auto", lambda text: None)
     for block in torch.tensor(mine).split(BLOCK):
         for judged in fits(
-            lambda part, block=block: judge(block[part]), len(block), restart=recount(policy)
+            lambda part, block=block: score(block[part]), len(block), restart=recount(policy)
         ):
             thumbnails.append(_thumbnail(judged.outputs))
             parts.append({**judged.parts, "total": reward.total(judged.parts)})
@@ -185,24 +152,3 @@ def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -
         for b in blocks
     ]
     return torch.cat([chunk for block in drawn for chunk in block])
-
-
-def latency(
-    call: Callable[[int], object], calls: int = 20, warm_up: int = 1, seconds: float = 60.0
-) -> dict[str, float]:
-    """Milliseconds of ``call(number)``: p50, p95 and p99 over ``calls`` calls.
-
-    ``warm_up`` calls go before; after ``seconds`` no more are made (but 3 at least), and ``calls``
-    says how many there were.
-    """
-    times: list[float] = []
-    started = time.perf_counter()
-    for number in range(warm_up + calls):
-        begun = time.perf_counter()
-        call(number)
-        times.append(1000 * (time.perf_counter() - begun))
-        if number >= warm_up + 2 and time.perf_counter() - started > seconds:
-            break
-    measured = torch.tensor(times[warm_up:], dtype=torch.float64)
-    found = measured.quantile(torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64))
-    return {**dict(zip(("p50", "p95", "p99"), found.tolist(), strict=True)), "calls": len(measured)}

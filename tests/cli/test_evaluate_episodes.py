@@ -15,8 +15,8 @@ from genpolicy.config import errors, parse
 from genpolicy.config.errors import RenderError
 from genpolicy.evaluation import comparison
 from genpolicy.evaluation.episode_scores import evaluate_control
-from genpolicy.evaluation.prompt_scores import interval
 from genpolicy.evaluation.samplers import variants
+from genpolicy.evaluation.statistics import interval
 from genpolicy.policy.files import saved
 from genpolicy.training.experiment import train
 from tests import lerobot_tiny as lerobot
