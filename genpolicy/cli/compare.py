@@ -47,7 +47,7 @@ def run(args: Namespace) -> int:
 
 
 def seeds(text: str) -> list[int]:
-    """Distinct seeds from "0-2" or "0,3,7"."""
+    """The distinct seeds of a text like "0-2" or "0,3,7"."""
     found: list[int] = []
     for part in text.split(","):
         low, dash, high = part.partition("-")
@@ -58,7 +58,7 @@ def seeds(text: str) -> list[int]:
 
 
 def _train(asked: Sequence[tuple[Arm, int, Path]]) -> bool:
-    """Trains what is not finished; False where a signal stopped it."""
+    """Trains every run that is not finished; returns False where a signal stopped one."""
     begun = {folder for _, _, folder in asked if (folder / "config.yaml").is_file()}
     for arm, seed, folder in asked:
         _require_same(_with(arm, seed, folder), folder)
@@ -75,7 +75,7 @@ def _train(asked: Sequence[tuple[Arm, int, Path]]) -> bool:
 
 
 def _write(runs: Sequence[Finished], out: Path) -> None:
-    """The table, as JSON and for people, and the figure."""
+    """Writes the table, as JSON and for people, and the figure; prints the table."""
     table = summarise(runs)
     metrics_file.write_json(out / "compare.json", table)
     text = markdown(table)
@@ -99,7 +99,9 @@ def _with(arm: Arm, seed: int, folder: Path) -> Experiment:
 
 
 def _require_comparable(arms: Sequence[Arm]) -> None:
-    """Same names are no names; start, evaluation and budget are the same; every arm can be built."""
+    """Raises unless the arms' names differ, their start, evaluation and budget are the same, and
+    every arm can be built.
+    """
     first = arms[0]
     names = [arm.name for arm in arms]
     for name in names:
@@ -117,13 +119,13 @@ def _require_comparable(arms: Sequence[Arm]) -> None:
                 )
     task = make("tasks", first.experiment.task)
     for arm in arms:
-        e = arm.experiment
-        make("methods", e.method)
+        experiment = arm.experiment
+        make("methods", experiment.method)
         if is_control(task):
-            data = make_data(e.data)
-            make_policy(control_model(e.policy, task, data), e.chain)
+            model = control_model(experiment.policy, task, make_data(experiment.data))
+            make_policy(model, experiment.chain)
         else:
-            make_rewards(e.reward)
+            make_rewards(experiment.reward)
     if not is_control(task):
         model = make("models", first.experiment.policy)
         for arm in arms:
@@ -131,30 +133,37 @@ def _require_comparable(arms: Sequence[Arm]) -> None:
 
 
 def _shared(experiment: Experiment) -> dict[str, Any]:
-    """What must be the same for a comparison to mean anything.
+    """The settings that must be the same for a comparison to mean anything, by what they are called.
 
     Where a policy acts it is deployed with the mean of the kernel that it was trained with: that
     may differ, but not what a decision costs.
     """
-    e, task = experiment.eval, make("tasks", experiment.task)
+    evaluation, task = experiment.eval, make("tasks", experiment.task)
     shared: dict[str, Any] = {
         "start (the policy section)": experiment.policy,
         "budget": asdict(experiment.budget),
     }
-    sampler = asdict(deployed_sampler(experiment.chain, e.sampler, is_control(task)))
+    sampler = asdict(deployed_sampler(experiment.chain, evaluation.sampler, is_control(task)))
     if is_control(task):
         shared["task"] = experiment.task
-        shared["evaluation set"] = {"episodes": e.episodes, "seed": e.seed}
+        shared["evaluation set"] = {
+            "episodes": evaluation.episodes,
+            "seed": evaluation.seed,
+        }
         shared["evaluated sampler"] = {"steps": sampler["steps"]}
     else:
         prompts = evaluation_prompts(experiment, task)
-        shared["evaluation set"] = {"prompts": prompts, "samples": e.samples, "seed": e.seed}
+        shared["evaluation set"] = {
+            "prompts": prompts,
+            "samples": evaluation.samples,
+            "seed": evaluation.seed,
+        }
         shared["evaluated sampler"] = sampler
     return shared
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> str:
-    """' in KEY (A and B)' of the first key that differs."""
+    """The text ' in KEY (A and B)' of the first key that differs, or ''."""
     for key in dict.fromkeys([*one, *other]):
         a, b = one.get(key), other.get(key)
         if a != b and isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -165,7 +174,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "
 
 
 def _require_same(experiment: Experiment, folder: Path) -> None:
-    """A run that is there already must be the one that is asked for."""
+    """Raises unless the run that is there already, if any, is the one that is asked for."""
     file = folder / "config.yaml"
     if not file.is_file():
         return

@@ -30,7 +30,7 @@ from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
 
 DECISIONS, WARM_UP, SECONDS = 200, 10, 20.0
-"""Decisions whose latency is measured, those that go before, and how long it may take."""
+"""Decisions whose latency is measured, decisions that go before, and the longest time, seconds."""
 GIFS = "episodes"
 """Folder of the GIFs, beside eval.json."""
 
@@ -53,18 +53,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Measured:
-    """A sampler's evaluation and the seconds that it took; network evaluations of a decision, and
-    milliseconds of one.
-    """
+    """A sampler's evaluation and what it cost."""
 
     variant: Variant
     evaluation: ControlEvaluation
-    nfe: float
-    seconds: float
-    latency: Mapping[str, float]
+    nfe: float  # network evaluations per decision
+    seconds: float  # that the evaluation took
+    latency: Mapping[str, float]  # of one decision, milliseconds (see `latency`)
 
     def entry(self) -> dict[str, Any]:
-        """Its part of eval.json."""
+        """The sampler's part of eval.json."""
         metrics = self.evaluation.metrics()
         rates = {
             name: value
@@ -85,7 +83,7 @@ class Measured:
         }
 
     def difference(self, other: "Measured") -> dict[str, Any]:
-        """This one minus the other on the same episodes, with 95 % intervals (Student's t)."""
+        """The numbers of this sampler minus the other's, on the same episodes, with 95 % intervals."""
         mine, theirs = self.evaluation, other.evaluation
         pairs = {"return": (theirs.returns, mine.returns)}
         if mine.judged:
@@ -178,8 +176,8 @@ def _measure(
 
 @torch.no_grad()
 def _latency(policy: ChainPolicy, environments: Environments, seed: int) -> dict[str, float]:
-    """Of one decision for one robot: observation encoded, chain sampled, actions decoded and
-    brought to the CPU.
+    """The latency of one decision for one robot: observation encoded, chain sampled, actions decoded
+    and brought to the CPU.
     """
     context = environments.reset([0], [seed])
     row = torch.zeros(1, dtype=torch.long)
@@ -195,7 +193,7 @@ def _latency(policy: ChainPolicy, environments: Environments, seed: int) -> dict
 def _result(
     found: Saved, section: Mapping[str, Any], asked: Asked, measured: Sequence[Measured]
 ) -> dict[str, Any]:
-    """eval.json: the deployed sampler's numbers, and those of the others under "samplers"."""
+    """The contents of eval.json: the deployed sampler's numbers, and the others' under "samplers"."""
     deployed, *others = measured
     result = {
         "policy": found.where,
@@ -214,7 +212,7 @@ def _result(
 
 
 def _head(width: int, judged: bool, several: bool) -> str:
-    """What stands over the columns of `_line`."""
+    """The heading of the columns of `_line`."""
     rate = "success rate, 95 %" if judged else "return, 95 %"
     columns = (
         f"{'sampler':>{width}}  {rate:>24}  {'return':>9}  {'steps':>6}  {'NFE':>5}  {'p50 ms':>7}"
@@ -223,7 +221,7 @@ def _head(width: int, judged: bool, several: bool) -> str:
 
 
 def _line(one: Measured, deployed: Measured, width: int) -> str:
-    """A sampler's numbers."""
+    """A sampler's line of the table."""
     name, entry = "success_rate" if one.evaluation.judged else "return", one.entry()
     low, high = entry["ci95"][name]
     rate = f"{entry[name]:.3f} [{low:.3f}, {high:.3f}]"
@@ -246,8 +244,8 @@ def _film(
     evaluation: ControlEvaluation,
     folder: Path,
 ) -> None:
-    """GIFs of the first successes and failures, or of the first episodes where nobody judges; each
-    is played again, and is called what it then is.
+    """Writes GIFs of the first successes and failures, or of the first episodes where the task has no
+    verdict; each episode is played again, and its file is named by how it then ends.
     """
     kinds = (
         [evaluation.success > 0, evaluation.success == 0]

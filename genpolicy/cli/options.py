@@ -19,7 +19,7 @@ OVERRIDES = "any key of the experiment, for example --optimizer.lr=1e-5"
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one sentence, like everything else here."""
+    """A parser that raises `ConfigError` with one sentence where argparse would print and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)

@@ -18,8 +18,8 @@ from genpolicy.training.experiment import Rehearsal, finished, rehearse, train
 
 
 def run(args: Namespace) -> int:
-    """Both worlds side by side, each on a core of its own: pictures in this process, the robot in
-    another; or one alone.
+    """Runs both worlds side by side, each on a core of its own, pictures in this process and the
+    robot in another; or one alone.
 
     Returns the exit code. Deterministic given the seed, times aside.
     """
@@ -56,7 +56,7 @@ def run(args: Namespace) -> int:
 
 
 def _one_world(world: str, out: Path, seed: int) -> int:
-    """One half: learn, measure before and after, and say what to look at."""
+    """Trains one half, measures it before and after, and prints what to look at."""
     half = quickstart_pictures if world == "pictures" else quickstart_robot
     started = time.perf_counter()
     experiment = _learn(half.CONFIG, out, seed, half.announce)

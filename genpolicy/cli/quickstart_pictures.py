@@ -15,9 +15,10 @@ from genpolicy.training.rehearsal import Rehearsal
 CONFIG = "quickstart"
 """The shipped configuration."""
 REWARD = "shapes_strict"
+"""The reward whose share of ones is reported."""
 FRESH = 2_000_003
-"""Plus the run's seed: the noise of the final measurement, which neither training nor its
-evaluations draw from.
+"""The final measurement's noise has the seed FRESH + the run's seed, from which neither training nor
+its evaluations draw.
 """
 PER_CAPTION = 6
 """Pictures per held-out caption in the final measurement."""
@@ -65,7 +66,7 @@ def report(experiment: Experiment, out: Path, seed: int) -> list[str]:
 
 
 def _measured(experiment: Experiment, out: Path, seed: int) -> tuple[Evaluation, Evaluation]:
-    """The base and the trained policy with the same sampler, prompts and noise."""
+    """Evaluates the base and the trained policy with the same sampler, prompts and noise."""
     rewards, prompts = make_rewards(experiment.reward), prompt_lines(str(experiment.eval.prompts))
     sampler = deployed_sampler(experiment.chain, experiment.eval.sampler)
     base = make_policy(make("models", experiment.policy), sampler)
@@ -78,7 +79,7 @@ def _measured(experiment: Experiment, out: Path, seed: int) -> tuple[Evaluation,
 
 
 def _print_and_write(before: Evaluation, after: Evaluation, out: Path) -> None:
-    """The share of pictures drawn exactly right, its paired difference, and the diversity."""
+    """Reports the share of pictures drawn exactly right, its paired difference, and the diversity."""
     parts = before.parts[REWARD], after.parts[REWARD]
     captions = len(set(before.prompts))
     difference, low, high = paired(*parts, captions)

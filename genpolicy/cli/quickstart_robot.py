@@ -22,8 +22,8 @@ from genpolicy.training.rehearsal import Rehearsal
 CONFIG = "quickstart_robot"
 """The shipped configuration."""
 FRESH_STARTS = 5_000_000
-"""Plus a thousand times the run's seed: the first reset seed of the final measurement, used by
-nothing else.
+"""The final measurement's first reset seed is FRESH_STARTS + 1000 times the run's seed; nothing else
+uses these starts.
 """
 EPISODES = 300
 """Episodes of the final measurement, per policy."""
@@ -75,7 +75,7 @@ def report(experiment: Experiment, out: Path, seed: int) -> list[str]:
 
 
 def _play(policy: ChainPolicy, task: ControlTask, slots: int, first: int) -> ControlEvaluation:
-    """`EPISODES` episodes from the reset seeds ``first``, ``first`` + 1, ..."""
+    """Plays `EPISODES` episodes from the reset seeds ``first``, ``first`` + 1, ..."""
     environments = task.environments(slots, cast(ControlModel, policy.model).history)
     try:
         return evaluate_control(policy, environments, episodes=EPISODES, seed=first)
@@ -84,7 +84,7 @@ def _play(policy: ChainPolicy, task: ControlTask, slots: int, first: int) -> Con
 
 
 def _print_and_write(found: Mapping[str, ControlEvaluation], out: Path, first: int) -> None:
-    """Each policy's success rate, and the paired difference of the trained one to the clone."""
+    """Reports each policy's success rate, and the paired difference of the trained one to the clone."""
     print(f"\nSuccess in {EPISODES} episodes from fresh starts [95 % interval]:")
     numbers: dict[str, Any] = {"n": EPISODES, "first_seed": first}
     for name, evaluation in found.items():
@@ -106,8 +106,8 @@ def _film(
     first: int,
     path: Path,
 ) -> list[str]:
-    """A film of the first start at which the clone fails and the trained policy succeeds, and the
-    line that names it; nothing where there is no such start.
+    """Films the first start at which the clone fails and the trained policy succeeds, and returns
+    the line that names the film; an empty list where there is no such start.
     """
     mended = (found[CLONE].success == 0) & (found[TRAINED].success == 1)
     starts = mended.nonzero().flatten().tolist()

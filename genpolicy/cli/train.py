@@ -42,7 +42,7 @@ def _before_and_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> st
 
 
 def _print_plan(experiment: Experiment, cost: Rehearsal) -> None:
-    """The resolved experiment, each stage's cost per iteration, and that of the whole budget."""
+    """Prints the resolved experiment, each stage's cost per iteration, and the whole budget's."""
     print(to_yaml(experiment))
     for stage in cost.stages:
         name = f" of {stage.stage}" if len(cost.stages) > 1 else ""
@@ -60,7 +60,7 @@ def _print_plan(experiment: Experiment, cost: Rehearsal) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds below two minutes, minutes below two hours, else hours."""
+    """A time in seconds below two minutes, in minutes below two hours, else in hours."""
     minutes = seconds / 60
     if minutes < 2:
         return f"{seconds:.1f} s"

@@ -19,7 +19,7 @@ class RenderError(RuntimeError):
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:
-    """'; did you mean a, b?' or '; valid are ...', for error messages."""
+    """The end of an error message: '; did you mean a, b?' or '; valid are ...'."""
     close = difflib.get_close_matches(word, valid, n=3)
     return (
         f"; did you mean {', '.join(close)}?"
@@ -29,13 +29,13 @@ def nearest(word: str, valid: Sequence[str]) -> str:
 
 
 def choice(what: str, value: Any, valid: Sequence[str]) -> None:
-    """Raise unless ``value`` is one of ``valid``."""
+    """Raises unless ``value`` is one of ``valid``."""
     if value not in valid:
         raise ConfigError(f"{what} is {value!r}{nearest(str(value), valid)}")
 
 
 def at_least(where: str, section: Any, **least: float) -> None:
-    """Raise unless every named field of ``section`` is None or a finite number of at least so much."""
+    """Raises unless every named field of ``section`` is None or a finite number of at least that."""
     for name, low in least.items():
         value = getattr(section, name)
         if value is not None and not low <= value < math.inf:
@@ -43,7 +43,7 @@ def at_least(where: str, section: Any, **least: float) -> None:
 
 
 def positive(where: str, section: Any, *names: str) -> None:
-    """Raise unless every named field of ``section`` is None or a finite number above 0."""
+    """Raises unless every named field of ``section`` is None or a finite number above 0."""
     for name in names:
         value = getattr(section, name)
         if value is not None and not 0 < value < math.inf:
@@ -51,7 +51,7 @@ def positive(where: str, section: Any, *names: str) -> None:
 
 
 def share(where: str, section: Any, *names: str) -> None:
-    """Raise unless every named field of ``section`` lies in [0, 1]."""
+    """Raises unless every named field of ``section`` lies in [0, 1]."""
     for name in names:
         value = getattr(section, name)
         if not 0 <= value <= 1:
@@ -59,9 +59,10 @@ def share(where: str, section: Any, *names: str) -> None:
 
 
 def divides(where: str, section: Any, part: str, whole: str) -> None:
-    """Raise unless the field ``part`` divides the field ``whole``."""
+    """Raises unless the field ``part`` divides the field ``whole``."""
     small, large = getattr(section, part), getattr(section, whole)
     if large % small:
         raise ConfigError(
-            f"{where}: {whole} is {large} and can't be split evenly into {part} = {small}; choose a multiple of it"
+            f"{where}: {whole} is {large} and can't be split evenly into {part} = {small}; "
+            "choose a multiple of it"
         )

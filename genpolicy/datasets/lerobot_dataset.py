@@ -244,7 +244,7 @@ def _info(folder: Path) -> dict[str, Any]:
 
 
 def _check_whole(folder: Path, info: Mapping[str, Any]) -> None:
-    """Raise unless every frame and episode is in files that were closed: parquet writes its footer
+    """Raises unless every frame and episode is in files that were closed: parquet writes its footer
     last.
     """
     for part, total in (("data", "total_frames"), ("meta/episodes", "total_episodes")):

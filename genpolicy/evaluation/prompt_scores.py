@@ -20,6 +20,7 @@ from genpolicy.rollout.prompts import Judged, collect
 EVALUATION = -1
 """The ``iteration`` of evaluation noise: training never draws from it."""
 THUMBNAIL = 32
+"""Longest side of the pictures that diversity is measured on, in pixels."""
 BLOCK = 256
 """Rows that are sampled at once where memory allows."""
 SHOWN = 64
@@ -28,16 +29,13 @@ SHOWN = 64
 
 @dataclass(frozen=True)
 class Evaluation:
-    """S samples: sample i answers prompt i mod P. parts: name -> Float64[S]; outputs: the first
-    ones, for looking at.
+    """The scores of S samples, of which sample i answers prompt i mod P."""
 
-    diversity: within a prompt, the root mean square over pixels of the samples' std (in 0..1), on
-    32-pixel thumbnails, averaged over prompts; NaN where no prompt has two samples.
-    """
-
-    prompts: tuple[str, ...]
-    outputs: Tensor
-    parts: dict[str, Tensor]
+    prompts: tuple[str, ...]  # of each sample [S]
+    outputs: Tensor  # the first samples, for looking at
+    parts: dict[str, Tensor]  # reward's name -> Float64[S], "total" among them
+    # within a prompt, the root mean square over pixels of the samples' std (in 0..1), on 32-pixel
+    # thumbnails, averaged over prompts; NaN where no prompt has two samples
     diversity: float
 
     @property
@@ -45,8 +43,8 @@ class Evaluation:
         return len(self.prompts)
 
     def metrics(self) -> dict[str, Any]:
-        """reward/<name> and its 95 % interval (Wilson for 0/1 rewards, normal otherwise), and the
-        diversity.
+        """The means reward/<name> with their 95 % intervals (Wilson's for rewards of 0 and 1, the
+        normal one otherwise), and the diversity.
         """
         result: dict[str, Any] = {}
         for name, value in self.parts.items():
@@ -67,7 +65,7 @@ def evaluate(
     micro_batches: MicroBatches | None = None,
     shown: int = SHOWN,
 ) -> Evaluation:
-    """Sample ``samples`` outputs, prompt i mod P each, and judge them. Noise is named by prompt and
+    """Samples ``samples`` outputs, prompt i mod P each, and scores them. Noise is named by prompt and
     repetition: any batch size and any number of processes (``process`` = (index, count), ``gather``
     concatenates rows of all) draw the same samples.
     """
@@ -98,7 +96,7 @@ def evaluate(
 
 
 def _thumbnail(outputs: Tensor) -> Tensor:
-    """[B,...,H,W] -> [B,D]: every frame and channel pooled to at most 32 x 32."""
+    """Pools every frame and channel of [B,...,H,W] to at most 32 x 32, and flattens to [B,D]."""
     height, width = (min(THUMBNAIL, side) for side in outputs.shape[-2:])
     return F.adaptive_avg_pool2d(outputs.flatten(1, -3), (height, width)).flatten(1)
 
@@ -121,15 +119,15 @@ def measure(
     seed: int,
     shown: int = SHOWN,
 ) -> tuple[Evaluation, float]:
-    """`evaluate`, and the network evaluations per sample it took."""
+    """The result of `evaluate`, and the network evaluations per sample that it took."""
     before = policy.model.evaluations
     found = evaluate(policy, reward, prompts=prompts, samples=samples, seed=seed, shown=shown)
     return found, (policy.model.evaluations - before) / samples
 
 
 def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -> Tensor:
-    """``members`` outputs of each prompt, prompt-major, on the CPU; the samples that `evaluate`
-    draws from this seed.
+    """Draws ``members`` outputs of each prompt, prompt-major, on the CPU; they are the samples that
+    `evaluate` draws from this seed.
     """
     noise = Noise.rows(seed, EVALUATION, torch.arange(len(prompts)), members)
     rows = [prompt for prompt in prompts for _ in range(members)]

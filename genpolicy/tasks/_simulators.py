@@ -14,7 +14,7 @@ from genpolicy.config.errors import ConfigError
 
 
 def library(module: str, needed_by: str) -> ModuleType:
-    """Import a module of the extra `robots`; where it is missing raise `ConfigError` with the
+    """Imports a module of the extra `robots`; where it is missing raise `ConfigError` with the
     command to run.
 
     Where there is no screen but EGL, MuJoCo is told to draw with it. It reads that once, when it is
