@@ -1,13 +1,15 @@
-"""The contract of a data set of recorded episodes, and several of them as one."""
+"""The contracts of a data set of recorded episodes and of what records one, and several as one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from genpolicy.contracts.task import Context
+from genpolicy.contracts.task import Context, ControlTask, Demonstration
 
 
 class Dataset(Protocol):
@@ -33,6 +35,22 @@ class Dataset(Protocol):
         """The frames ``index`` [B] with their last ``history`` observations, the actions [B,T,D] at
         the offsets ``actions`` (relative to the frame), and which of those lie outside the episode,
         bool [B,T] (there the nearest action inside is repeated).
+        """
+        ...
+
+
+class DatasetWriter(Protocol):
+    """A leaf of datasets/ that episodes can be recorded as."""
+
+    def recording(
+        self, out: Path, task: ControlTask, made: Mapping[str, Any]
+    ) -> AbstractContextManager[Callable[[Demonstration], None]]:
+        """A data set of ``task`` that is being written to the new folder ``out``: hand it episodes,
+        one by one.
+
+        Leaving it makes the finished folder appear; leaving it by an exception leaves nothing
+        behind. ``made`` says how the data set was made; it is written down at the end, and may be
+        completed until then. Raises `FileExistsError` if ``out`` exists.
         """
         ...
 
