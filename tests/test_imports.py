@@ -4,8 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
+import networkx
 import pytest
 
 import genpolicy
@@ -33,6 +35,20 @@ TRESPASSES = {
     "tasks/zz_launcher.py": "import accelerate",
 }
 
+CYCLES = {
+    "chain/zz_a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import genpolicy.chain.zz_b",
+    "chain/zz_b.py": "from genpolicy.chain import zz_a",
+    "config/zz_c.py": "def late():\n    from genpolicy.config import zz_d",
+    "config/zz_d.py": "import genpolicy.config.zz_c",
+}
+SHELVES = {"models", "tasks", "rewards", "datasets"}
+GRAPH = """
+import json, grimp
+graph = grimp.build_graph("genpolicy", cache_dir=None)
+found = {module: sorted(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
+print(json.dumps(found))
+"""
+
 
 def loaded_by(code: str) -> set[str]:
     """The top-level modules that a fresh interpreter holds after `code`."""
@@ -56,6 +72,36 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=300,
     )
+
+
+def shared_names(folder: Path) -> dict[str, list[str]]:
+    """Modules of different rooms with the same name, shelves aside."""
+    rooms = defaultdict(set)
+    for file in (folder / "genpolicy").rglob("*.py"):
+        room, *rest = file.relative_to(folder / "genpolicy").parts
+        if rest and room not in SHELVES and file.stem != "__init__":
+            rooms[file.stem].add(room)
+    return {name: sorted(among) for name, among in rooms.items() if len(among) > 1}
+
+
+def cycles(folder: Path) -> list[set[str]]:
+    """Modules that import each other, in types only included; packages' own files aside."""
+    done = subprocess.run(
+        [sys.executable, "-c", GRAPH],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    graph = networkx.DiGraph(json.loads(done.stdout))
+    graph.remove_nodes_from(
+        [
+            ".".join(file.relative_to(folder).parent.parts)
+            for file in folder.glob("genpolicy/**/__init__.py")
+        ]
+    )
+    return [group for group in networkx.strongly_connected_components(graph) if len(group) > 1]
 
 
 @pytest.fixture
@@ -121,3 +167,25 @@ def test_a_module_without_a_floor_is_seen(house: Path):
     done = lint(house)
     assert done.returncode != 0
     assert "genpolicy.zz_new" in done.stdout
+
+
+def test_no_two_rooms_have_a_module_of_one_name():
+    assert shared_names(ROOT) == {}
+
+
+def test_a_shared_name_is_seen(house: Path):
+    (house / "genpolicy" / "methods" / "parts" / "kernel.py").touch()  # chain has one
+    (house / "genpolicy" / "tasks" / "schedule.py").touch()  # a shelf: anything goes
+    assert shared_names(house) == shared_names(ROOT) | {"kernel": ["chain", "methods"]}
+
+
+def test_no_modules_import_each_other():
+    assert cycles(ROOT) == []
+
+
+def test_a_cycle_is_seen(house: Path):
+    """One of types only, and one that is closed inside a function."""
+    for file, code in CYCLES.items():
+        (house / "genpolicy" / file).write_text(code + "\n")
+    planted = {f"genpolicy.{file.removesuffix('.py').replace('/', '.')}" for file in CYCLES}
+    assert planted <= set().union(*cycles(house))

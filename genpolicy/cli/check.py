@@ -1,6 +1,4 @@
-"""`genpolicy check`: the laws that a reward or a method from outside must keep, tried on small
-inputs.
-"""
+"""The verb check: tries the laws that a reward or a method from outside must keep, on small inputs."""
 
 import contextlib
 import dataclasses
@@ -8,6 +6,7 @@ import importlib
 import inspect
 import io
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,10 @@ PROMPTS = (
     "a blue circle above a yellow triangle",
 )
 SIZE = 64
+"""Height and width of the pictures that rewards are tried on, in pixels."""
 ALONE = 1e-4
-"""A row scored alone may differ so much from the same row in a batch, relative to the largest
-score: fp32 networks do.
+"""Largest difference of a row scored alone to the same row in a batch, relative to the largest
+score: fp32 networks differ by about that.
 """
 KINDS = {
     "method": ("train",),
@@ -46,14 +46,14 @@ KINDS = {
 }
 
 Verdict = tuple[str, bool | None, str]
-"""A law, whether it holds (None: it does not apply), and what was seen."""
+"""(law, holds, evidence): ``holds`` is None where the law does not apply."""
 
 
-def check(name: str) -> int:
-    """Print a verdict a law; return 0 if all hold, 1 if one does not. Raises `ConfigError` for what
-    can't be checked.
+def run(args: Namespace) -> int:
+    """Prints a verdict per law of ``args.leaf``; returns 0 if all hold, 1 if one does not. Raises
+    `ConfigError` for what can't be checked.
     """
-    dotted = _dotted(name)
+    dotted = _dotted(args.leaf)
     entry = leaves.leaf("leafs", dotted)
     kind = _kind(entry)
     laws: dict[str, Callable[[str], Iterator[Verdict]]] = {
@@ -65,17 +65,16 @@ def check(name: str) -> int:
     print(f"{dotted} is a {kind}")
     kept = True
     for law, holds, seen in laws[kind](dotted):
-        print(
-            f"  {'--  ' if holds is None else 'ok  ' if holds else 'FAIL'}  {law}{': ' if seen else ''}{seen}"
-        )
+        mark = "--  " if holds is None else "ok  " if holds else "FAIL"
+        print(f"  {mark}  {law}{': ' if seen else ''}{seen}")
         kept = kept and holds is not False
     print(f"{dotted} {'keeps every law' if kept else 'breaks a law'}")
     return 0 if kept else 1
 
 
 def _dotted(name: str) -> str:
-    """mypkg.mod to mypkg.mod:entry: the entry that is named like the file, or else the only public
-    one.
+    """The name mypkg.mod:entry of a module mypkg.mod: its entry is named like the file, or else the
+    only public one.
     """
     if ":" in name:
         return name
@@ -101,7 +100,7 @@ def _dotted(name: str) -> str:
 
 
 def _kind(entry: Any) -> str:
-    """What a class or function is, by what it can do."""
+    """The kind of a leaf, by what it can do."""
     for kind, methods in KINDS.items():
         if all(callable(getattr(entry, method, None)) for method in methods):
             return kind
@@ -112,8 +111,9 @@ def _kind(entry: Any) -> str:
     if len([p for p in given if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]) == 2:
         return "reward"
     raise ConfigError(
-        f"{getattr(entry, '__name__', entry)} is no leaf: a reward takes (outputs, context), a method has train(run), "
-        "a model encode, denoise and decode, a task reset or environments, a data set rows, a kernel coefficients"
+        f"{getattr(entry, '__name__', entry)} is no leaf: a reward takes (outputs, context), "
+        "a method has train(run), a model encode, denoise and decode, a task reset or environments, "
+        "a data set rows, a kernel coefficients"
     )
 
 
@@ -121,7 +121,7 @@ def _kind(entry: Any) -> str:
 
 
 def _pictures() -> Tensor:
-    """[6,3,64,64] in [0, 1]: plain, noisy and smooth ones."""
+    """Pictures [6,3,64,64] in [0, 1]: one plain, one noisy, the others smooth."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(len(PROMPTS), 3, 4, 4, generator=generator)
     pictures = torch.nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bilinear")
@@ -185,18 +185,18 @@ def _gap(a: Tensor, b: Tensor) -> str:
 
 
 def constant(outputs: Tensor, context: Context) -> Tensor:
-    """The same for every output: nothing to learn."""
+    """A reward that is the same for every output: there is nothing to learn."""
     return torch.ones(len(outputs))
 
 
 def brightness(outputs: Tensor, context: Context) -> Tensor:
-    """Something to learn."""
+    """A reward that teaches something."""
     return outputs.flatten(1).mean(1)
 
 
 def _method_laws(dotted: str) -> Iterator[Verdict]:
-    """One iteration on the toy, in one update: with a reward that teaches something, and with one
-    that does not.
+    """Trains one iteration on the toy, in one update: with a reward that teaches something, and with
+    one that does not.
     """
     fields = {field.name for field in dataclasses.fields(leaves.leaf("methods", dotted))}
     small = {"groups": 4, "group": 4, "episodes": 16, "updates": 1, "epochs": 1, "warm_up": 0}
@@ -215,9 +215,8 @@ def _method_laws(dotted: str) -> Iterator[Verdict]:
         None if norms[0] is None else norms[0] > 0,
         f"gradient norm {norms[0]}",
     )
-    idle = (
-        None if "critic/loss" in still else norms[1]
-    )  # a value finds advantages in equal rewards too
+    # a learned value finds advantages in equal rewards too
+    idle = None if "critic/loss" in still else norms[1]
     yield (
         "no advantage, no gradient",
         None if idle is None else idle < 1e-7,
@@ -247,8 +246,6 @@ def _iterate(section: dict[str, Any], reward: str, folder: Path) -> dict[str, An
             "output": str(folder),
         }
     )
-    with contextlib.redirect_stderr(
-        io.StringIO()
-    ):  # the progress bar of a run that nobody asked for
+    with contextlib.redirect_stderr(io.StringIO()):  # no progress bar: nobody asked for this run
         train(experiment)
     return next(m for m in metrics_file.read(folder) if "grad_norm" in m or "nfe_per_sample" in m)

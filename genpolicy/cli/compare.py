@@ -1,11 +1,12 @@
-"""Compare experiments: same start, same evaluation set, equal budget, the same seeds; a table and
-one figure.
+"""The verb compare: experiments with the same start, evaluation set, budget and seeds, in a table
+and one figure.
 """
 
 import gc
 import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,10 +24,30 @@ from genpolicy.evaluation.comparison import Arm, Finished, figure, markdown, sum
 from genpolicy.policy.sampler import deployed_sampler, make_policy
 from genpolicy.training.build import control_model, make_data, make_rewards
 from genpolicy.training.experiment import evaluation_prompts, finished, spent, train
+from genpolicy.training.processes import end_processes
+
+
+def run(args: Namespace) -> int:
+    """Trains every config with every seed, one run's folder each under --out/NAME/seed-S, then
+    writes the comparison.
+
+    What is finished already is left as it is, what was interrupted is resumed. Raises
+    `ConfigError`, before anything is trained, if the arms differ in what must be the same, and says
+    in what.
+    """
+    out, all_seeds = Path(args.out), seeds(args.seeds)
+    arms = [Arm(_name(path), parse.load(path, args.overrides)) for path in args.configs]
+    _require_comparable(arms)
+    asked = [(arm, seed, out / arm.name / f"seed-{seed}") for seed in all_seeds for arm in arms]
+    complete = _train(asked)
+    if complete and os.environ.get("RANK", "0") == "0":
+        _write([_read(arm.name, seed, folder) for arm, seed, folder in asked], out)
+    end_processes()
+    return 0
 
 
 def seeds(text: str) -> list[int]:
-    """Distinct seeds from "0-2" or "0,3,7"."""
+    """The distinct seeds of a text like "0-2" or "0,3,7"."""
     found: list[int] = []
     for part in text.split(","):
         low, dash, high = part.partition("-")
@@ -36,19 +57,8 @@ def seeds(text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def compare(
-    configs: Sequence[str], over: Sequence[int], out: Path, overrides: Sequence[str] = ()
-) -> int:
-    """Train every config with every seed, one run's folder each under out/NAME/seed-S, then write
-    the comparison.
-
-    What is finished already is left as it is, what was interrupted is resumed. Returns the exit
-    code. Raises `ConfigError`, before anything is trained, if the arms differ in what must be the
-    same, and says in what.
-    """
-    arms = [Arm(_name(path), parse.load(path, overrides)) for path in configs]
-    _require_comparable(arms)
-    asked = [(arm, seed, out / arm.name / f"seed-{seed}") for seed in over for arm in arms]
+def _train(asked: Sequence[tuple[Arm, int, Path]]) -> bool:
+    """Trains every run that is not finished; returns False where a signal stopped one."""
     begun = {folder for _, _, folder in asked if (folder / "config.yaml").is_file()}
     for arm, seed, folder in asked:
         _require_same(_with(arm, seed, folder), folder)
@@ -60,17 +70,18 @@ def compare(
         gc.collect()  # one model at a time
         if not spent(result.summary):
             print("stopped; the same command goes on from here", file=sys.stderr)
-            return 0
-    if os.environ.get("RANK", "0") != "0":
-        return 0
-    runs = [_read(arm.name, seed, folder) for arm, seed, folder in asked]
+            return False
+    return True
+
+
+def _write(runs: Sequence[Finished], out: Path) -> None:
+    """Writes the table, as JSON and for people, and the figure; prints the table."""
     table = summarise(runs)
     metrics_file.write_json(out / "compare.json", table)
     text = markdown(table)
     (out / "compare.md").write_text(text, encoding="utf-8")
     figure(runs, table, out / "compare.png")
     print(f"{text}\n{out / 'compare.md'}, {out / 'compare.json'}, {out / 'compare.png'}")
-    return 0
 
 
 # Before
@@ -88,7 +99,9 @@ def _with(arm: Arm, seed: int, folder: Path) -> Experiment:
 
 
 def _require_comparable(arms: Sequence[Arm]) -> None:
-    """Same names are no names; start, evaluation and budget are the same; every arm can be built."""
+    """Raises unless the arms' names differ, their start, evaluation and budget are the same, and
+    every arm can be built.
+    """
     first = arms[0]
     names = [arm.name for arm in arms]
     for name in names:
@@ -106,13 +119,13 @@ def _require_comparable(arms: Sequence[Arm]) -> None:
                 )
     task = make("tasks", first.experiment.task)
     for arm in arms:
-        e = arm.experiment
-        make("methods", e.method)
+        experiment = arm.experiment
+        make("methods", experiment.method)
         if is_control(task):
-            data = make_data(e.data)
-            make_policy(control_model(e.policy, task, data), e.chain)
+            model = control_model(experiment.policy, task, make_data(experiment.data))
+            make_policy(model, experiment.chain)
         else:
-            make_rewards(e.reward)
+            make_rewards(experiment.reward)
     if not is_control(task):
         model = make("models", first.experiment.policy)
         for arm in arms:
@@ -120,30 +133,37 @@ def _require_comparable(arms: Sequence[Arm]) -> None:
 
 
 def _shared(experiment: Experiment) -> dict[str, Any]:
-    """What must be the same for a comparison to mean anything.
+    """The settings that must be the same for a comparison to mean anything, by what they are called.
 
     Where a policy acts it is deployed with the mean of the kernel that it was trained with: that
     may differ, but not what a decision costs.
     """
-    e, task = experiment.eval, make("tasks", experiment.task)
+    evaluation, task = experiment.eval, make("tasks", experiment.task)
     shared: dict[str, Any] = {
         "start (the policy section)": experiment.policy,
         "budget": asdict(experiment.budget),
     }
-    sampler = asdict(deployed_sampler(experiment.chain, e.sampler, is_control(task)))
+    sampler = asdict(deployed_sampler(experiment.chain, evaluation.sampler, is_control(task)))
     if is_control(task):
         shared["task"] = experiment.task
-        shared["evaluation set"] = {"episodes": e.episodes, "seed": e.seed}
+        shared["evaluation set"] = {
+            "episodes": evaluation.episodes,
+            "seed": evaluation.seed,
+        }
         shared["evaluated sampler"] = {"steps": sampler["steps"]}
     else:
         prompts = evaluation_prompts(experiment, task)
-        shared["evaluation set"] = {"prompts": prompts, "samples": e.samples, "seed": e.seed}
+        shared["evaluation set"] = {
+            "prompts": prompts,
+            "samples": evaluation.samples,
+            "seed": evaluation.seed,
+        }
         shared["evaluated sampler"] = sampler
     return shared
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> str:
-    """' in KEY (A and B)' of the first key that differs."""
+    """The text ' in KEY (A and B)' of the first key that differs, or ''."""
     for key in dict.fromkeys([*one, *other]):
         a, b = one.get(key), other.get(key)
         if a != b and isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -154,7 +174,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "
 
 
 def _require_same(experiment: Experiment, folder: Path) -> None:
-    """A run that is there already must be the one that is asked for."""
+    """Raises unless the run that is there already, if any, is the one that is asked for."""
     file = folder / "config.yaml"
     if not file.is_file():
         return

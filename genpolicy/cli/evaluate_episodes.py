@@ -4,6 +4,7 @@ and GIFs of some.
 
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,35 +13,36 @@ from typing import Any
 import torch
 
 from genpolicy.chain import Noise
-from genpolicy.config.errors import ConfigError
+from genpolicy.cli.sections import task_section
+from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError, RenderError
 from genpolicy.config.leaves import make
+from genpolicy.config.schema import EvalConfig, Experiment
 from genpolicy.contracts.model import ControlModel, require_fit
 from genpolicy.contracts.task import ControlTask, Environments, is_control
 from genpolicy.evaluation import metrics_file
 from genpolicy.evaluation.episode_scores import ControlEvaluation, evaluate_control
 from genpolicy.evaluation.film import film, save
-from genpolicy.evaluation.prompt_scores import EVALUATION, latency, paired
+from genpolicy.evaluation.prompt_scores import EVALUATION
 from genpolicy.evaluation.samplers import Variant, variants
+from genpolicy.evaluation.statistics import latency, paired
 from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
-from genpolicy.tasks._simulators import RenderError
 
 DECISIONS, WARM_UP, SECONDS = 200, 10, 20.0
-"""Decisions whose latency is measured, those that go before, and how long it may take."""
+"""Decisions whose latency is measured, decisions that go before, and the longest time, seconds."""
 GIFS = "episodes"
 """Folder of the GIFs, beside eval.json."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to play: ``episodes`` from the reset seeds ``seed``, ``seed`` + 1, ..., so many
-    ``environments`` side by side; GIFs of so many successes and so many failures.
-    """
+class Asked:
+    """The episodes to play, the same for every sampler."""
 
-    episodes: int
-    seed: int
-    environments: int
-    gifs: int
+    episodes: int  # how many
+    seed: int  # reset seed of the first one; the others follow it, one by one
+    environments: int  # side by side
+    gifs: int  # of so many successes, and of so many failures
 
     def __post_init__(self) -> None:
         for name, low in (("episodes", 1), ("environments", 1), ("gifs", 0)):
@@ -51,18 +53,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Measured:
-    """A sampler's evaluation and the seconds that it took; network evaluations of a decision, and
-    milliseconds of one.
-    """
+    """A sampler's evaluation and what it cost."""
 
     variant: Variant
     evaluation: ControlEvaluation
-    nfe: float
-    seconds: float
-    latency: Mapping[str, float]
+    nfe: float  # network evaluations per decision
+    seconds: float  # that the evaluation took
+    latency: Mapping[str, float]  # of one decision, milliseconds (see `latency`)
 
     def entry(self) -> dict[str, Any]:
-        """Its part of eval.json."""
+        """The sampler's part of eval.json."""
         metrics = self.evaluation.metrics()
         rates = {
             name: value
@@ -83,7 +83,7 @@ class Measured:
         }
 
     def difference(self, other: "Measured") -> dict[str, Any]:
-        """This one minus the other on the same episodes, with 95 % intervals (Student's t)."""
+        """The numbers of this sampler minus the other's, on the same episodes, with 95 % intervals."""
         mine, theirs = self.evaluation, other.evaluation
         pairs = {"return": (theirs.returns, mine.returns)}
         if mine.judged:
@@ -96,57 +96,88 @@ class Measured:
         }
 
 
-def trial(
-    found: Saved, task_section: Mapping[str, Any], plan: Plan, asked: Sequence[str], out: Path
+def run(args: Namespace, found: Saved, out: Path) -> int:
+    """Evaluates the policy ``found`` as ``args`` say, or as its run did, and writes out/eval.json."""
+    made_by = parse.load(found.run / "config.yaml") if found.run is not None else None
+    settings, side_by_side, task = EvalConfig(), Experiment.environments, {}
+    if made_by is not None:
+        settings, side_by_side, task = made_by.eval, made_by.environments, made_by.task
+        if made_by.threads is not None:
+            torch.set_num_threads(made_by.threads)
+    section = task_section(args, task)
+    if not section:
+        raise ConfigError(
+            f"{args.policy} comes from no run of ours: name its --task, "
+            "for example --task metaworld --task.env=assembly-v3"
+        )
+    asked = Asked(
+        episodes=settings.episodes if args.episodes is None else args.episodes,
+        seed=settings.seed if args.seed is None else args.seed,
+        environments=side_by_side if args.environments is None else args.environments,
+        gifs=2 if args.gifs is None else args.gifs,
+    )
+    evaluate_episodes(found, section, asked, args.samplers or (), out)
+    return 0
+
+
+def evaluate_episodes(
+    found: Saved, section: Mapping[str, Any], asked: Asked, samplers: Sequence[str], out: Path
 ) -> dict[str, Any]:
-    """Play, measure and film a policy with its deployed sampler and the others that are ``asked``
-    for (see `variants`); print a table, write out/eval.json and return what it holds.
+    """Plays, measures and films a policy in the task of ``section``, with its deployed sampler and
+    the other ``samplers`` (see `variants`); prints a table, writes out/eval.json and returns what
+    it holds.
     """
-    task = make("tasks", task_section)
+    task = make("tasks", section)
     if not is_control(task):
-        raise ConfigError(f"task {task_section['name']} has no environments to act in")
-    chosen = variants(asked, found)
+        raise ConfigError(f"task {section['name']} has no environments to act in")
+    chosen = variants(samplers, found)
     if any(variant.sampler.guidance != 1 for variant in chosen):
         raise ConfigError("guidance is for prompts: a policy that acts has no unconditional branch")
     policy = found.load()
     model: ControlModel = policy.model  # type: ignore[assignment]  # its caller saw that it acts
     require_fit(model, task)
     policies = [variant.of(policy) for variant in chosen]
-    environments = task.environments(min(plan.environments, plan.episodes), model.history)
+    environments = task.environments(min(asked.environments, asked.episodes), model.history)
     measured: list[Measured] = []
     try:
+        # a line of the table as soon as its sampler is measured
         width = max(len("sampler"), *(len(variant.name) for variant in chosen))
         print(_head(width, task.has_success, len(chosen) > 1))
         for variant, acting in zip(chosen, policies, strict=True):
-            measured.append(_measure(variant, acting, task, environments, plan))
+            measured.append(_measure(variant, acting, task, environments, asked))
             print(_line(measured[-1], measured[0], width), flush=True)
-        result = _result(found, task_section, plan, measured)
+        # the file, then the films, which may fail for want of a camera
+        result = _result(found, section, asked, measured)
         metrics_file.write_json(out / "eval.json", result)
-        last = plan.seed + plan.episodes - 1
-        print(f"{plan.episodes} episodes from seeds {plan.seed} to {last}; {out / 'eval.json'}")
-        if plan.gifs:
-            _film(policies[0], task, environments, plan, measured[0].evaluation, out / GIFS)
+        last = asked.seed + asked.episodes - 1
+        print(f"{asked.episodes} episodes from seeds {asked.seed} to {last}; {out / 'eval.json'}")
+        if asked.gifs:
+            _film(policies[0], task, environments, asked, measured[0].evaluation, out / GIFS)
     finally:
         environments.close()
     return result
 
 
 def _measure(
-    variant: Variant, policy: ChainPolicy, task: ControlTask, environments: Environments, plan: Plan
+    variant: Variant,
+    policy: ChainPolicy,
+    task: ControlTask,
+    environments: Environments,
+    asked: Asked,
 ) -> Measured:
     counted, started = policy.model.evaluations, time.perf_counter()
     found = evaluate_control(
-        policy, environments, episodes=plan.episodes, seed=plan.seed, judged=task.has_success
+        policy, environments, episodes=asked.episodes, seed=asked.seed, judged=task.has_success
     )
     seconds = time.perf_counter() - started
     nfe = (policy.model.evaluations - counted) / found.decisions
-    return Measured(variant, found, nfe, seconds, _latency(policy, environments, plan.seed))
+    return Measured(variant, found, nfe, seconds, _latency(policy, environments, asked.seed))
 
 
 @torch.no_grad()
 def _latency(policy: ChainPolicy, environments: Environments, seed: int) -> dict[str, float]:
-    """Of one decision for one robot: observation encoded, chain sampled, actions decoded and
-    brought to the CPU.
+    """The latency of one decision for one robot: observation encoded, chain sampled, actions decoded
+    and brought to the CPU.
     """
     context = environments.reset([0], [seed])
     row = torch.zeros(1, dtype=torch.long)
@@ -160,16 +191,16 @@ def _latency(policy: ChainPolicy, environments: Environments, seed: int) -> dict
 
 
 def _result(
-    found: Saved, task_section: Mapping[str, Any], plan: Plan, measured: Sequence[Measured]
+    found: Saved, section: Mapping[str, Any], asked: Asked, measured: Sequence[Measured]
 ) -> dict[str, Any]:
-    """eval.json: the deployed sampler's numbers, and those of the others under "samplers"."""
+    """The contents of eval.json: the deployed sampler's numbers, and the others' under "samplers"."""
     deployed, *others = measured
     result = {
         "policy": found.where,
-        "task": dict(task_section),
+        "task": dict(section),
         **deployed.entry(),
-        "n": plan.episodes,
-        "seeds": {"first": plan.seed, "episodes": plan.episodes},
+        "n": asked.episodes,
+        "seeds": {"first": asked.seed, "episodes": asked.episodes},
         "env_steps_per_s": float(deployed.evaluation.lengths.sum()) / deployed.seconds,
     }
     if others:
@@ -181,7 +212,7 @@ def _result(
 
 
 def _head(width: int, judged: bool, several: bool) -> str:
-    """What stands over the columns of `_line`."""
+    """The heading of the columns of `_line`."""
     rate = "success rate, 95 %" if judged else "return, 95 %"
     columns = (
         f"{'sampler':>{width}}  {rate:>24}  {'return':>9}  {'steps':>6}  {'NFE':>5}  {'p50 ms':>7}"
@@ -190,7 +221,7 @@ def _head(width: int, judged: bool, several: bool) -> str:
 
 
 def _line(one: Measured, deployed: Measured, width: int) -> str:
-    """A sampler's numbers."""
+    """A sampler's line of the table."""
     name, entry = "success_rate" if one.evaluation.judged else "return", one.entry()
     low, high = entry["ci95"][name]
     rate = f"{entry[name]:.3f} [{low:.3f}, {high:.3f}]"
@@ -209,12 +240,12 @@ def _film(
     policy: ChainPolicy,
     task: ControlTask,
     environments: Environments,
-    plan: Plan,
+    asked: Asked,
     evaluation: ControlEvaluation,
     folder: Path,
 ) -> None:
-    """GIFs of the first successes and failures, or of the first episodes where nobody judges; each
-    is played again, and is called what it then is.
+    """Writes GIFs of the first successes and failures, or of the first episodes where the task has no
+    verdict; each episode is played again, and its file is named by how it then ends.
     """
     kinds = (
         [evaluation.success > 0, evaluation.success == 0]
@@ -222,10 +253,10 @@ def _film(
         else [evaluation.returns.isfinite()]
     )
     chosen = sorted(
-        episode for kind in kinds for episode in kind.nonzero().flatten()[: plan.gifs].tolist()
+        episode for kind in kinds for episode in kind.nonzero().flatten()[: asked.gifs].tolist()
     )
     try:
-        films = film(policy, task, environments, seed=plan.seed, episodes=chosen)
+        films = film(policy, task, environments, seed=asked.seed, episodes=chosen)
     except RenderError as error:
         print(f"no GIFs: {error}", file=sys.stderr)
         return

@@ -1,4 +1,4 @@
-"""The error of bad input, and the checks of a settings class: each raises one sentence."""
+"""Errors that are one sentence to the user, and the checks of a settings class, which raise them."""
 
 import difflib
 import math
@@ -7,11 +7,19 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """What is wrong with what the user asked for, in one sentence."""
+    """The mistake in what the user asked for, in one sentence."""
+
+
+class RenderError(RuntimeError):
+    """The reason why there is no picture of an environment here, in one sentence.
+
+    It stands here and not beside `genpolicy.contracts.task.Environments`, because processes that
+    only simulate raise it and never import torch.
+    """
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:
-    """'; did you mean a, b?' or '; valid are ...', for error messages."""
+    """The end of an error message: '; did you mean a, b?' or '; valid are ...'."""
     close = difflib.get_close_matches(word, valid, n=3)
     return (
         f"; did you mean {', '.join(close)}?"
@@ -21,13 +29,13 @@ def nearest(word: str, valid: Sequence[str]) -> str:
 
 
 def choice(what: str, value: Any, valid: Sequence[str]) -> None:
-    """Raise unless ``value`` is one of ``valid``."""
+    """Raises unless ``value`` is one of ``valid``."""
     if value not in valid:
         raise ConfigError(f"{what} is {value!r}{nearest(str(value), valid)}")
 
 
 def at_least(where: str, section: Any, **least: float) -> None:
-    """Raise unless every named field of ``section`` is None or a finite number of at least so much."""
+    """Raises unless every named field of ``section`` is None or a finite number of at least that."""
     for name, low in least.items():
         value = getattr(section, name)
         if value is not None and not low <= value < math.inf:
@@ -35,7 +43,7 @@ def at_least(where: str, section: Any, **least: float) -> None:
 
 
 def positive(where: str, section: Any, *names: str) -> None:
-    """Raise unless every named field of ``section`` is None or a finite number above 0."""
+    """Raises unless every named field of ``section`` is None or a finite number above 0."""
     for name in names:
         value = getattr(section, name)
         if value is not None and not 0 < value < math.inf:
@@ -43,7 +51,7 @@ def positive(where: str, section: Any, *names: str) -> None:
 
 
 def share(where: str, section: Any, *names: str) -> None:
-    """Raise unless every named field of ``section`` lies in [0, 1]."""
+    """Raises unless every named field of ``section`` lies in [0, 1]."""
     for name in names:
         value = getattr(section, name)
         if not 0 <= value <= 1:
@@ -51,9 +59,10 @@ def share(where: str, section: Any, *names: str) -> None:
 
 
 def divides(where: str, section: Any, part: str, whole: str) -> None:
-    """Raise unless the field ``part`` divides the field ``whole``."""
+    """Raises unless the field ``part`` divides the field ``whole``."""
     small, large = getattr(section, part), getattr(section, whole)
     if large % small:
         raise ConfigError(
-            f"{where}: {whole} is {large} and can't be split evenly into {part} = {small}; choose a multiple of it"
+            f"{where}: {whole} is {large} and can't be split evenly into {part} = {small}; "
+            "choose a multiple of it"
         )

@@ -1,4 +1,4 @@
-"""Finding leaves: the class or function that a section of an experiment names."""
+"""Finds leaves: the class or function that a section of an experiment names."""
 
 import dataclasses
 import importlib
@@ -11,9 +11,9 @@ from genpolicy.config.errors import ConfigError, nearest
 from genpolicy.config.parse import decode
 
 KINDS = ("methods", "models", "rewards", "tasks", "datasets")
-
-
+"""The shelves of leaves."""
 SHIPPED = ("assets/", "configs/", "robots/")
+"""Paths of what ships begin like this."""
 
 
 def names(kind: str) -> list[str]:
@@ -38,7 +38,8 @@ def leaf(kind: str, name: str) -> Any:
             raise ConfigError(f"{kind[:-1]} {name!r} can't be imported: {error}") from None
     if name not in names(kind):
         raise ConfigError(
-            f"there is no {kind[:-1]} {name!r}{nearest(name, names(kind))} (or a dotted path pkg.mod:entry)"
+            f"there is no {kind[:-1]} {name!r}{nearest(name, names(kind))} "
+            "(or a dotted path pkg.mod:entry)"
         )
     module = importlib.import_module(f"genpolicy.{kind}.{name}")
     plain = name.replace("_", "")
@@ -49,7 +50,7 @@ def leaf(kind: str, name: str) -> Any:
 
 
 def settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A leaf's own settings, with shipped paths (assets/..., configs/..., robots/...) resolved."""
+    """The leaf's own settings, with shipped paths (assets/..., configs/..., robots/...) resolved."""
     return {key: _resolve(value) for key, value in raw.items() if key != "name"}
 
 
@@ -65,7 +66,7 @@ def _resolve(value: Any) -> Any:
 
 
 def make(kind: str, raw: Mapping[str, Any]) -> Any:
-    """Build a leaf from its section: a dataclass is decoded strictly, a plain function is returned
+    """Builds a leaf from its section: a dataclass is decoded strictly, a plain function is returned
     as it is.
     """
     if not isinstance(raw.get("name"), str):
@@ -77,7 +78,8 @@ def make(kind: str, raw: Mapping[str, Any]) -> Any:
         return decode(entry, settings(raw), f"{kind[:-1]} {raw['name']}")
     if isinstance(entry, type):
         raise ConfigError(
-            f"{kind[:-1]} {raw['name']} is a plain class: make it a @dataclass, its fields are its settings"
+            f"{kind[:-1]} {raw['name']} is a plain class: "
+            "make it a @dataclass, its fields are its settings"
         )
     if settings(raw):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Reading experiments: YAML and command-line overrides to dataclasses, strictly, and back."""
+"""Reads experiments: YAML and command-line overrides to dataclasses, strictly, and back."""
 
 import dataclasses
 import re
@@ -20,7 +20,7 @@ NAMED = ("policy", "task", "method", "kernel", "data")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as in YAML 1.2; PyYAML reads YAML 1.1, where it is a string."""
+    """A reader for which 1e-4 is a number, as in YAML 1.2; in PyYAML's YAML 1.1 it is a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -31,7 +31,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping from a path or a shipped config's bare name."""
+    """Reads a YAML mapping from a path or a shipped config's bare name."""
     try:
         found = shipped.find_config(str(path))
     except FileNotFoundError as error:
@@ -48,7 +48,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def override(raw: dict[str, Any], dotted: str) -> None:
-    """Apply one ``--a.b=c`` to a raw config in place; the value is read as YAML."""
+    """Applies one ``--a.b=c`` to a raw config in place; the value is read as YAML."""
     key, equals, text = dotted.removeprefix("--").partition("=")
     if not dotted.startswith("--") or not equals or not all(key.split(".")):
         raise ConfigError(f"override {dotted!r} is not of the form --section.key=value")
@@ -69,7 +69,7 @@ def override(raw: dict[str, Any], dotted: str) -> None:
 
 
 def parse(raw: Mapping[str, Any]) -> Experiment:
-    """A raw mapping to an `Experiment`; unknown keys, wrong types and missing sections raise
+    """Decodes a raw mapping as an `Experiment`; unknown keys, wrong types and missing sections raise
     `ConfigError`.
     """
     raw = dict(raw)
@@ -79,7 +79,7 @@ def parse(raw: Mapping[str, Any]) -> Experiment:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read a YAML, apply the command line's overrides, and parse."""
+    """Reads a YAML, applies the command line's overrides, and parses."""
     raw = read_yaml(path)
     for dotted in overrides:
         override(raw, dotted)
@@ -87,8 +87,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def decode[T](kind: type[T], raw: Mapping[str, Any], where: str) -> T:
-    """A mapping to the dataclass ``kind``, strictly; every complaint is one sentence that names the
-    key.
+    """Decodes a mapping as the dataclass ``kind``, strictly; every error is one sentence that names
+    the key.
     """
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
     for key in raw:
@@ -104,15 +104,13 @@ def decode[T](kind: type[T], raw: Mapping[str, Any], where: str) -> T:
         return kind(**values)
     except ConfigError:
         raise
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # a field's own complaint; anything else is a bug and keeps its traceback
+    except (ValueError, OSError) as error:
+        # a field's own complaint; anything else is a bug and keeps its traceback
         raise ConfigError(" ".join(f"{where}: {error}".split())) from None
 
 
 def _value(hint: Any, value: Any, where: str, key: str) -> Any:
-    """One field's value in its declared type."""
+    """Decodes one field's value as its declared type."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return decode(hint, value, key if where == "the experiment" else f"{where}: {key}")
     kinds = typing.get_args(hint) or (hint,)
@@ -133,7 +131,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
 
 
 def _called(hint: Any) -> str:
-    """What a person calls a type."""
+    """The name of a type in plain words."""
     plain = {
         int: "a whole number",
         float: "a number",

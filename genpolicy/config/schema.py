@@ -1,9 +1,9 @@
-"""Experiments: a YAML, dataclasses, and the leaves they name. Two passes: names first, then the
-leaves' own dataclasses.
+"""Experiments: a YAML, the dataclasses that it is read into, and the leaves that they name.
 
-A leaf is found by its file name (``method: grpo_guard`` is genpolicy/methods/grpo_guard.py) or by a
-dotted path (``mypkg.mod:fn``). Its entry is the class or function of that file whose name equals
-the file's, underscores and case aside.
+A YAML is decoded in two passes: the names first, then the leaves' own dataclasses. A leaf is found
+by its file name (``method: grpo_guard`` is genpolicy/methods/grpo_guard.py) or by a dotted path
+(``mypkg.mod:fn``). Its entry is the class or function of that file whose name equals the file's,
+underscores and case aside.
 """
 
 import dataclasses
@@ -15,54 +15,52 @@ from genpolicy.config.errors import ConfigError, at_least, positive
 
 @dataclass
 class ChainConfig:
-    """The sampler: how noise becomes a sample.
+    """The sampler: how noise becomes a sample. Defaults without a source are ours."""
 
-    steps: denoising steps K. kernel: {name, ...}: a class of genpolicy.chain (ddim, sde, cps, heun,
-    dpmsolver, ...) or a dotted path. guidance: classifier-free scale, 1 is none. guidance_interval:
-    [low, high] noise times it acts in. negative_gradient: train through the unconditional branch
-    too, as some public scripts do (off: its backward is saved). window: [low, high) steps at which
-    the kernel acts (default: all but the last), the ODE elsewhere. window_size: if set, that many
-    consecutive steps are drawn from the window anew for every iteration. best_of: samples that are
-    drawn for a decision; the policy's critic picks one.
-    """
-
+    # denoising steps K; Flow-GRPO's number for training (arXiv 2505.05470)
     steps: int = 10
+    # {name, ...}: a class of genpolicy.chain (ddim, sde, cps, heun, dpmsolver, ...) or a dotted
+    # path; eta 1 is DDPM's own noise (arXiv 2010.02502)
     kernel: dict[str, Any] = field(default_factory=lambda: {"name": "ddim", "eta": 1.0})
+    # classifier-free scale (arXiv 2207.12598); 1 is none
     guidance: float = 1.0
+    # noise times (low, high] in which guidance acts; None is all of them
     guidance_interval: tuple[float, float] | None = None
+    # differentiate the unconditional branch too, as the public DDPO and Flow-GRPO scripts do; off
+    # saves its backward
     negative_gradient: bool = False
+    # denoising steps [low, high) at which the kernel acts, the ODE elsewhere; None is all but the
+    # last
     window: tuple[int, int] | None = None
+    # consecutive steps that are drawn from the window anew for every iteration; None is the whole
+    # window
     window_size: int | None = None
+    # samples that are drawn per decision, of which the policy's critic picks one
     best_of: int = 1
 
     def __post_init__(self) -> None:
         at_least("chain", self, steps=1, guidance=0, window_size=1, best_of=1)
-        if (
-            self.guidance_interval is not None
-            and not self.guidance_interval[0] < self.guidance_interval[1]
-        ):
+        interval = self.guidance_interval
+        if interval is not None and not interval[0] < interval[1]:
             raise ConfigError(
-                f"chain: guidance_interval is {list(self.guidance_interval)}; it must be [low, high] with low < high"
+                f"chain: guidance_interval is {list(interval)}; "
+                "it must be [low, high] with low < high"
             )
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and what surrounds it.
+    """AdamW (arXiv 1711.05101) and what surrounds it. Defaults without a source are ours."""
 
-    lr at its peak; warmup: updates of linear rise; final: the cosine ends at this share of lr (1:
-    constant); max_grad_norm: global norm clip; ema: decay of the averaged weights that are
-    evaluated and saved (0: none), min((1+n)/(10+n), ema) after update n. betas, eps, weight_decay:
-    AdamW's.
-    """
-
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    warmup: int = 0
-    final: float = 1.0
+    lr: float = 1e-4  # learning rate at its peak; GRPO-Guard's configuration
+    betas: tuple[float, float] = (0.9, 0.999)  # decays of the two moments, per update; torch
+    eps: float = 1e-8  # added to the second moment's root; torch
+    weight_decay: float = 1e-4  # per update, times lr; Flow-GRPO's configuration
+    max_grad_norm: float = 1.0  # global norm above which gradients are scaled; Flow-GRPO
+    warmup: int = 0  # updates of linear rise
+    final: float = 1.0  # share of lr at which the cosine ends; 1 is constant
+    # decay of the averaged weights that are evaluated and saved, min((1 + n) / (10 + n), ema) after
+    # update n; 0 is no averaging
     ema: float = 0.0
 
     def __post_init__(self) -> None:
@@ -77,15 +75,13 @@ class OptimizerConfig:
 
 @dataclass
 class BudgetConfig:
-    """When to stop: at the first of these. nfe: network evaluations; env_decisions, env_steps:
-    decisions and steps in environments; seconds: of wall-clock training, evaluation aside.
-    """
+    """The limits of a run, which stops at the first of these; None is no limit."""
 
     iterations: int | None = None
-    nfe: float | None = None
-    env_decisions: float | None = None
-    env_steps: float | None = None
-    seconds: float | None = None
+    nfe: float | None = None  # network evaluations
+    env_decisions: float | None = None  # decisions in environments
+    env_steps: float | None = None  # environment steps
+    seconds: float | None = None  # of wall-clock training, evaluation aside
 
     def __post_init__(self) -> None:
         limits = [f.name for f in dataclasses.fields(self)]
@@ -97,22 +93,19 @@ class BudgetConfig:
 @dataclass
 class EvalConfig:
     """Periodic evaluation with the deployed sampler, on its own prompts (or starts) and one fixed
-    noise.
-
-    every: iterations between evaluations (0: only before and after). prompts: file, one a line
-    (default: the task's). samples: images. episodes: in environments. select: the metric that
-    decides policy_best. sampler: overrides of `chain` for the deployed sampler (default: the same
-    steps and guidance, on prompts with the ODE, in environments with the mean of the kernel, see
-    `Mean`). seed: of the evaluation noise, and the first of the environments' reset seeds, the same
-    for every run that is to be compared.
+    noise. The defaults are ours.
     """
 
-    every: int = 20
-    prompts: str | None = None
-    samples: int = 256
-    episodes: int = 100
-    select: str | None = None
+    every: int = 20  # iterations between evaluations; 0 is only before and after training
+    prompts: str | None = None  # file with one prompt per line; None takes the task's prompts
+    samples: int = 256  # pictures or videos per evaluation, over all prompts
+    episodes: int = 100  # episodes per evaluation, in environments
+    select: str | None = None  # metric that decides policy_best; None takes the first one measured
+    # keys of `ChainConfig` that the deployed sampler replaces; without any it has the same steps
+    # and guidance, on prompts with the ODE, in environments with the mean of the kernel (`Mean`)
     sampler: dict[str, Any] = field(default_factory=dict)
+    # seed of the evaluation noise and first reset seed of the environments, the same for every run
+    # that is to be compared
     seed: int = 1_000_003
 
     def __post_init__(self) -> None:
@@ -121,40 +114,38 @@ class EvalConfig:
 
 @dataclass
 class Experiment:
-    """One experiment = one YAML. The resolved form is written to the run's folder and is the file
-    to resume from.
+    """One experiment, which is one YAML. Its resolved form is written to the run's folder and is the
+    file to resume from. The defaults are ours.
     """
 
-    policy: dict[str, Any]
-    task: dict[str, Any]
-    method: dict[str, Any]
-    reward: dict[str, Any] = field(default_factory=dict)  # of prompts; environments bring their own
-    data: dict[str, Any] | list[Any] | None = (
-        None  # recorded episodes to learn from; a list is several as one
-    )
-    chain: ChainConfig = field(default_factory=ChainConfig)
+    policy: dict[str, Any]  # a leaf of models/ and its settings
+    task: dict[str, Any]  # a leaf of tasks/ and its settings
+    method: dict[str, Any]  # a leaf of methods/ and its settings
+    # leaves of rewards/ by name, with their weights, of prompts; environments bring their own
+    reward: dict[str, Any] = field(default_factory=dict)
+    # a leaf of datasets/, the recorded episodes to learn from; a list is several as one
+    data: dict[str, Any] | list[Any] | None = None
+    chain: ChainConfig = field(default_factory=ChainConfig)  # the sampler that is trained
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(iterations=100))
     eval: EvalConfig = field(default_factory=EvalConfig)
-    threads: int | None = (
-        None  # CPU threads of a process; small networks are fastest on 1 (default: torch's)
-    )
-    environments: int = 20  # side by side, in each process
-    micro_batch: int | str = (
-        "auto"  # rows of one forward and backward; auto: all, halved when memory runs out
-    )
+    # CPU threads per process; small networks are fastest on 1; None is torch's number
+    threads: int | None = None
+    environments: int = 20  # environments side by side, per process
+    # rows per forward and backward; auto takes all, halved when memory runs out
+    micro_batch: int | str = "auto"
     checkpoint_every: int = 20  # iterations between checkpoints
     trackers: list[str] = field(default_factory=list)  # accelerate's: tensorboard, wandb, ...
-    seed: int = 0
-    output: str = "runs/experiment"
+    seed: int = 0  # of everything that is drawn in training
+    output: str = "runs/experiment"  # the run's folder
 
     def __post_init__(self) -> None:
         at_least("the experiment", self, checkpoint_every=1, threads=1, environments=1)
-        if self.micro_batch != "auto" and not (
-            isinstance(self.micro_batch, int) and self.micro_batch >= 1
-        ):
+        rows = self.micro_batch
+        if rows != "auto" and not (isinstance(rows, int) and rows >= 1):
             raise ConfigError(
-                f"the experiment: micro_batch is {self.micro_batch!r}; it must be auto or a number of rows, at least 1"
+                f"the experiment: micro_batch is {rows!r}; "
+                "it must be auto or a number of rows, at least 1"
             )
         if not self.output:
             raise ConfigError("the experiment: output is empty; it must name the run's folder")

@@ -1,4 +1,4 @@
-"""Find what ships with genpolicy, by its name in the repository: `assets/…`, `configs/…`,
+"""Finds what ships with genpolicy, by its name in the repository: `assets/…`, `configs/…`,
 `robots/…`.
 
 A user's own file in the current directory comes first, then the checkout, then the installed wheel,
@@ -17,7 +17,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def path(name: str | Path) -> Path:
-    """Return the existing file or folder called `name`, for example `assets/shapes-sd3`.
+    """Returns the existing file or folder called `name`, for example `assets/shapes-sd3`.
 
     Raises:
         FileNotFoundError: in one sentence, with the nearest names that do exist.
@@ -43,7 +43,7 @@ def path(name: str | Path) -> Path:
 
 
 def configs() -> dict[str, Path]:
-    """Every YAML below `configs/`, by its path there without the suffix, such as
+    """The YAMLs below `configs/`, by its path there without the suffix, such as
     `debug/grpo_guard`.
     """
     found: dict[str, Path] = {}
@@ -55,10 +55,11 @@ def configs() -> dict[str, Path]:
 
 
 def find_config(name: str | Path) -> Path:
-    """Return the YAML called `name`: a path, a name below `configs/`, or the last part of one.
+    """Returns the YAML called `name`: a path, a name below `configs/`, or the last part of one.
 
     Raises:
-        FileNotFoundError: in one sentence, with the nearest names, or with all that fit where several do.
+        FileNotFoundError: in one sentence, with the nearest names, or with all that fit where
+            several do.
     """
     asked = Path(name).expanduser()
     if asked.is_file():
@@ -90,9 +91,8 @@ def _homes(folder: str) -> Iterator[Path]:
     """The places that may hold one of `FOLDERS`, in the order in which they are asked."""
     checkout = _PACKAGE.parent
     candidates = [Path.cwd() / folder]
-    if (
-        checkout / "pyproject.toml"
-    ).is_file():  # otherwise it is site-packages, with strangers' folders
+    # without it the folder is site-packages, with other packages' folders
+    if (checkout / "pyproject.toml").is_file():
         candidates.append(checkout / folder)
     candidates.append(_PACKAGE / f"_{folder}")
     return (home for home in dict.fromkeys(candidates) if home.is_dir())

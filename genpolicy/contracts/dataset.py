@@ -1,13 +1,15 @@
-"""The contract of a data set of recorded episodes, and several of them as one."""
+"""The contracts of data sets: recorded episodes, their writer, and pictures with captions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from genpolicy.contracts.task import Context
+from genpolicy.contracts.task import Context, ControlTask, Demonstration
 
 
 class Dataset(Protocol):
@@ -47,6 +49,22 @@ class Pictures(Protocol):
 
     def pictures(self, index: Tensor) -> tuple[Context, Tensor]:
         """The captions and the pictures Float[B,3,H,W] in [0,1] of the rows ``index`` [B]."""
+        ...
+
+
+class DatasetWriter(Protocol):
+    """A leaf of datasets/ that episodes can be recorded as."""
+
+    def recording(
+        self, out: Path, task: ControlTask, made: Mapping[str, Any]
+    ) -> AbstractContextManager[Callable[[Demonstration], None]]:
+        """A data set of ``task`` that is being written to the new folder ``out``: hand it episodes,
+        one by one.
+
+        Leaving it makes the finished folder appear; leaving it by an exception leaves nothing
+        behind. ``made`` says how the data set was made; it is written down at the end, and may be
+        completed until then. Raises `FileExistsError` if ``out`` exists.
+        """
         ...
 
 

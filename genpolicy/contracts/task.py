@@ -87,8 +87,8 @@ class Environments(Protocol):
         ...
 
     def render(self, slot: int) -> Any:
-        """What a camera sees, uint8 [H,W,3]; raises `RenderError` with one sentence where there is
-        none.
+        """What a camera sees, uint8 [H,W,3]; raises `genpolicy.config.errors.RenderError`
+        with one sentence where there is none.
         """
         ...
 

@@ -21,12 +21,7 @@ MADE = "genpolicy.json"
 def recording(
     out: Path, task: ControlTask, made: Mapping[str, Any]
 ) -> Iterator[Callable[[Demonstration], None]]:
-    """A data set being written: hand it episodes, one by one.
-
-    Leaving it renames the finished folder to ``out``; leaving by an exception removes everything.
-    ``made`` is written at the end as meta/genpolicy.json. Raises `FileExistsError` if ``out`` is
-    there.
-    """
+    """`genpolicy.contracts.dataset.DatasetWriter.recording`; ``made`` becomes meta/genpolicy.json."""
     if out.exists():
         raise FileExistsError(f"{out} exists already: choose another folder, or delete it")
     staged = out.with_name(f".{out.name}.staged")

@@ -7,7 +7,8 @@ LeRobot's own reader.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpolicy.contracts.task import Context
+from genpolicy.contracts.task import Context, ControlTask, Demonstration
 from genpolicy.datasets._lerobot_import import arrow, quiet
+from genpolicy.datasets._lerobot_writer import recording
 
 INFO = "meta/info.json"
 CAMERA = ("image", "video")
@@ -85,6 +87,13 @@ class LeRobotDataset:
         }
         self.stats = {name: _statistics(self.columns[name]) for name in (*self._vectors, "action")}
         self.stats |= self._picture_stats()
+
+    @staticmethod
+    def recording(
+        out: Path, task: ControlTask, made: Mapping[str, Any]
+    ) -> AbstractContextManager[Callable[[Demonstration], None]]:
+        """See `genpolicy.contracts.dataset.DatasetWriter`."""
+        return recording(out, task, made)
 
     def __len__(self) -> int:
         return len(self.episode)
@@ -235,7 +244,7 @@ def _info(folder: Path) -> dict[str, Any]:
 
 
 def _check_whole(folder: Path, info: Mapping[str, Any]) -> None:
-    """Raise unless every frame and episode is in files that were closed: parquet writes its footer
+    """Raises unless every frame and episode is in files that were closed: parquet writes its footer
     last.
     """
     for part, total in (("data", "total_frames"), ("meta/episodes", "total_episodes")):

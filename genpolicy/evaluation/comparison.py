@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from genpolicy.config.schema import Experiment
-from genpolicy.evaluation.curves import COLOURS, EPISODES, Panel, by_experience, smooth
+from genpolicy.evaluation.curves import COLOURS, EPISODES, Panel, by_experience, save_panels, smooth
 from genpolicy.evaluation.metrics_file import series
+from genpolicy.evaluation.statistics import paired
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 CLIPPED = ("policy/clip_fraction_positive", "policy/clip_fraction_negative")
-
-
+"""Metrics of the rows that a ratio's clip leaves without gradient, by the advantage's sign."""
 COSTS = (
     "nfe_per_sample",
     "evaluations",
@@ -28,6 +29,7 @@ COSTS = (
     "training_s",
     "wall_time_s",
 )
+"""What a run cost, by its summary's or its metrics' names."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Finished:
-    """One run: its config.yaml, its summary.json and the lines of its metrics.jsonl."""
+    """One run and what it left in its folder."""
 
     arm: str
     seed: int
     folder: Path
-    experiment: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    metrics: list[dict[str, Any]]
+    experiment: Mapping[str, Any]  # config.yaml
+    summary: Mapping[str, Any]  # summary.json
+    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
 
     def cost(self, name: str) -> float:
         """A number of the summary, or the mean over iterations of a metric; NaN where the method
@@ -63,23 +65,22 @@ class Finished:
 
 
 def summarise(runs: Sequence[Finished]) -> dict[str, Any]:
-    """compare.json: per arm the mean and sd over seeds, the paired difference to the first arm, and
-    every run.
+    """The contents of compare.json: per arm the mean and standard deviation over seeds, the paired
+    difference to the first arm, and every run.
 
     A reward's total is left out where the arms weigh rewards differently: it would not mean the
     same.
     """
     arms = list(dict.fromkeys(run.arm for run in runs))
     shared = [n for n in runs[0].summary["after"] if all(n in run.summary["after"] for run in runs)]
-    judged = [name for name in EPISODES if name in shared]
-    if all(
-        run.summary["after"].get("return") == run.summary["after"].get("success_rate")
-        for run in runs
-    ):
-        judged = [
-            name for name in judged if name != "return"
-        ]  # 1 for a success and 0 otherwise says the same
-    names = judged + [name for name in shared if name.startswith("reward/") or name == "diversity"]
+    of_episodes = [name for name in EPISODES if name in shared]
+    after = [run.summary["after"] for run in runs]
+    if all(found.get("return") == found.get("success_rate") for found in after):
+        # 1 for a success and 0 otherwise says the same
+        of_episodes = [name for name in of_episodes if name != "return"]
+    names = of_episodes + [
+        name for name in shared if name.startswith("reward/") or name == "diversity"
+    ]
     weights = [run.experiment["reward"] for run in runs]
     if "reward/total" in names and (
         any(weight != weights[0] for weight in weights) or len(weights[0]) == 1
@@ -99,7 +100,7 @@ def summarise(runs: Sequence[Finished]) -> dict[str, Any]:
             entry["metrics"][name] = {"before": _after(mine, name, "before"), **_spread(values)}
             if arm != arms[0]:
                 other = _after([run for run in runs if run.arm == arms[0]], name)
-                entry["difference"][name] = paired(values, other)
+                entry["difference"][name] = _difference(values, other)
         for name in (*CLIPPED, *COSTS):
             entry[name] = _spread([run.cost(name) for run in mine])
         table["arms"][arm] = entry
@@ -123,26 +124,19 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "sd": sd, "values": list(values)}
 
 
-def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
-    """The mean of value - other over seeds and its 95 % interval by Student's t; no interval for a
-    single seed.
-    """
-    from scipy.stats import t
-
-    spread = _spread([a - b for a, b in zip(values, others, strict=True)])
-    n, centre = len(values), spread["mean"]
-    if n < 2:
-        return {"mean": centre, "ci95": None}
-    half = float(t.ppf(0.975, n - 1)) * spread["sd"] / math.sqrt(n)
-    return {"mean": centre, "ci95": [centre - half, centre + half]}
+def _difference(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """The mean of value - other over seeds and its 95 % interval; no interval for a single seed."""
+    first, second = (torch.tensor(each, dtype=torch.float64) for each in (others, values))
+    mean, low, high = paired(first, second, len(values))
+    return {"mean": mean, "ci95": None if len(values) < 2 else [low, high]}
 
 
 def markdown(table: Mapping[str, Any]) -> str:
     """The table for people: arms are columns, so that long rows do not wrap."""
     arms, count = list(table["arms"]), len(table["seeds"])
     lines = [
-        f"Mean ± sd over {count} seed{'s' * (count > 1)}; differences to {arms[0]} are paired by seed, "
-        "with 95 % intervals (Student's t).",
+        f"Mean ± sd over {count} seed{'s' * (count > 1)}; differences to {arms[0]} are paired by "
+        "seed, with 95 % intervals (Student's t).",
         "",
         "|  | " + " | ".join(arms) + " |",
         "|---|" + "---|" * len(arms),
@@ -207,8 +201,8 @@ def _interval(entry: Mapping[str, Any]) -> str:
 
 
 def figure(runs: Sequence[Finished], table: Mapping[str, Any], path: Path) -> None:
-    """Evaluations, training, clipped shares, and what the reward cost in diversity; one colour an
-    arm.
+    """Draws evaluations, training, clipped shares, and the diversity that the reward cost; one colour
+    per arm.
     """
     arms = list(table["arms"])
     colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
@@ -253,7 +247,7 @@ def figure(runs: Sequence[Finished], table: Mapping[str, Any], path: Path) -> No
             )
         )
     count = len(table["seeds"])
-    curves.save_panels(
+    save_panels(
         panels, path, title=f"{' · '.join(arms)}: mean of {count} seeds thick, each seed thin"
     )
 

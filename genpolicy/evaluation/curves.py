@@ -1,4 +1,4 @@
-"""Figures of what a run measured, over its budget."""
+"""Draws what a run measured, over its budget."""
 
 import math
 import os
@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-"""Okabe and Ito's, told apart also by those who see fewer colours."""
+"""Okabe and Ito's palette, which people who see fewer colours can tell apart too."""
 
 
 # Curves
@@ -26,14 +25,14 @@ Panel = tuple[str, Callable[["Axes"], None]]
 
 
 def figures(folder: Path) -> None:
-    """figures/curves.png from metrics.jsonl: what is learned, what the updates do, what it costs."""
+    """Draws figures/curves.png from metrics.jsonl: what is learned, what updates do, what it costs."""
     metrics, xlabel = by_experience(read(folder))
     save_panels(_panels(metrics), folder / "figures" / "curves.png", xlabel=xlabel)
 
 
 def by_experience(metrics: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """The lines, and what "iteration" is in them: where a run learns in environments, their steps
-    so far.
+    """The lines of metrics, and the meaning of "iteration" in them: where a run learns in
+    environments, their steps so far.
     """
     steps = {0: 0.0, **{m["iteration"]: m["env_steps"] for m in metrics if "env_steps" in m}}
     if not any(steps.values()):
@@ -43,7 +42,7 @@ def by_experience(metrics: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], 
 
 
 def save_panels(panels: Sequence[Panel], path: Path, title: str = "", xlabel: str = "") -> None:
-    """One figure of small panels, in as many columns as leave the fewest places empty."""
+    """Writes a figure of small panels, in as many columns as leave the fewest places empty."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -76,7 +75,7 @@ def _write_figure(figure: "Figure", path: Path) -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred running mean over a twelfth of the values: what a long, noisy curve does."""
+    """The centred running mean over a twelfth of the values: the course of a long, noisy curve."""
     half = len(values) // 24
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)
@@ -87,7 +86,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def curve(
     axes: "Axes", metrics: Sequence[Mapping[str, Any]], key: str, label: str, colour: str
 ) -> None:
-    """A metric of every iteration: the values faint, their running mean over them."""
+    """Draws a metric of every iteration: the values faint, their running mean over them."""
     x, y = series(metrics, key)
     if len(x):
         axes.plot(x, y, color=colour, alpha=0.25, linewidth=1)
@@ -97,7 +96,7 @@ def curve(
 def evaluation(
     axes: "Axes", metrics: Sequence[Mapping[str, Any]], key: str, label: str, colour: str
 ) -> None:
-    """An evaluation's points, the one before training included, with their 95 % intervals where
+    """Draws an evaluation's points, the one before training included, with their 95 % intervals where
     there are some.
     """
     x, y = series(metrics, f"eval/{key}")
@@ -113,8 +112,8 @@ EPISODES = {
     "return": ("return", "reward/return"),
     "length": ("environment steps of an episode", "episode/length"),
 }
-"""What an evaluation in environments measures: its title, and what the training sampler's is
-called.
+"""Metrics of an evaluation in environments: their titles, and the training sampler's metrics of the
+same thing.
 """
 
 
@@ -124,11 +123,11 @@ PLAIN = {
     "bc/loss": "denoising loss on recorded actions",
     "critic/explained": "share of the returns' variance explained by the value",
 }
-"""What is one curve under a title."""
+"""Metrics that are drawn as one curve, and their titles."""
 
 
 def _learned(metrics: list[dict[str, Any]], keys: Mapping[str, None]) -> list[Panel]:
-    """A panel for everything that an evaluation measures: each reward, or success, return and
+    """The panels of everything that an evaluation measures: each reward, or success, return and
     length of episodes.
     """
     names = [key.removeprefix("eval/") for key in keys if key.startswith("eval/reward/")]
@@ -194,7 +193,7 @@ def _panels(metrics: list[dict[str, Any]]) -> list[Panel]:
 
 
 def _stack(axes: "Axes", metrics: Sequence[Mapping[str, Any]], phases: Sequence[str]) -> None:
-    """The phases' times, one over the other."""
+    """Draws the phases' times, one over the other."""
     lines = [m for m in metrics if any(phase in m for phase in phases)]
     times = np.array([[m.get(phase) or 0.0 for m in lines] for phase in phases])
     names = [phase.removeprefix("time/") for phase in phases]

@@ -12,31 +12,28 @@ from torch import Tensor
 
 from genpolicy.chain import Noise
 from genpolicy.contracts.task import Environments
-from genpolicy.evaluation.prompt_scores import EVALUATION, interval
+from genpolicy.evaluation.prompt_scores import EVALUATION
+from genpolicy.evaluation.statistics import interval
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.episodes import Watch, play
 
 
 @dataclass(frozen=True)
 class ControlEvaluation:
-    """E episodes: success, returns and lengths (environment steps) [E] fp64, and decisions taken in
-    all.
+    """The scores of E episodes."""
 
-    ``judged``: whether the task says what success is.
-    """
-
-    success: Tensor
-    returns: Tensor
-    lengths: Tensor
-    decisions: float
-    judged: bool
+    success: Tensor  # [E] fp64, 1 or 0
+    returns: Tensor  # [E] fp64, sums of rewards
+    lengths: Tensor  # [E] fp64, environment steps
+    decisions: float  # taken in all episodes together
+    judged: bool  # the task says what success is
 
     @property
     def samples(self) -> int:
         return len(self.returns)
 
     def metrics(self) -> dict[str, Any]:
-        """success_rate (Wilson's 95 % interval), return (the normal one), length of an episode, n."""
+        """The success_rate (Wilson's 95 % interval), return (the normal one), length, and n."""
         found: dict[str, Any] = {
             "return": float(self.returns.mean()),
             "ci95/return": list(interval(self.returns)),
@@ -60,7 +57,7 @@ def evaluate_control(
     gather: Callable[[Tensor], Tensor] = lambda value: value,
     watch: Watch | None = None,
 ) -> ControlEvaluation:
-    """Play ``episodes`` episodes: episode e begins from the reset seed ``seed`` + e, its noise is
+    """Plays ``episodes`` episodes: episode e begins from the reset seed ``seed`` + e, its noise is
     named by e alone, so that two policies meet the same starts and any number of processes
     (``process`` = (index, count)) plays the same.
     """

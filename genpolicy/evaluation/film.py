@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,32 +23,31 @@ from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.episodes import play
 
 RATE = 12.5
-"""Frames a second of a GIF, at most; it runs in the robot's own time."""
+"""Frames per second of a GIF, at most; it runs in the robot's own time."""
 LONGEST = 120
-"""Frames of a GIF, about at most: fewer a second where episodes are long."""
+"""Frames of a GIF, about at most: fewer per second where episodes are long."""
 HOLD = 1.0
 """Seconds that the last frame stays."""
 BYTES = 900_000
-"""Of a GIF at most: it is made smaller until it fits."""
+"""Bytes of a GIF, at most: it is made smaller until it fits."""
 COLOURS, BORDER = 128, 3
+"""Colours of a GIF's palette, and the width of a frame's border, in pixels."""
 
 
 @dataclass
 class Film:
-    """One episode as it was seen: ``frames`` uint8 [H,W,3], ``seconds`` each. success is None where
-    nobody judges.
-    """
+    """One episode as a camera saw it."""
 
-    seed: int
-    seconds: float
-    frames: list[np.ndarray] = field(default_factory=list)
-    steps: int = 0
-    total: float = 0.0
-    success: bool | None = None
+    seed: int  # reset seed of the episode
+    seconds: float  # that each frame is shown
+    frames: list[np.ndarray] = field(default_factory=list)  # uint8 [H,W,3]
+    steps: int = 0  # environment steps
+    total: float = 0.0  # sum of rewards
+    success: bool | None = None  # None where the task has no verdict
 
     @property
     def outcome(self) -> str:
-        """How it ended, in a word or two."""
+        """The episode's end, in a word or two."""
         if self.success is None:
             return f"return {self.total:.4g}"
         return "success" if self.success else "failure"
@@ -61,7 +61,7 @@ def film(
     seed: int,
     episodes: Sequence[int],
 ) -> list[Film]:
-    """Play these episodes of the evaluation from ``seed`` (see `evaluate_control`) before a camera.
+    """Plays these episodes of the evaluation from ``seed`` (see `evaluate_control`) before a camera.
 
     Raises what `Environments.render` raises where there is no camera.
     """
@@ -94,8 +94,8 @@ def film(
 
 
 def save(films: Mapping[str, Film], path: Path) -> None:
-    """A GIF of one film, or of several side by side, each with its name and outcome below and in
-    its outcome's colour.
+    """Writes a GIF of one film, or of several side by side, each with its name and outcome below and
+    in its outcome's colour.
     """
     shots = list(films.values())
     length = max(len(shot.frames) for shot in shots)
@@ -103,9 +103,8 @@ def save(films: Mapping[str, Film], path: Path) -> None:
         _beside([_framed(name, shot, place) for name, shot in films.items()])
         for place in range(length)
     ]
-    pause = 10 * max(
-        round(100 * shots[0].seconds), 2
-    )  # a GIF counts hundredths, and players take 0 and 1 for 10
+    # a GIF counts hundredths of a second, and players take 0 and 1 for 10
+    pause = 10 * max(round(100 * shots[0].seconds), 2)
     pauses = [*[pause] * (length - 1), pause + round(1000 * HOLD)]
     encoded = _gif(sheets, pauses)
     while len(encoded) > BYTES:
@@ -118,12 +117,12 @@ def save(films: Mapping[str, Film], path: Path) -> None:
 def side_by_side(
     policies: Mapping[str, ChainPolicy], task: ControlTask, seed: int, path: Path, episode: int = 0
 ) -> dict[str, Film]:
-    """A GIF of policies from the same start with the same noise, by their names from left to right;
-    what was seen.
+    """Writes a GIF of policies from the same start with the same noise, by their names from left to
+    right; returns their films.
     """
     films: dict[str, Film] = {}
     for name, policy in policies.items():
-        model: ControlModel = policy.model  # type: ignore[assignment]  # what acts in a task has actions
+        model = cast(ControlModel, policy.model)  # a policy that acts in a task has actions
         environments = task.environments(1, model.history)
         try:
             (films[name],) = film(policy, task, environments, seed=seed, episodes=[episode])
@@ -134,7 +133,7 @@ def side_by_side(
 
 
 def _framed(name: str, shot: Film, place: int) -> Image.Image:
-    """A frame (the last one from the end on) in a border, over a line of text."""
+    """The frame at ``place`` (after the end the last one) in a border, over a line of text."""
     colour = {None: GREY, True: GOOD, False: BAD}[shot.success]
     framed = ImageOps.expand(tile(shot.frames[min(place, len(shot.frames) - 1)]), BORDER, colour)
     sheet = Image.new("RGB", (framed.width, framed.height + LINE + GAP), "white")
@@ -161,7 +160,7 @@ def _beside(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def _gif(sheets: Sequence[Image.Image], pauses: Sequence[int]) -> bytes:
-    """One palette for all frames and no dithering: what does not move stays the same, and small."""
+    """Encodes a GIF with one palette and no dithering: what does not move stays the same, and small."""
     palette = _beside([sheets[0], sheets[-1]]).quantize(COLOURS)
     first, *others = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
     file = io.BytesIO()

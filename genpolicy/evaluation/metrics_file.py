@@ -12,17 +12,14 @@ import numpy as np
 METRICS = "metrics.jsonl"
 
 
-# Numbers
-
-
 def append(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """One JSON object, one line; what is not finite becomes null."""
+    """Appends one line, a JSON object; numbers that are not finite become null."""
     with open(folder / METRICS, "a", encoding="utf-8") as file:
         file.write(json.dumps(_finite(metrics)) + "\n")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    """Reads the lines of metrics.jsonl; a last line cut short by a kill is left out."""
     path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     metrics = []
@@ -35,13 +32,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def truncate(folder: Path, iteration: int) -> None:
-    """Drop the lines after ``iteration``: the run resumes there and writes them again."""
+    """Drops the lines after ``iteration``: the run resumes there and writes them again."""
     kept = [m for m in read(folder) if m["iteration"] <= iteration]
     _replace(folder / METRICS, "".join(json.dumps(m) + "\n" for m in kept))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a whole file or none; what is not finite becomes null, as JSON knows no NaN."""
+    """Writes a whole file or none; numbers that are not finite become null, as JSON has no NaN."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, json.dumps(_finite(data), indent=1) + "\n")
 
@@ -61,6 +58,6 @@ def _finite(value: Any) -> Any:
 
 
 def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(iterations, values) of the lines that have ``key``; a list stays a row of the values."""
+    """The (iterations, values) of the lines that have ``key``; a list stays a row of the values."""
     points = [(m["iteration"], m[key]) for m in metrics if m.get(key) is not None]
     return np.array([x for x, _ in points], float), np.array([y for _, y in points], float)

@@ -1,4 +1,4 @@
-"""What a run shows: metrics.jsonl, curves, grids of pictures."""
+"""Sheets of the pictures that a policy drew: grids, pairs before and after, groups."""
 
 import math
 from collections.abc import Sequence
@@ -11,33 +11,28 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GREY, GOOD, BAD = "#999999", "#009E73", "#D55E00"
-
-
+"""Colours of frames without a verdict, of good ones and of bad ones."""
 SMALLEST, LARGEST = 96, 256
 """Pixels of a tile's longer side: small pictures are magnified (pixels stay pixels), large ones
 reduced.
 """
-
-
 FRAMES = 4
-"""A video is shown as so many of its frames side by side."""
-
-
+"""Frames of a video that are shown side by side."""
 GAP, FONT, LINE, LINES = 8, 10, 13, 3
-"""Pixels between cells, of the font and from line to line; a prompt gets so many lines."""
+"""Pixels between cells, of the font and from line to line; lines per prompt, at most."""
 
 
 # Pictures
 
 
 def pixels(outputs: Tensor) -> np.ndarray:
-    """[B,3,H,W] in [0, 1] to uint8 [B,H,W,3]."""
+    """Converts [B,3,H,W] in [0, 1] to uint8 [B,H,W,3]."""
     return (outputs.float().clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu().numpy()
 
 
 def grid(outputs: Tensor, prompts: Sequence[str], path: Path, columns: int = 8) -> None:
-    """Pictures [B,3,H,W] or videos [B,F,3,H,W], each over its prompt; the prompts whole in a text
-    file beside.
+    """Draws pictures [B,3,H,W] or videos [B,F,3,H,W], each over its prompt, and writes the whole
+    prompts to a text file beside.
     """
     cells = [_Cell([tile], prompt) for tile, prompt in zip(_tiles(outputs), prompts, strict=False)]
     _save(cells, columns, path)
@@ -54,7 +49,7 @@ def before_after(
     rewards: tuple[Tensor, Tensor] | None = None,
     columns: int = 4,
 ) -> None:
-    """Pairs from the same prompt and noise: before on the left, after on the right, the prompt
+    """Draws pairs from the same prompt and noise: before on the left, after on the right, the prompt
     below.
 
     rewards: ([B], [B]), drawn beside the prompt as "before → after" and as the frames' colour:
@@ -75,8 +70,8 @@ def before_after(
 
 
 def group(outputs: Tensor, prompt: str, rewards: Tensor, advantages: Tensor, path: Path) -> None:
-    """One group, best first, with every member's reward and advantage; green frames were pushed up,
-    orange down.
+    """Draws one group, best first, with every member's reward and advantage; green frames were
+    pushed up, orange ones down.
     """
     tiles, cells = _tiles(outputs), []
     for i in rewards.argsort(descending=True, stable=True).tolist():
@@ -142,7 +137,7 @@ def font() -> ImageFont.FreeTypeFont:
 
 
 def _wrapped(text: str, width: int, most: int) -> list[str]:
-    """``text`` in at most so many lines of ``width`` pixels; what does not fit ends in an ellipsis."""
+    """``text`` in at most ``most`` lines of ``width`` pixels; what does not fit ends in an ellipsis."""
     face, lines = font(), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -164,7 +159,7 @@ def cut(line: str, width: int) -> str:
 
 
 def _save(cells: Sequence[_Cell], columns: int, path: Path, title: str = "") -> None:
-    """Draw cells in rows, under a title."""
+    """Draws cells in rows, under a title."""
     columns = min(columns, len(cells))
     texts = [_wrapped(cell.text, cell.width, LINES) for cell in cells]
     width = max(cell.width for cell in cells) + GAP

@@ -1,7 +1,6 @@
 """Evaluation of a policy's deployed sampler on fixed prompts and one fixed noise."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from genpolicy.chain import Noise
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import Context
+from genpolicy.evaluation.statistics import interval
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches, recount
 from genpolicy.rollout.prompts import Judged, collect
@@ -20,6 +20,7 @@ from genpolicy.rollout.prompts import Judged, collect
 EVALUATION = -1
 """The ``iteration`` of evaluation noise: training never draws from it."""
 THUMBNAIL = 32
+"""Longest side of the pictures that diversity is measured on, in pixels."""
 BLOCK = 256
 """Rows that are sampled at once where memory allows."""
 SHOWN = 64
@@ -28,16 +29,13 @@ SHOWN = 64
 
 @dataclass(frozen=True)
 class Evaluation:
-    """S samples: sample i answers prompt i mod P. parts: name -> Float64[S]; outputs: the first
-    ones, for looking at.
+    """The scores of S samples, of which sample i answers prompt i mod P."""
 
-    diversity: within a prompt, the root mean square over pixels of the samples' std (in 0..1), on
-    32-pixel thumbnails, averaged over prompts; NaN where no prompt has two samples.
-    """
-
-    prompts: tuple[str, ...]
-    outputs: Tensor
-    parts: dict[str, Tensor]
+    prompts: tuple[str, ...]  # of each sample [S]
+    outputs: Tensor  # the first samples, for looking at
+    parts: dict[str, Tensor]  # reward's name -> Float64[S], "total" among them
+    # within a prompt, the root mean square over pixels of the samples' std (in 0..1), on 32-pixel
+    # thumbnails, averaged over prompts; NaN where no prompt has two samples
     diversity: float
 
     @property
@@ -45,47 +43,14 @@ class Evaluation:
         return len(self.prompts)
 
     def metrics(self) -> dict[str, Any]:
-        """reward/<name> and its 95 % interval (Wilson for 0/1 rewards, normal otherwise), and the
-        diversity.
+        """The means reward/<name> with their 95 % intervals (Wilson's for rewards of 0 and 1, the
+        normal one otherwise), and the diversity.
         """
         result: dict[str, Any] = {}
         for name, value in self.parts.items():
             result[f"reward/{name}"] = float(value.mean())
             result[f"ci95/{name}"] = list(interval(value))
         return {**result, "diversity": self.diversity, "n": self.samples}
-
-
-def interval(value: Tensor, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of the mean of [S] values: Wilson's for rates (every value 0 or 1), the normal
-    one otherwise.
-    """
-    n, mean = len(value), float(value.mean())
-    if bool(((value == 0) | (value == 1)).all()):
-        centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
-    else:
-        centre, half = mean, z * float(value.std(correction=0)) / math.sqrt(n)
-    return centre - half, centre + half
-
-
-def paired(before: Tensor, after: Tensor, prompts: int) -> tuple[float, float, float]:
-    """(mean, low, high): after - before of the same [S] samples, sample i of prompt i mod
-    ``prompts``, with its 95 % interval.
-
-    Prompts are the units (samples of one prompt are alike): the mean over prompts of the prompt's
-    mean difference, Student's t.
-    """
-    from scipy.stats import t
-
-    difference = after - before
-    means = torch.stack(
-        [difference[p::prompts].mean() for p in range(min(prompts, len(difference)))]
-    )
-    centre = float(means.mean())
-    if len(means) < 2:
-        return centre, math.nan, math.nan
-    half = float(t.ppf(0.975, len(means) - 1)) * float(means.std()) / math.sqrt(len(means))
-    return centre, centre - half, centre + half
 
 
 def evaluate(
@@ -100,7 +65,7 @@ def evaluate(
     micro_batches: MicroBatches | None = None,
     shown: int = SHOWN,
 ) -> Evaluation:
-    """Sample ``samples`` outputs, prompt i mod P each, and judge them. Noise is named by prompt and
+    """Samples ``samples`` outputs, prompt i mod P each, and scores them. Noise is named by prompt and
     repetition: any batch size and any number of processes (``process`` = (index, count), ``gather``
     concatenates rows of all) draw the same samples.
     """
@@ -109,7 +74,7 @@ def evaluate(
     mine = [min(i, samples - 1) for i in range(index * share, (index + 1) * share)]
     outputs, parts, thumbnails = [], [], []
 
-    def judge(rows: Tensor) -> Judged:
+    def score(rows: Tensor) -> Judged:
         context = Context([str(prompts[i % len(prompts)]) for i in rows.tolist()])
         noise = Noise(seed, EVALUATION, rows % len(prompts), rows // len(prompts))
         return collect(policy, context, reward, noise, members=1, keep=(0, 0))
@@ -117,7 +82,7 @@ def evaluate(
     fits = micro_batches or MicroBatches("auto", lambda text: None)
     for block in torch.tensor(mine).split(BLOCK):
         for judged in fits(
-            lambda part, block=block: judge(block[part]), len(block), restart=recount(policy)
+            lambda part, block=block: score(block[part]), len(block), restart=recount(policy)
         ):
             thumbnails.append(_thumbnail(judged.outputs))
             parts.append({**judged.parts, "total": reward.total(judged.parts)})
@@ -131,7 +96,7 @@ def evaluate(
 
 
 def _thumbnail(outputs: Tensor) -> Tensor:
-    """[B,...,H,W] -> [B,D]: every frame and channel pooled to at most 32 x 32."""
+    """Pools every frame and channel of [B,...,H,W] to at most 32 x 32, and flattens to [B,D]."""
     height, width = (min(THUMBNAIL, side) for side in outputs.shape[-2:])
     return F.adaptive_avg_pool2d(outputs.flatten(1, -3), (height, width)).flatten(1)
 
@@ -154,15 +119,15 @@ def measure(
     seed: int,
     shown: int = SHOWN,
 ) -> tuple[Evaluation, float]:
-    """`evaluate`, and the network evaluations per sample it took."""
+    """The result of `evaluate`, and the network evaluations per sample that it took."""
     before = policy.model.evaluations
     found = evaluate(policy, reward, prompts=prompts, samples=samples, seed=seed, shown=shown)
     return found, (policy.model.evaluations - before) / samples
 
 
 def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -> Tensor:
-    """``members`` outputs of each prompt, prompt-major, on the CPU; the samples that `evaluate`
-    draws from this seed.
+    """Draws ``members`` outputs of each prompt, prompt-major, on the CPU; they are the samples that
+    `evaluate` draws from this seed.
     """
     noise = Noise.rows(seed, EVALUATION, torch.arange(len(prompts)), members)
     rows = [prompt for prompt in prompts for _ in range(members)]
@@ -185,24 +150,3 @@ def draw(policy: ChainPolicy, prompts: Sequence[str], members: int, seed: int) -
         for b in blocks
     ]
     return torch.cat([chunk for block in drawn for chunk in block])
-
-
-def latency(
-    call: Callable[[int], object], calls: int = 20, warm_up: int = 1, seconds: float = 60.0
-) -> dict[str, float]:
-    """Milliseconds of ``call(number)``: p50, p95 and p99 over ``calls`` calls.
-
-    ``warm_up`` calls go before; after ``seconds`` no more are made (but 3 at least), and ``calls``
-    says how many there were.
-    """
-    times: list[float] = []
-    started = time.perf_counter()
-    for number in range(warm_up + calls):
-        begun = time.perf_counter()
-        call(number)
-        times.append(1000 * (time.perf_counter() - begun))
-        if number >= warm_up + 2 and time.perf_counter() - started > seconds:
-            break
-    measured = torch.tensor(times[warm_up:], dtype=torch.float64)
-    found = measured.quantile(torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64))
-    return {**dict(zip(("p50", "p95", "p99"), found.tolist(), strict=True)), "calls": len(measured)}

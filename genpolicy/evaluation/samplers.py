@@ -22,25 +22,24 @@ PRESETS = {
     "mean": "the mean of the kernel that it was trained with",
     "stochastic": "the kernel that it was trained with, in its whole window",
     "last_mean": "the same, its last step without noise",
-    "best_of_16": "of 16 samples of last_mean, or any other number, the one that the policy's critic picks",
+    "best_of_16": "of 16 samples of last_mean, or any other number, "
+    "the one that the policy's critic picks",
     "native": "LeRobot's own, of a LeRobot policy",
 }
-"""Every name, in words."""
+"""The samplers' names, and what each is in words."""
 BEST_OF = re.compile(r"best_of_([1-9]\d*)")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A sampler by the name that it was asked for. ``native``: on the grid that the model's own
-    library visits.
-    """
+    """A sampler by the name that it was asked for."""
 
     name: str
     sampler: ChainConfig
-    native: bool = False
+    native: bool = False  # on the grid of noise times that the model's own library visits
 
     def of(self, policy: ChainPolicy) -> ChainPolicy:
-        """The same model and the same parts, with this sampler."""
+        """The policy with this sampler: the same model and the same parts."""
         made = make_policy(policy.model, self.sampler, policy.parts)
         if self.native and hasattr(policy.model, "native_grid"):
             grid = policy.model.native_grid(self.sampler.steps)  # type: ignore[attr-defined]
@@ -48,7 +47,7 @@ class Variant:
         return made
 
     def description(self) -> dict[str, Any]:
-        """For eval.json."""
+        """The sampler's entry in eval.json."""
         return asdict(self.sampler) | ({"grid": "native"} if self.native else {})
 
 
@@ -68,7 +67,8 @@ def _variant(name: str, found: Saved) -> Variant:
         parse.override(asked, f"--{name}")
         return Variant(name, resampled(asdict(deployed), asked))
     several = BEST_OF.fullmatch(name)
-    if several:  # .975 on 200 episodes of peg-insert-side; with noise in the last step too .96, with the ODE .91
+    if several:
+        # .975 on 200 episodes of peg-insert-side; with noise in the last step too .96, the ODE .91
         return Variant(name, replace(_variant("last_mean", found).sampler, best_of=int(several[1])))
     choice("--samplers: a sampler", name, list(PRESETS))
     if name == DEPLOYED:
@@ -82,7 +82,8 @@ def _variant(name: str, found: Saved) -> Variant:
         own = native_sampler(str(found.policy.get("pretrained")))
         if own is None:
             raise ConfigError(
-                f"--samplers: native is LeRobot's own sampler, and {found.where} is no LeRobot policy"
+                "--samplers: native is LeRobot's own sampler, "
+                f"and {found.where} is no LeRobot policy"
             )
         return Variant(name, resampled(own, {}), native=True)
     stochastic = replace(
@@ -98,12 +99,12 @@ def _variant(name: str, found: Saved) -> Variant:
 
 
 def _trained(name: str, found: Saved) -> ChainConfig:
-    """The sampler that the policy was trained with: its run's, or the one whose mean is deployed."""
+    """The sampler that the policy was trained with: the run's, or the one whose mean is deployed."""
     if found.run is not None:
         return parse.load(found.run / "config.yaml").chain
     if found.sampler.kernel["name"] == "mean":
         return replace(found.sampler, kernel=found.sampler.kernel["kernel"], best_of=1)
     raise ConfigError(
-        f"--samplers: {name} needs the kernel that the policy was trained with, which {found.where} does not say; name"
-        " a run's folder, or give it as kernel.name=..."
+        f"--samplers: {name} needs the kernel that the policy was trained with, "
+        f"which {found.where} does not say; name a run's folder, or give it as kernel.name=..."
     )

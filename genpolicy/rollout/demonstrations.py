@@ -1,10 +1,10 @@
-"""The verb demonstrate: an expert's, or a policy's, episodes of a task as a data set."""
+"""Records an expert's, or a policy's, episodes of a task as a data set."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,28 +13,28 @@ from tqdm import tqdm
 from genpolicy.chain import Noise
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import leaf, make
-from genpolicy.contracts.model import require_fit
+from genpolicy.contracts.dataset import DatasetWriter
+from genpolicy.contracts.model import ControlModel, require_fit
 from genpolicy.contracts.task import Context, ControlTask, Demonstration, TaskStep, is_control
 from genpolicy.policy.files import saved
 from genpolicy.rollout.episodes import play
 
-WRITER = "genpolicy.datasets._lerobot_writer:recording"
+WRITER = "lerobot_dataset"
+"""The leaf of datasets/ that episodes are recorded as."""
 PATIENCE = 5
-"""An expert may try so many times as many episodes as are wanted."""
+"""Maximum expert attempts per requested episode."""
 SIDE_BY_SIDE = 20
-"""Episodes that a policy plays at once."""
+"""Episodes that a policy plays at once, at most."""
 
 
 @dataclass
 class Recorded:
-    """What `demonstrate` wrote: episodes kept of how many tried, how many of the kept succeeded,
-    and their frames.
-    """
+    """The counts of what `demonstrate` wrote."""
 
-    episodes: int = 0
-    tried: int = 0
-    successes: int = 0
-    frames: int = 0
+    episodes: int = 0  # kept
+    tried: int = 0  # played, kept or not
+    successes: int = 0  # among the kept
+    frames: int = 0  # of the kept
 
 
 def demonstrate(
@@ -46,7 +46,7 @@ def demonstrate(
     seed: int,
     policy: str | None = None,
 ) -> Recorded:
-    """Write a data set of ``episodes`` to the new folder ``out``; they begin from the reset seeds
+    """Writes a data set of ``episodes`` to the new folder ``out``; they begin from the reset seeds
     ``seed``, ``seed`` + 1, ...
 
     Without ``policy`` the task's expert acts, with Gaussian ``noise`` (std, in actions) on what it
@@ -58,7 +58,8 @@ def demonstrate(
         raise ConfigError(f"episodes is {episodes}; it must be at least 1")
     if noise < 0 or (noise and policy is not None):
         raise ConfigError(
-            f"noise is {noise}; it must be at least 0, and 0 for a policy, which acts with its own sampler"
+            f"noise is {noise}; it must be at least 0, "
+            "and 0 for a policy, which acts with its own sampler"
         )
     if out.exists():
         raise ConfigError(f"{out} exists already: choose another folder, or delete it")
@@ -71,9 +72,9 @@ def demonstrate(
         source = _by_policy(task, range(seed, seed + episodes), policy, seed)
     done = Recorded()
     made = {"task": dict(task_section), "policy": policy, "noise": noise, "seed": seed}
-    writing = leaf("datasets", WRITER)(out, task, made)
+    writer: DatasetWriter = leaf("datasets", WRITER)
     with (
-        writing as keep,
+        writer.recording(out, task, made) as keep,
         tqdm(total=episodes, desc="demonstrate", unit="episode", file=sys.stderr) as bar,
     ):
         while done.episodes < episodes and (episode := next(source, None)) is not None:
@@ -87,8 +88,8 @@ def demonstrate(
             bar.set_postfix_str(f"{done.tried} tried")
         if done.episodes < episodes:
             raise ConfigError(
-                f"the expert succeeded in {done.episodes} of {done.tried} episodes, {episodes} were asked for: lower"
-                " noise, choose another seed, or raise the task's time limit"
+                f"the expert succeeded in {done.episodes} of {done.tried} episodes, {episodes} were "
+                "asked for: lower noise, choose another seed, or raise the task's time limit"
             )
         made.update(asdict(done))
     return done
@@ -105,12 +106,13 @@ def _by_expert(task: ControlTask, seeds: Sequence[int], noise: float) -> Iterato
 def _by_policy(
     task: ControlTask, seeds: Sequence[int], policy: str, seed: int
 ) -> Iterator[Demonstration]:
-    """The policy's episodes, in the order of their seeds."""
+    """Plays the policy's episodes, and yields them in the order of their seeds."""
     found = saved(policy)
     if not found.acts:
         raise ConfigError(f"{policy} draws, it does not act: it can't demonstrate anything")
     actor = found.load()
-    require_fit(actor.model, task)  # type: ignore[arg-type]  # it acts
+    model = cast(ControlModel, actor.model)  # it acts
+    require_fit(model, task)
     logs = [_Log() for _ in seeds]
 
     def watch(
@@ -119,8 +121,7 @@ def _by_policy(
         for row, episode in enumerate(playing):
             logs[episode].add(seen, action, step, row)
 
-    history = actor.model.history  # type: ignore[attr-defined]  # a ControlModel, as control_model saw to
-    environments = task.environments(min(SIDE_BY_SIDE, len(seeds)), history)
+    environments = task.environments(min(SIDE_BY_SIDE, len(seeds)), model.history)
     try:
         noise = Noise.rows(seed, 0, torch.arange(len(seeds)), 1)
         written = 0
@@ -144,7 +145,7 @@ class _Log:
         self._rewards: list[Tensor] = []
 
     def add(self, seen: Context, action: Tensor, step: TaskStep, row: int) -> None:
-        """One environment step: what row ``row`` saw last, did and got."""
+        """Adds one environment step: what row ``row`` saw last, did and got."""
         self._frames.append({name: value[row, -1] for name, value in seen.observation.items()})
         self._actions.append(action[row, 0])
         self._rewards.append(step.rewards[row, 0])

@@ -18,7 +18,7 @@ def record(
     limit: int,
     std: Any = 0.0,
 ) -> Demonstration:
-    """Play ``expert`` from this seed until success, the episode's end or ``limit`` steps.
+    """Plays ``expert`` from this seed until success, the episode's end or ``limit`` steps.
 
     Its action is clipped to the action space, given Gaussian noise of ``std`` (a number, or one an
     action dim; a pure function of the seed), clipped again, and recorded as executed.

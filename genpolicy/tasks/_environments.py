@@ -52,14 +52,14 @@ class Environments:
         _answers([worker.ready for worker in started])
 
     def reset(self, slots: Sequence[int], seeds: Sequence[int]) -> Context:
-        """Begin an episode in each of the slots."""
+        """Begins an episode in each of the slots."""
         order, seen = self._spread("reset", slots, [int(seed) for seed in seeds])
         return self._context(
             {name: _join([share[name] for share in seen], order) for name in seen[0]}
         )
 
     def step(self, slots: Sequence[int], actions: Tensor) -> TaskStep:
-        """Take the actions Float[n,T,D]. Raises `ValueError` for ones that are not finite, and for
+        """Takes the actions Float[n,T,D]. Raises `ValueError` for ones that are not finite, and for
         an episode's end.
         """
         chunks = actions.detach().to("cpu", torch.float32).numpy()
@@ -81,7 +81,7 @@ class Environments:
         return self._shares[share].ask("render", place)()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Gives everything back."""
         for share in self._shares:
             share.close()
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from genpolicy.config.errors import ConfigError, nearest
-from genpolicy.tasks._simulators import RenderError, library, quiet
+from genpolicy.config.errors import ConfigError, RenderError, nearest
+from genpolicy.tasks._simulators import library, quiet
 
 WORLD, IMAGES = "observation.environment_state", "observation.images."
 NAMES = {"agent_pos": "observation.state", "environment_state": WORLD}

@@ -109,7 +109,7 @@ class Planner:
     # Pushes
 
     def _push(self, tee: Any, pose: np.ndarray, knobs: Sequence[float] | np.ndarray) -> Push:
-        """Simulate a push, and cut it where its score is least; it is infinite for what starts or
+        """Simulates a push, and cut it where its score is least; it is infinite for what starts or
         ends outside.
         """
         ring = tee.buffer(self._radius + GAP).exterior
@@ -153,7 +153,7 @@ class Planner:
         return poses
 
     def _imagine(self, pose: np.ndarray, disc: np.ndarray) -> None:
-        """Put T and disc, at rest, into the simulation that is only thought."""
+        """Puts T and disc, at rest, into the simulation that is only thought."""
         for body, place, angle in (
             (self._thought.block, pose[:2], pose[2]),
             (self._thought.agent, disc, 0.0),

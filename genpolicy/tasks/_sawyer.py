@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from genpolicy.config.errors import ConfigError
+from genpolicy.config.errors import ConfigError, RenderError
 from genpolicy.tasks._point_cloud import Surface, ball
 from genpolicy.tasks._sawyer_pictures import BEHIND, GOAL_RADIUS, WAYS, Moment, moment, studio
-from genpolicy.tasks._simulators import RenderError, library
+from genpolicy.tasks._simulators import library
 from genpolicy.tasks._slots import Frame
 
 STATE, WORLD = "observation.state", "observation.environment_state"

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from genpolicy.tasks._simulators import RenderError, library
+from genpolicy.config.errors import RenderError
+from genpolicy.tasks._simulators import library
 
 VIEW = {"lookat": (0.0, 0.68, 0.05), "distance": 0.8, "azimuth": -90.0, "elevation": -65.0}
 """Steeply from above the table's far side, metres and degrees: the arm comes from the picture's top

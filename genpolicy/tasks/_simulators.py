@@ -13,12 +13,8 @@ from types import ModuleType
 from genpolicy.config.errors import ConfigError
 
 
-class RenderError(RuntimeError):
-    """One sentence: why there is no picture of an environment here."""
-
-
 def library(module: str, needed_by: str) -> ModuleType:
-    """Import a module of the extra `robots`; where it is missing raise `ConfigError` with the
+    """Imports a module of the extra `robots`; where it is missing raise `ConfigError` with the
     command to run.
 
     Where there is no screen but EGL, MuJoCo is told to draw with it. It reads that once, when it is

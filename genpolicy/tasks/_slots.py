@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from genpolicy.tasks._simulators import RenderError
+from genpolicy.config.errors import RenderError
 
 Frame = Mapping[str, np.ndarray]
 """What is seen at one moment: float32 in raw units, images uint8 [C,H,W]."""

@@ -38,7 +38,7 @@ class Worker:
         self._send(first)
 
     def ask(self, verb: str, *arguments: Any) -> Callable[[], Any]:
-        """Have a method called; the answer is waited for, or its exception raised, when the result
+        """Has a method called; the answer is waited for, or its exception raised, when the result
         is called.
         """
         self._send(pickle.dumps((verb, arguments)))
@@ -96,7 +96,7 @@ def serve() -> None:
 
 
 def _answer(pipe: IO[bytes], call: Callable[..., Any], *arguments: Any) -> None:
-    """Send (True, what the call returns) or (False, its exception, with the traceback as a note)."""
+    """Sends (True, what the call returns) or (False, its exception, with the traceback as a note)."""
     try:
         message = pickle.dumps((True, call(*arguments)))
     except Exception as error:

@@ -15,7 +15,7 @@ from genpolicy.cli import compare
 from genpolicy.cli.main import main
 from genpolicy.config.errors import ConfigError
 from genpolicy.evaluation import comparison
-from genpolicy.evaluation.prompt_scores import EVALUATION, draw, evaluate, measure, paired
+from genpolicy.evaluation.prompt_scores import EVALUATION, draw, evaluate, measure
 from genpolicy.policy.files import saved
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.training.build import make_rewards
@@ -100,7 +100,7 @@ def test_version_and_interruption(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("genpolicy.cli.check.check", interrupt)
+    monkeypatch.setattr("genpolicy.cli.check.run", interrupt)
     assert main(["check", "tests.toy"]) == 130
     assert capsys.readouterr().err == "genpolicy: interrupted\n"
 
@@ -464,15 +464,6 @@ def test_seeds(text: str, seeds: list[int]):
 def test_seeds_that_are_none(text: str):
     with pytest.raises(ConfigError, match="--seeds"):
         compare.seeds(text)
-
-
-def test_paired_counts_prompts_not_samples():
-    """Six identical samples of each of four prompts know no more than four numbers."""
-    differences = torch.tensor([0.0, 1.0, 0.0, 1.0])
-    before, after = torch.zeros(24), differences.repeat(6)
-    mean, low, high = paired(before, after, 4)
-    half = 3.18245 * differences.std().item() / 2
-    assert (mean, low, high) == pytest.approx((0.5, 0.5 - half, 0.5 + half), rel=1e-4)
 
 
 # -- check ----------------------------------------------------------------------------------------------------

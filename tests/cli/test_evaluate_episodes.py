@@ -12,12 +12,12 @@ from genpolicy.chain import DDIM, FloorStd, Mean
 from genpolicy.cli import compare
 from genpolicy.cli.main import main
 from genpolicy.config import errors, parse
+from genpolicy.config.errors import RenderError
 from genpolicy.evaluation import comparison
 from genpolicy.evaluation.episode_scores import evaluate_control
-from genpolicy.evaluation.prompt_scores import interval
 from genpolicy.evaluation.samplers import variants
+from genpolicy.evaluation.statistics import interval
 from genpolicy.policy.files import saved
-from genpolicy.tasks._simulators import RenderError
 from genpolicy.training.experiment import train
 from tests import lerobot_tiny as lerobot
 from tests.cli.test_bad_inputs import complaint

@@ -8,7 +8,7 @@ import torch
 import yaml
 from PIL import Image
 
-from genpolicy.cli import quickstart
+from genpolicy.cli import quickstart_pictures, quickstart_robot
 from genpolicy.cli.main import main
 from genpolicy.config import shipped
 
@@ -23,8 +23,8 @@ def small(tmp_path: Path, monkeypatch) -> Path:
     raw |= {"budget": {"iterations": 1}, "optimizer": {"lr": 1e-3}}
     raw["eval"] |= {"samples": 4, "every": 0}
     (tmp_path / "quickstart.yaml").write_text(yaml.safe_dump(raw))
-    monkeypatch.setattr(quickstart, "PICTURES", str(tmp_path / "quickstart.yaml"))
-    monkeypatch.setattr(quickstart, "PER_CAPTION", 2)
+    monkeypatch.setattr(quickstart_pictures, "CONFIG", str(tmp_path / "quickstart.yaml"))
+    monkeypatch.setattr(quickstart_pictures, "PER_CAPTION", 2)
     return tmp_path
 
 
@@ -61,8 +61,10 @@ def test_the_final_noise_is_fresh():
     """Neither training (iterations from 1) nor its evaluations (their own seed) draw from it, for any seed in use."""
     config = yaml.safe_load(shipped.configs()["quickstart"].read_text())
     assert "seed" not in config["eval"]
-    assert not set(range(1000)) & {quickstart.FRESH + seed - 1_000_003 for seed in range(1000)}
-    assert quickstart.PER_CAPTION * 88 >= 512
+    assert not set(range(1000)) & {
+        quickstart_pictures.FRESH + seed - 1_000_003 for seed in range(1000)
+    }
+    assert quickstart_pictures.PER_CAPTION * 88 >= 512
 
 
 @pytest.fixture
@@ -74,8 +76,8 @@ def small_robot(tmp_path: Path, monkeypatch) -> Path:
     raw["task"]["limit"] = 12
     raw["eval"] |= {"episodes": 2, "every": 0}
     (tmp_path / "quickstart_robot.yaml").write_text(yaml.safe_dump(raw))
-    monkeypatch.setattr(quickstart, "ROBOT", str(tmp_path / "quickstart_robot.yaml"))
-    monkeypatch.setattr(quickstart, "EPISODES", 4)
+    monkeypatch.setattr(quickstart_robot, "CONFIG", str(tmp_path / "quickstart_robot.yaml"))
+    monkeypatch.setattr(quickstart_robot, "EPISODES", 4)
     return tmp_path
 
 
@@ -98,6 +100,6 @@ def test_robot_half(small_robot: Path, capsys):
 
 def test_the_robots_final_starts_are_fresh():
     """No seed in use meets the starts of the runs' evaluations, of the demonstrations, or of another seed's."""
-    first = {quickstart.FRESH_STARTS + 1000 * seed for seed in range(1000)}
+    first = {quickstart_robot.FRESH_STARTS + 1000 * seed for seed in range(1000)}
     assert min(first) > 1_000_003 + 10_000
-    assert quickstart.EPISODES <= 1000
+    assert quickstart_robot.EPISODES <= 1000

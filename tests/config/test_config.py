@@ -153,7 +153,7 @@ class Plain:
 
 def test_leaves_that_can_not_be_built():
     with pytest.raises(ConfigError, match="make it a @dataclass"):
-        leaves.make("rewards", {"name": "tests.test_config:Plain"})
+        leaves.make("rewards", {"name": "tests.config.test_config:Plain"})
     with pytest.raises(ConfigError, match="takes no settings, got scale"):
         leaves.make("rewards", {"name": "tests.toy:brightness", "scale": 2})
 

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from genpolicy.config.errors import RenderError
 from genpolicy.datasets._lerobot_import import quiet
-from genpolicy.datasets._lerobot_writer import recording
 from genpolicy.datasets.lerobot_dataset import LeRobotDataset
-from genpolicy.tasks._simulators import RenderError
 from genpolicy.tasks.metaworld import MetaWorld
 from tests.datasets.cart import CAMERA, STATE, Cart
 
@@ -18,7 +17,7 @@ def test_lerobot_reads_what_was_written(tmp_path: Path, capfd):
     task = Cart(camera=True)
     episodes = [task.demonstrate(seed, 0.02) for seed in range(2)]
     made = {"seed": 0}
-    with recording(tmp_path / "set", task, made) as keep:
+    with LeRobotDataset.recording(tmp_path / "set", task, made) as keep:
         for episode in episodes:
             keep(episode)
         made["tried"] = 3
@@ -65,7 +64,7 @@ def test_what_a_robot_saw_is_read_as_it_was(tmp_path: Path, see: str, name: str)
         episode = task.demonstrate(0, 0.1)
     except RenderError:
         return  # this machine has no way to draw
-    with recording(tmp_path / "set", task, {}) as keep:
+    with LeRobotDataset.recording(tmp_path / "set", task, {}) as keep:
         keep(episode)
     ours = LeRobotDataset(str(tmp_path / "set"))
     assert {n: shape for n, shape in ours.shapes.items() if n != "action"} == task.shapes
@@ -80,7 +79,7 @@ def test_an_interrupted_recording_leaves_nothing(tmp_path: Path):
     task = Cart()
 
     def interrupted():
-        with recording(tmp_path / "set", task, {}) as keep:
+        with LeRobotDataset.recording(tmp_path / "set", task, {}) as keep:
             keep(task.demonstrate(0, 0.0))
             assert any(tmp_path.iterdir())
             raise KeyboardInterrupt
@@ -91,6 +90,9 @@ def test_an_interrupted_recording_leaves_nothing(tmp_path: Path):
 
 
 def test_an_existing_folder_is_refused(tmp_path: Path):
-    with pytest.raises(FileExistsError, match="exists already"), recording(tmp_path, Cart(), {}):
+    with (
+        pytest.raises(FileExistsError, match="exists already"),
+        LeRobotDataset.recording(tmp_path, Cart(), {}),
+    ):
         pass
     assert tmp_path.is_dir()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from genpolicy.config.errors import RenderError
 from genpolicy.tasks._environments import Environments
-from genpolicy.tasks._simulators import RenderError
 from tests.tasks import worlds
 
 STATE, PICTURE = "observation.state", "observation.images.top"

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from genpolicy.config import leaves
+from genpolicy.config.errors import RenderError
 from genpolicy.tasks import _sawyer_pictures
 from genpolicy.tasks._sawyer import PICTURES, POINTS, STATE, WORLD, Cloud, Sawyer, catalogue
 from genpolicy.tasks._sawyer_pictures import Studio, moment
-from genpolicy.tasks._simulators import RenderError, library
+from genpolicy.tasks._simulators import library
 from genpolicy.tasks.metaworld import MetaWorld
 
 PEG, ASSEMBLY, BUTTON = "peg-insert-side-v3", "assembly-v3", "button-press-topdown-v3"

@@ -1,0 +1,44 @@
+"""The verb list: what ships, with one line each."""
+
+import ast
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from genpolicy.config.shipped import configs
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def run(args: Namespace) -> int:
+    """Prints the names of a kind and their descriptions, in two columns."""
+    rows = list(_listed(args.kind))
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}".rstrip())
+    return 0
+
+
+def _listed(kind: str) -> Iterator[tuple[str, str]]:
+    """(name, first line of its description) of everything of a kind.
+
+    Leaves are read, not imported: some bring half a minute of libraries. Kernels and samplers,
+    which need torch, are imported when they are asked for.
+    """
+    if kind == "configs":
+        for name, file in sorted(configs().items()):
+            first = file.read_text(encoding="utf-8").lstrip().partition("\n")[0]
+            yield name, first.removeprefix("#").strip() if first.startswith("#") else ""
+    elif kind == "kernels":
+        from genpolicy.policy.sampler import kernels
+
+        for name, entry in sorted(kernels().items()):
+            yield name, (entry.__doc__ or "").strip().partition("\n")[0]
+    elif kind == "samplers":
+        from genpolicy.evaluation.samplers import PRESETS
+
+        yield from PRESETS.items()
+    else:
+        for file in sorted((PACKAGE / kind).glob("[!_]*.py")):
+            text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+            yield file.stem, text.partition("\n")[0]
