@@ -18,6 +18,7 @@ from torch import Tensor
 from genpolicy.chain import Linear, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
+from genpolicy.models._head import VARIANCE_PRESERVING
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +152,19 @@ class Times:
         return "velocity" if self.flow else self.scheduler.config.prediction_type
 
     @property
+    def heads(self) -> tuple[Parametrisation, ...]:
+        """The heads that the scheduler can read. Where its table reaches alpha 0 (zero terminal
+        SNR), epsilon says nothing of x0.
+        """
+        if self.flow:
+            return ("velocity",)
+        ends = float(self.scheduler.alphas_cumprod[-1]) == 0.0
+        return tuple(head for head in VARIANCE_PRESERVING if head != "epsilon" or not ends)
+
+    @property
     def clip(self) -> tuple[float, bool] | None:
-        """(bound, whether eps is recomputed from the clipped x0), where the scheduler clips x0.
+        """(bound, whether eps is recomputed from the clipped x0), where the scheduler clips x0,
+        which it does whatever the head.
 
         CogVideoX's never does, whatever its config says.
         """

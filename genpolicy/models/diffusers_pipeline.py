@@ -23,6 +23,7 @@ from genpolicy.chain import Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
 from genpolicy.models import _diffusers_lora as lora_files
+from genpolicy.models import _head
 from genpolicy.models._device import default_device
 from genpolicy.models._diffusers_load import DENOISERS, check_call, load_pipeline
 from genpolicy.models._diffusers_lora import Lora
@@ -48,6 +49,11 @@ class DiffusersPipeline:
     max_sequence_length
         (tokens), ...; guidance_scale only where it is an input of the network (Flux).
     negative_prompt: for guidance; None is the pipeline's own idea of none ("", or zeros for SDXL).
+    prediction_type: meaning of the network's output; None: what the pipeline's scheduler says. With
+    train "full" a student on a variance-preserving table may get another one ("epsilon", "sample",
+    "v_prediction"; its weights stay as they are, and learn to say it), which is saved in the
+    scheduler's config, where plain diffusers reads it. Flows say a velocity, and a LoRA what its
+    pipeline says.
     gradient_checkpointing: less memory for about a third more time where gradients are taken.
     offload: the denoiser alone stays on the device; text encoders and VAE visit it when they work.
     device: None takes this process's accelerator if there is one.
@@ -56,6 +62,7 @@ class DiffusersPipeline:
     pretrained: str
     revision: str | None = None
     train: Literal["full", "lora"] = "lora"
+    prediction_type: Parametrisation | None = None
     lora: Lora = field(default_factory=Lora)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     call: dict[str, Any] = field(default_factory=dict)
@@ -96,6 +103,7 @@ class DiffusersPipeline:
         self._arguments = inspect.signature(run).parameters
         check_call(self.call, self._arguments, kind)
         self._times = Times(markov(self.pipeline.scheduler), mu=None)
+        self._choose_head(kind)
         self._name = (
             "transformer" if getattr(self.pipeline, "transformer", None) is not None else "unet"
         )
@@ -128,6 +136,20 @@ class DiffusersPipeline:
         self.pipeline.set_progress_bar_config(disable=True)
         for name, part in self._parts().items():
             part.to("cpu" if self.offload and name not in DENOISERS else device)
+
+    def _choose_head(self, kind: str) -> None:
+        """Write another head than its own into the scheduler that reads it, and that is saved."""
+        own = self._times.parametrisation
+        if self.prediction_type in (None, own):
+            return
+        head = _head.choose(self.prediction_type, own, self._times.heads, kind)
+        if self.train == "lora":
+            raise ValueError(
+                f"policy.prediction_type is {head!r}, but a LoRA keeps its pipeline's, {own!r}; set"
+                " policy.train to full"
+            )
+        self._times.scheduler.register_to_config(prediction_type=head)
+        self.pipeline.scheduler = self._times.scheduler
 
     def _choose_what_learns(self) -> None:
         for part in self._parts().values():
@@ -374,7 +396,7 @@ class DiffusersPipeline:
 
     def save(self, directory: Path) -> None:
         """A LoRA for ``pipe.load_lora_weights``, or the whole pipeline with the scheduler it came
-        with.
+        with (with another head, the one that reads it).
         """
         if self.train == "lora":
             lora_files.save(self.pipeline, self._name, self.denoiser, directory)

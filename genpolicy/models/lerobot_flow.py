@@ -3,7 +3,7 @@
 Composition over the loaded policy, nothing of it is copied or subclassed: what is seen and asked
 goes through the vision-language model once, and a network evaluation is the action expert's
 ``denoise_step``. LeRobot's time is ours: 1 is noise, 0 the actions, x_t = (1 - t) x_0 + t eps, and
-the network says v = eps - x_0.
+the network says v = eps - x_0 (a student may say x_0 itself, see ``prediction_type``).
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from torch.nn import functional
 from genpolicy.chain import Linear, Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation, expand
+from genpolicy.models import _head
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models._device import default_device
 from genpolicy.models._lerobot_flow_families import FAMILIES, encode_prefix, velocity
@@ -49,6 +50,9 @@ class LeRobotFlow:
     SmolVLA the projection of
         the state too), so that one prefix serves all steps and updates; "full" trains everything, and encodes the prefix
         anew wherever a gradient is taken.
+    prediction_type: meaning of the expert's output. null is "velocity", all that LeRobot's training
+    and tools know. A student may say "sample": its folder can't tell them, so that only this
+    package samples it rightly, by the policy section in the genpolicy.json beside it.
     padding: the network has max_action_dim dims, of which the robot uses the first. "zero": the
     others follow their exact
         flow to 0, x_s = (s/t) x_t, and no parameter acts through them. "network": they follow what the network says,
@@ -67,6 +71,7 @@ class LeRobotFlow:
     revision: str | None = None
     tokenizer: str | None = None
     train: Literal["expert", "full"] = "expert"
+    prediction_type: Parametrisation | None = None
     padding: Literal["zero", "network"] = "zero"
     keep: bool = True
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -82,13 +87,15 @@ class LeRobotFlow:
             raise ValueError(
                 "policy lerobot_flow needs pretrained, or base to begin from with a data set; both are null"
             )
+        self.parametrisation: Parametrisation = _head.choose(
+            self.prediction_type, "velocity", _head.FLOW, "lerobot_flow"
+        )
         self.device = default_device() if self.device is None else torch.device(self.device)
         self._files = Files.find(source, self.revision, self.tokenizer, self.device)
         self.policy = self._files.policy()  # in eval mode while it learns too: replay must be exact
         config = self.policy.config
         self._family = FAMILIES[config.type]
         self.schedule: Schedule = Linear()
-        self.parametrisation: Parametrisation = "velocity"
         self.clip: tuple[float, bool] | None = None
         self.evaluations = 0.0
         self.history = 1
