@@ -192,21 +192,30 @@ class Times:
             return t.float() * self.levels
         return (t * self.levels).round().long() - 1
 
-    def grid(self, steps: int) -> Tensor:
-        """K+1 noise times. Flows: K real steps, stretched so that the last is at ``shift_terminal``
-        (LTX).
+    def grid(self, steps: int, start: float | None = None) -> Tensor:
+        """K+1 noise times from ``start`` (None: the noisiest) to 0.
+
+        Flows: K real steps with the family's shift, stretched so that the last begins at
+        ``shift_terminal`` (LTX), where ``start`` is noisier than that. Others: the scheduler's own
+        spacing, and from ``start`` the schedule's.
         """
         if not self.flow:
-            return self.native(((steps,), {}))
-        grid = Linear(self._shift()).grid(steps)
+            return (
+                self.native(((steps,), {})) if start is None else self.schedule().grid(steps, start)
+            )
+        grid = self.schedule().grid(steps, start)
         terminal = self.scheduler.config.shift_terminal
-        if terminal and steps > 1:
-            inner = 1 - grid[:-1]
-            grid = torch.cat([1 - inner * (1 - terminal) / inner[-1], grid[-1:]])
+        if terminal and steps > 1 and terminal < grid[0]:
+            inner = grid[0] - grid[:-1]
+            stretched = grid[0] - inner * (grid[0] - terminal) / inner[-1]
+            grid = torch.cat([stretched, grid[-1:]])
         return grid
 
     def native(self, asked: Asked) -> Tensor:
-        """The scheduler's own K+1 noise times for what the pipeline asks of it, ending at 0."""
+        """The scheduler's own K+1 noise times (fp64) for what the pipeline asks of it, ending at
+        0: the sigmas of a flow, which its scheduler may have shifted twice (SD3's tenth step of ten
+        begins at .0089), the levels of others in their ``timestep_spacing``.
+        """
         args, kwargs = asked
         self.scheduler.set_timesteps(*args, **kwargs)
         if self.flow:

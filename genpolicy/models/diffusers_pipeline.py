@@ -285,9 +285,11 @@ class DiffusersPipeline:
 
     # The network
 
-    def grid(self, steps: int) -> Tensor:
-        """K+1 noise times, falling to 0: K real steps for flows, else the scheduler's own spacing."""
-        return self._times.grid(steps)
+    def grid(self, steps: int, start: float | None = None) -> Tensor:
+        """K+1 noise times, falling from ``start`` (None: the noisiest) to 0: K real steps for
+        flows, else the scheduler's own spacing.
+        """
+        return self._times.grid(steps, start)
 
     def native_grid(self, steps: int) -> Tensor:
         """The K+1 noise times that the pipeline itself visits in ``steps`` steps."""

@@ -51,17 +51,20 @@ class LeRobotDiffusion:
     """A LeRobot DiffusionPolicy as a `genpolicy.policy.ControlModel`. The event is its whole
     horizon [T,D].
 
-    pretrained: folder or hub id of a saved one; None: fresh weights in `initialise`. revision: the
-    hub's branch, tag or commit. config: keys of LeRobot's DiffusionConfig for fresh ones
-    (n_obs_steps, horizon, n_action_steps, down_dims, ...). prediction_type: meaning of the U-Net's
-    output, "epsilon" or "sample", which the folder's config.json carries, so that LeRobot's own
-    tools sample it rightly; None: what the saved one, or ``config``, says. With another head than
-    the saved one's the weights stay as they are, and learn to say it. x0 is clipped as the config
-    says, whatever the head, as LeRobot's schedulers do. train: "full" trains the U-Net and the
-    cameras' encoder, which then runs in every evaluation; "denoiser" trains the U-Net alone, and
-    cameras are encoded once a decision. spacing: the grid, "trailing" from the noisiest level or
-    "lerobot" as its own sampler visits it. device: None takes this process's accelerator if there
-    is one.
+    pretrained: folder or hub id of a saved one; None: fresh weights in `initialise`.
+    revision: the hub's branch, tag or commit.
+    config: keys of LeRobot's DiffusionConfig for fresh ones (n_obs_steps, horizon, n_action_steps,
+        down_dims, ...).
+    prediction_type: meaning of the U-Net's output, "epsilon" or "sample", which the folder's
+        config.json carries, so that LeRobot's own tools sample it rightly; None: what the saved
+        one, or ``config``, says. With another head than the saved one's the weights stay as they
+        are, and learn to say it. x0 is clipped as the config says, whatever the head, as LeRobot's
+        schedulers do.
+    train: "full" trains the U-Net and the cameras' encoder, which then runs in every evaluation;
+        "denoiser" trains the U-Net alone, and cameras are encoded once a decision.
+    spacing: the grid that `grid` gives, "trailing" from the noisiest level or "lerobot" as its own
+        sampler visits it (`native_grid`, which does not depend on it).
+    device: None takes this process's accelerator if there is one.
     """
 
     pretrained: str | None = None
@@ -192,9 +195,13 @@ class LeRobotDiffusion:
 
     # The chain's view
 
-    def grid(self, steps: int) -> Tensor:
-        """K+1 noise times from the noisiest level, or as LeRobot visits them."""
-        return self.native_grid(steps) if self.spacing == "lerobot" else self.schedule.grid(steps)
+    def grid(self, steps: int, start: float | None = None) -> Tensor:
+        """K+1 noise times as ``spacing`` says: from the noisiest level, or as LeRobot visits them.
+        From ``start``, where LeRobot has no grid of its own, they are spaced alike.
+        """
+        if self.spacing == "lerobot" and start is None:
+            return self.native_grid(steps)
+        return self.schedule.grid(steps, start)
 
     def native_grid(self, steps: int) -> Tensor:
         """The K+1 noise times that LeRobot itself visits with num_inference_steps = ``steps``."""

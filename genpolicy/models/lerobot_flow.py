@@ -232,9 +232,13 @@ class LeRobotFlow:
 
     # The chain's view
 
-    def grid(self, steps: int) -> Tensor:
-        """K uniform steps from 1 to 0, which are LeRobot's own."""
-        return self.schedule.grid(steps)
+    def grid(self, steps: int, start: float | None = None) -> Tensor:
+        """K uniform steps from ``start`` (None: 1) to 0."""
+        return self.schedule.grid(steps, start)
+
+    def native_grid(self, steps: int) -> Tensor:
+        """The same as `grid`: LeRobot's samplers take uniform Euler steps from 1 to 0."""
+        return self.grid(steps)
 
     def times(self, uniform: Tensor) -> Tensor:
         """scale * Beta(a, b) + offset through its quantile function: .999 u^(2/3) + .001 unless

@@ -232,9 +232,13 @@ class MLP:
 
     # The chain's view
 
-    def grid(self, steps: int) -> Tensor:
-        """The schedule's own K+1 noise times."""
-        return self.schedule.grid(steps)
+    def grid(self, steps: int, start: float | None = None) -> Tensor:
+        """The schedule's own K+1 noise times, from ``start`` (None: the noisiest) to 0."""
+        return self.schedule.grid(steps, start)
+
+    def native_grid(self, steps: int) -> Tensor:
+        """The same as `grid`: no other library samples it."""
+        return self.grid(steps)
 
     def event_mask(self, pad: Tensor) -> None:
         """Everything counts: after an episode's end its last action is held."""

@@ -99,9 +99,13 @@ class Toy:
                 bound = scale / layer.in_features**0.5  # type: ignore[operator]
                 parameter.data.uniform_(-bound, bound, generator=generator)
 
-    def grid(self, steps: int) -> Tensor:
-        """The schedule's own K+1 noise times."""
-        return self.schedule.grid(steps)
+    def grid(self, steps: int, start: float | None = None) -> Tensor:
+        """The schedule's own K+1 noise times, from ``start`` (None: the noisiest) to 0."""
+        return self.schedule.grid(steps, start)
+
+    def native_grid(self, steps: int) -> Tensor:
+        """The same as `grid`: no other library samples it."""
+        return self.grid(steps)
 
     def encode(self, context: Context) -> Tensor:
         """[B,WORD]: the mean of the words' vectors, zeros for an empty prompt."""

@@ -221,14 +221,7 @@ def test_a_flow_students_head_is_carried_by_its_policy_section(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("family", "head"),
-    [
-        *(
-            ("sd15", "sample"),
-            ("sd15", "v_prediction"),
-            ("sdxl", "sample"),
-            ("cogvideox", "sample"),
-        ),
-    ],
+    [("sd15", "sample"), ("sd15", "v_prediction"), ("sdxl", "sample"), ("cogvideox", "sample")],
 )
 def test_plain_diffusers_reads_a_students_head(family: str, head: Any, tmp_path: Path) -> None:
     student = pipelines.load(family, train="full", prediction_type=head)
