@@ -32,6 +32,9 @@ MARKOV = (
 evaluation.
 """
 
+EDGE = 1e-6
+"""Uniform numbers are kept so far from 0 and 1 before they are made normal ones."""
+
 Asked = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments that a pipeline passed to its scheduler's ``set_timesteps``."""
 
@@ -191,6 +194,18 @@ class Times:
         if self.flow:
             return t.float() * self.levels
         return (t * self.levels).round().long() - 1
+
+    def training(self, uniform: Tensor) -> Tensor:
+        """Noise times to train at from uniform numbers [B] in [0,1).
+
+        Flows: SD3's logit-normal density (arXiv 2403.03206; mean 0, std 1, diffusers' default in
+        training), t = sigmoid(z), z standard normal, and then the scheduler's shift at this
+        resolution. Others: one of the levels, all alike.
+        """
+        if not self.flow:
+            return ((uniform * self.levels).floor() + 1) / self.levels
+        t = torch.special.ndtri(uniform.double().clamp(EDGE, 1 - EDGE)).sigmoid()
+        return t / (t + (1 - t) / self._shift())
 
     def grid(self, steps: int, start: float | None = None) -> Tensor:
         """K+1 noise times from ``start`` (None: the noisiest) to 0.

@@ -10,11 +10,13 @@ unguided.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from genpolicy.chain.values import Parametrisation
 from genpolicy.models import _diffusers_lora as lora_files
 from genpolicy.models import _head
 from genpolicy.models._device import default_device
+from genpolicy.models._diffusers_latents import Layout, VaeReachedError, mode
 from genpolicy.models._diffusers_load import DENOISERS, check_call, load_pipeline
 from genpolicy.models._diffusers_lora import Lora
 from genpolicy.models._diffusers_prompts import Embeddings, Entry, Prompts
@@ -33,7 +36,9 @@ from genpolicy.task import Context
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECODED_ELEMENTS = 2**17
-"""Latent elements decoded at once: one 1024 x 1024 image of SD3, 512 images of 32 x 32."""
+"""Latent elements decoded, or encoded, at once: one 1024 x 1024 image of SD3, 512 images of 32 x
+32.
+"""
 
 
 @dataclass(eq=False)
@@ -70,6 +75,8 @@ class DiffusersPipeline:
     gradient_checkpointing: bool = False
     offload: bool = False
     device: Any = None
+
+    draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if self.train not in ("full", "lora"):
@@ -227,6 +234,10 @@ class DiffusersPipeline:
 
     # Prompts
 
+    def supervised(self, context: Context, uniform: Tensor) -> tuple[Prompts, Tensor]:
+        """`encode`, and 0 for every row: frozen encoders have no chance and no losses of their own."""
+        return self.encode(context), torch.zeros(len(context), device=self.device)
+
     def encode(self, context: Context) -> Prompts:
         """B prompts; each distinct one goes through the pipeline's own ``encode_prompt`` once,
         alone.
@@ -350,9 +361,18 @@ class DiffusersPipeline:
         assert scheduler.output is not None
         return scheduler.output
 
+    def times(self, uniform: Tensor) -> Tensor:
+        """Flows: logit-normal times, then the family's shift; others: one of the levels, all alike
+        (see `Times.training`).
+        """
+        return self._times.training(uniform)
+
     def scored(self, value: Tensor) -> Tensor:
         """Every latent dim counts."""
         return value
+
+    def event_mask(self, pad: Tensor) -> None:
+        """Every latent dim counts in imitation too."""
 
     def features(self, condition: Prompts) -> Tensor:
         """The mean over tokens of the prompt's embedding, Float[B,F]."""
@@ -372,7 +392,51 @@ class DiffusersPipeline:
         with self._visiting("vae", "safety_checker"):
             return torch.cat([self._decode(chunk) for chunk in chunks])
 
-    def _decode(self, x0: Tensor) -> Tensor:
+    @torch.no_grad()
+    def event(self, outputs: Tensor) -> Tensor:
+        """Pictures Float[B,3,H,W] or videos Float[B,F,3,H,W] in [0,1] as the samples [B,*E] whose
+        decoding they are up to the VAE's own loss: the mode of its posterior, in the pipeline's
+        scale and packing. Raises `ValueError` where their size is not that of ``call``.
+        """
+        chunks = outputs.split(max(1, DECODED_ELEMENTS // math.prod(self.event_shape)))
+        with self._visiting("vae"):
+            return torch.cat([self._event(chunk.to(self.device)) for chunk in chunks])
+
+    def _event(self, outputs: Tensor) -> Tensor:
+        latents = mode(self.pipeline.vae, outputs)
+        if latents.shape[1:] != self._layout.shape:
+            raise ValueError(
+                f"outputs of shape {list(outputs.shape[1:])} are latents {list(latents.shape[1:])} of"
+                f" the VAE; those of this policy are {list(self._layout.shape)}: set policy.call to"
+                " their height, width and num_frames"
+            )
+        return self._layout.event(latents)
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return Layout.probe(self._tail, self.event_shape, self.device)
+
+    def _tail(self, x0: Tensor) -> Tensor:
+        """What the pipeline would have its VAE decode. A VAE that is told a noise level (LTX) is
+        shown latents without noise.
+        """
+
+        def reached(latents: Tensor, *_: Any, **__: Any) -> None:
+            raise VaeReachedError(latents)
+
+        noiseless = {"decode_noise_scale": 0.0}
+        settings = {name: v for name, v in noiseless.items() if name in self._arguments}
+        own = vars(self.pipeline.vae)
+        try:
+            own["decode"] = reached
+            self._decode(x0, **settings)
+        except VaeReachedError as found:
+            return found.latents
+        finally:
+            del own["decode"]
+        raise ValueError(f"{type(self.pipeline).__name__} decodes without its VAE")
+
+    def _decode(self, x0: Tensor, **settings: Any) -> Tensor:
         # pipelines decode in the dtype of the embeddings; the VAE is fp32
         rows = self._embeddings.rows(Prompts(self._blank.prompts * len(x0)))
         rows = tuple(v.float() if v is not None and v.is_floating_point() else v for v in rows)
@@ -388,6 +452,7 @@ class DiffusersPipeline:
             latents=x0,
             output_type="pt",
             **arguments,
+            **settings,
         ).float()
 
     # What learns

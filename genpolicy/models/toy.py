@@ -9,7 +9,7 @@ vectors; pictures are a fixed linear map of its latents.
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from genpolicy.task import Context
 WEIGHTS = "toy.safetensors"
 HEAD = "prediction_type"
 """Key of the file's metadata."""
+LEVELS = 1000
+"""T of the variance-preserving table."""
 WORD = 8
 """Length of a word's vector."""
 MIX = ((0.2, 0.0), (0.0, 0.2), (0.1, 0.1))
@@ -52,6 +54,8 @@ class Toy:
     frames: int | None = None
     train: Literal["full"] = "full"
 
+    draws: ClassVar[int] = 0
+
     def __post_init__(self) -> None:
         self.device = torch.device("cpu")
         self.precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -62,7 +66,7 @@ class Toy:
         )
         flow = self.family == "flow"
         self.parametrisation: Parametrisation = self._head()
-        levels = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+        levels = (1 - torch.linspace(1e-4, 0.02, LEVELS, dtype=torch.float64)).cumprod(0)
         self.schedule: Schedule = Linear() if flow else VariancePreserving(levels)
         size = int(np.prod(self.event_shape))
         self.network = torch.nn.Sequential(
@@ -130,9 +134,24 @@ class Toy:
         self.evaluations += len(x) * (2 if output.requires_grad else 1)
         return Prediction.of(self.parametrisation, output, x, alpha, sigma)
 
+    def times(self, uniform: Tensor) -> Tensor:
+        """flow: uniform on (.001, 1]: at 0 there is nothing to learn. vp: one of the levels, all
+        alike.
+        """
+        if self.family == "flow":
+            return 1 - 0.999 * uniform
+        return ((uniform * LEVELS).floor() + 1) / LEVELS
+
+    def supervised(self, context: Context, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode`, and 0 for every row."""
+        return self.encode(context), torch.zeros(len(context))
+
     def scored(self, value: Tensor) -> Tensor:
         """Every dim counts."""
         return value
+
+    def event_mask(self, pad: Tensor) -> None:
+        """Every dim counts in imitation too."""
 
     def features(self, condition: Tensor) -> Tensor:
         """The prompt's vector."""
@@ -144,6 +163,14 @@ class Toy:
         """
         colours = torch.tensordot(x0, torch.tensor(MIX).to(x0), ([1], [1])).movedim(-1, -3) + 0.5
         return colours.repeat_interleave(2, -1).repeat_interleave(2, -2).clamp(0, 1)
+
+    def event(self, outputs: Tensor) -> Tensor:
+        """The inverse of `decode` where that clamped nothing: the latents nearest to the pictures'
+        colours.
+        """
+        pixels = outputs.unflatten(-1, (4, 2)).unflatten(-3, (4, 2)).mean((-3, -1)) - 0.5
+        inverse = torch.linalg.pinv(torch.tensor(MIX, dtype=torch.float64)).to(pixels)
+        return torch.tensordot(pixels, inverse, ([-3], [1])).movedim(-1, 1)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The network's parameters."""
