@@ -76,6 +76,7 @@ class DiffusersPipeline:
     offload: bool = False
     device: Any = None
 
+    acts: ClassVar[bool] = False
     draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

@@ -75,6 +75,7 @@ class LeRobotDiffusion:
     spacing: Literal["trailing", "lerobot"] = "trailing"
     device: Any = None
 
+    acts: ClassVar[bool] = True
     draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

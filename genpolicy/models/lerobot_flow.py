@@ -79,6 +79,7 @@ class LeRobotFlow:
     shapes: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict)
     action_dim: int = field(init=False, default=0)
 
+    acts: ClassVar[bool] = True
     draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

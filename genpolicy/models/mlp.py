@@ -14,7 +14,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -99,6 +99,8 @@ class MLP:
     device: str = "cpu"
     shapes: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict)
     action_dim: int = field(init=False, default=0)
+
+    acts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.device)

@@ -54,6 +54,7 @@ class Toy:
     frames: int | None = None
     train: Literal["full"] = "full"
 
+    acts: ClassVar[bool] = False
     draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
