@@ -45,20 +45,22 @@ DECODED_ELEMENTS = 2**17
 class DiffusersPipeline:
     """A diffusers pipeline as a `genpolicy.policy.Model`.
 
-    pretrained: hub id or folder of a pipeline. revision: the hub's branch, tag or commit. train:
-    "full" trains the denoiser (transformer or unet; of Wan 2.2's two the first), "lora" a LoRA on
-    it. precision: dtype that what is frozen is stored in, and that the network runs in (autocast).
-    What learns
-        and the VAE are fp32, and so is the kernel algebra.
-    call: arguments of the pipeline's own call: height, width (pixels), num_frames,
-    max_sequence_length
-        (tokens), ...; guidance_scale only where it is an input of the network (Flux).
-    negative_prompt: for guidance; None is the pipeline's own idea of none ("", or zeros for SDXL).
+    pretrained: hub id or folder of a pipeline.
+    revision: the hub's branch, tag or commit.
+    train: "full" trains the denoiser (transformer or unet; of Wan 2.2's two the first), "lora" a
+        LoRA on it.
     prediction_type: meaning of the network's output; None: what the pipeline's scheduler says. With
-    train "full" a student on a variance-preserving table may get another one ("epsilon", "sample",
-    "v_prediction"; its weights stay as they are, and learn to say it), which is saved in the
-    scheduler's config, where plain diffusers reads it. Flows say a velocity, and a LoRA what its
-    pipeline says.
+        train "full" a student on a variance-preserving table may get another one ("epsilon",
+        "sample", "v_prediction"; its weights stay as they are, and learn to say it), which is saved
+        in the scheduler's config, where plain diffusers reads it. Flows say a velocity, and a LoRA
+        what its pipeline says.
+    lora: the LoRA, where that is what learns.
+    precision: dtype that what is frozen is stored in, and that the network runs in (autocast). What
+        learns and the VAE are fp32, and so is the kernel algebra.
+    call: arguments of the pipeline's own call: height, width (pixels), num_frames,
+        max_sequence_length (tokens), ...; guidance_scale only where it is an input of the network
+        (Flux).
+    negative_prompt: for guidance; None is the pipeline's own idea of none ("", or zeros for SDXL).
     gradient_checkpointing: less memory for about a third more time where gradients are taken.
     offload: the denoiser alone stays on the device; text encoders and VAE visit it when they work.
     device: None takes this process's accelerator if there is one.

@@ -40,29 +40,27 @@ class LeRobotFlow:
     network's own dims.
 
     pretrained: folder or hub id of a policy as LeRobot saves it; its config.json says which of the
-    three it is. base: the same, of one that is to learn another robot: its weights, with the data
-    set's shapes and statistics
-        (`initialise`). Read only while ``pretrained`` is null.
-    revision: the hub's branch, tag or commit. tokenizer: folder or hub id in place of the tokenizer
-    that the checkpoint names (pi's is gated); of SmolVLA it must
-        also have the VLM's configuration and processor.
+        three it is.
+    base: the same, of one that is to learn another robot: its weights, with the data set's shapes
+        and statistics (`initialise`). Read only while ``pretrained`` is null.
+    revision: the hub's branch, tag or commit.
+    tokenizer: folder or hub id in place of the tokenizer that the checkpoint names (pi's is gated);
+        of SmolVLA it must also have the VLM's configuration and processor.
     train: "expert" trains the action expert and freezes all that the prefix is computed with (of
-    SmolVLA the projection of
-        the state too), so that one prefix serves all steps and updates; "full" trains everything, and encodes the prefix
-        anew wherever a gradient is taken.
+        SmolVLA the projection of the state too), so that one prefix serves all steps and updates;
+        "full" trains everything, and encodes the prefix anew wherever a gradient is taken.
     prediction_type: meaning of the expert's output. null is "velocity", all that LeRobot's training
-    and tools know. A student may say "sample": its folder can't tell them, so that only this
-    package samples it rightly, by the policy section in the genpolicy.json beside it.
+        and tools know. A student may say "sample" (its weights stay as they are, and learn to say
+        it): its folder can't tell them, so that only this package samples it rightly, by the policy
+        section in the genpolicy.json beside it.
     padding: the network has max_action_dim dims, of which the robot uses the first. "zero": the
-    others follow their exact
-        flow to 0, x_s = (s/t) x_t, and no parameter acts through them. "network": they follow what the network says,
-        which LeRobot does not train, as in its own samplers.
+        others follow their exact flow to 0, x_s = (s/t) x_t, and no parameter acts through them.
+        "network": they follow what the network says, which LeRobot does not train, as in its own
+        samplers.
     keep: prefixes of a rollout's rows stay in memory for its updates (SmolVLA 2 MB a row, pi0 15
-    MB, in bf16); false
-        encodes them anew for every minibatch.
+        MB, in bf16); false encodes them anew for every minibatch.
     precision: dtype that what is frozen is stored in, and that the networks run in (autocast). What
-    learns is fp32, and so
-        is the kernel algebra.
+        learns is fp32, and so is the kernel algebra.
     device: null takes this process's accelerator if there is one.
     """
 

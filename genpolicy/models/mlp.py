@@ -62,25 +62,33 @@ class MLP:
     """A small network as a `genpolicy.policy.ControlModel`.
 
     pretrained: folder of a saved one, whose settings then replace the ones here (all but shift and
-    prediction_type); None draws weights from torch's global generator in `initialise`. history: observation frames it
-    sees. chunk: T actions an event, all executed. network: "residual" (everything is one vector) or
-    "unet" (convolutions over the chunk's time axis). hidden: width; of a unet four times that of
-    its first level. blocks: residual blocks; of a unet levels. inputs: the observations it sees, in
-    this order; None: every one of the data set, in its order. Vectors [q] are taken as they are;
-    pictures [C,H,W] and point clouds [P,3] have an encoder each (see `_encoders`). shift: in
-    imitation, pictures are moved by up to so many pixels, at random. bottleneck, reconstruction:
-    weights of the encoders' own losses in imitation, as RL-100 has them (.001 and .5); 0 is
-    without. family: "vp" denoises along a squared-cosine table of `LEVELS` levels, its x0 clipped
-    into the data's range, whatever its head: at the noisiest levels epsilon divides by a tiny
-    alpha, and what "sample" says beyond the range of the data, or of a clipped teacher, is an error
-    too. "flow" clips nothing: x0 = x - t v has no such division, and published flow policies act
-    unclipped. "gaussian" says x0 itself and sees neither x nor t: with
-    chain {steps: 1, kernel: {name: floorstd, floor: s, kernel: {name: ddim, eta: 0.0}}, window: [0,
-    1]} it is the policy N(mu(what is seen), s^2), whose mean square is its -log-likelihood. A clip
-    of mu would only cut that one's gradient. prediction_type: meaning of the network's output (vp:
-    epsilon, sample or v_prediction; flow: velocity or sample; gaussian: sample); None: what the
-    saved one says, and of a new one the first of these. With another head than the saved one's the
-    weights stay as they are, and learn to say it. train: "full", the only way it learns.
+        prediction_type); None draws weights from torch's global generator in `initialise`.
+    history: observation frames it sees.
+    chunk: T actions an event, all executed.
+    network: "residual" (everything is one vector) or "unet" (convolutions over the chunk's time
+        axis).
+    hidden: width; of a unet four times that of its first level.
+    blocks: residual blocks; of a unet levels.
+    inputs: the observations it sees, in this order; None: every one of the data set, in its order.
+        Vectors [q] are taken as they are; pictures [C,H,W] and point clouds [P,3] have an encoder
+        each (see `_encoders`).
+    family: "vp" denoises along a squared-cosine table of `LEVELS` levels, its x0 clipped into the
+        data's range, whatever its head: at the noisiest levels epsilon divides by a tiny alpha, and
+        what "sample" says beyond the range of the data, or of a clipped teacher, is an error too.
+        "flow" clips nothing: x0 = x - t v has no such division, and published flow policies act
+        unclipped. "gaussian" says x0 itself and sees neither x nor t: with chain {steps: 1, kernel:
+        {name: floorstd, floor: s, kernel: {name: ddim, eta: 0.0}}, window: [0, 1]} it is the policy
+        N(mu(what is seen), s^2), whose mean square is its -log-likelihood. A clip of mu would only
+        cut that one's gradient.
+    prediction_type: meaning of the network's output (vp: epsilon, sample or v_prediction; flow:
+        velocity or sample; gaussian: sample); None: what the saved one says, and of a new one the
+        first of these. With another head than the saved one's the weights stay as they are, and
+        learn to say it.
+    train: "full", the only way it learns.
+    shift: in imitation, pictures are moved by up to so many pixels, at random.
+    bottleneck, reconstruction: weights of the encoders' own losses in imitation, as RL-100 has them
+        (.001 and .5); 0 is without.
+    device: where it lives.
     """
 
     pretrained: str | None = None

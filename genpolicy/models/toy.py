@@ -1,8 +1,8 @@
 """A tiny analytic policy that needs no download: what `genpolicy check` and the tests train in
 milliseconds.
 
-The base draws 2 x 4 x 4 latents from N(0, I): the exact output for that density, plus a small network
-that starts near zero and learns the rest. Prompts are bags of words with fixed
+The base draws 2 x 4 x 4 latents from N(0, I): the exact output for that density, plus a small
+network that starts near zero and learns the rest. Prompts are bags of words with fixed
 vectors; pictures are a fixed linear map of its latents.
 """
 
@@ -39,11 +39,13 @@ class Toy:
     """A network of two layers on 2 x 4 x 4 latents as a `genpolicy.policy.Model`; pictures are 3 x
     8 x 8.
 
-    pretrained: folder of a saved one; None draws the weights from ``seed``. family: "flow" (linear
-    schedule) or "vp" (variance preserving with 1000 levels). prediction_type: meaning of the
-    network's output; None: what the saved one says, and of a new one velocity (flow) or epsilon
-    (vp). hidden: width of the network. frames: if set, samples are videos of so many frames. train:
-    "full", the only way it learns.
+    pretrained: folder of a saved one; None draws the weights from ``seed``.
+    family: "flow" (linear schedule) or "vp" (variance preserving with 1000 levels).
+    prediction_type: meaning of the network's output; None: what the saved one says, and of a new
+        one velocity (flow) or epsilon (vp).
+    hidden: width of the network.
+    frames: if set, samples are videos of so many frames.
+    train: "full", the only way it learns.
     """
 
     pretrained: str | None = None
