@@ -31,7 +31,7 @@ def outputs(family: str, rows: int = 2) -> Tensor:
 
 
 def by_hand(model: DiffusersPipeline, family: str, made: Tensor) -> Tensor:
-    """The family's own formula of encoding, as its pipelines for images and its training have it."""
+    """The family's own formula of encoding, as its image pipelines and its training have it."""
     vae, pipeline = model.pipeline.vae, model.pipeline
     made = made if made.ndim == 4 else made.permute(0, 2, 1, 3, 4)
     with torch.no_grad():

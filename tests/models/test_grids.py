@@ -18,8 +18,8 @@ FAMILIES = pipelines.FAMILIES
 
 
 def of_own_library(family: str) -> torch.Tensor:
-    """The times that a plain pipeline of the family visits, seen from outside: what its scheduler is
-    left with after a call, as noise times with the end.
+    """The times that a plain pipeline of the family visits, seen from outside: what its scheduler
+    is left with after a call, as noise times with the end.
     """
     pipeline = pipelines.plain(pipelines.saved(family))
     call = {**pipelines.tiny.CALL[family], "num_inference_steps": STEPS}

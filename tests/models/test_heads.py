@@ -1,4 +1,4 @@
-"""The meaning of a network's output: what each model may say, that it is saved, and what reads it."""
+"""The meaning of a network's output: what models may say, that it is saved, and what reads it."""
 
 import json
 from pathlib import Path
