@@ -242,17 +242,15 @@ class DiffusersPipeline:
         return self.encode(context), torch.zeros(len(context), device=self.device)
 
     def encode(self, context: Context) -> Prompts:
-        """B prompts; each distinct one goes through the pipeline's own ``encode_prompt`` once,
-        alone.
-        """
+        """B prompts; each distinct one goes through the pipeline's own ``encode_prompt`` once."""
         return self._embeddings.encode(context.prompts)
 
     def negative(self, condition: Prompts) -> Prompts:
         """The same rows with the negative prompt's embeddings."""
         return replace(condition, negative=True)
 
-    def _positive(self, prompt: str) -> Entry:
-        entry = self._encode(prompt)
+    def _positive(self, prompts: list[str]) -> Entry:
+        entry = self._encode(prompts)
         if getattr(self.pipeline, "do_classifier_free_guidance", False):
             raise ValueError(
                 "guidance is the chain's on this pipeline; set chain.guidance, not guidance_scale"
@@ -270,7 +268,7 @@ class DiffusersPipeline:
             not in inspect.signature(self.pipeline.encode_prompt).parameters
         ):
             return without  # guided by a second prompt, if at all (Flux)
-        guided = self._encode(prompt, guidance_scale=2.0, negative_prompt=self.negative_prompt)
+        guided = self._encode([prompt], guidance_scale=2.0, negative_prompt=self.negative_prompt)
         others = [
             v for v, alone in zip(guided, without, strict=True) if alone is None and v is not None
         ]
@@ -282,7 +280,7 @@ class DiffusersPipeline:
         return tuple(None if v is None else next(places) for v in without)
 
     @torch.no_grad()
-    def _encode(self, prompt: str, **arguments: Any) -> Entry:
+    def _encode(self, prompts: list[str], **arguments: Any) -> Entry:
         """What ``encode_prompt`` returns to the pipeline's own call, which knows its arguments."""
         kept: list[Entry] = []
         own = self.pipeline.encode_prompt
@@ -293,7 +291,7 @@ class DiffusersPipeline:
 
         with self._visiting("text_encoder"), torch.autocast(self.device.type, enabled=False):
             self._pipeline_call(
-                self._stand_in(), keep, prompt=[prompt], output_type="latent", **arguments
+                self._stand_in(), keep, prompt=prompts, output_type="latent", **arguments
             )
         return kept[0]
 
