@@ -8,7 +8,7 @@ underscores and case aside.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from genpolicy.config.errors import ConfigError, at_least, positive
 
@@ -37,9 +37,16 @@ class ChainConfig:
     window_size: int | None = None
     # samples that are drawn per decision, of which the policy's critic picks one
     best_of: int = 1
+    # noise times: "own" are genpolicy's for the family, "native" those of the family's own library
+    grid: Literal["own", "native"] = "own"
+    # noise time at which the chain starts, below the noisiest; None is the noisiest
+    start: float | None = None
 
     def __post_init__(self) -> None:
         at_least("chain", self, steps=1, guidance=0, window_size=1, best_of=1)
+        positive("chain", self, "start")
+        if self.grid == "native" and self.start is not None:
+            raise ConfigError("chain: a native grid starts where its library does: leave start out")
         interval = self.guidance_interval
         if interval is not None and not interval[0] < interval[1]:
             raise ConfigError(

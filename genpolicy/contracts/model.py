@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,26 +16,39 @@ from genpolicy.contracts.task import Context, ControlTask
 
 
 class Model(Protocol):
-    """A family of networks behind one meaning: encode, denoise, decode. Everything here is what
-    `ChainPolicy` needs.
+    """A family of networks behind one meaning: encode, denoise, decode.
 
-    schedule, parametrisation: how the network's output is read. event_shape: E of one sample as the
-    chain sees it. clip: (bound, recompute_eps) of the predicted x0 (see `ClipX0`), None where the
-    family does not clip. evaluations: network evaluations so far, in rows; a row whose evaluation
-    is differentiated counts twice (its forward and its backward: the notes' "F per sample", with a
-    backward priced as a forward).
+    schedule: alpha(t) and sigma(t).
+    parametrisation: the meaning of the network's output, its setting ``prediction_type``, saved
+        with the weights.
+    event_shape: E of one sample as the chain sees it.
+    clip: (bound, recompute_eps) of the predicted x0 (see `ClipX0`), whatever the parametrisation;
+        None where the family does not clip.
+    acts: True where samples are chunks of actions (`ControlModel`).
+    draws: uniform numbers that a row of `supervised` takes.
+    device, precision: where and in what the network runs.
+    evaluations: network evaluations so far, in rows; a row whose evaluation is differentiated
+        counts twice, a backward priced as a forward.
     """
 
     schedule: Schedule
     parametrisation: Parametrisation
     event_shape: tuple[int, ...]
     clip: tuple[float, bool] | None
+    acts: ClassVar[bool]
+    draws: int
     device: torch.device
     precision: Literal["fp32", "bf16", "fp16"]
     evaluations: float
 
-    def grid(self, steps: int) -> Tensor:
-        """The family's own K+1 decreasing noise times, ending at 0 (fp64)."""
+    def grid(self, steps: int, start: float | None = None) -> Tensor:
+        """K+1 decreasing noise times (fp64) from ``start`` (None: the noisiest) to 0."""
+        ...
+
+    def native_grid(self, steps: int) -> Tensor:
+        """The K+1 decreasing noise times (fp64), ending at 0, that the family's own library visits
+        in ``steps`` steps; of networks that no other library samples, the same as `grid`.
+        """
         ...
 
     def encode(self, context: Context) -> Condition:
@@ -70,6 +83,33 @@ class Model(Protocol):
         """
         ...
 
+    def event(self, outputs: Tensor) -> Tensor:
+        """Outputs as the chain's x0 [B,*E], drawing nothing: pictures or videos as `decode` gives
+        them, up to the VAE's own loss; of a `ControlModel`, actions Float[B,T,D] in the
+        environment's units at the offsets ``horizon``.
+        """
+        ...
+
+    def event_mask(self, pad: Tensor) -> Tensor | None:
+        """The dims of an event that a supervised loss counts, bool, broadcastable to [B,*E] (None:
+        all), where ``pad`` bool[B,T] says which actions lie outside their episode: what the
+        family's own training does.
+        """
+        ...
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """Noise times to train at, [B] fp64, from uniform numbers in [0,1): the family's own
+        training distribution.
+        """
+        ...
+
+    def supervised(self, context: Context, uniform: Tensor) -> tuple[Condition, Tensor]:
+        """The condition of B rows to imitate from, and what the encoder's own losses add to each
+        row's loss [B]. uniform [B,``draws``] in [0,1): all its chance (augmentation, a bottleneck's
+        samples). A model without any says `encode`, 0.
+        """
+        ...
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that learn, by name, in a fixed order. fp32."""
         ...
@@ -86,7 +126,6 @@ class ControlModel(Model, Protocol):
     history: observation frames it sees. shapes: of the observations it needs, by LeRobot's names.
     action_dim: D of the environment. executed: how many of a chunk's actions are carried out, T of
     `decode`. horizon: offsets, relative to the current frame, of the actions that one event holds.
-    draws: uniform numbers that a row of `supervised` takes.
     """
 
     pretrained: str | None
@@ -95,36 +134,9 @@ class ControlModel(Model, Protocol):
     action_dim: int
     executed: int
     horizon: range
-    draws: int
-
-    def supervised(self, context: Context, uniform: Tensor) -> tuple[Condition, Tensor]:
-        """The condition of B rows to imitate from, and what the encoder's own losses add to each
-        row's loss [B]. uniform [B,``draws``] in [0,1): all its chance (augmentation, a bottleneck's
-        samples). A model without any says `encode`, 0.
-        """
-        ...
 
     def initialise(self, dataset: Dataset) -> None:
         """Draw fresh weights for the dataset's shapes, and take its statistics for normalisation."""
-        ...
-
-    def event(self, actions: Tensor) -> Tensor:
-        """Actions Float[B,T,D] in the environment's units, at the offsets ``horizon``, as the
-        chain's x0 [B,*E].
-        """
-        ...
-
-    def event_mask(self, pad: Tensor) -> Tensor | None:
-        """The dims of an event that a supervised loss counts, bool, broadcastable to [B,*E] (None:
-        all), where ``pad`` bool[B,T] says which actions lie outside their episode: what the
-        family's own training does.
-        """
-        ...
-
-    def times(self, uniform: Tensor) -> Tensor:
-        """Noise times to train at, [B] fp64, from uniform numbers in [0,1): the family's own
-        training distribution.
-        """
         ...
 
 

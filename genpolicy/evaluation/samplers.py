@@ -36,19 +36,14 @@ class Variant:
 
     name: str
     sampler: ChainConfig
-    native: bool = False  # on the grid of noise times that the model's own library visits
 
     def of(self, policy: ChainPolicy) -> ChainPolicy:
         """The policy with this sampler: the same model and the same parts."""
-        made = make_policy(policy.model, self.sampler, policy.parts)
-        if self.native and hasattr(policy.model, "native_grid"):
-            grid = policy.model.native_grid(self.sampler.steps)  # type: ignore[attr-defined]
-            made = replace(made, chain=replace(made.chain, grid=grid))
-        return made
+        return make_policy(policy.model, self.sampler, policy.parts)
 
     def description(self) -> dict[str, Any]:
         """The sampler's entry in eval.json."""
-        return asdict(self.sampler) | ({"grid": "native"} if self.native else {})
+        return asdict(self.sampler)
 
 
 def variants(asked: Sequence[str], found: Saved) -> list[Variant]:
@@ -85,7 +80,7 @@ def _variant(name: str, found: Saved) -> Variant:
                 "--samplers: native is LeRobot's own sampler, "
                 f"and {found.where} is no LeRobot policy"
             )
-        return Variant(name, resampled(own, {}), native=True)
+        return Variant(name, resampled(own, {"grid": "native"}))
     stochastic = replace(
         resampled(asdict(_trained(name, found)), {"steps": deployed.steps}), window_size=None
     )

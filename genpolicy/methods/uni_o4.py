@@ -38,6 +38,7 @@ from torch import Tensor
 from genpolicy.chain.values import Gaussian
 from genpolicy.config.errors import ConfigError, at_least, positive, share
 from genpolicy.config.schema import OptimizerConfig
+from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.model import ControlModel
 from genpolicy.learning.acceptance import Comparison, compare
 from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate, log_ratio
@@ -174,7 +175,7 @@ class Members:
         model = copy.deepcopy(model)
         with torch.random.fork_rng():
             torch.manual_seed(run.experiment.seed + member)
-            model.initialise(run.data)
+            model.initialise(cast(Dataset, run.data))
         return Weights(run.trainable, list(model.trainable().values()))
 
     def _begin(self, stage: str) -> None:

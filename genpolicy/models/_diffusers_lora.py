@@ -30,12 +30,11 @@ ATTENTION = (
 class Lora:
     """A low-rank change of the denoiser (arXiv 2106.09685): W + alpha/rank B A.
 
-    rank, alpha: 32 and 64 are Flow-GRPO's (flow_grpo scripts/train_sd3.py). With ``start`` both are
-    its
-        file's.
+    rank: the width of A and B; 32 is Flow-GRPO's (flow_grpo scripts/train_sd3.py), and with
+        ``start`` it is its file's.
+    alpha: 64 is Flow-GRPO's too, and with ``start`` it is its file's.
     targets: endings of the names of the linear layers it changes; by default every attention
-    projection,
-        those of the text stream too.
+        projection, those of the text stream too.
     start: folder or .safetensors file with the user's own LoRA, from which the policy starts.
     """
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from genpolicy.chain import Linear, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
+from genpolicy.models._head import VARIANCE_PRESERVING
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,9 @@ MARKOV = (
 """Schedulers whose tables are used as they are: one step needs nothing but its own network
 evaluation.
 """
+
+EDGE = 1e-6
+"""Uniform numbers are kept so far from 0 and 1 before they are made normal ones."""
 
 Asked = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments that a pipeline passed to its scheduler's ``set_timesteps``."""
@@ -151,8 +155,19 @@ class Times:
         return "velocity" if self.flow else self.scheduler.config.prediction_type
 
     @property
+    def heads(self) -> tuple[Parametrisation, ...]:
+        """The heads that the scheduler can read. Where its table reaches alpha 0 (zero terminal
+        SNR), epsilon says nothing of x0.
+        """
+        if self.flow:
+            return ("velocity",)
+        ends = float(self.scheduler.alphas_cumprod[-1]) == 0.0
+        return tuple(head for head in VARIANCE_PRESERVING if head != "epsilon" or not ends)
+
+    @property
     def clip(self) -> tuple[float, bool] | None:
-        """(bound, whether eps is recomputed from the clipped x0), where the scheduler clips x0.
+        """(bound, whether eps is recomputed from the clipped x0), where the scheduler clips x0,
+        which it does whatever the head.
 
         CogVideoX's never does, whatever its config says.
         """
@@ -180,21 +195,42 @@ class Times:
             return t.float() * self.levels
         return (t * self.levels).round().long() - 1
 
-    def grid(self, steps: int) -> Tensor:
-        """K+1 noise times. Flows: K real steps, stretched so that the last is at ``shift_terminal``
-        (LTX).
+    def training(self, uniform: Tensor) -> Tensor:
+        """Noise times to train at from uniform numbers [B] in [0,1).
+
+        Flows: SD3's logit-normal density (arXiv 2403.03206; mean 0, std 1, diffusers' default in
+        training), t = sigmoid(z), z standard normal, and then the scheduler's shift at this
+        resolution. Others: one of the levels, all alike.
         """
         if not self.flow:
-            return self.native(((steps,), {}))
-        grid = Linear(self._shift()).grid(steps)
+            return ((uniform * self.levels).floor() + 1) / self.levels
+        t = torch.special.ndtri(uniform.double().clamp(EDGE, 1 - EDGE)).sigmoid()
+        return t / (t + (1 - t) / self._shift())
+
+    def grid(self, steps: int, start: float | None = None) -> Tensor:
+        """K+1 noise times from ``start`` (None: the noisiest) to 0.
+
+        Flows: K real steps with the family's shift, stretched so that the last begins at
+        ``shift_terminal`` (LTX), where ``start`` is noisier than that. Others: the scheduler's own
+        spacing, and from ``start`` the schedule's.
+        """
+        if not self.flow:
+            return (
+                self.native(((steps,), {})) if start is None else self.schedule().grid(steps, start)
+            )
+        grid = self.schedule().grid(steps, start)
         terminal = self.scheduler.config.shift_terminal
-        if terminal and steps > 1:
-            inner = 1 - grid[:-1]
-            grid = torch.cat([1 - inner * (1 - terminal) / inner[-1], grid[-1:]])
+        if terminal and steps > 1 and terminal < grid[0]:
+            inner = grid[0] - grid[:-1]
+            stretched = grid[0] - inner * (grid[0] - terminal) / inner[-1]
+            grid = torch.cat([stretched, grid[-1:]])
         return grid
 
     def native(self, asked: Asked) -> Tensor:
-        """The scheduler's own K+1 noise times for what the pipeline asks of it, ending at 0."""
+        """The scheduler's own K+1 noise times (fp64) for what the pipeline asks of it, ending at
+        0: the sigmas of a flow, which its scheduler may have shifted twice (SD3's tenth step of ten
+        begins at .0089), the levels of others in their ``timestep_spacing``.
+        """
         args, kwargs = asked
         self.scheduler.set_timesteps(*args, **kwargs)
         if self.flow:

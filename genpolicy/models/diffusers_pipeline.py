@@ -10,11 +10,13 @@ unguided.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +26,9 @@ from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
 from genpolicy.contracts.task import Context
 from genpolicy.models import _diffusers_lora as lora_files
+from genpolicy.models import _head
 from genpolicy.models._device import default_device
+from genpolicy.models._diffusers_latents import Layout, VaeReachedError, mode
 from genpolicy.models._diffusers_load import DENOISERS, check_call, load_pipeline
 from genpolicy.models._diffusers_lora import Lora
 from genpolicy.models._diffusers_prompts import Embeddings, Entry, Prompts
@@ -32,21 +36,30 @@ from genpolicy.models._diffusers_scheduler import Asked, OneStep, Times, markov
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECODED_ELEMENTS = 2**17
-"""Latent elements decoded at once: one 1024 x 1024 image of SD3, 512 images of 32 x 32."""
+"""Latent elements decoded, or encoded, at once: one 1024 x 1024 image of SD3, 512 images of 32 x
+32.
+"""
 
 
 @dataclass(eq=False)
 class DiffusersPipeline:
     """A diffusers pipeline as a `genpolicy.contracts.model.Model`.
 
-    pretrained: hub id or folder of a pipeline. revision: the hub's branch, tag or commit. train:
-    "full" trains the denoiser (transformer or unet; of Wan 2.2's two the first), "lora" a LoRA on
-    it. precision: dtype that what is frozen is stored in, and that the network runs in (autocast).
-    What learns
-        and the VAE are fp32, and so is the kernel algebra.
+    pretrained: hub id or folder of a pipeline.
+    revision: the hub's branch, tag or commit.
+    train: "full" trains the denoiser (transformer or unet; of Wan 2.2's two the first), "lora" a
+        LoRA on it.
+    prediction_type: meaning of the network's output; None: what the pipeline's scheduler says. With
+        train "full" a student on a variance-preserving table may get another one ("epsilon",
+        "sample", "v_prediction"; its weights stay as they are, and learn to say it), which is saved
+        in the scheduler's config, where plain diffusers reads it. Flows say a velocity, and a LoRA
+        what its pipeline says.
+    lora: the LoRA, where that is what learns.
+    precision: dtype that what is frozen is stored in, and that the network runs in (autocast). What
+        learns and the VAE are fp32, and so is the kernel algebra.
     call: arguments of the pipeline's own call: height, width (pixels), num_frames,
-    max_sequence_length
-        (tokens), ...; guidance_scale only where it is an input of the network (Flux).
+        max_sequence_length (tokens), ...; guidance_scale only where it is an input of the network
+        (Flux).
     negative_prompt: for guidance; None is the pipeline's own idea of none ("", or zeros for SDXL).
     gradient_checkpointing: less memory for about a third more time where gradients are taken.
     offload: the denoiser alone stays on the device; text encoders and VAE visit it when they work.
@@ -56,6 +69,7 @@ class DiffusersPipeline:
     pretrained: str
     revision: str | None = None
     train: Literal["full", "lora"] = "lora"
+    prediction_type: Parametrisation | None = None
     lora: Lora = field(default_factory=Lora)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     call: dict[str, Any] = field(default_factory=dict)
@@ -63,6 +77,9 @@ class DiffusersPipeline:
     gradient_checkpointing: bool = False
     offload: bool = False
     device: Any = None
+
+    acts: ClassVar[bool] = False
+    draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if self.train not in ("full", "lora"):
@@ -96,6 +113,7 @@ class DiffusersPipeline:
         self._arguments = inspect.signature(run).parameters
         check_call(self.call, self._arguments, kind)
         self._times = Times(markov(self.pipeline.scheduler), mu=None)
+        self._choose_head(kind)
         self._name = (
             "transformer" if getattr(self.pipeline, "transformer", None) is not None else "unet"
         )
@@ -128,6 +146,20 @@ class DiffusersPipeline:
         self.pipeline.set_progress_bar_config(disable=True)
         for name, part in self._parts().items():
             part.to("cpu" if self.offload and name not in DENOISERS else device)
+
+    def _choose_head(self, kind: str) -> None:
+        """Write another head than its own into the scheduler that reads it, and that is saved."""
+        own = self._times.parametrisation
+        if self.prediction_type in (None, own):
+            return
+        head = _head.choose(self.prediction_type, own, self._times.heads, kind)
+        if self.train == "lora":
+            raise ValueError(
+                f"policy.prediction_type is {head!r}, but a LoRA keeps its pipeline's, {own!r}; set"
+                " policy.train to full"
+            )
+        self._times.scheduler.register_to_config(prediction_type=head)
+        self.pipeline.scheduler = self._times.scheduler
 
     def _choose_what_learns(self) -> None:
         for part in self._parts().values():
@@ -205,18 +237,20 @@ class DiffusersPipeline:
 
     # Prompts
 
+    def supervised(self, context: Context, uniform: Tensor) -> tuple[Prompts, Tensor]:
+        """`encode`, and 0 for every row: frozen encoders have no chance and no losses of their own."""
+        return self.encode(context), torch.zeros(len(context), device=self.device)
+
     def encode(self, context: Context) -> Prompts:
-        """B prompts; each distinct one goes through the pipeline's own ``encode_prompt`` once,
-        alone.
-        """
+        """B prompts; each distinct one goes through the pipeline's own ``encode_prompt`` once."""
         return self._embeddings.encode(context.prompts)
 
     def negative(self, condition: Prompts) -> Prompts:
         """The same rows with the negative prompt's embeddings."""
         return replace(condition, negative=True)
 
-    def _positive(self, prompt: str) -> Entry:
-        entry = self._encode(prompt)
+    def _positive(self, prompts: list[str]) -> Entry:
+        entry = self._encode(prompts)
         if getattr(self.pipeline, "do_classifier_free_guidance", False):
             raise ValueError(
                 "guidance is the chain's on this pipeline; set chain.guidance, not guidance_scale"
@@ -234,7 +268,7 @@ class DiffusersPipeline:
             not in inspect.signature(self.pipeline.encode_prompt).parameters
         ):
             return without  # guided by a second prompt, if at all (Flux)
-        guided = self._encode(prompt, guidance_scale=2.0, negative_prompt=self.negative_prompt)
+        guided = self._encode([prompt], guidance_scale=2.0, negative_prompt=self.negative_prompt)
         others = [
             v for v, alone in zip(guided, without, strict=True) if alone is None and v is not None
         ]
@@ -246,7 +280,7 @@ class DiffusersPipeline:
         return tuple(None if v is None else next(places) for v in without)
 
     @torch.no_grad()
-    def _encode(self, prompt: str, **arguments: Any) -> Entry:
+    def _encode(self, prompts: list[str], **arguments: Any) -> Entry:
         """What ``encode_prompt`` returns to the pipeline's own call, which knows its arguments."""
         kept: list[Entry] = []
         own = self.pipeline.encode_prompt
@@ -257,15 +291,17 @@ class DiffusersPipeline:
 
         with self._visiting("text_encoder"), torch.autocast(self.device.type, enabled=False):
             self._pipeline_call(
-                self._stand_in(), keep, prompt=[prompt], output_type="latent", **arguments
+                self._stand_in(), keep, prompt=prompts, output_type="latent", **arguments
             )
         return kept[0]
 
     # The network
 
-    def grid(self, steps: int) -> Tensor:
-        """K+1 noise times, falling to 0: K real steps for flows, else the scheduler's own spacing."""
-        return self._times.grid(steps)
+    def grid(self, steps: int, start: float | None = None) -> Tensor:
+        """K+1 noise times, falling from ``start`` (None: the noisiest) to 0: K real steps for
+        flows, else the scheduler's own spacing.
+        """
+        return self._times.grid(steps, start)
 
     def native_grid(self, steps: int) -> Tensor:
         """The K+1 noise times that the pipeline itself visits in ``steps`` steps."""
@@ -326,9 +362,18 @@ class DiffusersPipeline:
         assert scheduler.output is not None
         return scheduler.output
 
+    def times(self, uniform: Tensor) -> Tensor:
+        """Flows: logit-normal times, then the family's shift; others: one of the levels, all alike
+        (see `Times.training`).
+        """
+        return self._times.training(uniform)
+
     def scored(self, value: Tensor) -> Tensor:
         """Every latent dim counts."""
         return value
+
+    def event_mask(self, pad: Tensor) -> None:
+        """Every latent dim counts in imitation too."""
 
     def features(self, condition: Prompts) -> Tensor:
         """The mean over tokens of the prompt's embedding, Float[B,F]."""
@@ -348,7 +393,51 @@ class DiffusersPipeline:
         with self._visiting("vae", "safety_checker"):
             return torch.cat([self._decode(chunk) for chunk in chunks])
 
-    def _decode(self, x0: Tensor) -> Tensor:
+    @torch.no_grad()
+    def event(self, outputs: Tensor) -> Tensor:
+        """Pictures Float[B,3,H,W] or videos Float[B,F,3,H,W] in [0,1] as the samples [B,*E] whose
+        decoding they are up to the VAE's own loss: the mode of its posterior, in the pipeline's
+        scale and packing. Raises `ValueError` where their size is not that of ``call``.
+        """
+        chunks = outputs.split(max(1, DECODED_ELEMENTS // math.prod(self.event_shape)))
+        with self._visiting("vae"):
+            return torch.cat([self._event(chunk.to(self.device)) for chunk in chunks])
+
+    def _event(self, outputs: Tensor) -> Tensor:
+        latents = mode(self.pipeline.vae, outputs)
+        if latents.shape[1:] != self._layout.shape:
+            raise ValueError(
+                f"outputs of shape {list(outputs.shape[1:])} are latents {list(latents.shape[1:])} of"
+                f" the VAE; those of this policy are {list(self._layout.shape)}: set policy.call to"
+                " their height, width and num_frames"
+            )
+        return self._layout.event(latents)
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return Layout.probe(self._tail, self.event_shape, self.device)
+
+    def _tail(self, x0: Tensor) -> Tensor:
+        """What the pipeline would have its VAE decode. A VAE that is told a noise level (LTX) is
+        shown latents without noise.
+        """
+
+        def reached(latents: Tensor, *_: Any, **__: Any) -> None:
+            raise VaeReachedError(latents)
+
+        noiseless = {"decode_noise_scale": 0.0}
+        settings = {name: v for name, v in noiseless.items() if name in self._arguments}
+        own = vars(self.pipeline.vae)
+        try:
+            own["decode"] = reached
+            self._decode(x0, **settings)
+        except VaeReachedError as found:
+            return found.latents
+        finally:
+            del own["decode"]
+        raise ValueError(f"{type(self.pipeline).__name__} decodes without its VAE")
+
+    def _decode(self, x0: Tensor, **settings: Any) -> Tensor:
         # pipelines decode in the dtype of the embeddings; the VAE is fp32
         rows = self._embeddings.rows(Prompts(self._blank.prompts * len(x0)))
         rows = tuple(v.float() if v is not None and v.is_floating_point() else v for v in rows)
@@ -364,6 +453,7 @@ class DiffusersPipeline:
             latents=x0,
             output_type="pt",
             **arguments,
+            **settings,
         ).float()
 
     # What learns
@@ -374,7 +464,7 @@ class DiffusersPipeline:
 
     def save(self, directory: Path) -> None:
         """A LoRA for ``pipe.load_lora_weights``, or the whole pipeline with the scheduler it came
-        with.
+        with (with another head, the one that reads it).
         """
         if self.train == "lora":
             lora_files.save(self.pipeline, self._name, self.denoiser, directory)

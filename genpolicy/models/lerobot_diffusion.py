@@ -20,11 +20,14 @@ from genpolicy.chain.values import Parametrisation
 from genpolicy.config.parse import decode
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
+from genpolicy.models import _head
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models._device import default_device
 
 OURS = ("input_features", "output_features", "device", "pretrained_path")
 """What `initialise` decides."""
+HEADS: tuple[Parametrisation, ...] = ("epsilon", "sample")
+"""The heads that LeRobot's DiffusionConfig knows."""
 NORMALISED = {"VISUAL": "MEAN_STD", "STATE": "MIN_MAX", "ENV": "MIN_MAX", "ACTION": "MIN_MAX"}
 """LeRobot's defaults, and an environment state like the robot's: its own default leaves it as it
 is.
@@ -49,33 +52,47 @@ class LeRobotDiffusion:
     """A LeRobot DiffusionPolicy as a `genpolicy.contracts.model.ControlModel`. The event is its whole
     horizon [T,D].
 
-    pretrained: folder or hub id of a saved one; None: fresh weights in `initialise`. revision: the
-    hub's branch, tag or commit. config: keys of LeRobot's DiffusionConfig for fresh ones
-    (n_obs_steps, horizon, n_action_steps, down_dims, ...). train: "full" trains the U-Net and the
-    cameras' encoder, which then runs in every evaluation; "denoiser" trains the U-Net alone, and
-    cameras are encoded once a decision. spacing: the grid, "trailing" from the noisiest level or
-    "lerobot" as its own sampler visits it. device: None takes this process's accelerator if there
-    is one.
+    pretrained: folder or hub id of a saved one; None: fresh weights in `initialise`.
+    revision: the hub's branch, tag or commit.
+    config: keys of LeRobot's DiffusionConfig for fresh ones (n_obs_steps, horizon, n_action_steps,
+        down_dims, ...).
+    prediction_type: meaning of the U-Net's output, "epsilon" or "sample", which the folder's
+        config.json carries, so that LeRobot's own tools sample it rightly; None: what the saved
+        one, or ``config``, says. With another head than the saved one's the weights stay as they
+        are, and learn to say it. x0 is clipped as the config says, whatever the head, as LeRobot's
+        schedulers do.
+    train: "full" trains the U-Net and the cameras' encoder, which then runs in every evaluation;
+        "denoiser" trains the U-Net alone, and cameras are encoded once a decision.
+    spacing: the grid that `grid` gives, "trailing" from the noisiest level or "lerobot" as its own
+        sampler visits it (`native_grid`, which does not depend on it).
+    device: None takes this process's accelerator if there is one.
     """
 
     pretrained: str | None = None
     revision: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    prediction_type: Parametrisation | None = None
     train: Literal["full", "denoiser"] = "full"
     spacing: Literal["trailing", "lerobot"] = "trailing"
     device: Any = None
 
+    acts: ClassVar[bool] = True
     draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         self.device = default_device() if self.device is None else torch.device(self.device)
         self.precision: Literal["fp32", "bf16", "fp16"] = "fp32"
         self.evaluations = 0.0
+        own = self.config.get("prediction_type", HEADS[0])
+        head = _head.choose(self.prediction_type, own, HEADS, "LeRobot's DiffusionPolicy")
         if self.pretrained is not None:
             folder = theirs.find(self.pretrained, self.revision, ("diffusion",))
             # its weights are all in the folder: those of the backbone alone need not be downloaded
             # first
             policy = theirs.load(folder, self.device, pretrained_backbone_weights=None)
+            if self.prediction_type is not None:
+                policy.config.prediction_type = head
+                policy.diffusion.noise_scheduler.register_to_config(prediction_type=head)
             self._adopt(policy, theirs.load_processors(policy.config, folder, self.device))
             return
         with theirs.lerobot():
@@ -89,6 +106,7 @@ class LeRobotDiffusion:
             settings = {
                 "normalization_mapping": NORMALISED,
                 **self.config,
+                "prediction_type": head,
                 "device": str(self.device),
             }
             self._config = decode(DiffusionConfig, settings, "policy.config")
@@ -179,9 +197,13 @@ class LeRobotDiffusion:
 
     # The chain's view
 
-    def grid(self, steps: int) -> Tensor:
-        """K+1 noise times from the noisiest level, or as LeRobot visits them."""
-        return self.native_grid(steps) if self.spacing == "lerobot" else self.schedule.grid(steps)
+    def grid(self, steps: int, start: float | None = None) -> Tensor:
+        """K+1 noise times as ``spacing`` says: from the noisiest level, or as LeRobot visits them.
+        From ``start``, where LeRobot has no grid of its own, they are spaced alike.
+        """
+        if self.spacing == "lerobot" and start is None:
+            return self.native_grid(steps)
+        return self.schedule.grid(steps, start)
 
     def native_grid(self, steps: int) -> Tensor:
         """The K+1 noise times that LeRobot itself visits with num_inference_steps = ``steps``."""

@@ -3,7 +3,7 @@
 Composition over the loaded policy, nothing of it is copied or subclassed: what is seen and asked
 goes through the vision-language model once, and a network evaluation is the action expert's
 ``denoise_step``. LeRobot's time is ours: 1 is noise, 0 the actions, x_t = (1 - t) x_0 + t eps, and
-the network says v = eps - x_0.
+the network says v = eps - x_0 (a student may say x_0 itself, see ``prediction_type``).
 """
 
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation, expand
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
+from genpolicy.models import _head
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models._device import default_device
 from genpolicy.models._lerobot_flow_families import FAMILIES, encode_prefix, velocity
@@ -40,26 +41,27 @@ class LeRobotFlow:
     network's own dims.
 
     pretrained: folder or hub id of a policy as LeRobot saves it; its config.json says which of the
-    three it is. base: the same, of one that is to learn another robot: its weights, with the data
-    set's shapes and statistics
-        (`initialise`). Read only while ``pretrained`` is null.
-    revision: the hub's branch, tag or commit. tokenizer: folder or hub id in place of the tokenizer
-    that the checkpoint names (pi's is gated); of SmolVLA it must
-        also have the VLM's configuration and processor.
+        three it is.
+    base: the same, of one that is to learn another robot: its weights, with the data set's shapes
+        and statistics (`initialise`). Read only while ``pretrained`` is null.
+    revision: the hub's branch, tag or commit.
+    tokenizer: folder or hub id in place of the tokenizer that the checkpoint names (pi's is gated);
+        of SmolVLA it must also have the VLM's configuration and processor.
     train: "expert" trains the action expert and freezes all that the prefix is computed with (of
-    SmolVLA the projection of
-        the state too), so that one prefix serves all steps and updates; "full" trains everything, and encodes the prefix
-        anew wherever a gradient is taken.
+        SmolVLA the projection of the state too), so that one prefix serves all steps and updates;
+        "full" trains everything, and encodes the prefix anew wherever a gradient is taken.
+    prediction_type: meaning of the expert's output. null is "velocity", all that LeRobot's training
+        and tools know. A student may say "sample" (its weights stay as they are, and learn to say
+        it): its folder can't tell them, so that only this package samples it rightly, by the policy
+        section in the genpolicy.json beside it.
     padding: the network has max_action_dim dims, of which the robot uses the first. "zero": the
-    others follow their exact
-        flow to 0, x_s = (s/t) x_t, and no parameter acts through them. "network": they follow what the network says,
-        which LeRobot does not train, as in its own samplers.
+        others follow their exact flow to 0, x_s = (s/t) x_t, and no parameter acts through them.
+        "network": they follow what the network says, which LeRobot does not train, as in its own
+        samplers.
     keep: prefixes of a rollout's rows stay in memory for its updates (SmolVLA 2 MB a row, pi0 15
-    MB, in bf16); false
-        encodes them anew for every minibatch.
+        MB, in bf16); false encodes them anew for every minibatch.
     precision: dtype that what is frozen is stored in, and that the networks run in (autocast). What
-    learns is fp32, and so
-        is the kernel algebra.
+        learns is fp32, and so is the kernel algebra.
     device: null takes this process's accelerator if there is one.
     """
 
@@ -68,6 +70,7 @@ class LeRobotFlow:
     revision: str | None = None
     tokenizer: str | None = None
     train: Literal["expert", "full"] = "expert"
+    prediction_type: Parametrisation | None = None
     padding: Literal["zero", "network"] = "zero"
     keep: bool = True
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -75,6 +78,7 @@ class LeRobotFlow:
     shapes: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict)
     action_dim: int = field(init=False, default=0)
 
+    acts: ClassVar[bool] = True
     draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -83,13 +87,15 @@ class LeRobotFlow:
             raise ValueError(
                 "policy lerobot_flow needs pretrained, or base to begin from with a data set; both are null"
             )
+        self.parametrisation: Parametrisation = _head.choose(
+            self.prediction_type, "velocity", _head.FLOW, "lerobot_flow"
+        )
         self.device = default_device() if self.device is None else torch.device(self.device)
         self._files = Files.find(source, self.revision, self.tokenizer, self.device)
         self.policy = self._files.policy()  # in eval mode while it learns too: replay must be exact
         config = self.policy.config
         self._family = FAMILIES[config.type]
         self.schedule: Schedule = Linear()
-        self.parametrisation: Parametrisation = "velocity"
         self.clip: tuple[float, bool] | None = None
         self.evaluations = 0.0
         self.history = 1
@@ -226,9 +232,13 @@ class LeRobotFlow:
 
     # The chain's view
 
-    def grid(self, steps: int) -> Tensor:
-        """K uniform steps from 1 to 0, which are LeRobot's own."""
-        return self.schedule.grid(steps)
+    def grid(self, steps: int, start: float | None = None) -> Tensor:
+        """K uniform steps from ``start`` (None: 1) to 0."""
+        return self.schedule.grid(steps, start)
+
+    def native_grid(self, steps: int) -> Tensor:
+        """The same as `grid`: LeRobot's samplers take uniform Euler steps from 1 to 0."""
+        return self.grid(steps)
 
     def times(self, uniform: Tensor) -> Tensor:
         """scale * Beta(a, b) + offset through its quantile function: .999 u^(2/3) + .001 unless

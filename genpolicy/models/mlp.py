@@ -14,7 +14,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,12 +25,19 @@ from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
+from genpolicy.models import _head
 from genpolicy.models import _mlp_networks as networks
 from genpolicy.models._encoders import FEATURES, Eye, shifted
 
 WEIGHTS, SETTINGS = "mlp.safetensors", "mlp.json"
 LEVELS = 100
 """T of the variance-preserving table, and the scale of time that the network is told."""
+HEADS: dict[str, tuple[Parametrisation, ...]] = {
+    "vp": _head.VARIANCE_PRESERVING,
+    "flow": _head.FLOW,
+    "gaussian": ("sample",),
+}
+"""Of each family the heads that it can have; its default is the first."""
 STILL = 1e-4
 """An observation dim whose std is below this stood still in the data: it is only shifted."""
 STD_FLOOR = 0.01
@@ -55,22 +62,34 @@ EDGE = 1e-6
 class MLP:
     """A small network as a `genpolicy.contracts.model.ControlModel`.
 
-    pretrained: folder of a saved one, whose settings then replace the ones here (all but shift);
-    None draws weights from torch's global generator in `initialise`. history: observation frames it
-    sees. chunk: T actions an event, all executed. network: "residual" (everything is one vector) or
-    "unet" (convolutions over the chunk's time axis). hidden: width; of a unet four times that of
-    its first level. blocks: residual blocks; of a unet levels. inputs: the observations it sees, in
-    this order; None: every one of the data set, in its order. Vectors [q] are taken as they are;
-    pictures [C,H,W] and point clouds [P,3] have an encoder each (see `_encoders`). shift: in
-    imitation, pictures are moved by up to so many pixels, at random. bottleneck, reconstruction:
-    weights of the encoders' own losses in imitation, as RL-100 has them (.001 and .5); 0 is
-    without. family: "vp" predicts epsilon on a squared-cosine table of `LEVELS` levels, its x0
-    clipped into the data's range: at the noisiest levels it divides by a tiny alpha. "flow"
-    predicts a velocity, and nothing is clipped: its x0 = x - t v has no such division, and
-    published flow policies act unclipped. "gaussian" says x0 itself and sees neither x nor t: with
-    chain {steps: 1, kernel: {name: floorstd, floor: s, kernel: {name: ddim, eta: 0.0}}, window: [0,
-    1]} it is the policy N(mu(what is seen), s^2), whose mean square is its -log-likelihood. A clip
-    of mu would only cut that one's gradient. train: "full", the only way it learns.
+    pretrained: folder of a saved one, whose settings then replace the ones here (all but shift and
+        prediction_type); None draws weights from torch's global generator in `initialise`.
+    history: observation frames it sees.
+    chunk: T actions an event, all executed.
+    network: "residual" (everything is one vector) or "unet" (convolutions over the chunk's time
+        axis).
+    hidden: width; of a unet four times that of its first level.
+    blocks: residual blocks; of a unet levels.
+    inputs: the observations it sees, in this order; None: every one of the data set, in its order.
+        Vectors [q] are taken as they are; pictures [C,H,W] and point clouds [P,3] have an encoder
+        each (see `_encoders`).
+    family: "vp" denoises along a squared-cosine table of `LEVELS` levels, its x0 clipped into the
+        data's range, whatever its head: at the noisiest levels epsilon divides by a tiny alpha, and
+        what "sample" says beyond the range of the data, or of a clipped teacher, is an error too.
+        "flow" clips nothing: x0 = x - t v has no such division, and published flow policies act
+        unclipped. "gaussian" says x0 itself and sees neither x nor t: with chain {steps: 1, kernel:
+        {name: floorstd, floor: s, kernel: {name: ddim, eta: 0.0}}, window: [0, 1]} it is the policy
+        N(mu(what is seen), s^2), whose mean square is its -log-likelihood. A clip of mu would only
+        cut that one's gradient.
+    prediction_type: meaning of the network's output (vp: epsilon, sample or v_prediction; flow:
+        velocity or sample; gaussian: sample); None: what the saved one says, and of a new one the
+        first of these. With another head than the saved one's the weights stay as they are, and
+        learn to say it.
+    train: "full", the only way it learns.
+    shift: in imitation, pictures are moved by up to so many pixels, at random.
+    bottleneck, reconstruction: weights of the encoders' own losses in imitation, as RL-100 has them
+        (.001 and .5); 0 is without.
+    device: where it lives.
     """
 
     pretrained: str | None = None
@@ -81,6 +100,7 @@ class MLP:
     blocks: int = 2
     inputs: list[str] | None = None
     family: Literal["vp", "flow", "gaussian"] = "vp"
+    prediction_type: Parametrisation | None = None
     train: Literal["full"] = "full"
     shift: int = 0
     bottleneck: float = 0.0
@@ -88,6 +108,8 @@ class MLP:
     device: str = "cpu"
     shapes: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict)
     action_dim: int = field(init=False, default=0)
+
+    acts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.device)
@@ -118,12 +140,10 @@ class MLP:
             raise ValueError(
                 f"policy.hidden {self.hidden} of a unet must be a multiple of {4 * networks.GROUPS}"
             )
-        outputs: dict[str, Parametrisation] = {
-            "vp": "epsilon",
-            "flow": "velocity",
-            "gaussian": "sample",
-        }
-        self.parametrisation: Parametrisation = outputs[self.family]
+        valid = HEADS[self.family]
+        self.parametrisation: Parametrisation = _head.choose(
+            self.prediction_type, valid[0], valid, f"an mlp of family {self.family}"
+        )
         vp = self.family == "vp"
         self.schedule: Schedule = VariancePreserving(squared_cosine(LEVELS)) if vp else Linear()
         self.clip: tuple[float, bool] | None = (1.0, True) if vp else None
@@ -189,6 +209,8 @@ class MLP:
         shapes = {name: tuple(shape) for name, shape in settings.pop("shapes").items()}
         action_dim = settings.pop("action_dim")
         settings.pop("shift", None)  # is of this run's imitation, not of the network
+        head = settings.pop("prediction_type", None)  # policies saved before it was a setting: none
+        self.prediction_type = self.prediction_type or head
         for name, value in settings.items():
             setattr(self, name, value)
         self._settle()
@@ -202,6 +224,7 @@ class MLP:
     def save(self, directory: Path) -> None:
         """Weights and statistics as safetensors; settings and shapes as json."""
         settings = {k: v for k, v in asdict(self).items() if k not in ("pretrained", "device")}
+        settings["prediction_type"] = self.parametrisation
         (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
         states = [(prefix, module.state_dict()) for prefix, module in self._modules()]
         weights = {
@@ -220,9 +243,13 @@ class MLP:
 
     # The chain's view
 
-    def grid(self, steps: int) -> Tensor:
-        """The schedule's own K+1 noise times."""
-        return self.schedule.grid(steps)
+    def grid(self, steps: int, start: float | None = None) -> Tensor:
+        """The schedule's own K+1 noise times, from ``start`` (None: the noisiest) to 0."""
+        return self.schedule.grid(steps, start)
+
+    def native_grid(self, steps: int) -> Tensor:
+        """The same as `grid`: no other library samples it."""
+        return self.grid(steps)
 
     def event_mask(self, pad: Tensor) -> None:
         """Everything counts: after an episode's end its last action is held."""

@@ -80,7 +80,7 @@ class Saved:
     @property
     def acts(self) -> bool:
         """True where its samples are chunks of actions (`ControlModel`)."""
-        return hasattr(leaf("models", self.policy["name"]), "event_mask")
+        return bool(leaf("models", self.policy["name"]).acts)
 
     def load(self) -> ChainPolicy:
         """The policy with its sampler and its parts."""

@@ -68,7 +68,10 @@ def make_policy(
     Raises `ConfigError` where sampler, parts and model do not fit together.
     """
     try:
-        grid = model.grid(sampler.steps)
+        if sampler.grid == "native":
+            grid = model.native_grid(sampler.steps)
+        else:
+            grid = model.grid(sampler.steps, sampler.start)
         built = Chain(model.schedule, grid, make_kernel(sampler.kernel), window=sampler.window)
         interval = sampler.guidance_interval or (0.0, float("inf"))
         policy = ChainPolicy(model, built, sampler.guidance, interval, sampler.negative_gradient)

@@ -5,7 +5,7 @@ from typing import Any
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make, settings
-from genpolicy.contracts.dataset import Dataset, Merged
+from genpolicy.contracts.dataset import Dataset, Merged, Pictures
 from genpolicy.contracts.model import ControlModel, require_fit
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import ControlTask, read_prompts
@@ -39,7 +39,7 @@ def load_rewards(rewards: WeightedRewards) -> None:
             raise ConfigError(str(error)) from None
 
 
-def make_data(raw: Mapping[str, Any] | Sequence[Any] | None) -> Dataset | None:
+def make_data(raw: Mapping[str, Any] | Sequence[Any] | None) -> Dataset | Pictures | None:
     """The data section: a data set, or a list of several that are learned from as one; a text in it
     is a LeRobotDataset's folder.
     """
@@ -52,8 +52,13 @@ def make_data(raw: Mapping[str, Any] | Sequence[Any] | None) -> Dataset | None:
     ]
     if not sections:
         raise ConfigError("the data section is an empty list: name a folder, or leave it out")
+    made = [make("datasets", section) for section in sections]
+    if any(isinstance(one, Pictures) for one in made):
+        raise ConfigError(
+            "data: several folders are learned from as one only where they hold episodes"
+        )
     try:
-        return Merged([make("datasets", section) for section in sections])
+        return Merged(made)
     except ValueError as error:
         raise ConfigError(f"data: {error}") from None
 
@@ -65,7 +70,7 @@ def control_model(
     it is new. Raises `ConfigError` where model and task do not fit.
     """
     model = make("models", section)
-    if not hasattr(model, "executed"):
+    if not model.acts:
         raise ConfigError(
             f"model {section['name']} has no actions: it can't act in a task of environments"
         )

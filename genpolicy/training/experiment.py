@@ -49,6 +49,7 @@ from genpolicy.training.requirements import (
     Needs,
     World,
     require_chain,
+    require_kind,
     require_sections,
 )
 from genpolicy.training.run import Method, Run
@@ -234,13 +235,14 @@ def prepare(
     world: World = "robots" if is_control(task) else "prompts"
     require_sections(name, needs, world, experiment.data is not None)
     data = make_data(experiment.data)
+    require_kind(world, data)
     # what every run has, and what the two worlds have each
     metrics, display = IterationMetrics(), Display(experiment, folder, processes.main)
     micro_batches = MicroBatches(experiment.micro_batch, display.say)
     seed, settings = experiment.seed, experiment.eval
     collector: Collector
     evaluator: Evaluator
-    if is_control(task):
+    if world == "robots":
         if experiment.reward:
             raise ConfigError(
                 f"task {experiment.task['name']} brings its own reward: leave the reward section"

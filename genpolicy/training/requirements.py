@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from genpolicy.config.errors import ConfigError
+from genpolicy.contracts.dataset import Dataset, Pictures
 from genpolicy.policy.parts.base import Base
 from genpolicy.policy.policy import ChainPolicy
 
@@ -37,6 +38,13 @@ def require_sections(name: str, needs: Needs, world: World, data: bool) -> None:
         raise ConfigError(
             f"method {name} learns from recorded examples: name them in the data section"
         )
+
+
+def require_kind(world: World, data: Dataset | Pictures | None) -> None:
+    """Raise `ConfigError` where the data are of the other world."""
+    if data is not None and isinstance(data, Pictures) != (world == "prompts"):
+        found = "pictures" if isinstance(data, Pictures) else "recorded episodes"
+        raise ConfigError(f"the data section names {found}, and the task is one of {world}")
 
 
 def require_chain(name: str, needs: Needs, policy: ChainPolicy) -> None:

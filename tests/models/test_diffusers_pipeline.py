@@ -593,12 +593,12 @@ def test_prompts_are_encoded_once(family, monkeypatch):
     monkeypatch.setattr(type(model.pipeline), "encode_prompt", counted)
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(K), DDIM(1.0)), guidance=2.0)
     condition = model.encode(Context([*GROUPED, "a green triangle"]))
-    assert len(calls) == 3
+    assert len(calls) == 1  # three new prompts at once
     trajectory = policy.sample(condition, noises(condition.prompts))
     policy.transition(trajectory, 1)
     model.decode(trajectory.x0)
     assert model.encode(Context(PROMPTS)).prompts == tuple(PROMPTS)
-    assert len(calls) == (3 if family == "flux" else 4)  # and the negative, once for all
+    assert len(calls) == (1 if family == "flux" else 2)  # and the negative, once for all
 
 
 def test_dropped_embeddings_are_encoded_again(monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from genpolicy.policy.best_of import QJudge
 from torch import Tensor
 
 from genpolicy.chain import Noise
@@ -20,7 +21,6 @@ from genpolicy.config.schema import ChainConfig
 from genpolicy.evaluation.samplers import PRESETS, variants
 from genpolicy.learning.critic import Critic, Support, pessimistic
 from genpolicy.models.mlp import MLP
-from genpolicy.policy.best_of import QJudge
 from genpolicy.policy.files import load, save_policy, saved
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import deployed_sampler, make_policy, require_trainable

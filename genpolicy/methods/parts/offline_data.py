@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genpolicy.chain.values import Condition
 from genpolicy.config.errors import ConfigError
+from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context
 from genpolicy.rollout.replay import Replay
@@ -57,7 +58,7 @@ class Experience:
         there are none.
         """
         if self._everything is None:
-            data = self.run.data
+            data = cast(Dataset | None, self.run.data)
             parts = [] if data is None else [Replay.of_dataset(data, self.model, self.cut_fails)]
             given = sum(map(len, parts))
             parts += [Replay.of_episodes(self.run.kept(i), self.cut_fails) for i in self.iterations]

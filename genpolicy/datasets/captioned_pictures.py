@@ -1,0 +1,88 @@
+"""Pictures with captions: a folder of image files and one metadata.jsonl, as the hub's tools write.
+
+Each line of metadata.jsonl is {"file_name": "0001.png", "text": "a red circle"}, file names relative
+to the folder.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from genpolicy.contracts.task import Context
+
+METADATA = "metadata.jsonl"
+
+
+@dataclass(eq=False)
+class CaptionedPictures:
+    """The pictures of a folder, as `genpolicy.contracts.dataset.Pictures`.
+
+    A picture of another size is scaled to cover ``height`` x ``width`` and cut around its middle.
+    """
+
+    root: str  # the folder
+    height: int  # pixels
+    width: int  # pixels
+    captions: tuple[str, ...] = field(init=False)
+    files: tuple[Path, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise ValueError(
+                f"height {self.height} and width {self.width} must be at least 1 pixel"
+            )
+        folder = Path(self.root)
+        metadata = folder / METADATA
+        if not metadata.is_file():
+            raise FileNotFoundError(
+                f"{self.root} is no folder of captioned pictures: no {METADATA}"
+            )
+        captions, files = [], []
+        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            name, caption = _entry(line, f"{metadata}, line {number}")
+            file = folder / name
+            if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
+                raise ValueError(f"{metadata}, line {number}: there is no file {name} in {folder}")
+            captions.append(caption)
+            files.append(file)
+        if not files:
+            raise ValueError(f"{metadata} names no picture")
+        self.captions, self.files = tuple(captions), tuple(files)
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return len(self.files)
+
+    def pictures(self, index: Tensor) -> tuple[Context, Tensor]:
+        """The captions and the pictures Float[B,3,H,W] in [0,1] of the rows ``index`` [B]."""
+        rows = index.tolist()
+        read = [self._read(self.files[row]) for row in rows]
+        empty = torch.zeros(0, 3, self.height, self.width)
+        return Context([self.captions[row] for row in rows]), torch.stack(read) if read else empty
+
+    def _read(self, file: Path) -> Tensor:
+        try:
+            with Image.open(file) as picture:
+                fitted = ImageOps.fit(picture.convert("RGB"), (self.width, self.height))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{file} is no picture that can be read: {error}") from None
+        return torch.from_numpy(np.array(fitted)).movedim(-1, 0).float() / 255
+
+
+def _entry(line: str, where: str) -> tuple[str, str]:
+    """The file name and the caption of one line."""
+    try:
+        entry = json.loads(line)
+        name, caption = entry["file_name"], entry["text"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{where}: it must be a JSON object with file_name and text") from None
+    if not isinstance(name, str) or not isinstance(caption, str):
+        raise ValueError(f"{where}: file_name and text must be text")
+    return name, caption
