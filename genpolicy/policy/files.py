@@ -88,6 +88,18 @@ class Saved:
         return make_policy(model, self.sampler, load_parts(self.policy, model))
 
 
+def completed(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy section with the head of the saved policy that it goes on from, where it names none:
+    some folders' own format can't say it.
+    """
+    folder, own = _origin(section), dict(section)
+    if folder is not None and (folder / SAMPLER).is_file():
+        head = _described(folder)["policy"].get("prediction_type")
+        if head is not None and own.get("prediction_type") is None:
+            own["prediction_type"] = head
+    return own
+
+
 def load_parts(section: Mapping[str, Any], model: Model) -> dict[str, Part]:
     """The parts of the saved policy that a policy section names, by name; none where it names none.
 

@@ -64,7 +64,7 @@ def make_data(raw: Mapping[str, Any] | Sequence[Any] | None) -> Dataset | Pictur
 
 
 def control_model(
-    section: Mapping[str, Any], task: ControlTask, data: Dataset | None
+    section: Mapping[str, Any], task: ControlTask, data: Dataset | Pictures | None
 ) -> ControlModel:
     """A model for a task of many decisions, given its shapes and statistics by the data set where
     it is new. Raises `ConfigError` where model and task do not fit.
@@ -75,7 +75,7 @@ def control_model(
             f"model {section['name']} has no actions: it can't act in a task of environments"
         )
     if model.pretrained is None:
-        if data is None:
+        if data is None or isinstance(data, Pictures):
             raise ConfigError(
                 "policy.pretrained is not set: a new policy needs the data section, which gives it shapes"
             )

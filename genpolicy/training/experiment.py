@@ -23,9 +23,9 @@ from genpolicy.config.errors import ConfigError, choice
 from genpolicy.config.leaves import make
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.reward import RewardError
-from genpolicy.contracts.task import Task, is_control
+from genpolicy.contracts.task import Task
 from genpolicy.evaluation import curves, metrics_file
-from genpolicy.policy.files import load_parts
+from genpolicy.policy.files import completed, load_parts
 from genpolicy.policy.sampler import make_policy, require_trainable
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.store import EpisodeStore
@@ -47,10 +47,10 @@ from genpolicy.training.prompt_collector import PromptCollector
 from genpolicy.training.rehearsal import Rehearsal
 from genpolicy.training.requirements import (
     Needs,
-    World,
     require_chain,
     require_kind,
     require_sections,
+    world_of,
 )
 from genpolicy.training.run import Method, Run
 
@@ -225,6 +225,7 @@ def prepare(
 
     rehearsal: records one iteration of each stage in the place of the loop.
     """
+    experiment = dataclasses.replace(experiment, policy=completed(experiment.policy))
     require_trainable(experiment.chain)
     torch.manual_seed(experiment.seed)
     if experiment.threads is not None:
@@ -232,7 +233,7 @@ def prepare(
     method = make("methods", experiment.method)
     task: Any = make("tasks", experiment.task)
     name, needs = str(experiment.method["name"]), required(method)
-    world: World = "robots" if is_control(task) else "prompts"
+    world = world_of(task)
     require_sections(name, needs, world, experiment.data is not None)
     data = make_data(experiment.data)
     require_kind(world, data)

@@ -1,10 +1,11 @@
 """What methods need of an experiment, and the sentences that tell what is missing."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.dataset import Dataset, Pictures
+from genpolicy.contracts.task import is_control
 from genpolicy.policy.parts.base import Base
 from genpolicy.policy.policy import ChainPolicy
 
@@ -26,6 +27,11 @@ class Needs:
     data: bool = False
     window: bool = False
     likelihoods: bool = False
+
+
+def world_of(task: Any) -> World:
+    """The world of a task: robots where it has environments, else prompts."""
+    return "robots" if is_control(task) else "prompts"
 
 
 def require_sections(name: str, needs: Needs, world: World, data: bool) -> None:
