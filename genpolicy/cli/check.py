@@ -1,4 +1,4 @@
-"""The verb check: tries the laws that a reward or a method from outside must keep, on small inputs."""
+"""The verb check: tries on small inputs the laws that a reward or a method must keep."""
 
 import contextlib
 import dataclasses
@@ -112,8 +112,8 @@ def _kind(entry: Any) -> str:
         return "reward"
     raise ConfigError(
         f"{getattr(entry, '__name__', entry)} is no leaf: a reward takes (outputs, context), "
-        "a method has train(run), a model encode, denoise and decode, a task reset or environments, "
-        "a data set rows, a kernel coefficients"
+        "a method has train(run), a model encode, denoise and decode, a task reset or "
+        "environments, a data set rows, a kernel coefficients"
     )
 
 
@@ -195,8 +195,8 @@ def brightness(outputs: Tensor, context: Context) -> Tensor:
 
 
 def _method_laws(dotted: str) -> Iterator[Verdict]:
-    """Trains one iteration on the toy, in one update: with a reward that teaches something, and with
-    one that does not.
+    """Trains one iteration on the toy, in one update: with a reward that teaches something, and
+    with one that does not.
     """
     fields = {field.name for field in dataclasses.fields(leaves.leaf("methods", dotted))}
     small = {"groups": 4, "group": 4, "episodes": 16, "updates": 1, "epochs": 1, "warm_up": 0}

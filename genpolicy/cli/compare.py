@@ -133,7 +133,8 @@ def _require_comparable(arms: Sequence[Arm]) -> None:
 
 
 def _shared(experiment: Experiment) -> dict[str, Any]:
-    """The settings that must be the same for a comparison to mean anything, by what they are called.
+    """The settings that must be the same for a comparison to mean anything, by what they are
+    called.
 
     Where a policy acts it is deployed with the mean of the kernel that it was trained with: that
     may differ, but not what a decision costs.

@@ -83,7 +83,7 @@ class Measured:
         }
 
     def difference(self, other: "Measured") -> dict[str, Any]:
-        """The numbers of this sampler minus the other's, on the same episodes, with 95 % intervals."""
+        """This sampler's numbers minus the other's, on the same episodes, with 95 % intervals."""
         mine, theirs = self.evaluation, other.evaluation
         pairs = {"return": (theirs.returns, mine.returns)}
         if mine.judged:
@@ -97,7 +97,7 @@ class Measured:
 
 
 def run(args: Namespace, found: Saved, out: Path) -> int:
-    """Evaluates the policy ``found`` as ``args`` say, or as its run did, and writes out/eval.json."""
+    """Evaluates the policy ``found`` as ``args`` say, or as its run did; writes out/eval.json."""
     made_by = parse.load(found.run / "config.yaml") if found.run is not None else None
     settings, side_by_side, task = EvalConfig(), Experiment.environments, {}
     if made_by is not None:
@@ -176,8 +176,8 @@ def _measure(
 
 @torch.no_grad()
 def _latency(policy: ChainPolicy, environments: Environments, seed: int) -> dict[str, float]:
-    """The latency of one decision for one robot: observation encoded, chain sampled, actions decoded
-    and brought to the CPU.
+    """The latency of one decision for one robot: observation encoded, chain sampled, actions
+    decoded and brought to the CPU.
     """
     context = environments.reset([0], [seed])
     row = torch.zeros(1, dtype=torch.long)
@@ -193,7 +193,7 @@ def _latency(policy: ChainPolicy, environments: Environments, seed: int) -> dict
 def _result(
     found: Saved, section: Mapping[str, Any], asked: Asked, measured: Sequence[Measured]
 ) -> dict[str, Any]:
-    """The contents of eval.json: the deployed sampler's numbers, and the others' under "samplers"."""
+    """The contents of eval.json: the deployed sampler's numbers, the others' under "samplers"."""
     deployed, *others = measured
     result = {
         "policy": found.where,
@@ -244,8 +244,8 @@ def _film(
     evaluation: ControlEvaluation,
     folder: Path,
 ) -> None:
-    """Writes GIFs of the first successes and failures, or of the first episodes where the task has no
-    verdict; each episode is played again, and its file is named by how it then ends.
+    """Writes GIFs of the first successes and failures, or of the first episodes where the task has
+    no verdict; each episode is played again, and its file is named by how it then ends.
     """
     kinds = (
         [evaluation.success > 0, evaluation.success == 0]

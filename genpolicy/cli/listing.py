@@ -20,7 +20,7 @@ def run(args: Namespace) -> int:
 
 
 def _listed(kind: str) -> Iterator[tuple[str, str]]:
-    """(name, first line of its description) of everything of a kind.
+    """The (name, first paragraph of its description) of everything of a kind.
 
     Leaves are read, not imported: some bring half a minute of libraries. Kernels and samplers,
     which need torch, are imported when they are asked for.
@@ -33,7 +33,7 @@ def _listed(kind: str) -> Iterator[tuple[str, str]]:
         from genpolicy.policy.sampler import kernels
 
         for name, entry in sorted(kernels().items()):
-            yield name, (entry.__doc__ or "").strip().partition("\n")[0]
+            yield name, _first_paragraph(entry.__doc__ or "")
     elif kind == "samplers":
         from genpolicy.evaluation.samplers import PRESETS
 
@@ -41,4 +41,9 @@ def _listed(kind: str) -> Iterator[tuple[str, str]]:
     else:
         for file in sorted((PACKAGE / kind).glob("[!_]*.py")):
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-            yield file.stem, text.partition("\n")[0]
+            yield file.stem, _first_paragraph(text)
+
+
+def _first_paragraph(text: str) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return " ".join(text.strip().partition("\n\n")[0].split())

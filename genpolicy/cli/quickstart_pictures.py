@@ -17,8 +17,8 @@ CONFIG = "quickstart"
 REWARD = "shapes_strict"
 """The reward whose share of ones is reported."""
 FRESH = 2_000_003
-"""The final measurement's noise has the seed FRESH + the run's seed, from which neither training nor
-its evaluations draw.
+"""The final measurement's noise has the seed FRESH + the run's seed, from which neither training
+nor its evaluations draw.
 """
 PER_CAPTION = 6
 """Pictures per held-out caption in the final measurement."""
@@ -79,7 +79,7 @@ def _measured(experiment: Experiment, out: Path, seed: int) -> tuple[Evaluation,
 
 
 def _print_and_write(before: Evaluation, after: Evaluation, out: Path) -> None:
-    """Reports the share of pictures drawn exactly right, its paired difference, and the diversity."""
+    """Reports the share of pictures drawn exactly right, its difference, and the diversity."""
     parts = before.parts[REWARD], after.parts[REWARD]
     captions = len(set(before.prompts))
     difference, low, high = paired(*parts, captions)

@@ -22,8 +22,8 @@ from genpolicy.training.rehearsal import Rehearsal
 CONFIG = "quickstart_robot"
 """The shipped configuration."""
 FRESH_STARTS = 5_000_000
-"""The final measurement's first reset seed is FRESH_STARTS + 1000 times the run's seed; nothing else
-uses these starts.
+"""The final measurement's first reset seed is FRESH_STARTS + 1000 times the run's seed; nothing
+else uses these starts.
 """
 EPISODES = 300
 """Episodes of the final measurement, per policy."""
@@ -84,7 +84,9 @@ def _play(policy: ChainPolicy, task: ControlTask, slots: int, first: int) -> Con
 
 
 def _print_and_write(found: Mapping[str, ControlEvaluation], out: Path, first: int) -> None:
-    """Reports each policy's success rate, and the paired difference of the trained one to the clone."""
+    """Reports each policy's success rate, and the paired difference of the trained one to the
+    clone.
+    """
     print(f"\nSuccess in {EPISODES} episodes from fresh starts [95 % interval]:")
     numbers: dict[str, Any] = {"n": EPISODES, "first_seed": first}
     for name, evaluation in found.items():

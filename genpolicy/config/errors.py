@@ -1,4 +1,4 @@
-"""Errors that are one sentence to the user, and the checks of a settings class, which raise them."""
+"""Errors that are one sentence to the user, and the checks of settings that raise them."""
 
 import difflib
 import math
@@ -35,7 +35,7 @@ def choice(what: str, value: Any, valid: Sequence[str]) -> None:
 
 
 def at_least(where: str, section: Any, **least: float) -> None:
-    """Raises unless every named field of ``section`` is None or a finite number of at least that."""
+    """Raises unless every named field of ``section`` is None or finite and at least that much."""
     for name, low in least.items():
         value = getattr(section, name)
         if value is not None and not low <= value < math.inf:

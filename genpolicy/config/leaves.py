@@ -50,7 +50,7 @@ def leaf(kind: str, name: str) -> Any:
 
 
 def settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaf's own settings, with shipped paths (assets/..., configs/..., robots/...) resolved."""
+    """The leaf's own settings, with shipped paths (assets/..., configs/...) resolved."""
     return {key: _resolve(value) for key, value in raw.items() if key != "name"}
 
 

@@ -69,8 +69,8 @@ def override(raw: dict[str, Any], dotted: str) -> None:
 
 
 def parse(raw: Mapping[str, Any]) -> Experiment:
-    """Decodes a raw mapping as an `Experiment`; unknown keys, wrong types and missing sections raise
-    `ConfigError`.
+    """Decodes a raw mapping as an `Experiment`; unknown keys, wrong types and missing sections
+    raise `ConfigError`.
     """
     raw = dict(raw)
     if isinstance(raw.get("reward"), str):

@@ -121,8 +121,8 @@ class EvalConfig:
 
 @dataclass
 class Experiment:
-    """One experiment, which is one YAML. Its resolved form is written to the run's folder and is the
-    file to resume from. The defaults are ours.
+    """One experiment, which is one YAML. Its resolved form is written to the run's folder and is
+    the file to resume from. The defaults are ours.
     """
 
     policy: dict[str, Any]  # a leaf of models/ and its settings

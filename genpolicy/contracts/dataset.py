@@ -70,8 +70,9 @@ class DatasetWriter(Protocol):
 
 @dataclass(eq=False)
 class Merged:
-    """The frames of ``parts``, one data set after the other, as a `genpolicy.contracts.dataset.Dataset`. Raises
-    `ValueError` where they do not show the same things or were recorded at different rates.
+    """The frames of ``parts``, one data set after the other, as a
+    `genpolicy.contracts.dataset.Dataset`. Raises `ValueError` where they do not show the same
+    things or were recorded at different rates.
 
     Statistics are those of all frames together (quantiles, which can't be had from the parts',
     their mean by frames). columns: what all parts have.
@@ -84,7 +85,8 @@ class Merged:
         for part in self.parts[1:]:
             if dict(part.shapes) != dict(first.shapes) or part.fps != first.fps:
                 raise ValueError(
-                    f"these data sets do not fit together: one has {_told(first)}, another {_told(part)}; record them alike"
+                    f"these data sets do not fit together: one has {_told(first)}, "
+                    f"another {_told(part)}; record them alike"
                 )
         self.shapes: Mapping[str, tuple[int, ...]] = first.shapes
         self.fps = first.fps

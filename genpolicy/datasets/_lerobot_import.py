@@ -1,4 +1,4 @@
-"""LeRobot's data sets, imported when needed (it takes seconds) and without noise."""
+"""Imports LeRobot's data sets when they are needed (it takes seconds) and without noise."""
 
 import importlib
 import logging
@@ -11,8 +11,8 @@ from genpolicy.config.errors import ConfigError
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars of `datasets`, and not the traceback of pages that torchcodec prints where FFmpeg is
-    missing (LeRobot then decodes videos with PyAV).
+    """Silences the bars of `datasets`, and the traceback of pages that torchcodec prints where
+    FFmpeg is missing (LeRobot then decodes videos with PyAV).
     """
     datasets = _needed("datasets")
     imports, barred = (
@@ -31,7 +31,7 @@ def quiet() -> Iterator[None]:
 
 
 def arrow() -> Any:
-    """pyarrow with its parquet files."""
+    """The module pyarrow, with its parquet files."""
     return _needed("pyarrow.parquet") and _needed("pyarrow")
 
 

@@ -1,4 +1,4 @@
-"""Demonstrations as a LeRobotDataset (v3), written whole or not at all."""
+"""Writes demonstrations as a LeRobotDataset (v3), whole or not at all."""
 
 import json
 import shutil
@@ -14,14 +14,14 @@ from genpolicy.contracts.task import ControlTask, Demonstration
 from genpolicy.datasets._lerobot_import import quiet
 
 MADE = "genpolicy.json"
-"""How the data set was made; beside LeRobot's own files in meta/, where it does not mind."""
+"""The file that says how the data set was made, beside LeRobot's own files in meta/."""
 
 
 @contextmanager
 def recording(
     out: Path, task: ControlTask, made: Mapping[str, Any]
 ) -> Iterator[Callable[[Demonstration], None]]:
-    """`genpolicy.contracts.dataset.DatasetWriter.recording`; ``made`` becomes meta/genpolicy.json."""
+    """Fills `genpolicy.contracts.dataset.DatasetWriter`; ``made`` becomes meta/genpolicy.json."""
     if out.exists():
         raise FileExistsError(f"{out} exists already: choose another folder, or delete it")
     staged = out.with_name(f".{out.name}.staged")
@@ -66,7 +66,7 @@ def _is_picture(name: str) -> bool:
 
 
 def _add(writing: Any, episode: Demonstration, instruction: str) -> None:
-    """One episode; "next.success" comes true with the last action of one that succeeded."""
+    """Adds one episode; "next.success" comes true with the last action of one that succeeded."""
     seen = {name: _frames(name, value) for name, value in episode.observation.items()}
     actions, rewards = episode.actions.numpy(), episode.rewards.numpy()
     for h in range(len(actions)):
@@ -84,5 +84,5 @@ def _add(writing: Any, episode: Demonstration, instruction: str) -> None:
 
 
 def _frames(name: str, value: Tensor) -> np.ndarray:
-    """Pictures in [0,1] as bytes, rounded: LeRobot would round down."""
+    """Converts pictures in [0,1] to bytes, rounded: LeRobot would round down."""
     return (value * 255).round().byte().numpy() if _is_picture(name) else value.numpy()

@@ -1,7 +1,7 @@
-"""A LeRobotDataset (v3): vectors are read into memory at once; pictures are decoded all together
-when the first row asks for them, or, where they would not fit into memory, whenever a row asks.
+"""A LeRobotDataset (v3) of recorded episodes, to learn from and to record.
 
-Vectors come straight from the parquet files, without importing lerobot; pictures come from
+Vectors are read into memory at once; pictures are decoded all together when the first row asks for
+them, or, where they would not fit into memory, whenever a row asks. Vectors come straight from the parquet files, without importing lerobot; pictures come from
 LeRobot's own reader.
 """
 
@@ -30,16 +30,13 @@ SUCCESS = "next.success"
 KEPT = 2**30
 """Bytes of decoded pictures that are kept, at most."""
 BOOKS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-"""What LeRobot adds to every data set."""
+"""Features that LeRobot adds to every data set."""
 
 
 @dataclass(eq=False)
 class LeRobotDataset:
-    """The frames of a data set's episodes, in order: the contract is `genpolicy.contracts.dataset.Dataset`.
-
-    root: the data set's folder. repo_id: its hub id instead (or where ``root`` is to be downloaded
-    from). episodes: those, or the first so many; default all. success_only: only episodes in which
-    "next.success" came true (the first so many are then counted among these).
+    """The frames of a data set's episodes, in order; it fills `genpolicy.contracts.dataset.Dataset`
+    and `genpolicy.contracts.dataset.DatasetWriter`.
 
     columns: every vector feature, name -> fp32 [F,*shape] of the F frames, "action", "next.reward"
     and "next.success" among them. episode [F]: the number of each frame's episode. stats: of
@@ -47,9 +44,11 @@ class LeRobotDataset:
     while recording.
     """
 
-    root: str | None = None
-    repo_id: str | None = None
+    root: str | None = None  # the data set's folder
+    repo_id: str | None = None  # its hub id instead, or where ``root`` is to be downloaded from
+    # numbers of episodes, or a count of which the first ones are taken; None takes all
     episodes: int | list[int] | None = None
+    # take only episodes in which "next.success" came true; a count is then among these
     success_only: bool = False
 
     def __post_init__(self) -> None:
@@ -70,9 +69,8 @@ class LeRobotDataset:
         order = np.argsort(table["index"].to_numpy(), kind="stable")
         episode = table["episode_index"].to_numpy()[order]
         succeeded = table[SUCCESS].to_numpy()[order] if SUCCESS in vectors else None
-        self._place = order[
-            np.isin(episode, self._chosen(episode, succeeded))
-        ]  # which rows of the files, in time
+        # rows of the files, in time
+        self._place = order[np.isin(episode, self._chosen(episode, succeeded))]
         self.columns = {
             name: _tensor(table[name], features[name]["shape"], self._place) for name in vectors
         }
@@ -122,8 +120,9 @@ class LeRobotDataset:
                 return Theirs(str(self.repo_id), root=self.root).root
             except Exception as error:  # LeRobot's, the hub's and the web client's share no class
                 raise OSError(
-                    f"{self.repo_id} can't be read from the hub (it is unreachable, gated, misspelt or no LeRobotDataset"
-                    " v3); log in with a token (hf auth login) or give root, a local folder"
+                    f"{self.repo_id} can't be read from the hub (it is unreachable, gated, "
+                    "misspelt or no LeRobotDataset v3); log in with a token (hf auth login) "
+                    "or give root, a local folder"
                 ) from error
 
     def _chosen(self, episode: np.ndarray, succeeded: np.ndarray | None) -> list[int]:
@@ -132,14 +131,16 @@ class LeRobotDataset:
         if self.success_only:
             if succeeded is None:
                 raise ValueError(
-                    f"success_only needs the feature {SUCCESS!r}, which {self._folder} does not have"
+                    f"success_only needs the feature {SUCCESS!r}, "
+                    f"which {self._folder} does not have"
                 )
             kept = np.unique(episode[succeeded.astype(bool)]).tolist()
         if isinstance(self.episodes, list):
             for number in self.episodes:
                 if number not in there:
                     raise ValueError(
-                        f"episodes has {number}; {self._folder} has episodes {there[0]} to {there[-1]}"
+                        f"episodes has {number}; "
+                        f"{self._folder} has episodes {there[0]} to {there[-1]}"
                     )
             kept = [number for number in kept if number in self.episodes]
         elif self.episodes is not None:
@@ -150,13 +151,14 @@ class LeRobotDataset:
             kept = kept[: self.episodes]
         if not kept:
             raise ValueError(
-                f"{self._folder}: no episode is left of {len(there)}; relax episodes or success_only"
+                f"{self._folder}: no episode is left of {len(there)}; "
+                "relax episodes or success_only"
             )
         return kept
 
     @cached_property
     def _tasks(self) -> dict[int, str]:
-        """LeRobot keeps the instructions as the index of a pandas table."""
+        """The instructions by number, which LeRobot keeps as the index of a pandas table."""
         import pandas
 
         tasks = pandas.read_parquet(self._folder / "meta" / "tasks.parquet")
@@ -170,7 +172,7 @@ class LeRobotDataset:
             return Theirs(self.repo_id or "local/dataset", root=self._folder)
 
     def _pictures(self, frames: Tensor) -> dict[str, Tensor]:
-        """Frames [B,history] of every camera, in [0,1]."""
+        """The pictures of frames [B,history] of every camera, in [0,1]."""
         if sum(math.prod(self.shapes[name]) for name in self.cameras) * len(self) <= KEPT:
             return {name: pictures[frames] / 255 for name, pictures in self._kept.items()}
         distinct, where = frames.unique(return_inverse=True)
@@ -181,8 +183,8 @@ class LeRobotDataset:
         return self._decoded(torch.arange(len(self)))
 
     def _decoded(self, frames: Tensor) -> dict[str, Tensor]:
-        """Every camera's pictures of some frames as bytes, uint8 [n,C,H,W]: LeRobot's reader gives
-        such bytes, over 255.
+        """Decodes every camera's pictures of some frames as bytes, uint8 [n,C,H,W]: LeRobot's
+        reader gives such bytes, over 255.
         """
         made = {
             name: torch.empty(len(frames), *self.shapes[name], dtype=torch.uint8)
@@ -221,7 +223,7 @@ class LeRobotDataset:
 
 
 def _info(folder: Path) -> dict[str, Any]:
-    """meta/info.json of a v3 data set."""
+    """Reads meta/info.json of a v3 data set."""
     if not folder.is_dir():
         raise FileNotFoundError(f"root {folder} does not exist")
     file = folder / INFO
@@ -251,8 +253,9 @@ def _check_whole(folder: Path, info: Mapping[str, Any]) -> None:
         counts = [_count(file) for file in _files(folder / part)]
         if not counts or None in counts or sum(filter(None, counts)) != info[total]:
             raise ValueError(
-                f"{folder} is incomplete: its recording was cut off before LeRobotDataset.finalize(), so that {part}"
-                f" can't be read as {info[total]} {total.removeprefix('total_')}; record it again"
+                f"{folder} is incomplete: its recording was cut off before "
+                f"LeRobotDataset.finalize(), so that {part} can't be read as {info[total]} "
+                f"{total.removeprefix('total_')}; record it again"
             )
 
 
@@ -261,7 +264,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _count(file: Path) -> int | None:
-    """Rows of a parquet file, None if it was never closed."""
+    """The number of rows of a parquet file, None if it was never closed."""
     try:
         return arrow().parquet.read_metadata(file).num_rows
     except arrow().ArrowInvalid:
@@ -269,8 +272,8 @@ def _count(file: Path) -> int | None:
 
 
 def _table(folder: Path, columns: Sequence[str]) -> Any:
-    """These columns of all files as one pyarrow table. Raises with the names of those that are
-    missing.
+    """Reads these columns of all files as one pyarrow table. Raises with the names of those that
+    are missing.
     """
     parquet = arrow().parquet
     files = _files(folder)
@@ -282,11 +285,10 @@ def _table(folder: Path, columns: Sequence[str]) -> Any:
 
 
 def _tensor(column: Any, shape: Iterable[int], rows: np.ndarray) -> Tensor:
-    """A column of numbers, or of (nested) lists of them, as fp32 [len(rows),*shape]."""
+    """Converts a column of numbers, or of (nested) lists of them, to fp32 [len(rows),*shape]."""
     array = column.combine_chunks()
-    while hasattr(array, "storage") or hasattr(
-        array, "flatten"
-    ):  # an extension type (a matrix), lists
+    # an extension type (a matrix) has a storage, a list is flattened
+    while hasattr(array, "storage") or hasattr(array, "flatten"):
         array = array.storage if hasattr(array, "storage") else array.flatten()
     values = array.to_numpy(zero_copy_only=False).astype(np.float32)
     return torch.from_numpy(values.reshape(len(column), *shape)[rows])
@@ -302,7 +304,9 @@ def _shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _statistics(values: Tensor) -> dict[str, Tensor]:
-    """Over the first dim of [F,*shape], computed in fp64; std is the population's, as LeRobot's."""
+    """The statistics over the first dim of [F,*shape], in fp64; std is the population's, as
+    LeRobot's.
+    """
     wide = values.double().numpy()
     low, high = np.quantile(wide, [0.01, 0.99], axis=0)
     found = (wide.min(0), wide.max(0), wide.mean(0), wide.std(0), low, high)

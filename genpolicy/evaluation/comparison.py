@@ -201,8 +201,8 @@ def _interval(entry: Mapping[str, Any]) -> str:
 
 
 def figure(runs: Sequence[Finished], table: Mapping[str, Any], path: Path) -> None:
-    """Draws evaluations, training, clipped shares, and the diversity that the reward cost; one colour
-    per arm.
+    """Draws evaluations, training, clipped shares, and the diversity that the reward cost; one
+    colour per arm.
     """
     arms = list(table["arms"])
     colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}

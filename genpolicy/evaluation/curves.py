@@ -25,7 +25,7 @@ Panel = tuple[str, Callable[["Axes"], None]]
 
 
 def figures(folder: Path) -> None:
-    """Draws figures/curves.png from metrics.jsonl: what is learned, what updates do, what it costs."""
+    """Draws figures/curves.png from metrics.jsonl: learning, updates and costs."""
     metrics, xlabel = by_experience(read(folder))
     save_panels(_panels(metrics), folder / "figures" / "curves.png", xlabel=xlabel)
 
@@ -96,8 +96,8 @@ def curve(
 def evaluation(
     axes: "Axes", metrics: Sequence[Mapping[str, Any]], key: str, label: str, colour: str
 ) -> None:
-    """Draws an evaluation's points, the one before training included, with their 95 % intervals where
-    there are some.
+    """Draws an evaluation's points, the one before training included, with their 95 % intervals
+    where there are some.
     """
     x, y = series(metrics, f"eval/{key}")
     band = series(metrics, f"eval/ci95/{key.removeprefix('reward/')}")[1]

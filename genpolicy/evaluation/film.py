@@ -61,7 +61,8 @@ def film(
     seed: int,
     episodes: Sequence[int],
 ) -> list[Film]:
-    """Plays these episodes of the evaluation from ``seed`` (see `evaluate_control`) before a camera.
+    """Plays these episodes of the evaluation from ``seed`` (see `evaluate_control`) before a
+    camera.
 
     Raises what `Environments.render` raises where there is no camera.
     """
@@ -94,8 +95,8 @@ def film(
 
 
 def save(films: Mapping[str, Film], path: Path) -> None:
-    """Writes a GIF of one film, or of several side by side, each with its name and outcome below and
-    in its outcome's colour.
+    """Writes a GIF of one film, or of several side by side, each with its name and outcome below
+    and in its outcome's colour.
     """
     shots = list(films.values())
     length = max(len(shot.frames) for shot in shots)
@@ -160,7 +161,9 @@ def _beside(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def _gif(sheets: Sequence[Image.Image], pauses: Sequence[int]) -> bytes:
-    """Encodes a GIF with one palette and no dithering: what does not move stays the same, and small."""
+    """Encodes a GIF with one palette and no dithering: what does not move stays the same, and
+    small.
+    """
     palette = _beside([sheets[0], sheets[-1]]).quantize(COLOURS)
     first, *others = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
     file = io.BytesIO()

@@ -49,8 +49,8 @@ def before_after(
     rewards: tuple[Tensor, Tensor] | None = None,
     columns: int = 4,
 ) -> None:
-    """Draws pairs from the same prompt and noise: before on the left, after on the right, the prompt
-    below.
+    """Draws pairs from the same prompt and noise: before on the left, after on the right, the
+    prompt below.
 
     rewards: ([B], [B]), drawn beside the prompt as "before → after" and as the frames' colour:
     green where the reward is over the middle of what occurs, orange below.
@@ -137,7 +137,9 @@ def font() -> ImageFont.FreeTypeFont:
 
 
 def _wrapped(text: str, width: int, most: int) -> list[str]:
-    """``text`` in at most ``most`` lines of ``width`` pixels; what does not fit ends in an ellipsis."""
+    """``text`` in at most ``most`` lines of ``width`` pixels; what does not fit ends in an
+    ellipsis.
+    """
     face, lines = font(), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

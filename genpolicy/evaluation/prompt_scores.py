@@ -65,9 +65,9 @@ def evaluate(
     micro_batches: MicroBatches | None = None,
     shown: int = SHOWN,
 ) -> Evaluation:
-    """Samples ``samples`` outputs, prompt i mod P each, and scores them. Noise is named by prompt and
-    repetition: any batch size and any number of processes (``process`` = (index, count), ``gather``
-    concatenates rows of all) draw the same samples.
+    """Samples ``samples`` outputs, prompt i mod P each, and scores them. Noise is named by prompt
+    and repetition: any batch size and any number of processes (``process`` = (index, count),
+    ``gather`` concatenates rows of all) draw the same samples.
     """
     index, count = process
     share = math.ceil(samples / count)

@@ -94,7 +94,7 @@ def _variant(name: str, found: Saved) -> Variant:
 
 
 def _trained(name: str, found: Saved) -> ChainConfig:
-    """The sampler that the policy was trained with: the run's, or the one whose mean is deployed."""
+    """The sampler that the policy was trained with: its run's, or the one whose mean is saved."""
     if found.run is not None:
         return parse.load(found.run / "config.yaml").chain
     if found.sampler.kernel["name"] == "mean":

@@ -88,8 +88,9 @@ def demonstrate(
             bar.set_postfix_str(f"{done.tried} tried")
         if done.episodes < episodes:
             raise ConfigError(
-                f"the expert succeeded in {done.episodes} of {done.tried} episodes, {episodes} were "
-                "asked for: lower noise, choose another seed, or raise the task's time limit"
+                f"the expert succeeded in {done.episodes} of {done.tried} episodes, "
+                f"{episodes} were asked for: lower noise, choose another seed, "
+                "or raise the task's time limit"
             )
         made.update(asdict(done))
     return done

@@ -1,4 +1,4 @@
-"""An expert's episode, noised and recorded."""
+"""Records an expert's episode, with noise on what it does."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +20,8 @@ def record(
 ) -> Demonstration:
     """Plays ``expert`` from this seed until success, the episode's end or ``limit`` steps.
 
-    Its action is clipped to the action space, given Gaussian noise of ``std`` (a number, or one an
-    action dim; a pure function of the seed), clipped again, and recorded as executed.
+    Its action is clipped to the action space, given Gaussian noise of ``std`` (a number, or one
+    per action dimension; a pure function of the seed), clipped again, and recorded as executed.
     """
     low, high = simulation.action_space.low, simulation.action_space.high
     noise = np.random.Generator(np.random.Philox(key=seed))

@@ -20,12 +20,12 @@ from genpolicy.tasks._workers import Worker
 
 
 class Environments:
-    """`genpolicy.contracts.task.Environments` of simulations that ``make`` makes.
+    """The `genpolicy.contracts.task.Environments` of simulations that ``make`` makes.
 
     A decision is a chunk of actions, clipped to the action space and taken one by one until it or
     the episode ends; an episode of ``limit`` environment steps is truncated. history: of
     environment steps, not of decisions. workers: processes that share the slots (slot s belongs to
-    s mod workers), so that a decision costs one message a process; 0 simulates here.
+    s mod workers), so that a decision costs one message per process; 0 simulates here.
     gymnasium.vector steps every environment at once and one action at a time, a message each. With
     workers ``make`` must pickle, and an exception in one is raised here.
     """
@@ -76,7 +76,7 @@ class Environments:
         )
 
     def render(self, slot: int) -> np.ndarray:
-        """What a camera sees, uint8 [H,W,3]."""
+        """The picture that a camera sees, uint8 [H,W,3]."""
         share, place = slot % len(self._shares), slot // len(self._shares)
         return self._shares[share].ask("render", place)()
 
@@ -86,8 +86,8 @@ class Environments:
             share.close()
 
     def _spread(self, verb: str, slots: Sequence[int], rows: Any) -> tuple[np.ndarray, list[Any]]:
-        """Every share's answer for its rows, and where each of the n rows stands in their
-        concatenation.
+        """Asks every share for its rows; returns where each of the n rows stands in the answers'
+        concatenation, and the answers.
         """
         shares = len(self._shares)
         mine = [
@@ -123,7 +123,7 @@ def _join(parts: Sequence[np.ndarray], order: np.ndarray) -> np.ndarray:
 
 
 def _answers(asked: Sequence[Callable[[], Any]]) -> list[Any]:
-    """All the answers, so that none is left in a pipe; then the first exception, if there was one."""
+    """Takes all answers, so that none stays in a pipe; then raises the first exception, if any."""
     answers: list[Any] = []
     failed: Exception | None = None
     for answer in asked:

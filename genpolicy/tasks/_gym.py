@@ -45,14 +45,15 @@ class Gym:
             or len(self.action_space.shape) != 1
         ):
             raise ConfigError(
-                f"{LEAF}: {env} takes actions {self.action_space}; they must be a Box of one dimension"
+                f"{LEAF}: {env} takes actions {self.action_space}; "
+                "they must be a Box of one dimension"
             )
         self.reports_success = False
 
     @property
     def fps(self) -> int:
-        """Environment steps a second: what the environment draws at, or its time step's inverse, or
-        1.
+        """Environment steps per second: the rate that the environment draws at, or its time step's
+        inverse, or 1.
         """
         rate = self._env.metadata.get("render_fps")
         return round(rate or 1 / getattr(self._env.unwrapped, "dt", 1))

@@ -14,7 +14,7 @@ SEED = 0
 SPHERE, CAPSULE, CYLINDER, BOX, MESH = 2, 3, 5, 6, 7
 """MuJoCo's kinds of geom that points can be drawn on."""
 SPARE = 4
-"""Points drawn for each one asked: some will be outside the workspace."""
+"""Points drawn per point asked for: some will be outside the workspace."""
 
 
 class Surface:
@@ -39,10 +39,10 @@ class Surface:
     def points(
         self, geom_xpos: np.ndarray, geom_xmat: np.ndarray, low: np.ndarray, high: np.ndarray
     ) -> np.ndarray:
-        """Where they are, [count,3]: the first ones of the drawn that lie in the box, again from
-        the start if too few do.
+        """The places of the points, [count,3]: the first ones of the drawn that lie in the box,
+        again from the start if too few do.
 
-        Where none does, all are at the box's nearest points. geom_xpos [G,3] and geom_xmat [G,9] of
+        If none does, all are at the box's nearest points. geom_xpos [G,3] and geom_xmat [G,9] of
         the whole model.
         """
         turned = np.einsum("nij,nj->ni", geom_xmat[self._geom].reshape(-1, 3, 3), self._local)
@@ -54,14 +54,14 @@ class Surface:
 
 
 def ball(centre: np.ndarray, radius: float, count: int) -> np.ndarray:
-    """``count`` points all around a sphere, [count,3], always at the same places of it: a marker."""
+    """``count`` points all around a sphere, [count,3], always at the same places: a marker."""
     direction = np.random.default_rng(SEED).standard_normal((count, 3))
     return centre + radius * direction / np.linalg.norm(direction, axis=1, keepdims=True)
 
 
 def area(model: Any, geom: int) -> float:
-    """Of a geom's surface, square metres. Raises `ValueError` for one that has no end or is
-    unknown.
+    """The area of a geom's surface, square metres. Raises `ValueError` for one that has no end or
+    is unknown.
     """
     a, b, c = model.geom_size[geom]
     kind = model.geom_type[geom]
@@ -79,7 +79,7 @@ def area(model: Any, geom: int) -> float:
 
 
 def on_surface(model: Any, geom: int, count: int, draw: np.random.Generator) -> np.ndarray:
-    """Uniform on a geom's surface, in its own frame: [count,3], metres."""
+    """Draws points uniformly on a geom's surface, in its own frame: [count,3], metres."""
     a, b, c = model.geom_size[geom]
     kind = model.geom_type[geom]
     if kind == MESH:
@@ -92,10 +92,8 @@ def on_surface(model: Any, geom: int, count: int, draw: np.random.Generator) -> 
     if kind == BOX:
         at = draw.uniform(-1, 1, (count, 3)) * (a, b, c)
         faces = np.array([b * c, c * a, a * b])
-        axis, side = (
-            draw.choice(3, size=count, p=faces / faces.sum()),
-            draw.choice((-1, 1), size=count),
-        )
+        axis = draw.choice(3, size=count, p=faces / faces.sum())
+        side = draw.choice((-1, 1), size=count)
         at[np.arange(count), axis] = side * np.array([a, b, c])[axis]
         return at
     direction = draw.standard_normal((count, 3))
@@ -114,16 +112,12 @@ def on_surface(model: Any, geom: int, count: int, draw: np.random.Generator) -> 
 
 
 def _triangles(model: Any, geom: int) -> np.ndarray:
-    """A mesh's, [faces,3,3]."""
+    """The corners of a mesh's triangles, [faces,3,3]."""
     mesh = model.geom_dataid[geom]
     faces = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
     return model.mesh_vert[model.mesh_vertadr[mesh] + model.mesh_face[faces]].astype(np.float64)
 
 
 def _triangle_areas(corners: np.ndarray) -> np.ndarray:
-    return (
-        np.linalg.norm(
-            np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1
-        )
-        / 2
-    )
+    first, second = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
+    return np.linalg.norm(np.cross(first, second), axis=1) / 2

@@ -45,9 +45,7 @@ class Pushing:
 
     def _frame(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         seen = frame(observation)
-        if (
-            self._pixels
-        ):  # as its own pixel observations are drawn: 96 x 96, without the action's cross
+        if self._pixels:  # as its own pixel observations: 96 x 96, without the action's cross
             seen[IMAGES + "top"] = self.world._render().transpose(2, 0, 1).copy()
         return seen
 

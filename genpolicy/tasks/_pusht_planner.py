@@ -5,7 +5,8 @@ A push starts at a point of the ring that the disc's centre can go along without
 goes straight along the inward normal, turned by an angle. One simulation of it scores all its
 lengths:
 
-    score = root mean square over the T's corners |corner - where it belongs| [pixels] + PRICE * steps that it takes
+    score = root mean square over the T's corners |corner - where it belongs| [pixels]
+            + PRICE * steps that it takes
 
 The best of `SAMPLES` random pushes are refined `ROUNDS` times by small changes; then the way to
 each is priced too. The disc goes there on the shortest path around the T. Every push is planned
@@ -21,8 +22,9 @@ import shapely
 from scipy.sparse.csgraph import shortest_path
 
 SAMPLES, ROUNDS, PARENTS, CHILDREN = 150, 2, 6, 6
+"""Random pushes per plan; rounds of refinement, pushes refined in each, and changes to each."""
 FINALISTS = 20
-"""Pushes whose way there is looked at."""
+"""Pushes for which the way to their start is priced."""
 TURN = 0.3
 """Radians (std) between a random push and the normal."""
 CHANGE = np.array([0.01, 0.08])
@@ -36,7 +38,7 @@ GAP, MARGIN = 6.0, 8.0
 cuts corners.
 """
 WALKS, PUSH = (25.0, 12.0, 6.0), 10.0
-"""Pixels a step: on the way, from bold to careful, and while pushing."""
+"""Pixels per step: on the way, from bold to careful, and while pushing."""
 SETTLE = 3
 """Steps in which the disc comes to rest: it follows its target like a critically damped spring of
 10/s.
@@ -46,15 +48,13 @@ REACH, ERRORS, LONGEST = 30.0, 2.5, 150.0
 
 
 class Push(NamedTuple):
-    """A simulated push: its score, its place on the ring and its turn [2], where it starts [2],
-    which way [2], how far.
-    """
+    """A simulated push."""
 
-    score: float
-    knobs: np.ndarray
-    start: np.ndarray
-    direction: np.ndarray
-    length: float
+    score: float  # pixels; the less, the better
+    knobs: np.ndarray  # [2], its place on the ring (share of its length) and its turn (radians)
+    start: np.ndarray  # [2], pixels
+    direction: np.ndarray  # [2], of length 1
+    length: float  # pixels
 
 
 class Planner:
@@ -96,9 +96,8 @@ class Planner:
         ways = self._ways(tee, disc, [push.start for push in pushes])
         prices = [p.score + PRICE * way[0] / WALKS[0] for p, way in zip(pushes, ways, strict=True)]
         best = int(np.argmin(prices))
-        if not np.isfinite(
-            prices[best]
-        ):  # the T stands in the way of everything: change the situation
+        if not np.isfinite(prices[best]):
+            # the T stands in the way of everything: change the situation
             return [self._draw.uniform(0.1, 0.9, 2) * self._size] * (2 * SETTLE)
         push = pushes[best]
         end = push.start + push.length * push.direction
@@ -109,7 +108,7 @@ class Planner:
     # Pushes
 
     def _push(self, tee: Any, pose: np.ndarray, knobs: Sequence[float] | np.ndarray) -> Push:
-        """Simulates a push, and cut it where its score is least; it is infinite for what starts or
+        """Simulates a push, and cuts it where its score is least; it is infinite for what starts or
         ends outside.
         """
         ring = tee.buffer(self._radius + GAP).exterior
@@ -158,9 +157,8 @@ class Planner:
             (self._thought.block, pose[:2], pose[2]),
             (self._thought.agent, disc, 0.0),
         ):
-            body.angle = (
-                angle  # first: it turns about the centre of gravity, and so moves the place
-            )
+            # the angle first: it turns about the centre of gravity, and so moves the place
+            body.angle = angle
             body.position, body.velocity, body.angular_velocity = tuple(place), (0, 0), 0
             self._thought.space.reindex_shapes_for_body(body)
 
@@ -169,8 +167,8 @@ class Planner:
     def _ways(
         self, tee: Any, disc: np.ndarray, ends: list[np.ndarray]
     ) -> list[tuple[float, list[np.ndarray]]]:
-        """To each end the length, inf where there is none, and the points of the shortest way that
-        leaves the T alone: through the corners of a visibility graph.
+        """The shortest ways, each to one of ``ends``: its length, inf where there is none, and the
+        points of a way that leaves the T alone: through the corners of a visibility graph.
         """
         near = tee.buffer(self._radius + GAP / 2)
         corners = _array(tee.buffer(self._radius + GAP + MARGIN, quad_segs=2).exterior)[:-1]
@@ -214,14 +212,14 @@ class Planner:
 
 
 def moved(points: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """A body's points [n,2] in the world, for poses (x, y, angle) [...,3]: [...,n,2]."""
+    """Moves a body's points [n,2] into the world, for poses (x, y, angle) [...,3]: [...,n,2]."""
     c, s = np.cos(pose[..., 2, None]), np.sin(pose[..., 2, None])
     x, y = points.T
     return np.stack([c * x - s * y, s * x + c * y], -1) + pose[..., None, :2]
 
 
 def rms(errors: np.ndarray) -> np.ndarray:
-    """Root mean square length of errors [...,n,2]: [...]."""
+    """The root mean square length of errors [...,n,2]: [...]."""
     return np.sqrt((errors**2).sum(-1).mean(-1))
 
 

@@ -24,13 +24,13 @@ is open.
 PICTURE = 240
 """Height and width of what `render` draws, in pixels."""
 CAMERA = {"lookat": (0.0, 0.65, 0.15), "distance": 1.35, "azimuth": 135.0, "elevation": -30.0}
-"""From behind the arm's shoulder, metres and degrees: doors and shelves show their fronts.
+"""A view from behind the arm's shoulder, metres and degrees: doors and shelves show their fronts.
 MetaWorld's own cameras at the corners are upside down.
 """
-
 DRAWS = 1000
-"""So many starts are drawn in search of one in which object and goal are apart."""
+"""Starts that are drawn, at most, in search of one in which object and goal are apart."""
 GRIPPER = frozenset(("hand", "leftpad", "rightpad", "leftclaw", "rightclaw"))
+"""Bodies that a cloud shows as the gripper."""
 ELSEWHERE = BEHIND | {
     "world",
     "tablelink",
@@ -44,7 +44,7 @@ ELSEWHERE = BEHIND | {
 WORKSPACE = np.array([-0.45, 0.35, -0.05]), np.array([0.45, 1.0, 0.45])
 """Corners of the box that a cloud shows, metres."""
 GRIPPER_SHARE, GOAL_SHARE = 4, 16
-"""One point in so many is the gripper's, the goal's; the rest are the objects'."""
+"""One point of 4 is the gripper's, one of 16 the goal's; the rest are the objects'."""
 
 
 def catalogue() -> dict[str, Any]:
@@ -95,10 +95,8 @@ class Sawyer:
         # The bounds of what is seen were cached when the goal was still hidden; step() would clip
         # the goal to 0.
         world.__dict__.pop("sawyer_observation_space", None)
-        world._freeze_rand_vec, world.seeded_rand_vec = (
-            False,
-            True,
-        )  # objects and goal are drawn from the seed
+        # objects and goal are drawn from the seed
+        world._freeze_rand_vec, world.seeded_rand_vec = False, True
         world._set_task_called = True  # nothing else of a task is needed
         world.max_path_length = np.inf  # the limit is kept outside
         if spread < 1:
@@ -123,9 +121,8 @@ class Sawyer:
         self._world.seed(seed)
         self._forgotten, self._draws = True, 0
         observation, _ = self._world.reset()
-        if (
-            self._see != "state"
-        ):  # tasks move fixtures after the last forward pass; the next step would have them in place
+        if self._see != "state":
+            # tasks move fixtures after the last forward pass; the next step would put them in place
             library("mujoco", "task metaworld").mj_kinematics(self._world.model, self._world.data)
         return self._frame(observation), {}
 
@@ -136,9 +133,9 @@ class Sawyer:
         return self._frame(observation), reward, success, False, {"success": success}
 
     def _settled_once(self, *steps: int) -> None:
-        """MetaWorld's reset() sets everything up twice, the second time from nothing: of the first
-        only the model and the random numbers are kept, and the fifty steps in which the hand comes
-        to rest are half of what a reset costs.
+        """Lets the hand come to rest in the second half of a reset only: those fifty steps are half
+        of what a reset costs. MetaWorld's reset() sets everything up twice, the second time from
+        nothing: of the first only the model and the random numbers are kept.
         """
         if self._forgotten:
             self._forgotten, self._world.init_tcp = False, self._world.tcp_center
@@ -146,13 +143,14 @@ class Sawyer:
             self._settle(*steps)
 
     def _apart(self) -> np.ndarray:
-        """A start. Tasks draw until object and goal are far enough apart, which in too small a part
-        of the range never comes.
+        """Draws a start. Tasks draw until object and goal are far enough apart, which never happens
+        in too small a part of the range: then raises `ConfigError`.
         """
         self._draws += 1
         if self._draws > DRAWS:
             raise ConfigError(
-                f"task metaworld: spread is too small for {self._env}, whose object and goal would be too close; raise it"
+                f"task metaworld: spread is too small for {self._env}, "
+                "whose object and goal would be too close; raise it"
             )
         return self._draw()
 
@@ -192,7 +190,7 @@ class Sawyer:
 
 
 def touching(world: Any, geom: int) -> bool:
-    """Whether both pads of the gripper press on a geom: MetaWorld's own `touching_object` without
+    """Tells if both pads of the gripper press on a geom: MetaWorld's own `touching_object` without
     an object for every contact, which was a third of a step.
     """
     data = world.data

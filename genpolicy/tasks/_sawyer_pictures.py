@@ -15,8 +15,8 @@ from genpolicy.config.errors import RenderError
 from genpolicy.tasks._simulators import library
 
 VIEW = {"lookat": (0.0, 0.68, 0.05), "distance": 0.8, "azimuth": -90.0, "elevation": -65.0}
-"""Steeply from above the table's far side, metres and degrees: the arm comes from the picture's top
-and hides little.
+"""A view steeply from above the table's far side, metres and degrees: the arm comes from the
+picture's top and hides little.
 """
 UNSEEN = 5
 """A geom group that is not drawn."""
@@ -29,17 +29,17 @@ FLAT = ("mjRND_SHADOW", "mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_FOG", "mjRND_
 
 
 class Moment(NamedTuple):
-    """Where everything is: of each geom and each light, and the goal [3]. Metres."""
+    """The poses of everything, in metres: of G geoms and L lights, and the goal."""
 
-    geom_xpos: np.ndarray
-    geom_xmat: np.ndarray
-    light_xpos: np.ndarray
-    light_xdir: np.ndarray
-    goal: np.ndarray
+    geom_xpos: np.ndarray  # [G,3]
+    geom_xmat: np.ndarray  # [G,9]
+    light_xpos: np.ndarray  # [L,3]
+    light_xdir: np.ndarray  # [L,3]
+    goal: np.ndarray  # [3]
 
 
 def moment(world: Any) -> Moment:
-    """The present one of a MetaWorld environment."""
+    """The present moment of a MetaWorld environment."""
     poses = {name: getattr(world.data, name).copy() for name in Moment._fields[:-1]}
     return Moment(goal=world._target_pos.copy(), **poses)
 
@@ -89,7 +89,7 @@ _studios: dict[tuple[str, int], Studio] = {}
 
 
 def studio(env: str, model: Any, size: int) -> Studio:
-    """The one of this task in this process: its meshes take a third of a second to load."""
+    """The studio of this task in this process: its meshes take a third of a second to load."""
     if (env, size) not in _studios:
         _studios[env, size] = Studio(model, size)
     return _studios[env, size]

@@ -1,4 +1,4 @@
-"""Simulators are brought in late, and so that they can draw without a screen."""
+"""Imports simulators late, and so that they can draw without a screen."""
 
 import contextlib
 import ctypes.util
@@ -14,8 +14,8 @@ from genpolicy.config.errors import ConfigError
 
 
 def library(module: str, needed_by: str) -> ModuleType:
-    """Imports a module of the extra `robots`; where it is missing raise `ConfigError` with the
-    command to run.
+    """Imports a module of the extra `robots`; where it is missing, raises `ConfigError` with
+    the command to run.
 
     Where there is no screen but EGL, MuJoCo is told to draw with it. It reads that once, when it is
     first imported, and fails to import where EGL is named but missing.
@@ -27,7 +27,8 @@ def library(module: str, needed_by: str) -> ModuleType:
             return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"{needed_by} needs {module.partition('.')[0]}: pip install 'genpolicy[robots]' ({error})"
+            f"{needed_by} needs {module.partition('.')[0]}: "
+            f"pip install 'genpolicy[robots]' ({error})"
         ) from error
 
 
@@ -39,7 +40,7 @@ def _only_egl() -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without pygame's greeting and its warning of its own imports."""
+    """Silences pygame's greeting and its warning of its own imports."""
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "pkg_resources is deprecated")

@@ -12,11 +12,11 @@ import numpy as np
 from genpolicy.config.errors import RenderError
 
 Frame = Mapping[str, np.ndarray]
-"""What is seen at one moment: float32 in raw units, images uint8 [C,H,W]."""
+"""The observation of one moment: float32 in raw units, images uint8 [C,H,W]."""
 
 
 class Simulation(Protocol):
-    """One simulated world, as Gymnasium has it, with `Frame` observations and ``info["success"]``."""
+    """One simulated world, as Gymnasium has it, with `Frame` observations and info["success"]."""
 
     action_space: Any
 
@@ -30,7 +30,7 @@ class Simulation(Protocol):
 
 
 class Taken(NamedTuple):
-    """`genpolicy.contracts.task.TaskStep` in numpy; seen: name -> [n,history,*shape]."""
+    """A `genpolicy.contracts.task.TaskStep` in numpy; seen: name -> [n,history,*shape]."""
 
     seen: dict[str, np.ndarray]
     rewards: np.ndarray
@@ -75,7 +75,8 @@ class Slots:
         for row, slot in enumerate(slots):
             if not self._left[slot]:
                 raise ValueError(
-                    "an environment was stepped whose episode has ended or not begun; reset it first"
+                    "an environment was stepped whose episode has ended or not begun; "
+                    "reset it first"
                 )
             for place in range(length):
                 frame, reward, ended, cut, info = self._simulations[slot].step(actions[row, place])
@@ -106,7 +107,7 @@ class Slots:
             simulation.close()
 
     def ask(self, verb: str, *arguments: Any) -> Callable[[], Any]:
-        """As `Worker.ask`, but the work is done when the answer is wanted."""
+        """Does the same as `Worker.ask`, but works when the answer is wanted."""
         return partial(getattr(self, verb), *arguments)
 
     def _seen(self, slots: Sequence[int]) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ serve()
 
 
 class Worker:
-    """What ``make`` makes, in a process of its own that ends when this one does, whatever ends it.
+    """The object that ``make`` makes, in a process of its own that ends when this one does.
 
     The process is a fresh Python that reads pickles from a pipe until the pipe closes. Other than
     multiprocessing's, it neither copies this process (its locks, its CUDA) nor runs the main script
@@ -38,8 +38,8 @@ class Worker:
         self._send(first)
 
     def ask(self, verb: str, *arguments: Any) -> Callable[[], Any]:
-        """Has a method called; the answer is waited for, or its exception raised, when the result
-        is called.
+        """Asks for a method's call; calling the result waits for the answer, or raises its
+        exception.
         """
         self._send(pickle.dumps((verb, arguments)))
         return self.ready
@@ -59,10 +59,7 @@ class Worker:
         try:
             pipe.write(message)
             pipe.flush()
-        except (
-            BrokenPipeError,
-            ValueError,
-        ):  # it is gone; it was gone before and the pipe is closed
+        except (BrokenPipeError, ValueError):  # it is gone, now or before: then the pipe is closed
             raise self._gone() from None
 
     def _gone(self) -> RuntimeError:
@@ -74,12 +71,9 @@ class Worker:
 
 
 def serve() -> None:
-    """A worker's life: make the object, then call what is asked until there is no more to come."""
-    for name in (
-        "SIGINT",
-        "SIGTERM",
-        "SIGUSR1",
-    ):  # they are the parent's, which may finish its iteration first
+    """Makes the object, then calls what is asked until the pipe closes: the life of a worker."""
+    # these signals are for the parent, which may finish its iteration first
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
@@ -96,7 +90,7 @@ def serve() -> None:
 
 
 def _answer(pipe: IO[bytes], call: Callable[..., Any], *arguments: Any) -> None:
-    """Sends (True, what the call returns) or (False, its exception, with the traceback as a note)."""
+    """Sends (True, the call's result) or (False, its exception, with the traceback as a note)."""
     try:
         message = pickle.dumps((True, call(*arguments)))
     except Exception as error:
@@ -104,15 +98,13 @@ def _answer(pipe: IO[bytes], call: Callable[..., Any], *arguments: Any) -> None:
         message = pickle.dumps(
             (False, error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}"))
         )
-    with contextlib.suppress(
-        BrokenPipeError
-    ):  # there is nobody left to tell, and the next read says so
+    with contextlib.suppress(BrokenPipeError):  # nobody is left to tell, and the next read says so
         pipe.write(message)
         pipe.flush()
 
 
 def _travels(error: Exception) -> bool:
-    """Whether an exception survives pickling: not where it is built or filled in an unusual way."""
+    """Tells if an exception survives pickling; one that is built in an unusual way does not."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -17,17 +17,14 @@ from genpolicy.tasks._gym import Gym
 
 @dataclass
 class Gymnasium:
-    """A Gymnasium environment as a `genpolicy.contracts.task.ControlTask`; rewards, ends and success are its
-    own.
-
-    env: its id, e.g. Hopper-v5, PointMaze_UMaze-v3, gym_pusht/PushT-v0, or module:id. limit:
-    environment steps of an episode; None takes the registered one. workers: processes that
-    simulate; 0 is this one. kwargs: what the environment is made with, e.g. {obs_type: pixels}.
+    """A Gymnasium environment as a `genpolicy.contracts.task.ControlTask`; rewards, ends and
+    success are its own.
     """
 
-    env: str
-    limit: int | None = None
-    workers: int = 0
+    env: str  # its id, e.g. Hopper-v5, PointMaze_UMaze-v3, gym_pusht/PushT-v0, or module:id
+    limit: int | None = None  # environment steps of an episode; None takes the registered one
+    workers: int = 0  # processes that simulate; 0 is this one
+    # the arguments that the environment is made with, e.g. {obs_type: pixels}
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -36,7 +33,8 @@ class Gymnasium:
         self.limit = self.limit or probe.spec.max_episode_steps
         if self.limit is None:
             raise ConfigError(
-                f"task gymnasium: {self.env} has no limit of its own; set limit to a number of steps"
+                f"task gymnasium: {self.env} has no limit of its own; "
+                "set limit to a number of steps"
             )
         seen, _ = probe.reset(seed=0)
         low, high = probe.action_space.low, probe.action_space.high
@@ -56,7 +54,7 @@ class Gymnasium:
         return Environments(make, count, history, self.limit, self.instruction, self.workers)
 
     def demonstrate(self, seed: int, noise: float) -> Demonstration:
-        """There is no expert."""
+        """Raises `ValueError`: there is no expert."""
         raise ValueError(
             f"task gymnasium has no expert for {self.env}; give a recorded data set instead"
         )

@@ -22,33 +22,33 @@ from genpolicy.tasks._simulators import library
 from genpolicy.tasks._slots import Frame
 
 NOISE = np.array([1, 1, 1, 0.3])
-"""The share of a demonstration's noise that hand and gripper get: more on the gripper drops things.
+"""Shares of a demonstration's noise for hand (x, y, z) and gripper; more on the gripper drops
+things.
 """
 
 
 @dataclass
 class MetaWorld:
-    """One of MetaWorld's tasks as a `genpolicy.contracts.task.ControlTask`.
+    """One of MetaWorld's tasks as a `genpolicy.contracts.task.ControlTask`. The defaults are ours.
 
-    env: its name, e.g. peg-insert-side-v3. reward: "sparse", 1 for the step that succeeds and 0
-    elsewhere, or "dense", MetaWorld's own (0 to 10 a step). limit: environment steps of an episode;
-    it also ends at success. workers: processes that simulate; 0 is this one. spread: the share of
-    the range of objects and goal, around its middle and in each coordinate, that starts are drawn
-    from; so demonstrations can show less than what is asked of the policy. see: beside the hand (x,
-    y, z, metres, and how far the gripper is open: observation.state) either "state", the 35 numbers
-    of objects, goal and the frame before; or "pixels", a picture of ``size`` x ``size`` from above
-    in which the goal is a green ball; or "points", ``points`` points Float[P,3], metres, on
-    gripper, goal and objects. What a policy does not come to see (inside a chunk of actions) is not
+    It shows the hand (x, y, z, metres, and how far the gripper is open) as observation.state, and
+    the rest as ``see`` says. What a policy does not come to see (inside a chunk of actions) is not
     drawn.
     """
 
-    env: str
+    env: str  # its name, e.g. peg-insert-side-v3
+    # "sparse" is 1 for the step that succeeds and 0 elsewhere; "dense" is MetaWorld's own, 0 to 10
+    # per step
     reward: Literal["sparse", "dense"] = "sparse"
-    limit: int = 150
-    workers: int = 0
+    limit: int = 150  # environment steps of an episode, which also ends at success
+    workers: int = 0  # processes that simulate; 0 is this one
+    # "state" is the 35 numbers of objects, goal and the frame before; "pixels" a picture from above
+    # in which the goal is a green ball; "points" a cloud on gripper, goal and objects, metres
     see: See = "state"
-    size: int = 64
-    points: int = 128
+    size: int = 64  # height and width of the picture, in pixels
+    points: int = 128  # points P of the cloud Float[P,3]
+    # share of the range of objects and goal, around its middle and in each coordinate, that starts
+    # are drawn from; so demonstrations can show less than what is asked of the policy
     spread: float = 1.0
 
     def __post_init__(self) -> None:
@@ -77,8 +77,8 @@ class MetaWorld:
         return partial(Sawyer, self.env, self.reward, self.see, self.size, self.points, self.spread)
 
     def demonstrate(self, seed: int, noise: float) -> Demonstration:
-        """MetaWorld's script for this task, which reads the same 39 numbers; it does not always
-        succeed.
+        """Plays MetaWorld's script for this task, which reads the same 39 numbers; it does not
+        always succeed.
         """
         script = library("metaworld.policies", "task metaworld").ENV_POLICY_MAP[self.env]()
 
@@ -86,9 +86,8 @@ class MetaWorld:
             return script.get_action(self._stage.numbers.astype(np.float64))
 
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Constant", UserWarning
-            )  # the scripts' gains are meant to be clipped
+            # the scripts' gains are meant to be clipped
+            warnings.filterwarnings("ignore", "Constant", UserWarning)
             return record(self._stage, expert, seed, self.limit, noise * NOISE)
 
     @cached_property

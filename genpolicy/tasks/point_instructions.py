@@ -39,15 +39,13 @@ BACKGROUND = 0.15
 
 
 class Scene(NamedTuple):
-    """One episode's world: the point [2]; goals' places [G,2], colours and shapes [G]; which one is
-    asked for.
-    """
+    """One episode's world, with G goals."""
 
-    point: np.ndarray
-    places: np.ndarray
-    colours: tuple[str, ...]
-    shapes: tuple[str, ...]
-    asked: int
+    point: np.ndarray  # [2], the point's place at the start
+    places: np.ndarray  # [G,2], the goals'
+    colours: tuple[str, ...]  # [G]
+    shapes: tuple[str, ...]  # [G]
+    asked: int  # number of the goal that is asked for
 
     @property
     def instruction(self) -> str:
@@ -70,7 +68,9 @@ def scene(seed: int, goals: int) -> Scene:
 
 
 def paint(scene: Scene, pixels: int) -> np.ndarray:
-    """The goals on the plane, float32 [3,pixels,pixels] in [0,1], y upwards, edges one pixel soft."""
+    """Paints the goals on the plane, float32 [3,pixels,pixels] in [0,1], y upwards, with soft
+    edges.
+    """
     picture = np.full((3, pixels, pixels), BACKGROUND)
     for place, colour, shape in zip(scene.places, scene.colours, scene.shapes, strict=True):
         cover = _cover(_depth(shape, *_offset(place, pixels)), pixels)
@@ -79,7 +79,7 @@ def paint(scene: Scene, pixels: int) -> np.ndarray:
 
 
 def _offset(place: np.ndarray, pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of every pixel from ``place`` [...,2]: x and y, [...,pixels,pixels]."""
+    """The offset of every pixel from ``place`` [...,2]: x and y, [...,pixels,pixels]."""
     centres = (np.arange(pixels) + 0.5) * 2 / pixels - 1
     x, y = (
         centres[None, :] - place[..., 0, None, None],
@@ -89,7 +89,7 @@ def _offset(place: np.ndarray, pixels: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _depth(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How far inside the shape's edge, along the plane."""
+    """The depth inside the shape's edge, along the plane; negative outside."""
     if shape == "circle":
         return SIZE - np.hypot(x, y)
     if shape == "square":
@@ -112,9 +112,8 @@ class Plane:
         self._ground = np.zeros((count, 3, PIXELS, PIXELS), np.float32)
         self._places = np.zeros((count, goals, 2))
         self._asked = np.zeros(count, np.int64)
-        self._left = np.zeros(
-            count, np.int64
-        )  # environment steps until the limit; 0 once the episode has ended
+        # environment steps until the limit; 0 once the episode has ended
+        self._left = np.zeros(count, np.int64)
         self._success = np.zeros(count, bool)
         self._trace = np.zeros((count, history, 2))  # the last positions, the newest last
 
@@ -193,16 +192,14 @@ def _with_point(ground: np.ndarray, point: np.ndarray, pixels: int) -> np.ndarra
 
 @dataclass
 class PointInstructions:
-    """The task, as a `genpolicy.contracts.task.ControlTask`. Its observations are the point's place and a
-    picture of the plane.
-
-    goals: how many stand there. limit: environment steps of an episode. mistaken: the share of
-    demonstrations that go to another goal than the one they were asked for, so that who clones them
-    follows instructions as often as that.
+    """The task, as a `genpolicy.contracts.task.ControlTask`. Its observations are the point's place
+    and a picture of the plane. The defaults are ours.
     """
 
-    goals: int = 3
-    limit: int = 32
+    goals: int = 3  # goals on the plane, each of another colour
+    limit: int = 32  # environment steps of an episode
+    # share of demonstrations that go to another goal than the one they were asked for; a clone of
+    # them follows wrong instructions about as often
     mistaken: float = 0.0
 
     def __post_init__(self) -> None:
@@ -222,11 +219,11 @@ class PointInstructions:
         return Plane(count, history, self.goals, self.limit)
 
     def asked(self, seed: int) -> str:
-        """What the episode of this reset seed is told."""
+        """The instruction of the episode of this reset seed."""
         return scene(seed, self.goals).instruction
 
     def demonstrate(self, seed: int, noise: float) -> Demonstration:
-        """Straight to the goal at full speed; to another one in a share ``mistaken`` of the seeds."""
+        """Goes straight to the goal at full speed; in a share ``mistaken`` of seeds to another."""
         draw = np.random.Generator(np.random.Philox(key=[seed, 1]))
         world, plane = scene(seed, self.goals), self.environments(1, 1)
         aim = world.asked

@@ -10,14 +10,14 @@ from genpolicy.contracts.task import Context, read_prompts
 
 @dataclass
 class Prompts:
-    """A file of prompts, one a line, and the order they are asked in.
+    """A file of prompts, and the order they are asked in.
 
-    prompts: the file. order: "shuffled" (every prompt once an epoch, each epoch in its own order)
-    or "sequential". Episode n is the prompt at n mod P of epoch n // P: a pure function, so that
-    any number of processes asks the same.
+    Episode n is the prompt at n mod P of epoch n // P: a pure function, so that any number of
+    processes asks the same.
     """
 
-    prompts: str
+    prompts: str  # the file, with one prompt per line
+    # "shuffled" asks every prompt once per epoch, each epoch in its own order; or "sequential"
     order: str = "shuffled"
     lines: tuple[str, ...] = field(init=False)
 

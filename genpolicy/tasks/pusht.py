@@ -19,17 +19,16 @@ from genpolicy.tasks._pusht import Pushing
 
 @dataclass
 class PushT:
-    """PushT as a `genpolicy.contracts.task.ControlTask`: it sees the disc (x, y) and eight corners of the T.
-
-    reward: "dense", the covered share of the target over .95, at most 1, each step; "sparse", 1 for
-    the step that succeeds. limit: environment steps of an episode. workers: processes that
-    simulate; 0 is this one. pixels: show a picture of 96 x 96 as well (eight times slower).
+    """PushT as a `genpolicy.contracts.task.ControlTask`: it shows the disc (x, y) and eight corners
+    of the T.
     """
 
+    # "dense" is the covered share of the target over .95, at most 1, each step; "sparse" is 1 for
+    # the step that succeeds
     reward: Literal["dense", "sparse"] = "dense"
-    limit: int = 300
-    workers: int = 0
-    pixels: bool = False
+    limit: int = 300  # environment steps of an episode; gym_pusht's
+    workers: int = 0  # processes that simulate; 0 is this one
+    pixels: bool = False  # show a picture of 96 x 96 as well (eight times slower)
 
     def __post_init__(self) -> None:
         choice("task pusht: reward", self.reward, ("dense", "sparse"))
@@ -50,7 +49,7 @@ class PushT:
         return Environments(make, count, history, self.limit, self.instruction, self.workers)
 
     def demonstrate(self, seed: int, noise: float) -> Demonstration:
-        """A planner's episode, which simulates its pushes first; noise in pixels. It does not
+        """Plays a planner's episode, which simulates its pushes first; noise in pixels. It does not
         always succeed.
         """
         from genpolicy.tasks._pusht_planner import Planner  # shapely and scipy are here only
