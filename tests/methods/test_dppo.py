@@ -21,6 +21,7 @@ from genpolicy.methods.dppo import DPPO
 from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.policy.files import save_policy
 from genpolicy.training.experiment import prepare, train
+from genpolicy.training.processes import Processes
 from tests import toy
 from tests.toy_control import Recorded, cloned, experiment, prepared
 
@@ -402,7 +403,7 @@ def test_a_saved_policy_with_a_base_acts_as_the_one_that_was_saved(tmp_path, slo
         method=SMALL,
         task=SHORT,
     )
-    run.require_density()
+    require_density(run)
     run.freeze_base()
     before = [w.clone() for w in run.policy.base.weights]
     rollout = run.collect(8, 1)
@@ -411,7 +412,7 @@ def test_a_saved_policy_with_a_base_acts_as_the_one_that_was_saved(tmp_path, slo
             run.update(rollout, batch, torch.randn(len(rollout.trajectory)), method.loss)
     assert all(torch.equal(a, b) for a, b in zip(before, run.policy.base.weights, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before, run.trainable, strict=True))
-    save_policy(run.deployed, run.experiment, run.sampler, tmp_path / "saved")
+    save_policy(run.deployed, run.experiment.policy, run.deployment.sampler, tmp_path / "saved")
     loaded = genpolicy.load(tmp_path / "saved")
     noise = Noise.rows(0, 5, torch.arange(8), 1)
     context = rollout.context[torch.arange(8)]
@@ -488,10 +489,10 @@ def test_one_random_step_of_a_flow_is_drawn_scored_and_replayed(tmp_path, slow):
         method=SMALL,
         task=SHORT,
     )
-    run.require_density()
+    require_density(run)
     drawn = []
     for iteration in range(1, 25):
-        run.iteration = iteration
+        run.spent.iteration = iteration
         rollout = run.collect(2, 1)
         (k,) = rollout.trajectory.steps
         drawn.append(k)
@@ -511,7 +512,7 @@ def test_one_random_step_of_a_flow_is_drawn_scored_and_replayed(tmp_path, slow):
         with pytest.raises(ValueError, match="no density"):
             policy.transition(replace(chains, first=(k + 1) % 5), (k + 1) % 5)
     assert set(drawn) == set(range(5))
-    run.iteration = 3
+    run.spent.iteration = 3
     assert run.collect(2, 1).trajectory.first == drawn[2]
 
 
@@ -645,9 +646,9 @@ def test_the_value_of_a_prompt_is_learned(tmp_path):
         method={**SMALL, "episodes": 16},
         eval={},
     )
-    run, _ = prepare(parse.parse(raw), tmp_path / "run", Accelerator(cpu=True))
+    run, _ = prepare(parse.parse(raw), tmp_path / "run", Processes(Accelerator(cpu=True)))
     value = DecisionValue(run, 0.99, 0.95, 1e-2, 60, 16)
-    run.iteration = 1
+    run.spent.iteration = 1
     rollout = run.collect(16, 1)
     before, returns = value.advantage(rollout)
     assert torch.allclose(returns.double(), rollout.rewards.flatten(), atol=1e-5)

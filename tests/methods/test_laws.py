@@ -11,6 +11,7 @@ from genpolicy.config import errors, leaves, parse
 from genpolicy.config.leaves import names
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.training.experiment import prepare, train
+from genpolicy.training.processes import Processes
 from tests import toy, toy_control
 
 torch.set_num_threads(1)
@@ -57,8 +58,8 @@ def prepared(tmp_path, method, world="prompts", **sections):
     raw = WORLDS[world](tmp_path, method=section(method, **SMALL), **sections)
     if world == "control":
         raw["policy"]["family"] = "flow"
-    run, built = prepare(parse.parse(raw), tmp_path / "run", Accelerator(cpu=True))
-    run.iteration = 1
+    run, built = prepare(parse.parse(raw), tmp_path / "run", Processes(Accelerator(cpu=True)))
+    run.spent.iteration = 1
     return run, built
 
 
@@ -150,7 +151,7 @@ def test_zero_advantage_gives_zero_gradient_and_a_real_one_does_not(tmp_path, me
 def test_kl_to_the_start_is_zero_at_first_and_grows(tmp_path, method):
     run, built = prepared(tmp_path, method, chain={"steps": 5, "kernel": KERNELS["sde"]})
     built.beta = 0.1
-    reference, rollout = run.snapshot(), run.collect(4, 4)
+    reference, rollout = run.weights(), run.collect(4, 4)
     advantage = torch.randn(4, 4)
     before = run._score(run.policy, rollout.trajectory, 1, rollout.rows(advantage), reference)
     assert built.loss(before)[1]["kl"].abs().max() == 0
@@ -268,7 +269,7 @@ def test_published_kl_is_dt_times_the_true_one(tmp_path):
     run, built = prepared(tmp_path, "flow_grpo")
     built.beta = 1.0
     published = replace(built, kl_form="published")
-    reference, rollout, advantage = run.snapshot(), run.collect(4, 4), torch.zeros(4, 4)
+    reference, rollout, advantage = run.weights(), run.collect(4, 4), torch.zeros(4, 4)
     for p in run.trainable:
         p.data += 0.01
     step = run._score(run.policy, rollout.trajectory, 1, rollout.rows(advantage), reference)
@@ -302,11 +303,11 @@ def test_window_draws_stay_inside_and_repeat(tmp_path):
     run, _ = prepared(tmp_path, "flow_grpo", chain={"steps": 8, "window": [1, 6], "window_size": 2})
     drawn = []
     for iteration in range(1, 200):
-        run.iteration = iteration
+        run.spent.iteration = iteration
         low, high = run._draw_window()
         assert 1 <= low < high <= 6
         assert high - low == 2
         drawn.append(low)
     assert set(drawn) == {1, 2, 3, 4}
-    run.iteration = 7
+    run.spent.iteration = 7
     assert run._draw_window()[0] == drawn[6]

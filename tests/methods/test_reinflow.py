@@ -18,6 +18,7 @@ from genpolicy.methods import reinflow
 from genpolicy.methods.reinflow import NoiseNet, ReinFlow
 from genpolicy.policy.files import save_policy
 from genpolicy.training.experiment import prepare, train
+from genpolicy.training.processes import Processes
 from tests import toy
 from tests.toy_control import Recorded, cloned, experiment, prepared
 
@@ -232,7 +233,7 @@ def test_micro_batches_never_divide_a_chain(tmp_path, slow):
         advantage = torch.linspace(-1, 1, len(rollout.trajectory))
         for batch in run.chains(rollout, 2, 0):
             run.update(rollout, batch, advantage, method.loss)
-        found.append(run.snapshot())
+        found.append(run.weights())
     for other in found[1:]:
         assert max(float((a - b).abs().max()) for a, b in zip(found[0], other, strict=True)) < 1e-5
 
@@ -309,7 +310,7 @@ def test_the_noise_is_dropped_at_deployment(tmp_path, slow):
     run, _, noise = noisy(tmp_path, slow)
     moved(run, noise)
     assert run.deployed.std_of is None
-    save_policy(run.deployed, run.experiment, run.sampler, tmp_path / "saved")
+    save_policy(run.deployed, run.experiment.policy, run.deployment.sampler, tmp_path / "saved")
     loaded = genpolicy.load(tmp_path / "saved")
     assert loaded.std_of is None
     kept, was = (load_file(f"{folder}/mlp.safetensors") for folder in (tmp_path / "saved", slow))
@@ -416,5 +417,5 @@ def test_a_chain_that_explores_nowhere_is_refused(tmp_path, slow):
 
 
 def test_a_toy_of_prompts_is_known_by_its_features(tmp_path):
-    run, _ = prepare(parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Accelerator(cpu=True))
+    run, _ = prepare(parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Processes(Accelerator(cpu=True)))
     assert run.features == 8

@@ -50,7 +50,7 @@ def state(run):
     """Everything that an update changes, flat."""
     optimizer = run.optimizer.state_dict()
     moments = [value for each in optimizer["adamw"]["state"].values() for value in each.values()]
-    return [*run.snapshot(), *moments, *(optimizer["ema"] or [])], optimizer["updates"]
+    return [*run.weights(), *moments, *(optimizer["ema"] or [])], optimizer["updates"]
 
 
 def same(a, b):
@@ -320,9 +320,9 @@ def test_without_advantage_and_without_kl_nothing_changes(tmp_path):
         run, pipeline = improving(tmp_path / name, kl=0.0, lr=1e-2)
         honest = pipeline.value.advantage
         pipeline.value.advantage = lambda f, e, honest=honest, scale=scale: scale * honest(f, e)
-        before = run.snapshot()
+        before = run.weights()
         assert pipeline.improve() is False
-        moved = max(float((a - b).abs().max()) for a, b in zip(before, run.snapshot(), strict=True))
+        moved = max(float((a - b).abs().max()) for a, b in zip(before, run.weights(), strict=True))
         assert (moved == 0) == (scale == 0)
         assert run.optimizer.updates > 0
 
@@ -363,7 +363,7 @@ def test_the_next_candidate_is_what_it_would_have_been(tmp_path):
         run, pipeline = improving(tmp_path / name, verdict=WORSE)
         if name == "refused":
             pipeline.improve()
-        pipeline._verdict, run.iteration = lambda point: BETTER, 2
+        pipeline._verdict, run.spent.iteration = lambda point: BETTER, 2
         run.replay_check.again = False
         pipeline.improve()
         found.append(copied(state(run)))
@@ -378,14 +378,14 @@ def test_the_verdict_compares_the_candidate_with_what_it_came_from(tmp_path):
     assert pipeline._verdict(point) == Comparison(0.0, 0.0, pipeline._verdict(point).old)
     for p in run.trainable:
         p.data += 0.05
-    candidate = run.snapshot()
+    candidate = run.weights()
     new = (
         pipeline.evaluation(pipeline.experience.replay, pipeline.experience.features)
         .double()
         .mean()
     )
     verdict = pipeline._verdict(point)
-    assert all(torch.equal(a, b) for a, b in zip(candidate, run.snapshot(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(candidate, run.weights(), strict=True))
     assert verdict.old + verdict.difference == pytest.approx(float(new), abs=1e-6)
     with run.using(point[0]):
         old = (
@@ -409,7 +409,7 @@ def test_distance_is_the_kl_of_whole_chains_in_nats(tmp_path):
     """By hand: at the chains that the policy draws now, summed over steps and the chunk, the mean over decisions."""
     run, pipeline = improving(tmp_path, states=9)
     assert pipeline._distance() == 0
-    anchor = run.snapshot()
+    anchor = run.weights()
     for p in run.trainable:
         p.data += 0.03 * torch.randn_like(p)
     found = pipeline._distance()
@@ -438,7 +438,7 @@ def test_real_episodes_have_the_last_word(tmp_path, rates, kept):
 
     def try_out(episodes, name):
         assert (episodes, name) == (7, pipeline.anchor.iteration)
-        weights.append(run.snapshot())
+        weights.append(run.weights())
         return answers.pop(0)
 
     run.try_out = try_out
@@ -457,8 +457,8 @@ def test_real_episodes_have_the_last_word(tmp_path, rates, kept):
 
 def test_trying_out_is_paired_and_counted(tmp_path):
     run, _ = improving(tmp_path)
-    asked, honest = [], run.environments.reset
-    run.environments.reset = lambda slots, seeds: asked.append(list(seeds)) or honest(slots, seeds)
+    asked, honest = [], run.collector.environments.reset
+    run.collector.environments.reset = lambda slots, seeds: asked.append(list(seeds)) or honest(slots, seeds)
     one = run.try_out(6, 1)
     first = [seed for seeds in asked for seed in seeds]
     asked.clear()
@@ -679,14 +679,14 @@ def test_the_anchor_is_the_policy_at_the_stages_start(tmp_path):
 def test_warming_up_trains_the_value_alone(tmp_path):
     run, pipeline = built(tmp_path, {"stage": "online", "online": {"warm_up": 1}})
     value = pipeline.on_policy.critic.value.network[0].weight
-    before, was = run.snapshot(), value.detach().clone()
+    before, was = run.weights(), value.detach().clone()
     pipeline.online()
-    assert all(torch.equal(a, b) for a, b in zip(before, run.snapshot(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, run.weights(), strict=True))
     assert not torch.equal(value, was)
     pipeline.course.advance()
-    run.iteration = 2
+    run.spent.iteration = 2
     pipeline.online()
-    assert not all(torch.equal(a, b) for a, b in zip(before, run.snapshot(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before, run.weights(), strict=True))
 
 
 def test_recloning_imitates_what_succeeded(tmp_path):
@@ -708,13 +708,13 @@ def test_recloning_imitates_what_succeeded(tmp_path):
     assert mask is None
     asked, honest = [], run.policy.model.encode
     run.policy.model.encode = lambda context: asked.append(len(context)) or honest(context)
-    before = run.snapshot()
+    before = run.weights()
     run.enter("reclone")
     pipeline.reclone()
     assert run.optimizer.updates == rl100.AT_ONCE
     asked.clear()
     assert len(pipeline.experience.conditions) == sum(asked) == len(replay.views)
-    assert not all(torch.equal(a, b) for a, b in zip(before, run.snapshot(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before, run.weights(), strict=True))
 
 
 def test_collecting_adds_to_what_is_learned_from(tmp_path):

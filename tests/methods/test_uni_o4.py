@@ -269,7 +269,7 @@ def test_an_update_descends_the_joint_loss(tmp_path):
 def test_members_begin_and_draw_apart(tmp_path):
     run, pipeline = built(tmp_path)
     first = pipeline.members.weights
-    assert same(first[0], run.snapshot())
+    assert same(first[0], run.weights())
     assert not any(same(first[i], first[j]) for i in range(3) for j in range(i))
     drawn = []
     honest = pipeline.imitation.source
@@ -278,7 +278,7 @@ def test_members_begin_and_draw_apart(tmp_path):
     )
     pipeline.imitate()
     assert len({tuple(rows.tolist()) for rows in drawn}) == 15
-    assert same(run.snapshot(), pipeline.members.optimizers[0].ema), (
+    assert same(run.weights(), pipeline.members.optimizers[0].ema), (
         "the first member is what is evaluated"
     )
     averages = copied(o.ema for o in pipeline.members.optimizers)
@@ -299,11 +299,11 @@ def test_a_worse_target_does_not_replace_and_is_not_undone(tmp_path):
     assert not any(same(a, b) for a, b in zip(old, target, strict=True)), (
         "the target had moved, and stays there"
     )
-    assert same(run.snapshot(), old[0]), "in force is an old policy"
+    assert same(run.weights(), old[0]), "in force is an old policy"
     begun = []
     honest = run.update
-    run.update = lambda *args: begun.append(run.snapshot()) or honest(*args)
-    pipeline._verdict, run.iteration = lambda member: BETTER, 2
+    run.update = lambda *args: begun.append(run.weights()) or honest(*args)
+    pipeline._verdict, run.spent.iteration = lambda member: BETTER, 2
     pipeline.improve()
     assert same(begun[0], target[0]), "it learns on from where it was"
     assert all(same(a, b) for a, b in zip(members.weights, members.old, strict=True)), (
