@@ -206,6 +206,13 @@ def prepared(folder: Path, accelerator: Any = None, **sections: Any) -> tuple[Ru
     return run, method
 
 
+def enter(run: Run, stage: str) -> None:
+    """Put a run at the beginning of the first of its stages that has this name, with the fresh optimiser of that stage."""
+    run.stages.at = [each.name for each in run.stages.all].index(stage)
+    run.stages.done = 0
+    run.optimizer = run.fresh_optimizer()
+
+
 def cloned(folder: Path, **policy: Any) -> str:
     """The folder of a policy that has learned from a slow expert in a second: it reaches the goal now and then."""
     raw = experiment(

@@ -88,7 +88,7 @@ def test_reference_of_a_run_from_a_lora_is_that_lora(pipeline, trained, tmp_path
         )
         > 0
     )
-    step = run._score(run.policy, rollout.trajectory, 1, rollout.rows(torch.zeros(2, 4)), reference)
+    step = run.policy.score(rollout.trajectory, 1, rollout.rows(torch.zeros(2, 4)), reference)
     assert method.loss(step)[1]["kl"].abs().max() == 0
     run.policy.model.denoiser.disable_adapters()
     with torch.no_grad():

@@ -15,6 +15,7 @@ from genpolicy.learning.dynamics import imagined
 from genpolicy.methods.parts import gate
 from genpolicy.methods.parts.gate import GATE, OfflineEvaluation
 from genpolicy.methods.parts.iql import ActionValue
+from genpolicy.policy.weights import Weights
 from genpolicy.rollout.replay import Replay
 from tests.rl100_toy import experiment
 from tests.toy_control import prepared
@@ -59,9 +60,8 @@ def stage(tmp_path):
 def changed(run, by=0.02):
     """Other weights, for as long as this lasts."""
     draw = torch.Generator().manual_seed(3)
-    return run.using(
-        [p.detach() + by * torch.randn(p.shape, generator=draw) for p in run.trainable]
-    )
+    moved = [p.detach() + by * torch.randn(p.shape, generator=draw) for p in run.trainable]
+    return Weights(run.trainable, moved).using()
 
 
 # -- the score ------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_the_same_weights_score_the_same_to_the_bit(stage):
     assert one.shape == (STARTS,)
     assert not one.requires_grad
     torch.manual_seed(99)
-    with stage.run.using(stage.run.weights()):
+    with stage.run.weights().using():
         other = stage.score()
     found = compare(other, one)
     assert (found.difference, found.error) == (0.0, 0.0)
