@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "train"]
 
-_HOME = {"load": "genpolicy.training.build", "train": "genpolicy.training.experiment"}
+_HOME = {"load": "genpolicy.policy.files", "train": "genpolicy.training.experiment"}
 
 
 def __getattr__(name: str) -> object:

@@ -17,6 +17,7 @@ from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._environments import Environments
 from genpolicy.tasks._slots import Frame
 from genpolicy.training.experiment import prepare, train
+from genpolicy.training.processes import Processes
 from genpolicy.training.run import Run
 
 STATE, GOAL = "observation.state", "observation.environment_state"
@@ -199,10 +200,17 @@ def experiment(folder: Path, **sections: Any) -> dict[str, Any]:
 
 def prepared(folder: Path, accelerator: Any = None, **sections: Any) -> tuple[Run, Any]:
     """A run of `experiment` that stands at iteration 1, and its method; ``accelerator``: see `tests.peers`."""
-    accelerator = accelerator or Accelerator(cpu=True)
-    run, method = prepare(parse.parse(experiment(folder, **sections)), folder / "run", accelerator)
-    run.iteration = 1
+    processes = Processes(accelerator or Accelerator(cpu=True))
+    run, method = prepare(parse.parse(experiment(folder, **sections)), folder / "run", processes)
+    run.spent.iteration = 1
     return run, method
+
+
+def enter(run: Run, stage: str) -> None:
+    """Put a run at the beginning of the first of its stages that has this name, with the fresh optimiser of that stage."""
+    run.stages.at = [each.name for each in run.stages.all].index(stage)
+    run.stages.done = 0
+    run.optimizer = run.fresh_optimizer()
 
 
 def cloned(folder: Path, **policy: Any) -> str:

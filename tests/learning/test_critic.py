@@ -373,11 +373,11 @@ def test_it_regresses_on_the_returns(tmp_path):
     def error():
         return float(((value.value(features) - returns) ** 2).mean().detach())
 
-    start, policy = error(), run.snapshot()
+    start, policy = error(), run.weights()
     for _ in range(5):
         value.learn(rollout, returns)
     assert error() < 0.3 * start
-    assert all(torch.equal(a, b) for a, b in zip(policy, run.trainable, strict=True)), (
+    assert all(torch.equal(a, b) for a, b in zip(policy.values, run.trainable, strict=True)), (
         "the policy is left alone"
     )
 
@@ -430,10 +430,11 @@ def test_two_processes_learn_as_one(tmp_path, minibatch):
 def test_value_and_optimiser_are_saved_with_the_run(tmp_path):
     raw = experiment(tmp_path, method=METHOD, budget={"iterations": 2})
     state = torch.load(train(parse.parse(raw)).folder / "checkpoints/2/state.pt", weights_only=True)
-    assert set(state["registered"]) == {"value", "value_optimizer"}
-    assert state["registered"]["value_optimizer"]["updates"] > 0
+    own = {"spent", "replay_check", "deployment"}
+    assert set(state["kept"]) == own | {"value", "value_optimizer"}
+    assert state["kept"]["value_optimizer"]["updates"] > 0
     run, _ = prepared(tmp_path, method=METHOD, output=str(tmp_path / "other"))
     value = DecisionValue(run, GAMMA, LAM, 1e-2, 1, 8)
     before = [p.detach().clone() for p in value.value.parameters()]
-    run.registered["value"].load_state_dict(state["registered"]["value"])
+    run.registered["value"].load_state_dict(state["kept"]["value"])
     assert any(not torch.equal(a, b) for a, b in zip(before, value.value.parameters(), strict=True))

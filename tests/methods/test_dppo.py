@@ -20,7 +20,10 @@ from genpolicy.methods import dppo
 from genpolicy.methods.dppo import DPPO
 from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.policy.files import save_policy
+from genpolicy.policy.weights import Weights
 from genpolicy.training.experiment import prepare, train
+from genpolicy.training.processes import Processes
+from genpolicy.training.requirements import require_density
 from tests import toy
 from tests.toy_control import Recorded, cloned, experiment, prepared
 
@@ -252,7 +255,7 @@ def test_the_gradient_of_pairs_is_the_mean_over_all_pairs(tmp_path, micro_batch)
     for row in range(len(chains)):
         for k in chains.steps:
             part = chains[row : row + 1]
-            step = run._score(run.policy, part, k, advantage[row : row + 1], None)
+            step = run.policy.score(part, k, advantage[row : row + 1], None)
             losses.append(method.loss(step)[0])
     expected = torch.autograd.grad(torch.cat(losses).mean(), run.trainable)
     (batch,) = run.pairs(rollout, 1, 0)
@@ -320,8 +323,8 @@ def test_the_policy_waits_while_the_value_warms_up(tmp_path):
         not torch.equal(a, b) for a, b in zip(two["parameters"], three["parameters"], strict=True)
     )
     assert not all(
-        torch.equal(two["registered"]["value"][n], v)
-        for n, v in three["registered"]["value"].items()
+        torch.equal(two["kept"]["value"][n], v)
+        for n, v in three["kept"]["value"].items()
     )
 
 
@@ -377,7 +380,7 @@ def test_steps_before_the_window_stay_the_old_policys(tmp_path, slow):
     folder = train(parse.parse(raw)).folder
     trained = genpolicy.load(folder)
     assert trained.base is not None
-    assert trained.base.above == float(trained.chain.grid[5])
+    assert trained.parts["base"].above == float(trained.chain.grid[5])
     old = genpolicy.load(
         slow["vp"], steps=10, kernel={"name": "mean", "kernel": FLOOR}, window=[5, 10]
     )
@@ -402,16 +405,17 @@ def test_a_saved_policy_with_a_base_acts_as_the_one_that_was_saved(tmp_path, slo
         method=SMALL,
         task=SHORT,
     )
-    run.require_density()
+    require_density(run)
     run.freeze_base()
-    before = [w.clone() for w in run.policy.base.weights]
+    base = run.policy.parts["base"]
+    before = [w.clone() for w in base.weights.values()]
     rollout = run.collect(8, 1)
     for epoch in range(3):
         for batch in run.pairs(rollout, 2, epoch):
             run.update(rollout, batch, torch.randn(len(rollout.trajectory)), method.loss)
-    assert all(torch.equal(a, b) for a, b in zip(before, run.policy.base.weights, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, base.weights.values(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before, run.trainable, strict=True))
-    save_policy(run.deployed, run.experiment, run.sampler, tmp_path / "saved")
+    save_policy(run.deployed, run.experiment.policy, run.deployment.sampler, tmp_path / "saved")
     loaded = genpolicy.load(tmp_path / "saved")
     noise = Noise.rows(0, 5, torch.arange(8), 1)
     context = rollout.context[torch.arange(8)]
@@ -441,7 +445,7 @@ def test_the_base_acts_in_the_rollout_and_its_steps_are_not_trained(tmp_path, sl
     noise, condition = Noise.rows(0, 1, torch.arange(8), 1), rollout.trajectory.condition[first]
     start = run.policy.sample(condition, noise)
     assert torch.allclose(start.x, rollout.trajectory.x[first], atol=1e-4)
-    with run.using(run.policy.base.weights):
+    with Weights(run.trainable, list(run.policy.parts["base"].weights.values())).using():
         frozen = run.policy.sample(condition, noise)
     assert torch.allclose(frozen.x[:, 0], rollout.trajectory.x[first, 0], atol=1e-4)
     assert not torch.allclose(frozen.x[:, 1], rollout.trajectory.x[first, 1], atol=1e-3)
@@ -488,18 +492,17 @@ def test_one_random_step_of_a_flow_is_drawn_scored_and_replayed(tmp_path, slow):
         method=SMALL,
         task=SHORT,
     )
-    run.require_density()
+    require_density(run)
     drawn = []
     for iteration in range(1, 25):
-        run.iteration = iteration
+        run.spent.iteration = iteration
         rollout = run.collect(2, 1)
         (k,) = rollout.trajectory.steps
         drawn.append(k)
-        policy, chains = run._window_of(rollout.trajectory), rollout.trajectory
+        policy, chains = run._acting(rollout), rollout.trajectory
         gap = method.log_ratio(policy.transition(chains, k), chains.acted(k), chains.after(k))
         assert gap.abs().max() < 1e-3
-        step = run._score(
-            policy,
+        step = policy.score(
             chains[: len(chains)],
             torch.full((len(chains),), k),
             torch.zeros(len(chains)),
@@ -511,7 +514,7 @@ def test_one_random_step_of_a_flow_is_drawn_scored_and_replayed(tmp_path, slow):
         with pytest.raises(ValueError, match="no density"):
             policy.transition(replace(chains, first=(k + 1) % 5), (k + 1) % 5)
     assert set(drawn) == set(range(5))
-    run.iteration = 3
+    run.spent.iteration = 3
     assert run.collect(2, 1).trajectory.first == drawn[2]
 
 
@@ -645,9 +648,9 @@ def test_the_value_of_a_prompt_is_learned(tmp_path):
         method={**SMALL, "episodes": 16},
         eval={},
     )
-    run, _ = prepare(parse.parse(raw), tmp_path / "run", Accelerator(cpu=True))
+    run, _ = prepare(parse.parse(raw), tmp_path / "run", Processes(Accelerator(cpu=True)))
     value = DecisionValue(run, 0.99, 0.95, 1e-2, 60, 16)
-    run.iteration = 1
+    run.spent.iteration = 1
     rollout = run.collect(16, 1)
     before, returns = value.advantage(rollout)
     assert torch.allclose(returns.double(), rollout.rewards.flatten(), atol=1e-5)

@@ -11,6 +11,7 @@ from genpolicy.config import errors, leaves, parse
 from genpolicy.config.leaves import names
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.training.experiment import prepare, train
+from genpolicy.training.processes import Processes
 from tests import toy, toy_control
 
 torch.set_num_threads(1)
@@ -57,8 +58,8 @@ def prepared(tmp_path, method, world="prompts", **sections):
     raw = WORLDS[world](tmp_path, method=section(method, **SMALL), **sections)
     if world == "control":
         raw["policy"]["family"] = "flow"
-    run, built = prepare(parse.parse(raw), tmp_path / "run", Accelerator(cpu=True))
-    run.iteration = 1
+    run, built = prepare(parse.parse(raw), tmp_path / "run", Processes(Accelerator(cpu=True)))
+    run.spent.iteration = 1
     return run, built
 
 
@@ -114,7 +115,7 @@ def test_a_shared_prefix_has_ratio_one_too(tmp_path, method, kernel):
     for k in chains.steps:
         new = policy.transition(chains, k)
         assert built.log_ratio(new, chains.acted(k), chains.after(k)).abs().max() == 0
-        scored = run._score(policy, chains, k, rollout.rows(torch.randn(4, 4)), None)
+        scored = policy.score(chains, k, rollout.rows(torch.randn(4, 4)), None)
         _, metrics = built.loss(scored)
         assert metrics["clip_fraction"].sum() == 0
         assert (metrics["ratio_mean"] == 1).all()
@@ -150,12 +151,12 @@ def test_zero_advantage_gives_zero_gradient_and_a_real_one_does_not(tmp_path, me
 def test_kl_to_the_start_is_zero_at_first_and_grows(tmp_path, method):
     run, built = prepared(tmp_path, method, chain={"steps": 5, "kernel": KERNELS["sde"]})
     built.beta = 0.1
-    reference, rollout = run.snapshot(), run.collect(4, 4)
+    reference, rollout = run.weights(), run.collect(4, 4)
     advantage = torch.randn(4, 4)
-    before = run._score(run.policy, rollout.trajectory, 1, rollout.rows(advantage), reference)
+    before = run.policy.score(rollout.trajectory, 1, rollout.rows(advantage), reference)
     assert built.loss(before)[1]["kl"].abs().max() == 0
     run.update(rollout, Batch(slice(0, 16)), advantage, built.loss, reference)
-    after = run._score(run.policy, rollout.trajectory, 1, rollout.rows(advantage), reference)
+    after = run.policy.score(rollout.trajectory, 1, rollout.rows(advantage), reference)
     assert built.loss(after)[1]["kl"].min() > 0
 
 
@@ -220,7 +221,7 @@ def test_step_weights_reach_the_loss(tmp_path, method, weight):
     run, plain = prepared(tmp_path, method)
     weighted = leaves.make("methods", {"name": method, "weight": weight, **CLIP})
     rollout, advantage = run.collect(4, 4), torch.randn(4, 4)
-    step = run._score(run.policy, rollout.trajectory, 1, rollout.rows(advantage), None)
+    step = run.policy.score(rollout.trajectory, 1, rollout.rows(advantage), None)
     ratio = {"std/dt": step.std / step.dt, "1/dt": abs(step.gain) / step.dt}[weight]
     assert torch.allclose(weighted.loss(step)[0], plain.loss(step)[0] * ratio, rtol=1e-5)
     assert abs(ratio - 1) > 0.01
@@ -253,7 +254,7 @@ def test_gradient_is_the_mean_over_rows_and_steps(tmp_path):
     rollout, advantage = run.collect(4, 4), torch.arange(16.0).view(4, 4) - 7.5
     chains = rollout.trajectory
     losses = [
-        built.loss(run._score(run.policy, chains, k, rollout.rows(advantage), None))[0]
+        built.loss(run.policy.score(chains, k, rollout.rows(advantage), None))[0]
         for k in chains.steps
     ]
     expected = torch.autograd.grad(torch.stack(losses).mean(), run.trainable)
@@ -268,10 +269,10 @@ def test_published_kl_is_dt_times_the_true_one(tmp_path):
     run, built = prepared(tmp_path, "flow_grpo")
     built.beta = 1.0
     published = replace(built, kl_form="published")
-    reference, rollout, advantage = run.snapshot(), run.collect(4, 4), torch.zeros(4, 4)
+    reference, rollout, advantage = run.weights(), run.collect(4, 4), torch.zeros(4, 4)
     for p in run.trainable:
         p.data += 0.01
-    step = run._score(run.policy, rollout.trajectory, 1, rollout.rows(advantage), reference)
+    step = run.policy.score(rollout.trajectory, 1, rollout.rows(advantage), reference)
     assert torch.allclose(built.loss(step)[0] * step.dt, published.loss(step)[0], rtol=1e-5)
 
 
@@ -302,11 +303,11 @@ def test_window_draws_stay_inside_and_repeat(tmp_path):
     run, _ = prepared(tmp_path, "flow_grpo", chain={"steps": 8, "window": [1, 6], "window_size": 2})
     drawn = []
     for iteration in range(1, 200):
-        run.iteration = iteration
+        run.spent.iteration = iteration
         low, high = run._draw_window()
         assert 1 <= low < high <= 6
         assert high - low == 2
         drawn.append(low)
     assert set(drawn) == {1, 2, 3, 4}
-    run.iteration = 7
+    run.spent.iteration = 7
     assert run._draw_window()[0] == drawn[6]

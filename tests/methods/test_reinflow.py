@@ -15,9 +15,11 @@ from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.methods import reinflow
-from genpolicy.methods.reinflow import NoiseNet, ReinFlow
+from genpolicy.methods.reinflow import ReinFlow
 from genpolicy.policy.files import save_policy
+from genpolicy.policy.parts.learned_std import LearnedStd
 from genpolicy.training.experiment import prepare, train
+from genpolicy.training.processes import Processes
 from tests import toy
 from tests.toy_control import Recorded, cloned, experiment, prepared
 
@@ -44,12 +46,12 @@ def noisy(folder, pretrained, **sections):
             **sections,
         },
     )
-    noise = NoiseNet(
+    noise = LearnedStd(
         run.features, math.prod(run.policy.model.event_shape), method.std_low, method.std_high
     )
     for parameter in noise.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    run.policy = replace(run.policy, std_of=noise)
+    run.attach(std=noise)
     return run, method, noise
 
 
@@ -62,7 +64,7 @@ def moved(run, noise, by=0.02):
 
 
 def test_the_noise_begins_in_the_middle_and_stays_between_its_bounds():
-    net = NoiseNet(3, 6, 0.1, 0.4)
+    net = LearnedStd(3, 6, 0.1, 0.4)
     t, features = torch.rand(50).double(), torch.randn(50, 3)
     assert torch.allclose(net(t, features), torch.full((50, 6), math.sqrt(0.1 * 0.4)))
     for scale in (1.0, 100.0):
@@ -78,7 +80,7 @@ def test_the_noise_begins_in_the_middle_and_stays_between_its_bounds():
 
 def test_the_noise_by_hand():
     """log std^2 = low + (high - low)(tanh(MLP(features, t, t^2)) + 1)/2."""
-    net = NoiseNet(3, 2, 0.1, 0.24)
+    net = LearnedStd(3, 2, 0.1, 0.24)
     for parameter in net.parameters():
         parameter.data = 0.2 * torch.randn_like(parameter)
     t, features = torch.tensor([0.25, 1.0]).double(), torch.randn(2, 3)
@@ -125,7 +127,7 @@ def scored_chains(run, chains, advantage):
     steps = list(chains.steps)
     rows = torch.arange(len(chains)).repeat_interleave(len(steps))
     k = torch.tensor(steps).repeat(len(chains))
-    return run._score(run.policy, chains[rows], k, advantage[rows], None)
+    return run.policy.score(chains[rows], k, advantage[rows], None)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
@@ -232,7 +234,7 @@ def test_micro_batches_never_divide_a_chain(tmp_path, slow):
         advantage = torch.linspace(-1, 1, len(rollout.trajectory))
         for batch in run.chains(rollout, 2, 0):
             run.update(rollout, batch, advantage, method.loss)
-        found.append(run.snapshot())
+        found.append(run.weights().values)
     for other in found[1:]:
         assert max(float((a - b).abs().max()) for a, b in zip(found[0], other, strict=True)) < 1e-5
 
@@ -292,16 +294,14 @@ def test_both_networks_learn_and_are_resumable(tmp_path, slow):
     )
     folder = train(parse.parse(raw)).folder
     one, two = (torch.load(folder / f"checkpoints/{i}/state.pt", weights_only=True) for i in (1, 2))
-    assert set(one["registered"]) == {"noise", "noise_optimizer", "value", "value_optimizer"}
-    for name in ("noise", "value"):
-        assert any(
-            not torch.equal(v, two["registered"][name][n])
-            for n, v in one["registered"][name].items()
-        )
+    assert {"noise_optimizer", "value", "value_optimizer"} < set(one["kept"])
+    assert set(one["parts"]) == {"std"}
+    for kept, name in (("parts", "std"), ("kept", "value")):
+        assert any(not torch.equal(v, two[kept][name][n]) for n, v in one[kept][name].items())
     assert any(
         not torch.equal(a, b) for a, b in zip(one["parameters"], two["parameters"], strict=True)
     )
-    assert two["registered"]["noise_optimizer"]["updates"] == two["optimizer"]["updates"] > 0
+    assert two["kept"]["noise_optimizer"]["updates"] == two["optimizer"]["updates"] > 0
 
 
 def test_the_noise_is_dropped_at_deployment(tmp_path, slow):
@@ -309,7 +309,7 @@ def test_the_noise_is_dropped_at_deployment(tmp_path, slow):
     run, _, noise = noisy(tmp_path, slow)
     moved(run, noise)
     assert run.deployed.std_of is None
-    save_policy(run.deployed, run.experiment, run.sampler, tmp_path / "saved")
+    save_policy(run.deployed, run.experiment.policy, run.deployment.sampler, tmp_path / "saved")
     loaded = genpolicy.load(tmp_path / "saved")
     assert loaded.std_of is None
     kept, was = (load_file(f"{folder}/mlp.safetensors") for folder in (tmp_path / "saved", slow))
@@ -416,5 +416,5 @@ def test_a_chain_that_explores_nowhere_is_refused(tmp_path, slow):
 
 
 def test_a_toy_of_prompts_is_known_by_its_features(tmp_path):
-    run, _ = prepare(parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Accelerator(cpu=True))
+    run, _ = prepare(parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Processes(Accelerator(cpu=True)))
     assert run.features == 8

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -41,7 +42,7 @@ def improving(folder, verdict=BETTER, **offline):
     run, pipeline = built(
         folder, {"stage": "offline", "offline": {"episodes": 0, "lr": 1e-2, **offline}}
     )
-    run.enter("improve")
+    toy_control.enter(run, "improve")
     pipeline._verdict = lambda point: verdict
     return run, pipeline
 
@@ -50,7 +51,7 @@ def state(run):
     """Everything that an update changes, flat."""
     optimizer = run.optimizer.state_dict()
     moments = [value for each in optimizer["adamw"]["state"].values() for value in each.values()]
-    return [*run.snapshot(), *moments, *(optimizer["ema"] or [])], optimizer["updates"]
+    return [*run.weights().values, *moments, *(optimizer["ema"] or [])], optimizer["updates"]
 
 
 def same(a, b):
@@ -70,7 +71,7 @@ def copied(found):
 
 def stages(run):
     """What `improve` and the others were called, in order."""
-    return [stage for stage, length in run.course.stages for _ in range(length or 1)]
+    return [stage.name for stage in run.stages.all for _ in range(stage.iterations or 1)]
 
 
 @pytest.mark.parametrize(
@@ -91,8 +92,8 @@ def stages(run):
     ],
 )
 def test_stages_follow_each_other(tmp_path, method, expected):
-    _, pipeline = built(tmp_path, method)
-    assert stages(pipeline) == expected.split()
+    run, _ = built(tmp_path, method)
+    assert stages(run) == expected.split()
 
 
 def lines(folder):
@@ -294,7 +295,7 @@ def test_without_demonstrations_the_critic_sees_the_runs_own_episodes(tmp_path):
         run, pipeline = built(
             tmp_path / str(demonstrations), {"stage": "offline", "offline": offline}
         )
-        run.enter("collect")
+        toy_control.enter(run, "collect")
         pipeline.collect()
         e = pipeline.experience
         everything, recorded = (
@@ -320,9 +321,9 @@ def test_without_advantage_and_without_kl_nothing_changes(tmp_path):
         run, pipeline = improving(tmp_path / name, kl=0.0, lr=1e-2)
         honest = pipeline.value.advantage
         pipeline.value.advantage = lambda f, e, honest=honest, scale=scale: scale * honest(f, e)
-        before = run.snapshot()
+        before = run.weights().values
         assert pipeline.improve() is False
-        moved = max(float((a - b).abs().max()) for a, b in zip(before, run.snapshot(), strict=True))
+        moved = max(float((a - b).abs().max()) for a, b in zip(before, run.weights().values, strict=True))
         assert (moved == 0) == (scale == 0)
         assert run.optimizer.updates > 0
 
@@ -331,17 +332,14 @@ def test_without_advantage_and_without_kl_nothing_changes(tmp_path):
 def test_a_refused_candidate_is_undone_to_the_bit(tmp_path, ema):
     """After one that was accepted, so that there are moments to restore; it was a candidate: it had moved."""
     run, pipeline = improving(tmp_path, far=1e9)
-    run.stages = {
-        **run.stages,
-        "improve": schema.OptimizerConfig(lr=1e-2, weight_decay=0.01, ema=ema, warmup=5),
-    }
-    run.enter("improve")
+    settings = schema.OptimizerConfig(lr=1e-2, weight_decay=0.01, ema=ema, warmup=5)
+    run.plan([replace(run.stages.now, optimizer=settings)])
     fresh = copied(state(run))
     assert pipeline.improve() is False
     accepted = copied(state(run))
     assert not same(fresh, accepted), "an accepted candidate stays"
     pipeline._verdict = lambda point: WORSE
-    run.iteration, moved = 2, []
+    run.spent.iteration, moved = 2, []
     rewind = run.rewind
     run.rewind = lambda point: moved.append(copied(state(run))) or rewind(point)
     assert pipeline.improve() is False
@@ -363,7 +361,7 @@ def test_the_next_candidate_is_what_it_would_have_been(tmp_path):
         run, pipeline = improving(tmp_path / name, verdict=WORSE)
         if name == "refused":
             pipeline.improve()
-        pipeline._verdict, run.iteration = lambda point: BETTER, 2
+        pipeline._verdict, run.spent.iteration = lambda point: BETTER, 2
         run.replay_check.again = False
         pipeline.improve()
         found.append(copied(state(run)))
@@ -378,16 +376,16 @@ def test_the_verdict_compares_the_candidate_with_what_it_came_from(tmp_path):
     assert pipeline._verdict(point) == Comparison(0.0, 0.0, pipeline._verdict(point).old)
     for p in run.trainable:
         p.data += 0.05
-    candidate = run.snapshot()
+    candidate = run.weights().values
     new = (
         pipeline.evaluation(pipeline.experience.replay, pipeline.experience.features)
         .double()
         .mean()
     )
     verdict = pipeline._verdict(point)
-    assert all(torch.equal(a, b) for a, b in zip(candidate, run.snapshot(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(candidate, run.weights().values, strict=True))
     assert verdict.old + verdict.difference == pytest.approx(float(new), abs=1e-6)
-    with run.using(point[0]):
+    with point[0].using():
         old = (
             pipeline.evaluation(pipeline.experience.replay, pipeline.experience.features)
             .double()
@@ -402,14 +400,19 @@ def test_who_went_too_far_is_refused_whatever_the_gate_says(tmp_path):
     assert pipeline.improve() is True, "and the round is over"
     assert same(state(run), before)
     assert run.metrics.numbers["gate/distance"][0] > 1e-6
-    assert pipeline.course.advance(True) is True
+    left = []
+    run.advance(False, left.append)
+    assert not left, "control: the stage has a second candidate"
+    run.advance(True, left.append)
+    assert left == ["improve"]
+    assert run.spent.over, "it was the last"
 
 
 def test_distance_is_the_kl_of_whole_chains_in_nats(tmp_path):
     """By hand: at the chains that the policy draws now, summed over steps and the chunk, the mean over decisions."""
     run, pipeline = improving(tmp_path, states=9)
     assert pipeline._distance() == 0
-    anchor = run.snapshot()
+    anchor = run.weights()
     for p in run.trainable:
         p.data += 0.03 * torch.randn_like(p)
     found = pipeline._distance()
@@ -417,7 +420,7 @@ def test_distance_is_the_kl_of_whole_chains_in_nats(tmp_path):
         0
     ].trajectory
     total = 0.0
-    with torch.no_grad(), run.using(anchor):
+    with torch.no_grad(), anchor.using():
         for k in chains.steps:
             then, now = run.policy.transition(chains, k), chains.acted(k)
             total += kl_divergence(
@@ -438,7 +441,7 @@ def test_real_episodes_have_the_last_word(tmp_path, rates, kept):
 
     def try_out(episodes, name):
         assert (episodes, name) == (7, pipeline.anchor.iteration)
-        weights.append(run.snapshot())
+        weights.append(run.weights().values)
         return answers.pop(0)
 
     run.try_out = try_out
@@ -457,8 +460,8 @@ def test_real_episodes_have_the_last_word(tmp_path, rates, kept):
 
 def test_trying_out_is_paired_and_counted(tmp_path):
     run, _ = improving(tmp_path)
-    asked, honest = [], run.environments.reset
-    run.environments.reset = lambda slots, seeds: asked.append(list(seeds)) or honest(slots, seeds)
+    asked, honest = [], run.collector.environments.reset
+    run.collector.environments.reset = lambda slots, seeds: asked.append(list(seeds)) or honest(slots, seeds)
     one = run.try_out(6, 1)
     first = [seed for seeds in asked for seed in seeds]
     asked.clear()
@@ -543,7 +546,7 @@ def test_the_gradient_of_the_kl_is_that_of_the_analytic_one(tmp_path):
     """beta times the gradient of KL(N(mean, s) || N(mean at the stage's start, s)), summed over the chunk, mean over pairs."""
     run, pipeline, rollout = perturbed(tmp_path)
     chains, beta = rollout.trajectory, 0.7
-    with torch.no_grad(), run.using(pipeline.anchor.weights):
+    with torch.no_grad(), pipeline.anchor.weights.using():
         start = [run.policy.transition(chains, k) for k in chains.steps]
     divergences = []
     for k, then in zip(chains.steps, start, strict=True):
@@ -582,7 +585,7 @@ def test_the_loss_by_hand(tmp_path):
     run, pipeline, rollout = perturbed(tmp_path)
     chains, advantage, apart = rollout.trajectory, torch.randn(10), []
     for k in chains.steps:
-        step = run._score(run.policy, chains, k, advantage, pipeline.anchor.weights)
+        step = run.policy.score(chains, k, advantage, pipeline.anchor.weights)
         found, metrics = pipeline.loss(step, clip=0.2, kl=0.3)
         new, old = (Normal(g.mean, g.std.expand_as(g.mean)) for g in (step.new, chains.acted(k)))
         ratio = (
@@ -600,7 +603,7 @@ def test_the_loss_by_hand(tmp_path):
         )
         apart.append(float((mean - ratio).abs().max()))
         plain, metrics = pipeline.loss(
-            run._score(run.policy, chains, k, advantage, None), clip=0.2, kl=0.3
+            run.policy.score(chains, k, advantage, None), clip=0.2, kl=0.3
         )
         assert "kl" not in metrics
         assert torch.allclose(plain, surrogate, rtol=1e-3, atol=1e-4)
@@ -651,7 +654,7 @@ def test_the_value_goes_on_from_the_offline_one(tmp_path):
     run, pipeline = built(tmp_path)
     own, offline = pipeline.on_policy.critic.value.state_dict(), pipeline.value.v.state_dict()
     assert not any(torch.equal(own[n], offline[n]) for n in own if own[n].dim() > 1)
-    run.evaluate = lambda: {"success_rate": 0.0, "return": 0.0, "n": 0}
+    run.deployment.evaluate = lambda iteration: {"success_rate": 0.0, "return": 0.0, "n": 0}
     run.folder.mkdir(exist_ok=True)
     pipeline._leave("improve")
     own = pipeline.on_policy.critic.value.state_dict()
@@ -667,26 +670,26 @@ def test_the_anchor_is_the_policy_at_the_stages_start(tmp_path):
     run.milestone = lambda *_: None
     for p in run.trainable:
         p.data += 1
-    assert not torch.equal(pipeline.anchor.weights[0], run.trainable[0])
+    assert not torch.equal(pipeline.anchor.weights.values[0], run.trainable[0])
     pipeline._leave("criticise")
     assert all(
-        torch.equal(a, b) for a, b in zip(pipeline.anchor.weights, run.trainable, strict=True)
+        torch.equal(a, b) for a, b in zip(pipeline.anchor.weights.values, run.trainable, strict=True)
     )
     run.trainable[0].data += 1
-    assert not torch.equal(pipeline.anchor.weights[0], run.trainable[0]), "a copy"
+    assert not torch.equal(pipeline.anchor.weights.values[0], run.trainable[0]), "a copy"
 
 
 def test_warming_up_trains_the_value_alone(tmp_path):
     run, pipeline = built(tmp_path, {"stage": "online", "online": {"warm_up": 1}})
     value = pipeline.on_policy.critic.value.network[0].weight
-    before, was = run.snapshot(), value.detach().clone()
+    before, was = run.weights().values, value.detach().clone()
     pipeline.online()
-    assert all(torch.equal(a, b) for a, b in zip(before, run.snapshot(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, run.weights().values, strict=True))
     assert not torch.equal(value, was)
-    pipeline.course.advance()
-    run.iteration = 2
+    run.stages.advance()
+    run.spent.iteration = 2
     pipeline.online()
-    assert not all(torch.equal(a, b) for a, b in zip(before, run.snapshot(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before, run.weights().values, strict=True))
 
 
 def test_recloning_imitates_what_succeeded(tmp_path):
@@ -708,13 +711,13 @@ def test_recloning_imitates_what_succeeded(tmp_path):
     assert mask is None
     asked, honest = [], run.policy.model.encode
     run.policy.model.encode = lambda context: asked.append(len(context)) or honest(context)
-    before = run.snapshot()
-    run.enter("reclone")
+    before = run.weights().values
+    toy_control.enter(run, "reclone")
     pipeline.reclone()
     assert run.optimizer.updates == rl100.AT_ONCE
     asked.clear()
     assert len(pipeline.experience.conditions) == sum(asked) == len(replay.views)
-    assert not all(torch.equal(a, b) for a, b in zip(before, run.snapshot(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before, run.weights().values, strict=True))
 
 
 def test_collecting_adds_to_what_is_learned_from(tmp_path):

@@ -14,6 +14,7 @@ from genpolicy.config.errors import ConfigError
 from genpolicy.learning.acceptance import Comparison
 from genpolicy.methods.uni_o4 import _Pipeline, joint_weight
 from genpolicy.policy.files import saved
+from genpolicy.policy.weights import Weights
 from genpolicy.training.experiment import train
 from tests import toy_control
 from tests.invariants.test_control_run import same_state
@@ -56,6 +57,7 @@ SMALL = {
     },
 }
 """Its course: imitate 1 and 2, collect 3 to 5, criticise 6, improve 7 and 8, online from 9 on."""
+STAGES = ["imitate", "collect", "criticise", "improve", "online"]
 BOUNDARIES = {2: "collect", 5: "criticise", 6: "improve", 8: "online"}
 BETTER, WORSE = Comparison(1.0, 0.0, 1.0), Comparison(-1.0, 0.0, 1.0)
 
@@ -90,18 +92,22 @@ def improving(folder, verdict=None, **offline):
     """A pipeline that is about to improve what the data set shows; the gate says ``verdict``."""
     run, pipeline = built(folder, {"offline": {"lr": 1e-2, **offline}})
     pipeline.members.enter("improve")
-    run.enter("improve")
+    toy_control.enter(run, "improve")
     if verdict is not None:
         pipeline._verdict = lambda member: verdict
     return run, pipeline
 
 
+def tensors(each):
+    return each.values if isinstance(each, Weights) else each
+
+
 def copied(members):
-    return [[value.clone() for value in each] for each in members]
+    return [[value.clone() for value in tensors(each)] for each in members]
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
 
 
 def seen(run, count):
@@ -244,9 +250,9 @@ def test_an_update_descends_the_joint_loss(tmp_path):
     members, wanted = pipeline.members, {}
     others = []
     for j in (0, 2):
-        with run.using(members.weights[j]), torch.no_grad():
+        with members.weights[j].using(), torch.no_grad():
             others.append(Normal(mean(run, condition), STD).log_prob(event).flatten(1).sum(1))
-    with run.using(members.weights[1]):
+    with members.weights[1].using():
         own = Normal(mean(run, condition), STD).log_prob(event).flatten(1).sum(1)
         log_pi = torch.stack([others[0], own, others[1]])
         assert 0 < int((log_pi.argmax(0) == 1).sum()) < len(rows), "some rows of either kind"
@@ -269,7 +275,7 @@ def test_an_update_descends_the_joint_loss(tmp_path):
 def test_members_begin_and_draw_apart(tmp_path):
     run, pipeline = built(tmp_path)
     first = pipeline.members.weights
-    assert same(first[0], run.snapshot())
+    assert same(first[0], run.weights())
     assert not any(same(first[i], first[j]) for i in range(3) for j in range(i))
     drawn = []
     honest = pipeline.imitation.source
@@ -278,7 +284,7 @@ def test_members_begin_and_draw_apart(tmp_path):
     )
     pipeline.imitate()
     assert len({tuple(rows.tolist()) for rows in drawn}) == 15
-    assert same(run.snapshot(), pipeline.members.optimizers[0].ema), (
+    assert same(run.weights(), pipeline.members.optimizers[0].ema), (
         "the first member is what is evaluated"
     )
     averages = copied(o.ema for o in pipeline.members.optimizers)
@@ -299,11 +305,11 @@ def test_a_worse_target_does_not_replace_and_is_not_undone(tmp_path):
     assert not any(same(a, b) for a, b in zip(old, target, strict=True)), (
         "the target had moved, and stays there"
     )
-    assert same(run.snapshot(), old[0]), "in force is an old policy"
+    assert same(run.weights(), old[0]), "in force is an old policy"
     begun = []
     honest = run.update
-    run.update = lambda *args: begun.append(run.snapshot()) or honest(*args)
-    pipeline._verdict, run.iteration = lambda member: BETTER, 2
+    run.update = lambda *args: begun.append(run.weights()) or honest(*args)
+    pipeline._verdict, run.spent.iteration = lambda member: BETTER, 2
     pipeline.improve()
     assert same(begun[0], target[0]), "it learns on from where it was"
     assert all(same(a, b) for a, b in zip(members.weights, members.old, strict=True)), (
@@ -317,7 +323,7 @@ def test_the_old_policy_acts_and_the_target_learns(tmp_path):
     """Ratios are of the target to the old policy: after a refusal they begin away from 1."""
     run, pipeline = improving(tmp_path, WORSE, updates=1)
     for iteration, one in ((1, True), (2, False)):
-        run.iteration, ratios = iteration, []
+        run.spent.iteration, ratios = iteration, []
         honest = run.update
         run.update = lambda *args, honest=honest, into=ratios: into.append(
             honest(*args)["log_ratio_square"]
@@ -334,13 +340,13 @@ def test_the_gate_keeps_the_best(tmp_path):
     pipeline.evaluation = lambda replay, features: run.trainable[0].sum().detach().expand(8)
     members = pipeline.members
     for weights_, shift in zip(members.weights, (1.0, -1.0, 0.0), strict=True):
-        weights_[0] += shift
+        weights_.values[0] += shift
     before = copied(members.old)
     found = [members.judge(i, pipeline._verdict(i)) for i in range(3)]
     assert found == [True, False, False], "better; worse; the same"
     assert same(members.old[0], members.weights[0])
     assert same(members.old[1], before[1])
-    sums = [float(old[0].sum()) for old in members.old]
+    sums = [float(old.values[0].sum()) for old in members.old]
     assert members.score == pytest.approx(sums, abs=1e-3)
     assert members.best is members.old[sums.index(max(sums))]
 
@@ -365,7 +371,7 @@ def test_members_follow_the_advantage(tmp_path, sign):
     condition, _ = seen(run, 30)
 
     def first(each):
-        with torch.no_grad(), run.using(each):
+        with torch.no_grad(), each.using():
             return float(mean(run, condition)[:, 0, 0].mean())
 
     before = [first(each) for each in pipeline.members.weights]
@@ -420,8 +426,9 @@ def test_stopped_at_every_boundary_equals_uninterrupted_bit_for_bit(tmp_path, wh
     stops = [*BOUNDARIES, 10]
     for here, following in pairwise(stops):
         state = weights(made, here)
-        assert state["stage"] == BOUNDARIES[here]
-        assert state["registered"]["experience"]["iterations"] == ([] if here < 5 else [3, 4, 5])
+        assert STAGES[state["stages"]["at"]] == BOUNDARIES[here]
+        assert state["stages"]["done"] == 0
+        assert state["kept"]["experience"]["iterations"] == ([] if here < 5 else [3, 4, 5])
         again = made / "config.yaml"
         again.write_text(
             again.read_text().replace(
@@ -430,11 +437,9 @@ def test_stopped_at_every_boundary_equals_uninterrupted_bit_for_bit(tmp_path, wh
         )
         train(again)
     a, b = weights(whole.folder, 10), weights(made, 10)
+    a["kept"].pop("deployment"), b["kept"].pop("deployment")  # every stop was examined
     verdicts = same_state(a, b)
-    verdicts.pop("counters")  # every stop was examined
     assert all(verdicts.values()), verdicts
-    for counter in ("env_steps", "env_decisions", "evaluations"):
-        assert a["counters"][counter] == b["counters"][counter]
 
 
 @pytest.mark.parametrize("part", ["weights", "old"])
@@ -442,14 +447,14 @@ def test_control_members_that_are_not_resumed_make_another_run(tmp_path, whole, 
     made = train(parse.parse(experiment(tmp_path / "it", budget={"iterations": 7}))).folder
     file = made / "checkpoints/7/state.pt"
     state = torch.load(file, weights_only=True)
-    state["registered"]["members"][part] = [
-        [v + 0.1 for v in m] for m in state["registered"]["members"][part]
+    state["kept"]["members"][part] = [
+        [v + 0.1 for v in m] for m in state["kept"]["members"][part]
     ]
     torch.save(state, file)
     again = made / "config.yaml"
     again.write_text(again.read_text().replace("iterations: 7\n  nfe", "iterations: 10\n  nfe"))
     train(again)
-    found = [weights(folder, 10)["registered"]["members"] for folder in (whole.folder, made)]
+    found = [weights(folder, 10)["kept"]["members"] for folder in (whole.folder, made)]
     assert largest_difference(*(m["weights"][0] for m in found)) > 1e-6
 
 

@@ -13,6 +13,7 @@ from genpolicy.chain import Noise
 from genpolicy.config import parse
 from genpolicy.contracts.task import Context
 from genpolicy.training.experiment import prepare, train
+from genpolicy.training.processes import Processes
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -76,9 +77,9 @@ def test_kl_starts_at_zero_and_grows(trained):
 def test_reference_of_a_run_from_a_lora_is_that_lora(pipeline, trained, tmp_path):
     """KL 0 at the first update from a non-zero LoRA; against the bare base (adapters off) it is not."""
     experiment = parse.parse(raw(pipeline, tmp_path, start=str(trained.folder / "policy")))
-    run, method = prepare(experiment, tmp_path / "run", Accelerator(cpu=True))
-    run.iteration = 1
-    reference, rollout = run.snapshot(), run.collect(2, 4)
+    run, method = prepare(experiment, tmp_path / "run", Processes(Accelerator(cpu=True)))
+    run.spent.iteration = 1
+    reference, rollout = run.weights(), run.collect(2, 4)
     assert (
         max(
             float(p.detach().abs().max())
@@ -87,7 +88,7 @@ def test_reference_of_a_run_from_a_lora_is_that_lora(pipeline, trained, tmp_path
         )
         > 0
     )
-    step = run._score(run.policy, rollout.trajectory, 1, rollout.rows(torch.zeros(2, 4)), reference)
+    step = run.policy.score(rollout.trajectory, 1, rollout.rows(torch.zeros(2, 4)), reference)
     assert method.loss(step)[1]["kl"].abs().max() == 0
     run.policy.model.denoiser.disable_adapters()
     with torch.no_grad():

@@ -14,8 +14,10 @@ from genpolicy.learning.advantage import group_relative
 from genpolicy.learning.critic import StateValue
 from genpolicy.methods import flow_grpo, reinflow
 from genpolicy.methods.parts import baseline
+from genpolicy.policy.parts.learned_std import LearnedStd
 from genpolicy.rollout.episodes import reset_seed
 from genpolicy.training.experiment import prepare, train
+from genpolicy.training.processes import Processes
 from genpolicy.training.run import Run
 from tests import toy
 from tests.peers import peers, together
@@ -121,7 +123,7 @@ def test_iterations_begin_elsewhere_and_repeat(tmp_path):
     run, _, rollout = collected(tmp_path)
     again = run.collect(4, 3)
     assert torch.equal(again.trajectory.x0, rollout.trajectory.x0)
-    run.iteration = 2
+    run.spent.iteration = 2
     other = run.collect(4, 3)
     assert not torch.equal(other.context.observation[GOAL][0], rollout.context.observation[GOAL][0])
 
@@ -181,8 +183,8 @@ def test_a_shared_prefix_is_refused_with_a_sentence(tmp_path):
 
 
 def test_prompts_are_episodes_of_one_decision(tmp_path):
-    run, _ = prepare(parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Accelerator(cpu=True))
-    run.iteration = 1
+    run, _ = prepare(parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Processes(Accelerator(cpu=True)))
+    run.spent.iteration = 1
     rollout = run.collect(4, 4)
     d = rollout.decisions
     assert not rollout.ragged
@@ -279,7 +281,7 @@ def test_an_epoch_holds_everything_once_and_epochs_differ(tmp_path, kind, update
         assert len({str([sorted(map(str, b)) for b in epoch]) for epoch in epochs}) == 3
     again = [rows_of(rollout, b) for b in KINDS[kind](run, rollout, updates, 1)]
     assert again == epochs[1]
-    run.iteration = 2
+    run.spent.iteration = 2
     if updates > 1:
         assert [rows_of(rollout, b) for b in KINDS[kind](run, rollout, updates, 1)] != epochs[1]
 
@@ -376,7 +378,7 @@ def test_a_process_may_have_no_row_of_a_minibatch(tmp_path, kind):
             }
 
         means = [run.update(rollout, b, chains, loss)["index"] for b in batches]
-        return sizes, means, run.snapshot()
+        return sizes, means, run.weights()
 
     (one,) = on_processes(tmp_path, 1, learn)
     two = on_processes(tmp_path, 2, learn)
@@ -384,7 +386,7 @@ def test_a_process_may_have_no_row_of_a_minibatch(tmp_path, kind):
     assert min(a + b for a, b in zip(two[0][0], two[1][0], strict=True)) > 0
     for _, means, weights in two:
         assert means == pytest.approx(one[1], abs=1e-4)
-        assert max(float((a - b).abs().max()) for a, b in zip(weights, one[2], strict=True)) < 1e-5
+        assert max(float((a - b).abs().max()) for a, b in zip(weights.values, one[2].values, strict=True)) < 1e-5
 
 
 def test_a_critic_learns_with_empty_shares_too(tmp_path):
@@ -434,11 +436,11 @@ SPARSE = {
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_methods_learn_the_same_with_empty_shares(tmp_path, monkeypatch, name):
-    value, noise = StateValue(4, 16), reinflow.NoiseNet(4, 8, 0.1, 0.24)
+    value, noise = StateValue(4, 16), LearnedStd(4, 8, 0.1, 0.24)
     monkeypatch.setattr(
         baseline, "StateValue", lambda features: deepcopy(value)
     )  # threads share torch's generator
-    monkeypatch.setattr(reinflow, "NoiseNet", lambda *_: deepcopy(noise))
+    monkeypatch.setattr(reinflow, "LearnedStd", lambda *_: deepcopy(noise))
 
     def iterate(run: Run, method):
         honest = run.policy.model.denoise
@@ -450,14 +452,14 @@ def test_methods_learn_the_same_with_empty_shares(tmp_path, monkeypatch, name):
         run.policy.model.denoise, run.iterations = denoise, lambda: iter([1])
         method.train(run)
         evaluations = torch.tensor([run.policy.model.evaluations], dtype=torch.float64)
-        return run.snapshot(), (run.optimizer.updates, float(run.processes.reduce(evaluations)))
+        return run.weights(), (run.optimizer.updates, float(run.processes.reduce(evaluations)))
 
     flow = {"name": "mlp", "hidden": 32, "blocks": 1, "chunk": 4, "family": "flow"}
     sections = {"policy": flow, "optimizer": {"lr": 1e-3, "eps": 1e-4}, **SPARSE[name]}
     ((one, updates),) = on_processes(tmp_path, 1, iterate, **sections)
     for weights, count in on_processes(tmp_path, 2, iterate, **sections):
         assert count == updates
-        assert max(float((a - b).abs().max()) for a, b in zip(weights, one, strict=True)) < 1e-5
+        assert max(float((a - b).abs().max()) for a, b in zip(weights.values, one.values, strict=True)) < 1e-5
 
 
 def test_normalised_is_over_the_rows_of_everybody(tmp_path):

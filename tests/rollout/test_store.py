@@ -176,7 +176,7 @@ def lived(run, book, eye, seeds=SEEDS, noise=0):
 @pytest.fixture(scope="module")
 def whole(run):
     """Played without an interruption: what came of it, and its book."""
-    book, eye = Book(), Eye(run.environments)
+    book, eye = Book(), Eye(run.collector.environments)
     return lived(run, book, eye), book, eye
 
 
@@ -211,7 +211,7 @@ def test_every_episode_is_written_once_as_it_ends(run, whole):
     for episode, rows in book.known.items():
         assert len(rows["x0"]) == int(lengths[episode])
         assert torch.equal(rows["x0"], result.trajectory.x0[result.decisions.episode == episode])
-    without = live(run.policy, run.environments, SEEDS, Noise.rows(0, 1, torch.arange(EPISODES), 1))
+    without = live(run.policy, run.collector.environments, SEEDS, Noise.rows(0, 1, torch.arange(EPISODES), 1))
     assert max(differences(without, result).values()) == 0
 
 
@@ -219,14 +219,14 @@ def test_every_episode_is_written_once_as_it_ends(run, whole):
 def test_a_collection_that_was_cut_off_goes_on_with_what_is_missing_to_the_bit(run, whole, calls):
     """Whatever had ended was written; the rest is played, each once, as if nothing had happened."""
     result, _, _ = whole
-    book, broken = Book(), Eye(run.environments, calls)
+    book, broken = Book(), Eye(run.collector.environments, calls)
     with pytest.raises(KeyboardInterrupt):
         lived(run, book, broken)
     before = set(book.known)
     assert len(before) == broken.ended, "all that ended was written before anybody acted again"
     assert calls < 10 or 0 < len(before) < EPISODES
     book.order.clear()
-    eye = Eye(run.environments)
+    eye = Eye(run.collector.environments)
     again = lived(run, book, eye)
     assert sorted(eye.seeds) == [seed for e, seed in enumerate(SEEDS) if e not in before]
     assert sorted(book.order) == [e for e in range(EPISODES) if e not in before]
@@ -238,7 +238,7 @@ def test_whichever_episodes_are_known_the_others_are_the_same_to_the_bit(run, wh
     """Also where those that are left would act beside others than they did: matrix products round by their number of rows."""
     result, book, _ = whole
     for known in ([0], [1, 2], [e for e in range(EPISODES) if e % 3], [*range(EPISODES - 1)]):
-        eye = Eye(run.environments)
+        eye = Eye(run.collector.environments)
         again = lived(run, Book({e: book.known[e] for e in known}), eye)
         assert len(eye.seeds) == EPISODES - len(known)
         found = differences(again, result)
@@ -250,15 +250,15 @@ def test_whichever_episodes_are_known_the_others_are_the_same_to_the_bit(run, wh
 
 def test_control_other_seeds_and_other_noise_are_other_episodes(run, whole):
     result, _, _ = whole
-    other = lived(run, Book(), Eye(run.environments), [seed + 1000 for seed in SEEDS])
+    other = lived(run, Book(), Eye(run.collector.environments), [seed + 1000 for seed in SEEDS])
     assert differences(other, result)["x0"] > 0.1
-    luck = lived(run, Book(), Eye(run.environments), noise=1)
+    luck = lived(run, Book(), Eye(run.collector.environments), noise=1)
     assert differences(luck, result)["x0"] > 0.1
 
 
 def test_a_complete_book_needs_no_environment(run, whole):
     result, book, _ = whole
-    eye = Eye(run.environments, calls=0)
+    eye = Eye(run.collector.environments, calls=0)
     copy = Book(book.known)
     assert max(differences(lived(run, copy, eye), result).values()) == 0
     assert eye.seeds == []
@@ -270,7 +270,7 @@ def test_what_acting_costs_does_not_depend_on_the_interruption(run, whole):
 
     def cost(book):
         before = run.policy.model.evaluations
-        lived(run, book, Eye(run.environments))
+        lived(run, book, Eye(run.collector.environments))
         return run.policy.model.evaluations - before
 
     assert cost(Book({e: rows for e, rows in whole[1].known.items() if e % 3})) == cost(Book())
@@ -292,14 +292,14 @@ def test_a_run_that_was_killed_while_it_collected(tmp_path):
     result = one.collect(8, 2, keep=True)
     assert names(one, 1) == {f"{g}-{m}.pt" for g in range(8) for m in range(2)}
     run, _ = prepared(tmp_path / "broken", **CLONING)
-    broken = Eye(run.environments, 11)
+    broken = Eye(run.collector.environments, 11)
     object.__setattr__(run.collector, "environments", broken)
     with pytest.raises(KeyboardInterrupt):
         run.collect(8, 2, keep=True)
     played = names(run, 1)
     assert 0 < len(played) < 16
     resumed, _ = prepared(tmp_path / "broken", **CLONING)
-    eye = Eye(resumed.environments)
+    eye = Eye(resumed.collector.environments)
     object.__setattr__(resumed.collector, "environments", eye)
     again = resumed.collect(8, 2, keep=True)
     missing = [g for g in range(8) for m in range(2) if f"{g}-{m}.pt" not in played]
@@ -311,7 +311,7 @@ def test_a_run_that_was_killed_while_it_collected(tmp_path):
         resumed.metrics.env_steps == one.metrics.env_steps == float(result.decisions.executed.sum())
     )
     assert resumed.metrics.collected == one.metrics.collected
-    resumed.iteration = 2
+    resumed.spent.iteration = 2
     assert not torch.equal(resumed.collect(8, 2, keep=True).rewards, result.rewards), (
         "control: another iteration"
     )
@@ -324,7 +324,7 @@ def test_episodes_of_an_experiment_that_was_edited_are_played_again(tmp_path, ed
     run.collect(8, 1, keep=True)
     task = {"name": "tests.toy_control:Point", "limit": 3 if edited == "limit" else 6}
     resumed, _ = prepared(tmp_path, **CLONING, **({"task": task} if edited == "limit" else {}))
-    eye = Eye(resumed.environments)
+    eye = Eye(resumed.collector.environments)
     object.__setattr__(resumed.collector, "environments", eye)
     if edited == "weights":
         resumed.trainable[-1].data += 0.1
@@ -343,7 +343,7 @@ def test_who_does_not_ask_keeps_nothing(tmp_path):
     run, _ = prepared(tmp_path, **CLONING)
     kept, plain = run.collect(4, 1, keep=True), run.collect(4, 1)
     assert torch.equal(kept.trajectory.x0, plain.trajectory.x0)
-    run.iteration = 2
+    run.spent.iteration = 2
     run.collect(4, 1)
     assert names(run, 2) == set()
 
@@ -357,7 +357,7 @@ def test_any_number_of_processes_goes_on_from_what_others_wrote(tmp_path):
     fresh, _ = prepared(tmp_path / "alone", **CLONING)
     alone = fresh.collect(6, 2)
     one, _ = prepared(tmp_path, **CLONING)
-    eye = Eye(one.environments)
+    eye = Eye(one.collector.environments)
     object.__setattr__(one.collector, "environments", eye)
     found = one.collect(6, 2, keep=True)
     assert eye.seeds == []

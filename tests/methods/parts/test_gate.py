@@ -15,6 +15,7 @@ from genpolicy.learning.dynamics import imagined
 from genpolicy.methods.parts import gate
 from genpolicy.methods.parts.gate import GATE, OfflineEvaluation
 from genpolicy.methods.parts.iql import ActionValue
+from genpolicy.policy.weights import Weights
 from genpolicy.rollout.replay import Replay
 from tests.rl100_toy import experiment
 from tests.toy_control import prepared
@@ -59,9 +60,8 @@ def stage(tmp_path):
 def changed(run, by=0.02):
     """Other weights, for as long as this lasts."""
     draw = torch.Generator().manual_seed(3)
-    return run.using(
-        [p.detach() + by * torch.randn(p.shape, generator=draw) for p in run.trainable]
-    )
+    moved = [p.detach() + by * torch.randn(p.shape, generator=draw) for p in run.trainable]
+    return Weights(run.trainable, moved).using()
 
 
 # -- the score ------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_the_same_weights_score_the_same_to_the_bit(stage):
     assert one.shape == (STARTS,)
     assert not one.requires_grad
     torch.manual_seed(99)
-    with stage.run.using(stage.run.snapshot()):
+    with stage.run.weights().using():
         other = stage.score()
     found = compare(other, one)
     assert (found.difference, found.error) == (0.0, 0.0)
@@ -81,7 +81,7 @@ def test_the_same_weights_score_the_same_to_the_bit(stage):
     assert len(one.unique()) > 1
     with changed(stage.run):
         assert not torch.equal(stage.score(), one), "control: another policy is another score"
-    stage.run.iteration = 2
+    stage.run.spent.iteration = 2
     assert compare(stage.score(), one).error > 0, (
         "control: another iteration has other starts and luck"
     )
@@ -92,7 +92,7 @@ def test_the_same_luck_tells_small_differences_apart(stage):
     one = stage.score()
     with changed(stage.run, 1e-3):
         paired = compare(stage.score(), one).error
-        stage.run.iteration = 2
+        stage.run.spent.iteration = 2
         apart = compare(stage.score(), one).error
     assert 0 < paired < 0.2 * apart
 
@@ -107,7 +107,7 @@ def test_starts_are_what_decisions_saw(stage, monkeypatch):
 
     monkeypatch.setattr(gate, "imagined", listen)
     stage.score(), stage.score()
-    stage.run.iteration = 2
+    stage.run.spent.iteration = 2
     stage.score()
     (one, luck), (same, again), (other, fresh) = asked
     assert torch.equal(one, same)
@@ -318,6 +318,6 @@ def test_it_is_resumed(stage, tmp_path):
     assert torch.equal(other.score(), stage.score())
     assert not torch.equal(before, stage.score()), "control"
     for each in (stage, other):
-        each.run.iteration = 2
+        each.run.spent.iteration = 2
         each.gate.learn(each.replay, each.features, 3)
     assert torch.equal(other.score(), stage.score())

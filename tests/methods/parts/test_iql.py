@@ -146,7 +146,7 @@ def test_rows_are_drawn_alike_anew_and_the_same_by_any_number_of_processes(tmp_p
         run.processes = SimpleNamespace(index=index, count=3)
         value.learn(replay, features, 3)
         assert seen == [rows[index::3] for rows in whole]
-    run.processes, run.iteration = SimpleNamespace(index=0, count=1), 2
+    run.processes, run.spent.iteration = SimpleNamespace(index=0, count=1), 2
     seen.clear()
     value.learn(replay, features, 3)
     assert seen != whole
@@ -161,12 +161,12 @@ def test_everything_is_resumed(tmp_path):
     resumed, other = built(tmp_path / "other")
     for name, part in run.registered.items():
         resumed.registered[name].load_state_dict(deepcopy(part.state_dict()))
-    resumed.iteration = run.iteration = 2
+    resumed.spent.iteration = run.spent.iteration = 2
     (tmp_path / "third").mkdir()
     third_run, third = built(tmp_path / "third")  # control: networks without the optimiser's state
     for name in ("q", "q_target", "v"):
         third_run.registered[name].load_state_dict(deepcopy(run.registered[name].state_dict()))
-    third_run.iteration = 2
+    third_run.spent.iteration = 2
     for each in (value, other, third):
         each.learn(replay, features, 2)
     event = torch.randn(9, 4, 2)

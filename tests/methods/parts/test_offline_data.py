@@ -47,7 +47,7 @@ def test_failures_take_their_share_of_the_starts_and_no_more(run):
     assert len(set(mixed[15:])) == 5
     assert set(mixed[15:]) <= set(range(50))
     assert failures.mixed(fresh, 0.25) == mixed, "a function of the iteration"
-    run.iteration = 2
+    run.spent.iteration = 2
     assert failures.mixed(fresh, 0.25) != mixed, "control: and of another one another"
     assert failures.mixed(fresh, 0.0) == fresh
 
@@ -139,7 +139,7 @@ def test_what_failed_comes_again(run):
     ]
     assert on_policy.failures.seeds == failed
     assert len(failed) >= 3
-    run.iteration = 2
+    run.spent.iteration = 2
     again = on_policy.rollout(lambda new, old, x: torch.zeros(len(x)))[0]
     begun = [int(prompt.removeprefix("start ")) for prompt in again.prompts]
     assert begun[:3] == run.starts(6)[:3]
