@@ -44,17 +44,14 @@ def command_line() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"genpolicy {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for add in (
-        _quickstart,
-        _train,
-        _evaluate,
-        _demonstrate,
-        _compare,
-        _sample,
-        _list,
-        _check,
-    ):
-        add(verbs)
+    _quickstart(verbs)
+    _train(verbs)
+    _evaluate(verbs)
+    _demonstrate(verbs)
+    _compare(verbs)
+    _sample(verbs)
+    _list(verbs)
+    _check(verbs)
     return parser
 
 

@@ -1,8 +1,8 @@
 """A LeRobotDataset (v3) of recorded episodes, to learn from and to record.
 
 Vectors are read into memory at once; pictures are decoded all together when the first row asks for
-them, or, where they would not fit into memory, whenever a row asks. Vectors come straight from the parquet files, without importing lerobot; pictures come from
-LeRobot's own reader.
+them, or, where they would not fit into memory, whenever a row asks. Vectors come straight from the
+parquet files, without importing lerobot; pictures come from LeRobot's own reader.
 """
 
 import json

@@ -100,7 +100,7 @@ def summarise(runs: Sequence[Finished]) -> dict[str, Any]:
             entry["metrics"][name] = {"before": _after(mine, name, "before"), **_spread(values)}
             if arm != arms[0]:
                 other = _after([run for run in runs if run.arm == arms[0]], name)
-                entry["difference"][name] = _difference(values, other)
+                entry["difference"][name] = _seed_difference(values, other)
         for name in (*CLIPPED, *COSTS):
             entry[name] = _spread([run.cost(name) for run in mine])
         table["arms"][arm] = entry
@@ -124,7 +124,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "sd": sd, "values": list(values)}
 
 
-def _difference(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+def _seed_difference(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
     """The mean of value - other over seeds and its 95 % interval; no interval for a single seed."""
     first, second = (torch.tensor(each, dtype=torch.float64) for each in (others, values))
     mean, low, high = paired(first, second, len(values))
