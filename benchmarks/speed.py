@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -373,72 +372,82 @@ def critic(repeats: int) -> Iterator[Comparison]:
 # -- d: the quickstart's pictures in another checkout
 
 POLL = 0.005
-"""Seconds between two looks at a child's metrics."""
+"""Seconds between two looks at a process's metrics."""
 
 
-@contextlib.contextmanager
-def child(checkout: Path, folder: Path, iterations: int) -> Iterator[psutil.Popen]:
-    """The training of a checkout in a process of its own, ended with the block."""
-    command = [sys.executable, "-m", "genpolicy", "train", "quickstart"]
-    command += [f"--budget.iterations={iterations}", "--eval.every=0", "--eval.samples=44"]
-    command += ["--threads=1", f"--output={folder}"]
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    with open(folder.with_suffix(".log"), "w") as log:
-        process = psutil.Popen(command, cwd=checkout, env=environment, stdout=log, stderr=log)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+@dataclass(frozen=True)
+class Child:
+    """The quickstart's training in a process of its own, which runs one iteration when it is told."""
 
+    checkout: Path
+    folder: Path
+    process: psutil.Popen
 
-def iterations_of(checkout: Path, folder: Path, count: int) -> tuple[list[float], dict[str, float]]:
-    """CPU seconds of ``count`` iterations after the first, read from outside as each one's line
-    appears in metrics.jsonl, so that start-up and evaluations are not in them; and the metrics of
-    the first iteration.
-    """
-    moments: list[float] = []
-    with child(checkout, folder, count + 1) as process:
-        while len(moments) <= count:
-            if process.poll() is not None:
-                log = folder.with_suffix(".log").read_text()
-                raise SystemExit(f"training in {checkout} ended early:\n{log[-2000:]}")
-            rows = trained(folder / "metrics.jsonl")
-            if len(rows) > len(moments):
-                spent = process.cpu_times()
-                moments += [spent.user + spent.system] * (len(rows) - len(moments))
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls, checkout: Path, folder: Path, iterations: int) -> Iterator["Child"]:
+        """A process that is ended with the block."""
+        command = [sys.executable, "-m", "genpolicy", "train", "quickstart"]
+        command += [f"--budget.iterations={iterations}", "--eval.every=0", "--eval.samples=44"]
+        command += ["--threads=1", f"--output={folder}"]
+        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+        with open(folder.with_suffix(".log"), "w") as log:
+            process = psutil.Popen(command, cwd=checkout, env=environment, stdout=log, stderr=log)
+        process.suspend()
+        try:
+            yield cls(checkout, folder, process)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def reach(self, iteration: int) -> float:
+        """Runs it until it has written the metrics of ``iteration``, and suspends it; returns its
+        CPU seconds so far.
+        """
+        self.process.resume()
+        while len(self.metrics()) < iteration:
+            if self.process.poll() is not None:
+                log = self.folder.with_suffix(".log").read_text()
+                raise SystemExit(f"training in {self.checkout} ended early:\n{log[-2000:]}")
             time.sleep(POLL)
-    return [after - before for before, after in pairwise(moments)], rows[0]
+        self.process.suspend()
+        spent = self.process.cpu_times()
+        return spent.user + spent.system
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The whole lines of metrics.jsonl that belong to iterations, not to evaluations."""
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [row for row in rows if "nfe_per_sample" in row]
 
 
-def trained(metrics: Path) -> list[dict[str, float]]:
-    """The whole lines of metrics.jsonl that belong to iterations, not to evaluations."""
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [row for row in rows if "nfe_per_sample" in row]
-
-
-def against(checkout: Path, rounds: int, count: int) -> Iterator[Comparison]:
-    """``rounds`` runs of each checkout, in the order A B B A ...; iterations are paired by their
-    numbers. The row names what both did in their first iteration.
+def against(checkout: Path, iterations: int) -> Iterator[Comparison]:
+    """``iterations`` of each checkout after the first, which warms up: A B B A ..., the one that
+    does not run is suspended. Start-up and evaluations are not in them. The row names what both did
+    in their first iteration.
     """
     here = Path(genpolicy.__file__).resolve().parents[1]
-    sides = [("ours", here), ("other", checkout)]
-    seconds: dict[str, list[float]] = {"ours": [], "other": []}
-    first: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(rounds):
-            for side, path in sides if number % 2 == 0 else reversed(sides):
-                name = Path(folder) / f"{number}-{side}"
-                spent, first[side] = iterations_of(path, name, count)
-                seconds[side] += spent
+    seconds: tuple[list[float], list[float]] = ([], [])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Child.started(here, Path(folder) / "ours", iterations + 2) as ours,
+        Child.started(checkout, Path(folder) / "other", iterations + 2) as other,
+    ):
+        spent = [ours.reach(1), other.reach(1)]
+        for iteration in range(iterations):
+            order = (0, 1) if iteration % 2 == 0 else (1, 0)
+            for side in order:
+                now = (ours, other)[side].reach(iteration + 2)
+                seconds[side].append(now - spent[side])
+                spent[side] = now
+        first = ours.metrics()[0], other.metrics()[0]
     done = ", ".join(
-        f"{what} {first['ours'][key]:.4g} against {first['other'][key]:.4g}"
+        f"{what} {first[0][key]:.4g} against {first[1][key]:.4g}"
         for what, key in (("evaluations per sample", "nfe_per_sample"), ("reward", "reward/total"))
     )
-    work = f"d: iteration of the quickstart's pictures; {done}"
-    yield Comparison(work, seconds["ours"], seconds["other"])
+    yield Comparison(f"d: iteration of the quickstart's pictures; {done}", *seconds)
 
 
 PARTS: dict[str, Callable[[int], Iterator[Comparison]]] = {
@@ -458,10 +467,7 @@ def main() -> None:
     )
     parser.add_argument("--against", type=Path, help="another checkout of this repository, for d")
     parser.add_argument(
-        "--rounds", type=int, default=4, help="runs of each checkout (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--iterations", type=int, default=4, help="timed in each run (default: %(default)s)"
+        "--iterations", type=int, default=24, help="of each checkout in d (default: %(default)s)"
     )
     args = parser.parse_args()
     chosen = args.only or [*PARTS, *(["d"] if args.against else [])]
@@ -473,7 +479,7 @@ def main() -> None:
     print("|" + "---|" * len(COLUMNS))
     for part in chosen:
         if part == "d":
-            found = against(args.against.resolve(), args.rounds, args.iterations)
+            found = against(args.against.resolve(), args.iterations)
         else:
             found = PARTS[part](args.repeats)
         for comparison in found:
