@@ -5,13 +5,15 @@
     python -m benchmarks.speed --only d --against CHECKOUT    # another checkout of this repository
 
 a: one decision of 40 environments by a small network, beside DPPO's arithmetic
-   (`benchmarks.two_network_sampler`). b: one decision of LeRobot's DiffusionPolicy, beside LeRobot
-(needs lerobot). c: one update of implicit Q-learning, beside plain torch (needs metaworld). d: one
-iteration of the quickstart's pictures, beside another checkout.
+   (`benchmarks.two_network_sampler`).
+b: one decision of LeRobot's DiffusionPolicy, beside LeRobot (needs lerobot).
+c: one update of implicit Q-learning, beside plain torch (needs metaworld).
+d: one iteration of the quickstart's pictures, beside another checkout.
 
-Both sides of a row run in turn, first one, then the other, then in the opposite order. In a, b and c
-they must agree in what they compute before they are timed; d says what both did. A ratio below 1 means that genpolicy, or this
-checkout, is the faster one. The interval is that of the median at 95 %, by order statistics.
+Both sides of a row run in turn, first one, then the other, then in the opposite order. In a, b
+and c they must agree in what they compute before they are timed; d says what both did. A ratio
+below 1 means that genpolicy, or this checkout, is the faster one. The interval is that of the
+median at 95 %, by order statistics.
 """
 
 import argparse
@@ -196,9 +198,10 @@ def sampling(repeats: int) -> Iterator[Comparison]:
         sampler.sample(condition, policy.model.event_shape)
         for handle in handles:
             handle.remove()
+        size = f"K {STEPS}, K' {TRAINED}, {weights(sampler.tuned) / 1e6:.2f} M weights"
+        evaluations = f"evaluations {counted[0]} against {counted[1]}"
         yield compare(
-            f"a: sampling, {ENVIRONMENTS} environments, K {STEPS}, K' {TRAINED}, "
-            f"{weights(sampler.tuned) / 1e6:.2f} M weights; evaluations {counted[0]} against {counted[1]}",
+            f"a: sampling, {ENVIRONMENTS} environments, {size}; {evaluations}",
             lambda p=policy, c=condition, n=noise: p.sample(c, n),
             lambda p=policy, c=condition, s=sampler: s.sample(c, p.model.event_shape),
             repeats,
@@ -360,8 +363,9 @@ def critic(repeats: int) -> Iterator[Comparison]:
             pairs = zip(value.q.parameters(), plain.q.parameters(), strict=True)
             for number, (ours, other) in enumerate(pairs):
                 require_close(f"c, weight {number} of Q", ours.detach(), other.detach(), 1e-4)
+            size = f"{value.batch} rows, {weights(plain.q) + weights(plain.v):,} weights"
             yield compare(
-                f"c: update of Q and V, {value.batch} rows, {weights(plain.q) + weights(plain.v):,} weights",
+                f"c: update of Q and V, {size}",
                 lambda: value.learn(data, features, UPDATES),
                 lambda: plain.learn(data, features, UPDATES),
                 repeats,
@@ -377,7 +381,7 @@ POLL = 0.005
 
 @dataclass(frozen=True)
 class Child:
-    """The quickstart's training in a process of its own, which runs one iteration when it is told."""
+    """The quickstart's training in a process of its own, one iteration at a time."""
 
     checkout: Path
     folder: Path
