@@ -16,7 +16,7 @@ from scipy.stats import t
 from genpolicy.config import leaves, parse
 from genpolicy.contracts.task import ControlTask
 from genpolicy.evaluation.episode_scores import evaluate_control
-from genpolicy.evaluation.prompt_scores import paired
+from genpolicy.evaluation.statistics import paired
 from genpolicy.policy.files import saved
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import make_policy

@@ -20,7 +20,7 @@ import torch
 
 from genpolicy.config import leaves, parse
 from genpolicy.evaluation.episode_scores import evaluate_control
-from genpolicy.evaluation.prompt_scores import interval
+from genpolicy.evaluation.statistics import interval
 from genpolicy.policy.files import load
 from genpolicy.rollout.demonstrations import demonstrate
 from genpolicy.training.experiment import finished, train

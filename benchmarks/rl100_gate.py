@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genpolicy.config import leaves, parse
 from genpolicy.evaluation.episode_scores import evaluate_control
-from genpolicy.evaluation.prompt_scores import paired
+from genpolicy.evaluation.statistics import paired
 from genpolicy.learning.acceptance import rank_correlation
 from genpolicy.policy.files import saved
 from genpolicy.training.experiment import train

@@ -20,7 +20,8 @@ import genpolicy
 from genpolicy.config.shipped import path
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import read_prompts
-from genpolicy.evaluation.prompt_scores import evaluate, interval
+from genpolicy.evaluation.prompt_scores import evaluate
+from genpolicy.evaluation.statistics import interval
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rewards import _shapes as world
 from genpolicy.rewards.shapes_dense import shapes_dense

@@ -38,16 +38,17 @@ from torch import Tensor
 
 import genpolicy
 from benchmarks.two_network_sampler import Actor, Tables, TwoNetworkSampler
-from genpolicy.action_value import ActionValue
+from genpolicy.methods.parts.iql import ActionValue
 from genpolicy.chain import DDIM, Chain, FloorStd, Noise
-from genpolicy.config import load
-from genpolicy.experiment import prepare
+from genpolicy.config.parse import load
+from genpolicy.training.experiment import prepare
 from genpolicy.models.lerobot_diffusion import LeRobotDiffusion
 from genpolicy.models.mlp import MLP
-from genpolicy.policy import Base, ChainPolicy
-from genpolicy.replay import Replay
-from genpolicy.run import Run
-from genpolicy.task import Context
+from genpolicy.policy.parts.base import Base
+from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.replay import Replay
+from genpolicy.training.run import Run
+from genpolicy.contracts.task import Context
 
 STATE, WORLD = "observation.state", "observation.environment_state"
 WARM_UP = 3

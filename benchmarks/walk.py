@@ -25,7 +25,7 @@ from accelerate import Accelerator
 
 import genpolicy
 from genpolicy.config import parse
-from genpolicy.experiment import prepare
+from genpolicy.training.experiment import prepare
 
 PACKAGE = Path(genpolicy.__file__).parent
 GROUPS, MEMBERS = 4, 4

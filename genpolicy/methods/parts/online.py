@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genpolicy.config.errors import at_least, positive, share
 from genpolicy.config.schema import OptimizerConfig
-from genpolicy.evaluation.prompt_scores import interval
+from genpolicy.evaluation.statistics import interval
 from genpolicy.learning.acceptance import safe_share
 from genpolicy.methods.parts.anchor import Anchor
 from genpolicy.methods.parts.baseline import DecisionValue
