@@ -63,7 +63,7 @@ def prepared(
     }
     experiment = parse.parse(raw)
     run, method = prepare(experiment, Path("unused"), start_processes(experiment, None))
-    run.iteration = 1
+    run.spent.iteration = 1
     return run, method
 
 
@@ -72,8 +72,8 @@ def where_time_goes(workers: int) -> None:
     sizes = {"observation.state": 4, "observation.environment_state": 35, "action": 4}
     run, method = prepared(task, sizes, {}, 10)
     with run:
-        assert run.environments is not None
-        simulate, own = 0.0, run.environments.step
+        environments = run.collector.environments
+        simulate, own = 0.0, environments.step
 
         def timed(*args: Any) -> Any:
             nonlocal simulate
@@ -83,7 +83,7 @@ def where_time_goes(workers: int) -> None:
             finally:
                 simulate += time.perf_counter() - began
 
-        run.environments.step = timed  # type: ignore[method-assign]
+        environments.step = timed  # type: ignore[method-assign]
         began = time.perf_counter()
         rollout = run.collect(EPISODES, 1)
         collect = time.perf_counter() - began

@@ -38,17 +38,18 @@ from torch import Tensor
 
 import genpolicy
 from benchmarks.two_network_sampler import Actor, Tables, TwoNetworkSampler
-from genpolicy.methods.parts.iql import ActionValue
 from genpolicy.chain import DDIM, Chain, FloorStd, Noise
 from genpolicy.config.parse import load
-from genpolicy.training.experiment import prepare
+from genpolicy.contracts.task import Context
+from genpolicy.methods.parts.iql import ActionValue
 from genpolicy.models.lerobot_diffusion import LeRobotDiffusion
 from genpolicy.models.mlp import MLP
 from genpolicy.policy.parts.base import Base
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.replay import Replay
+from genpolicy.training.experiment import prepare
+from genpolicy.training.processes import Processes
 from genpolicy.training.run import Run
-from genpolicy.contracts.task import Context
 
 STATE, WORLD = "observation.state", "observation.environment_state"
 WARM_UP = 3
@@ -139,10 +140,10 @@ def small_policy(hidden: int, blocks: int) -> ChainPolicy:
     model = MLP(hidden=hidden, blocks=blocks, chunk=CHUNK)
     model.initialise(Statistics({STATE: (SEEN,), "action": (ACTION,)}))
     grid = model.grid(STEPS)
-    base = [p.detach() + 0.01 * torch.randn_like(p) for p in model.trainable().values()]
+    base = {name: p.detach() + 0.01 * torch.randn_like(p) for name, p in model.trainable().items()}
     kernel, window = FloorStd(DDIM(1.0), FLOOR), (STEPS - TRAINED, STEPS)
     chain = Chain(model.schedule, grid, kernel, window)
-    return ChainPolicy(model, chain, base=Base(base, float(grid[window[0]])))
+    return ChainPolicy(model, chain).attach("base", Base(base, float(grid[window[0]])))
 
 
 def dppo(policy: ChainPolicy, hidden: int, blocks: int) -> TwoNetworkSampler:
@@ -353,7 +354,9 @@ def critic(repeats: int) -> Iterator[Comparison]:
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"--output={folder}/run", "--environments=1"]
         run, _ = prepare(
-            load("quickstart_robot", settings), Path(folder) / "run", Accelerator(cpu=True)
+            load("quickstart_robot", settings),
+            Path(folder) / "run",
+            Processes(Accelerator(cpu=True)),
         )
         with run:
             value = ActionValue(run, GAMMA)

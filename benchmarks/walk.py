@@ -26,6 +26,7 @@ from accelerate import Accelerator
 import genpolicy
 from genpolicy.config import parse
 from genpolicy.training.experiment import prepare
+from genpolicy.training.processes import Processes
 
 PACKAGE = Path(genpolicy.__file__).parent
 GROUPS, MEMBERS = 4, 4
@@ -80,7 +81,7 @@ def update(folder: Path, steps: int) -> Callable[[], Any]:
         "budget": {"iterations": 1},
         "output": str(folder / "run"),
     }
-    run, method = prepare(parse(raw), folder / "run", Accelerator(cpu=True))
+    run, method = prepare(parse(raw), folder / "run", Processes(Accelerator(cpu=True)))
     run.iteration = 1
     rollout = run.collect(GROUPS, MEMBERS)
     advantage = torch.randn(GROUPS, MEMBERS)

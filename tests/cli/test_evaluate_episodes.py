@@ -198,7 +198,7 @@ def test_a_window_over_the_whole_chain_stays_whole(tmp_path: Path, run: Path):
         "mean": (0, 6),
         "stochastic": (0, 6),
         "last_mean": (0, 5),
-        "ode": None,
+        "ode": (0, 0),
     }
 
 

@@ -115,11 +115,12 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
     resumed.write_text(resumed.read_text().replace("iterations: 7", "iterations: 12"))
     train(resumed)
     a, b = (weights(tmp_path / n / "run", 12) for n in ("whole", "broken"))
+    a["kept"].pop("deployment"), b["kept"].pop("deployment")  # the stop was examined
     verdicts = same_state(a, b)
-    verdicts.pop("counters")
     assert all(verdicts.values()), verdicts
     if name in ("dppo", "reinflow"):
-        assert {"value", "value_optimizer"} <= set(a["registered"])
+        assert {"value", "value_optimizer"} <= set(a["kept"])
+    assert set(a["parts"]) == {"dppo": {"base"}, "reinflow": {"std"}}.get(name, set())
     for left, right in zip(
         *(
             [
@@ -132,15 +133,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
         strict=True,
     ):
         assert left == right
-    counters = [
-        {
-            k: v
-            for k, v in w["counters"].items()
-            if k in ("iteration", "evaluations", "env_decisions", "env_steps")
-        }
-        for w in (a, b)
-    ]
-    assert counters[0] == counters[1]
+    assert a["kept"]["spent"]["iteration"] == 12
 
 
 def test_control_a_value_that_is_not_resumed_is_another_run(tmp_path):
@@ -151,7 +144,7 @@ def test_control_a_value_that_is_not_resumed_is_another_run(tmp_path):
     train(parse.load(write(folder, sections), ["--budget.iterations=6"]))
     file = folder / "run/checkpoints/6/state.pt"
     state = torch.load(file, weights_only=True)
-    state["registered"]["value"] = {n: v + 0.1 for n, v in state["registered"]["value"].items()}
+    state["kept"]["value"] = {n: v + 0.1 for n, v in state["kept"]["value"].items()}
     torch.save(state, file)
     resumed = folder / "run/config.yaml"
     resumed.write_text(resumed.read_text().replace("iterations: 6", "iterations: 12"))
@@ -201,12 +194,15 @@ def test_two_processes_equal_one(tmp_path, name):
     assert one["optimizer"]["updates"] == two["optimizer"]["updates"] > 5
     moved = max(float(p.abs().max()) for p in one["parameters"])
     assert largest_difference(one["parameters"], two["parameters"]) < 1e-5 * moved
-    for registered, state in one["registered"].items():
-        if registered in ("value", "noise"):
-            pairs = [(v, two["registered"][registered][n]) for n, v in state.items()]
+    learned = [(one["kept"].get("value"), two["kept"].get("value"))]
+    learned += [(one["parts"].get("std"), two["parts"].get("std"))]
+    assert sum(state is not None for state, _ in learned) == {"dppo": 1, "reinflow": 2}.get(name, 0)
+    for state, other in learned:
+        pairs = [(v, other[n]) for n, v in (state or {}).items()]
+        if pairs:
             assert largest_difference(*(list(side) for side in zip(*pairs, strict=True))) < 1e-4
     for counter in ("evaluations", "env_decisions", "env_steps"):
-        assert one["counters"][counter] == two["counters"][counter]
+        assert one["kept"]["spent"][counter] == two["kept"]["spent"][counter]
 
 
 def test_another_seed_is_another_run(tmp_path):

@@ -165,7 +165,7 @@ def test_two_processes_equal_one_after_a_hundred_updates(tmp_path):
     assert one["optimizer"]["updates"] == two["optimizer"]["updates"] == 100
     moved = max(float(p.abs().max()) for p in one["parameters"])
     assert largest_difference(one["parameters"], two["parameters"]) < 1e-5 * moved
-    assert one["counters"]["evaluations"] == two["counters"]["evaluations"]
+    assert one["kept"]["spent"]["evaluations"] == two["kept"]["spent"]["evaluations"]
 
 
 @pytest.mark.slow
@@ -195,4 +195,4 @@ def test_sigterm_finishes_the_iteration_saves_and_exits_zero(tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == 0
     last = metrics(tmp_path / "long/run")[-1]["iteration"]
-    assert weights(tmp_path / "long/run", last)["counters"]["iteration"] == last
+    assert weights(tmp_path / "long/run", last)["kept"]["spent"]["iteration"] == last

@@ -1,7 +1,6 @@
 """ReinFlow: the likelihood of whole chains, the noise that is learned and dropped, and that it improves policies."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -304,14 +303,17 @@ def test_both_networks_learn_and_are_resumable(tmp_path, slow):
     assert two["kept"]["noise_optimizer"]["updates"] == two["optimizer"]["updates"] > 0
 
 
-def test_the_noise_is_dropped_at_deployment(tmp_path, slow):
-    """What is saved has the network's weights alone, and acts with the ODE."""
+def test_the_noise_is_saved_and_acts_only_where_the_sampler_draws(tmp_path, slow):
+    """What is deployed acts with the ODE; the training kernel of what is saved acts as it did in training."""
     run, _, noise = noisy(tmp_path, slow)
     moved(run, noise)
-    assert run.deployed.std_of is None
+    assert run.deployed.noise is None
+    assert run.deployed.parts["std"] is noise
     save_policy(run.deployed, run.experiment.policy, run.deployment.sampler, tmp_path / "saved")
     loaded = genpolicy.load(tmp_path / "saved")
-    assert loaded.std_of is None
+    assert loaded.noise is None
+    state = loaded.parts["std"].state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in noise.state_dict().items())
     kept, was = (load_file(f"{folder}/mlp.safetensors") for folder in (tmp_path / "saved", slow))
     assert kept.keys() == was.keys()
     context, _, _ = Recorded(episodes=4).rows(torch.arange(6), 1, range(2))
@@ -323,6 +325,27 @@ def test_the_noise_is_dropped_at_deployment(tmp_path, slow):
     assert torch.allclose(loaded.sample(condition, names).x0, x, atol=1e-5)
     training = run.policy.sample(run.policy.model.encode(context), names).x0
     assert not torch.allclose(training, x, atol=1e-2)  # control: with its noise it acts otherwise
+    again = genpolicy.load(tmp_path / "saved", kernel=ODE["kernel"])
+    assert torch.equal(again.sample(condition, names).x0, training)
+    nowhere = genpolicy.load(tmp_path / "saved", kernel=ODE["kernel"], window=[0, 0])
+    assert torch.allclose(nowhere.sample(condition, names).x0, x, atol=1e-5)
+
+
+def test_a_run_goes_on_with_the_noise_that_its_policy_has_learned(tmp_path, slow):
+    """Its bounds, too, are those of the saved one only if the method says the same."""
+    run, _, noise = noisy(tmp_path, slow)
+    save_policy(run.deployed, run.experiment.policy, run.deployment.sampler, tmp_path / "saved")
+    raw = experiment(
+        tmp_path,
+        policy={"name": "mlp", "pretrained": str(tmp_path / "saved")},
+        chain=ODE,
+        method={**SMALL, "warm_up": 1},
+        task=SHORT,
+        budget={"iterations": 1},
+    )
+    folder = train(parse.parse(raw)).folder
+    state = torch.load(folder / "checkpoints/1/state.pt", weights_only=True)["parts"]["std"]
+    assert all(torch.equal(value, state[name]) for name, value in noise.state_dict().items())
 
 
 LEARNING = {
@@ -416,5 +439,7 @@ def test_a_chain_that_explores_nowhere_is_refused(tmp_path, slow):
 
 
 def test_a_toy_of_prompts_is_known_by_its_features(tmp_path):
-    run, _ = prepare(parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Processes(Accelerator(cpu=True)))
+    run, _ = prepare(
+        parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Processes(Accelerator(cpu=True))
+    )
     assert run.features == 8

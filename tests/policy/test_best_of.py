@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from genpolicy.policy.best_of import QJudge
 from torch import Tensor
 
 from genpolicy.chain import Noise
@@ -21,7 +20,8 @@ from genpolicy.config.schema import ChainConfig
 from genpolicy.evaluation.samplers import PRESETS, variants
 from genpolicy.learning.critic import Critic, Support, pessimistic
 from genpolicy.models.mlp import MLP
-from genpolicy.policy.files import load, save_policy, saved
+from genpolicy.policy.files import load, load_parts, save_policy, saved
+from genpolicy.policy.parts.best_of import BestOf
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import deployed_sampler, make_policy, require_trainable
 from tests.cli.test_bad_inputs import complaint
@@ -59,7 +59,7 @@ def names(rows: int = ROWS) -> Noise:
 
 
 def best(model: MLP, n: int, judge: Any = near_one) -> ChainPolicy:
-    return make_policy(model, replace(SAMPLER, best_of=n), judge)
+    return replace(make_policy(model, SAMPLER), judge=judge, best_of=n)
 
 
 def candidates(policy: ChainPolicy, seen: Tensor, n: int) -> Tensor:
@@ -211,11 +211,11 @@ def test_a_training_run_that_asks_for_it_is_refused(tmp_path: Path, capsys, plan
 # -- a critic as the judge ------------------------------------------------------------------------------------
 
 
-def judge(seed: int = 0, **options: Any) -> QJudge:
+def judge(seed: int = 0, **options: Any) -> BestOf:
     torch.manual_seed(seed)
     critic = Critic(4, 4, **{"members": 3, "hidden": 8, **options})
     critic.scale.fit(2 + 3 * torch.randn(20, 4))
-    return QJudge(critic, 0.5)
+    return BestOf(critic, 0.5)
 
 
 CRITICS = {
@@ -226,17 +226,18 @@ CRITICS = {
 
 
 @pytest.mark.parametrize("options", CRITICS.values(), ids=CRITICS)
-def test_a_judge_comes_back_as_it_was(tmp_path: Path, options: dict[str, Any]):
+def test_a_judge_comes_back_as_it_was(model: MLP, tmp_path: Path, options: dict[str, Any]):
     made = judge(**options)
     made.save(tmp_path)
     drawn = torch.get_rng_state()
-    again = QJudge.load(tmp_path)
+    again = BestOf.load(tmp_path, model)
     assert torch.equal(torch.get_rng_state(), drawn), "loading draws no numbers"
     features, event = torch.randn(9, 4), torch.randn(9, 2, 2)
     assert torch.equal(made(features, event), again(features, event))
     assert torch.equal(again(features, event), pessimistic(made.critic(features, event), 0.5))
     assert not again(features, event).requires_grad
-    assert not made(features, event).requires_grad
+    assert again.state_dict().keys() == made.state_dict().keys()
+    assert all(torch.equal(a, made.state_dict()[n]) for n, a in again.state_dict().items())
     assert not torch.equal(judge(1, **options)(features, event), again(features, event)), (
         "the negative control"
     )
@@ -245,39 +246,65 @@ def test_a_judge_comes_back_as_it_was(tmp_path: Path, options: dict[str, Any]):
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("judge.json", None, "incomplete: it has no judge.json"),
-        ("judge.safetensors", None, "incomplete: it has no judge.safetensors"),
+        ("judge.json", None, r"is incomplete: .*judge\.json"),
+        ("judge.safetensors", None, r"is incomplete: .*judge\.safetensors"),
+        ("", None, "is incomplete"),
         ("judge.json", b'{"inputs": 8', "is damaged"),
+        (
+            "judge.json",
+            b'{"inputs": 9, "members": 3, "hidden": 8, "layers": 2, "support": null, "pessimism": 0.5}',
+            "is damaged",
+        ),
         ("judge.json", b"[]", "is damaged"),
         ("judge.json", b'{"inputs": 8, "pessimism": 1.0}', "is damaged"),
         ("judge.safetensors", b"nothing", "is damaged"),
     ],
 )
 def test_a_damaged_judge_is_one_sentence(
-    tmp_path: Path, file: str, content: bytes | None, said: str
+    model: MLP, tmp_path: Path, file: str, content: bytes | None, said: str
 ):
-    judge().save(tmp_path)
-    if content is None:
-        (tmp_path / file).unlink()
+    """The last of the settings are those of a judge of another shape."""
+    policy = make_policy(model, SAMPLER, {"best_of": judge()})
+    save_policy(policy, {"name": "mlp"}, SAMPLER, tmp_path / "policy")
+    section = {"name": "mlp", "pretrained": str(tmp_path / "policy")}
+    assert load_parts(section, model).keys() == {"best_of"}, "control: a whole one is loaded"
+    damaged = tmp_path / "policy/parts/best_of" / file
+    if content is not None:
+        damaged.write_bytes(content)
+    elif file:
+        damaged.unlink()
     else:
-        (tmp_path / file).write_bytes(content)
-    with pytest.raises((ConfigError, FileNotFoundError), match=said) as raised:
-        QJudge.load(tmp_path)
+        damaged.rename(tmp_path / "away")
+    with pytest.raises(ConfigError, match=f"^the policy's part 'best_of' in .* {said}") as raised:
+        load_parts(section, model)
     assert "\n" not in str(raised.value)
 
 
-def test_a_judge_of_another_shape_is_damaged(tmp_path: Path):
-    judge().save(tmp_path)
-    settings = json.loads((tmp_path / "judge.json").read_text())
-    (tmp_path / "judge.json").write_text(json.dumps({**settings, "inputs": 9}))
-    with pytest.raises(ConfigError, match=r"is damaged .* delete that folder"):
-        QJudge.load(tmp_path)
+def judged(model: MLP, folder: Path, **entry: Any) -> dict[str, Any]:
+    """The policy section of a saved policy with a judge, whose entry in genpolicy.json says something else."""
+    save_policy(make_policy(model, SAMPLER, {"best_of": judge()}), {"name": "mlp"}, SAMPLER, folder)
+    file = folder / "genpolicy.json"
+    description = json.loads(file.read_text())
+    assert description["parts"] == {"best_of": {"kind": "best_of", "version": 1}}
+    description["parts"]["best_of"] |= entry
+    file.write_text(json.dumps(description))
+    return {"name": "mlp", "pretrained": str(folder)}
+
+
+def test_a_part_from_a_later_version_is_refused(model: MLP, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"'best_of' \(best_of\) has version 2; .* up to 1"):
+        load_parts(judged(model, tmp_path / "later", version=2), model)
+    with pytest.raises(
+        ConfigError, match="of kind 'oracle', which .* does not know; it knows base"
+    ):
+        load_parts(judged(model, tmp_path / "unknown", kind="oracle"), model)
+    assert load_parts(judged(model, tmp_path / "same", version=1), model)
 
 
 # -- a policy with its judge, on disk and through the door ----------------------------------------------------
 
 
-def progress() -> QJudge:
+def progress() -> BestOf:
     """A critic that has learned how near to its goal the point of the toy is after a chunk of two actions."""
     data, generator = Recorded(skill=0.15), torch.Generator().manual_seed(0)
     mean, std = (
@@ -296,7 +323,7 @@ def progress() -> QJudge:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return QJudge(critic, 1.0)
+    return BestOf(critic, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -305,8 +332,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("best_of")
     home = Path(cloned(folder)).parent
     found = saved(home)
-    policy = replace(found.load(), judge=progress())
-    save_policy(policy, parse.load(home / "config.yaml"), found.sampler, home / "policy")
+    policy = found.load().attach("best_of", progress())
+    section = parse.load(home / "config.yaml").policy
+    save_policy(policy, section, found.sampler, home / "policy")
     return home
 
 
@@ -317,21 +345,22 @@ def acted(policy: ChainPolicy) -> Tensor:
 
 def test_a_policy_comes_back_with_its_judge(run: Path, tmp_path: Path):
     found = saved(run)
-    assert found.judge == run / "policy" / "judge"
+    assert found.load().parts.keys() == {"best_of"}
+    assert isinstance(found.load().judge, BestOf)
     assert (found.sampler.best_of, found.load().best_of) == (1, 1), "what is deployed is as it was"
     several = load(run, best_of=8, kernel={"name": "ddim", "eta": 1.0})
     assert several.best_of == 8
     assert (acted(several) - acted(replace(several, best_of=1))).abs().max() > 0.01
     sampler = replace(saved(run).sampler, kernel={"name": "ddim", "eta": 1.0})
-    save_policy(several, parse.load(run / "config.yaml"), sampler, tmp_path / "again")
+    section = parse.load(run / "config.yaml").policy
+    save_policy(several, section, sampler, tmp_path / "again")
     again = load(tmp_path / "again")
     assert again.best_of == 8, "the sampler that is saved is the policy's"
     assert torch.equal(acted(again), acted(several))
-    plain = replace(several, best_of=1, judge=None)
-    save_policy(
-        plain, parse.load(run / "config.yaml"), replace(sampler, best_of=8), tmp_path / "again"
-    )
-    assert (saved(tmp_path / "again").judge, load(tmp_path / "again").best_of) == (None, 1)
+    plain = make_policy(several.model, sampler)
+    save_policy(plain, section, replace(sampler, best_of=8), tmp_path / "again")
+    assert (load(tmp_path / "again").judge, load(tmp_path / "again").best_of) == (None, 1)
+    assert not (tmp_path / "again/parts").exists(), "what was there before is gone"
     with pytest.raises(ConfigError, match="best_of is 8, but the policy has no critic"):
         load(tmp_path / "again", best_of=8)
 
@@ -361,7 +390,7 @@ def test_there_is_something_to_pick_from(run: Path):
     chain = parse.load(run / "config.yaml").chain
     deployed = (deployed_sampler(chain, {"best_of": n}, control=True) for n in (1, 16))
     drawn = [
-        candidates(make_policy(policy.model, sampler, policy.judge), condition, 16)
+        candidates(make_policy(policy.model, sampler, policy.parts), condition, 16)
         for sampler in deployed
     ]
     mean, several = (float(x.std(1).mean()) for x in drawn)
@@ -395,12 +424,13 @@ def test_evaluate_tells_what_it_costs_and_brings(run: Path, tmp_path: Path, caps
 
 def test_a_wrong_judge_brings_harm(run: Path, tmp_path: Path):
     """The negative control of what it brings: the same critic, its readout turned around."""
-    wrong = replace(saved(run).load(), judge=progress())
+    wrong = saved(run).load().attach("best_of", progress())
     readout = [wrong.judge.critic.weights[-1], wrong.judge.critic.biases[-1]]  # type: ignore[union-attr]
     with torch.no_grad():
         for part in readout:
             part.neg_()
-    save_policy(wrong, parse.load(run / "config.yaml"), saved(run).sampler, tmp_path / "policy")
+    section = parse.load(run / "config.yaml").policy
+    save_policy(wrong, section, saved(run).sampler, tmp_path / "policy")
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     returns = {}
     for home in (run, tmp_path):
@@ -437,32 +467,24 @@ def test_what_does_not_fit_is_one_sentence(
 
 
 def test_a_policy_without_a_judge_says_so(run: Path, tmp_path: Path, capsys):
-    hidden, folder = tmp_path / "judge", run / "policy" / "judge"
-    folder.rename(hidden)
-    try:
-        for arguments in (["--samplers", "best_of_4"], ["--sampler", "best_of=4"]):
-            said = complaint(
-                capsys,
-                tmp_path / "out",
-                "evaluate",
-                str(run),
-                "--out",
-                str(tmp_path / "out"),
-                *arguments,
-            )
-            assert "best_of is 4, but the policy has no critic" in said
-    finally:
-        hidden.rename(folder)
+    found, out = saved(run), str(tmp_path / "out")
+    plain = make_policy(found.load().model, found.sampler)
+    save_policy(plain, found.policy, found.sampler, tmp_path / "policy")
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    for arguments in (["--samplers", "best_of_4"], ["--sampler", "best_of=4"]):
+        asked = ["evaluate", str(tmp_path), "--out", out, *arguments]
+        said = complaint(capsys, tmp_path / "out", *asked)
+        assert "best_of is 4, but the policy has no critic" in said
 
 
 def test_a_policy_with_a_damaged_judge_says_so(run: Path, tmp_path: Path, capsys):
-    file = run / "policy" / "judge" / "judge.safetensors"
+    file = run / "policy/parts/best_of/judge.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     try:
         said = complaint(
             capsys, tmp_path / "out", "evaluate", str(run), "--out", str(tmp_path / "out")
         )
-        assert "judge is damaged" in said
+        assert f"the policy's part 'best_of' in {file.parent} is damaged" in said
     finally:
         file.write_bytes(whole)
