@@ -150,9 +150,10 @@ def dppo(policy: ChainPolicy, hidden: int, blocks: int) -> TwoNetworkSampler:
     """DPPO's sampler on the same two networks and the same noise levels."""
     size = CHUNK * ACTION, SEEN, hidden, blocks
     frozen, tuned = Actor(*size), Actor(*size)
-    assert policy.base is not None
+    base = policy.parts["base"]
+    assert isinstance(base, Base)
     for actor, values in (
-        (frozen, policy.base.weights),
+        (frozen, list(base.weights.values())),
         (tuned, list(policy.model.trainable().values())),
     ):
         for parameter, value in zip(actor.parameters(), values, strict=True):

@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 
 import genpolicy
-from genpolicy.config import parse
+from genpolicy.config.parse import parse
 from genpolicy.training.experiment import prepare
 from genpolicy.training.processes import Processes
 
@@ -82,7 +82,7 @@ def update(folder: Path, steps: int) -> Callable[[], Any]:
         "output": str(folder / "run"),
     }
     run, method = prepare(parse(raw), folder / "run", Processes(Accelerator(cpu=True)))
-    run.iteration = 1
+    run.spent.iteration = 1
     rollout = run.collect(GROUPS, MEMBERS)
     advantage = torch.randn(GROUPS, MEMBERS)
     (batch,) = run.minibatches(rollout, 1)

@@ -169,7 +169,7 @@ def test_several_samples_need_a_judge(model: MLP):
         ConfigError, match=r"best_of is 16, but the policy has no critic .* RL-100's offline stage"
     ):
         make_policy(model, replace(SAMPLER, best_of=16))
-    with pytest.raises(ConfigError, match="best_of is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match=r"best_of is 0; it must be at least 1"):
         replace(SAMPLER, best_of=0)
 
 
@@ -295,7 +295,7 @@ def test_a_part_from_a_later_version_is_refused(model: MLP, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"'best_of' \(best_of\) has version 2; .* up to 1"):
         load_parts(judged(model, tmp_path / "later", version=2), model)
     with pytest.raises(
-        ConfigError, match="of kind 'oracle', which .* does not know; it knows base"
+        ConfigError, match=r"of kind 'oracle', which .* does not know; it knows base"
     ):
         load_parts(judged(model, tmp_path / "unknown", kind="oracle"), model)
     assert load_parts(judged(model, tmp_path / "same", version=1), model)
@@ -361,7 +361,7 @@ def test_a_policy_comes_back_with_its_judge(run: Path, tmp_path: Path):
     save_policy(plain, section, replace(sampler, best_of=8), tmp_path / "again")
     assert (load(tmp_path / "again").judge, load(tmp_path / "again").best_of) == (None, 1)
     assert not (tmp_path / "again/parts").exists(), "what was there before is gone"
-    with pytest.raises(ConfigError, match="best_of is 8, but the policy has no critic"):
+    with pytest.raises(ConfigError, match=r"best_of is 8, but the policy has no critic"):
         load(tmp_path / "again", best_of=8)
 
 
