@@ -32,6 +32,7 @@ from genpolicy.chain.values import Gaussian, Reduce
 from genpolicy.config.errors import at_least, positive, share
 from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate, log_ratio
 from genpolicy.methods.parts.baseline import DecisionValue
+from genpolicy.methods.parts.frozen_base import freeze_base
 from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run
@@ -82,7 +83,7 @@ class DPPO:
         share("method dppo", self, "gamma", "lam", "gamma_den")
 
     def train(self, run: Run) -> None:
-        run.freeze_base()
+        freeze_base(run)
         value = DecisionValue(
             run, self.gamma, self.lam, self.critic_lr, self.critic_epochs, self.critic_minibatch
         )

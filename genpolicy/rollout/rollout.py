@@ -60,6 +60,17 @@ class Rollout:
         """
         return self.decisions.total > self.rewards.numel()
 
+    def metrics(self) -> dict[str, float]:
+        """reward/NAME of every part and of the total, the total's 95 % half width, and the share of
+        groups whose rewards do not differ.
+        """
+        found = {**self.parts, "total": self.rewards}
+        means = {f"reward/{name}": value.mean().item() for name, value in found.items()}
+        groups = len(self.rewards)
+        spread = self.rewards.mean(1).std().item() / max(groups, 2) ** 0.5
+        same = (self.rewards.std(1, correction=0) == 0).double().mean().item()
+        return {**means, "reward/total_ci95": 1.96 * spread, "reward/group_std_zero": same}
+
     def rows(self, values: Tensor) -> Tensor:
         """Pick this process's rows from episodes' values [M,N]: [R] fp32 on the trajectory's
         device.

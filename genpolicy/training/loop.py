@@ -24,7 +24,7 @@ def iterations(run: Run) -> Iterator[int]:
     with StopRequest(run.say) as stop, run.display.bar(run.progress):
         while run.progress < 1 and not run.processes.sum(float(stop.asked)):
             started, counted = time.perf_counter(), run.policy.model.evaluations
-            run.spent.iteration += 1
+            run.begin(run.iteration + 1)
             yield run.iteration
             evaluations = run.policy.model.evaluations - counted
             _account(run, time.perf_counter() - started, evaluations)

@@ -74,9 +74,9 @@ class Rehearsal:
         weights, stages = run.weights(), run.stages
         stages.hurried = True
         for number, stage in enumerate(stages.all):
-            run.spent.iteration = REHEARSED + number
             if stage.iterations is None:
                 stages.done = REHEARSED
+            run.begin(REHEARSED + number)
             evaluations, started = run.policy.model.evaluations, time.perf_counter()
             yield run.iteration
             run.metrics.phase(None)

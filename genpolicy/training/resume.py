@@ -57,7 +57,10 @@ def resume(run: Run) -> None:
 
 
 def _restore(run: Run, state: dict[str, Any]) -> None:
-    run.take_up(state["stages"], state["optimizer"])
+    run.stages.load_state_dict(state["stages"])
+    if not run.stages.over:
+        run.optimizer = run.fresh_optimizer()
+        run.optimizer.load_state_dict(state["optimizer"])
     Weights(run.trainable, state["parameters"]).restore()
     for name, value in _kept(run).items():
         value.load_state_dict(state["kept"][name])

@@ -6,7 +6,6 @@ pipeline's own code keeps running.
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,12 +17,10 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import Condition, Noise
-from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import Experiment, OptimizerConfig
 from genpolicy.contracts.dataset import Dataset, Pictures
 from genpolicy.contracts.task import Context, ControlTask, Task
 from genpolicy.policy.files import require_savable
-from genpolicy.policy.parts.base import Base
 from genpolicy.policy.policy import ChainPolicy, Part
 from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch
@@ -89,7 +86,7 @@ class Run:
         self.display, self.spent = display, Spent()
         self.trainable = list(policy.model.trainable().values())
         self.stages = Stages([Stage("whole", None, experiment.optimizer)])
-        self.optimizer = self.fresh_optimizer()
+        self.pace, self.optimizer = 0.0, self.fresh_optimizer()
         self.deployment = Deployment(
             experiment,
             policy,
@@ -123,14 +120,6 @@ class Run:
         return self.spent.share(self.experiment.budget)
 
     @property
-    def pace(self) -> float:
-        """The share of the stage that is done, or of the budget where the stage has no end: what
-        learning rates go by.
-        """
-        done = self.stages.progress
-        return self.progress if done is None else done
-
-    @property
     def deployed(self) -> ChainPolicy:
         """The policy that is evaluated and saved."""
         return self.deployment.policy
@@ -141,6 +130,16 @@ class Run:
         return self.policy.chain.stochastic
 
     # The loop
+
+    def begin(self, iteration: int) -> None:
+        """Begin an iteration; called by what stands around the method's loop.
+
+        ``pace``, what learning rates go by, is the share of the stage that is done, or of the
+        budget where the stage has no end.
+        """
+        self.spent.iteration = iteration
+        done = self.stages.progress
+        self.pace = self.progress if done is None else done
 
     def iterations(self) -> Iterator[int]:
         """Yield 1, 2, ... until the budget is spent or a signal asks to stop; resume, evaluate,
@@ -173,13 +172,6 @@ class Run:
             if self.optimizer.ema is not None:
                 Weights(self.trainable, self.optimizer.ema).restore()
             self.optimizer = self.fresh_optimizer()
-
-    def take_up(self, stages: dict[str, int], optimizer: dict[str, Any]) -> None:
-        """Go on in the stage and with the optimiser of a checkpoint."""
-        self.stages.load_state_dict(stages)
-        if not self.stages.over:
-            self.optimizer = self.fresh_optimizer()
-            self.optimizer.load_state_dict(optimizer)
 
     # Collecting
 
@@ -218,14 +210,7 @@ class Run:
             keep=keep,
             starts=starts,
         )
-        for name, value in {**rollout.parts, "total": rollout.rewards}.items():
-            self.log(f"reward/{name}", value.mean().item())
-        rewards = rollout.rewards
-        spread = rewards.mean(1).std().item()
-        self.log("reward/total_ci95", 1.96 * spread / math.sqrt(max(groups, 2)))
-        self.log(
-            "reward/group_std_zero", (rewards.std(1, correction=0) == 0).double().mean().item()
-        )
+        self.metrics.log_all(rollout.metrics())
         return rollout
 
     def starts(self, groups: int) -> list[int]:
@@ -516,21 +501,3 @@ class Run:
         with torch.no_grad():
             model = self.policy.model
             return model.features(model.encode(self.collector.example())).shape[1]
-
-    def freeze_base(self) -> None:
-        """Where the window begins inside the chain, leave what comes before it to the policy as it
-        is now, for good (`Base`). Call it before `iterations`.
-        """
-        if not self.window.start:
-            return
-        above, base = (
-            float(self.policy.chain.grid[self.window.start]),
-            self.policy.parts.get("base"),
-        )
-        if base is None:
-            self.attach(base=Base.of(self.policy.model, above))
-        elif isinstance(base, Base) and abs(base.above - above) > 1e-9:
-            raise ConfigError(
-                f"the policy's base denoises above noise time {base.above:.3f}, and chain.window"
-                f" begins at {above:.3f}: begin the window there, so that what is frozen stays so"
-            )

@@ -110,7 +110,8 @@ class Updates:
         memory ran out. whole: consecutive rows that no micro-batch divides. Returns the means of
         the loss and its metrics, and the gradient's norm of the first optimiser.
         """
-        count = int(self.processes.sum(float(rows * each)))
+        alone = self.processes.count == 1
+        count = rows * each if alone else int(self.processes.sum(float(rows * each)))
         sums: dict[str, Tensor] = {}
         counted = model.evaluations
 
@@ -135,5 +136,6 @@ class Updates:
             optimizer.step(pace)
         # one read of the device for all metrics
         totals = torch.stack(list(sums.values())).tolist() if sums else []
-        everybody = self.processes.sums(dict(zip(sums, totals, strict=True)))
+        mine = dict(zip(sums, totals, strict=True))
+        everybody = mine if alone else self.processes.sums(mine)
         return {name: total / count for name, total in everybody.items()}, norm

@@ -19,6 +19,7 @@ from genpolicy.learning.objective import Scored, clipped_surrogate
 from genpolicy.methods import dppo
 from genpolicy.methods.dppo import DPPO
 from genpolicy.methods.parts.baseline import DecisionValue
+from genpolicy.methods.parts.frozen_base import freeze_base
 from genpolicy.policy.files import save_policy
 from genpolicy.policy.weights import Weights
 from genpolicy.training.experiment import prepare, train
@@ -405,7 +406,7 @@ def test_a_saved_policy_with_a_base_acts_as_the_one_that_was_saved(tmp_path, slo
         task=SHORT,
     )
     require_density(run)
-    run.freeze_base()
+    freeze_base(run)
     base = run.policy.parts["base"]
     before = [w.clone() for w in base.weights.values()]
     rollout = run.collect(8, 1)
@@ -435,7 +436,7 @@ def test_the_base_acts_in_the_rollout_and_its_steps_are_not_trained(tmp_path, sl
         method=SMALL,
         task=SHORT,
     )
-    run.freeze_base()
+    freeze_base(run)
     for parameter in run.trainable:
         parameter.data += 0.1 * torch.randn_like(parameter)
     rollout = run.collect(8, 1)
@@ -455,7 +456,7 @@ def test_the_base_acts_in_the_rollout_and_its_steps_are_not_trained(tmp_path, sl
 
 def test_without_a_window_there_is_no_base(tmp_path):
     run, _ = prepared(tmp_path, method=SMALL)
-    run.freeze_base()
+    freeze_base(run)
     assert run.policy.base is None
     assert run.deployed.base is None
 
@@ -469,7 +470,7 @@ def test_only_the_steps_of_the_window_have_gradients(tmp_path, slow):
         method=SMALL,
         task=SHORT,
     )
-    run.freeze_base()
+    freeze_base(run)
     rollout = run.collect(8, 1)
     chains, grid = rollout.trajectory, run.policy.chain.grid
     below = run.policy.denoiser(chains.before(5), grid[5].expand(len(chains)), chains.condition)
