@@ -14,6 +14,10 @@ from genpolicy.config.schema import OptimizerConfig
 from genpolicy.policy.weights import swapped
 
 
+FUSED = ("cpu", "cuda", "mps", "xpu")
+"""Devices on which torch updates all parameters in one kernel."""
+
+
 class Optimizer:
     """AdamW over ``parameters`` with everything an update needs; it has a state_dict.
 
@@ -30,16 +34,16 @@ class Optimizer:
     ) -> None:
         self.settings, self.parameters, self.reduce = settings, list(parameters), reduce
         self.updates = 0
-        o = settings
+        o, device = settings, self.parameters[0].device.type
         self.adamw = torch.optim.AdamW(
             self.parameters,
             lr=o.lr,
             betas=o.betas,
             eps=o.eps,
             weight_decay=o.weight_decay,
-            foreach=True,
+            fused=device in FUSED,
         )
-        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=fp16)
+        self.scaler = torch.amp.GradScaler(device, enabled=fp16)
         self.ema = [p.detach().clone() for p in self.parameters] if o.ema else None
 
     def lr(self, progress: float) -> float:
