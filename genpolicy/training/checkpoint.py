@@ -28,13 +28,14 @@ class Stateful(Protocol):
 class RunState:
     """All that a run saves and resumes beside its own counters: objects by name, each owned once.
 
-    registered: what only trains. parts: of the policy. unclaimed: states of parts that a resumed
-    run has not attached yet.
+    registered: what only trains. parts: those of the policy that the method attached; one that came
+    with a saved policy and that nobody attached does not change. unclaimed: states of parts that a
+    resumed run has not attached yet.
     """
 
-    def __init__(self, parts: Mapping[str, Stateful]) -> None:
+    def __init__(self) -> None:
         self.registered: dict[str, Stateful] = {}
-        self.parts: dict[str, Stateful] = dict(parts)
+        self.parts: dict[str, Stateful] = {}
         self.unclaimed: dict[str, Any] = {}
 
     def register(self, objects: Mapping[str, Stateful]) -> None:
@@ -60,7 +61,8 @@ class RunState:
         """Return the states of all."""
         return {
             "registered": {name: value.state_dict() for name, value in self.registered.items()},
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "parts": self.unclaimed
+            | {name: part.state_dict() for name, part in self.parts.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -69,7 +71,8 @@ class RunState:
             value.load_state_dict(state["registered"][name])
         self.unclaimed = dict(state["parts"])
         for name, part in self.parts.items():
-            part.load_state_dict(self.unclaimed.pop(name))
+            if name in self.unclaimed:
+                part.load_state_dict(self.unclaimed.pop(name))
 
 
 def write(folder: Path, iteration: int, state: Any, keep: int = 2) -> None:

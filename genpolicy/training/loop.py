@@ -21,6 +21,7 @@ def iterations(run: Run) -> Iterator[int]:
     if run.iteration == 0 and not run.deployment.before:
         run.deployment.before = run.deployment.evaluate(0)
         resume.save(run)
+    begun = run.iteration
     with StopRequest(run.say) as stop, run.display.bar(run.progress):
         while run.progress < 1 and not run.processes.sum(float(stop.asked)):
             started, counted = time.perf_counter(), run.policy.model.evaluations
@@ -29,7 +30,8 @@ def iterations(run: Run) -> Iterator[int]:
             evaluations = run.policy.model.evaluations - counted
             _account(run, time.perf_counter() - started, evaluations)
             _finish(run, evaluations)
-        resume.save(run)
+        if run.iteration > begun:  # what was resumed and went no further is saved already
+            resume.save(run)
 
 
 def conclude(run: Run) -> dict[str, Any]:

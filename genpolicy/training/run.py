@@ -100,7 +100,7 @@ class Run:
         self.replay_check = ReplayCheck(metrics, micro_batches, processes, self.say)
         self.updates = Updates(processes, micro_batches, metrics)
         self._draws = Draws(experiment.seed, processes)
-        self.state = RunState(policy.parts)
+        self.state = RunState()
         self._iterate, self.rehearsal = iterate, rehearsal
 
     def __enter__(self) -> Self:
