@@ -323,8 +323,7 @@ def test_the_policy_waits_while_the_value_warms_up(tmp_path):
         not torch.equal(a, b) for a, b in zip(two["parameters"], three["parameters"], strict=True)
     )
     assert not all(
-        torch.equal(two["kept"]["value"][n], v)
-        for n, v in three["kept"]["value"].items()
+        torch.equal(two["kept"]["value"][n], v) for n, v in three["kept"]["value"].items()
     )
 
 

@@ -1,7 +1,6 @@
 """ReinFlow: the likelihood of whole chains, the noise that is learned and dropped, and that it improves policies."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -305,7 +304,7 @@ def test_both_networks_learn_and_are_resumable(tmp_path, slow):
 
 
 def test_the_noise_is_saved_and_acts_only_where_the_sampler_draws(tmp_path, slow):
-    """What is deployed acts with the ODE; the training kernel of what is saved acts as it did in training."""
+    """What is deployed acts with the ODE; with the training kernel it acts as it did in training."""
     run, _, noise = noisy(tmp_path, slow)
     moved(run, noise)
     assert run.deployed.noise is None
@@ -333,7 +332,6 @@ def test_the_noise_is_saved_and_acts_only_where_the_sampler_draws(tmp_path, slow
 
 
 def test_a_run_goes_on_with_the_noise_that_its_policy_has_learned(tmp_path, slow):
-    """Its bounds, too, are those of the saved one only if the method says the same."""
     run, _, noise = noisy(tmp_path, slow)
     save_policy(run.deployed, run.experiment.policy, run.deployment.sampler, tmp_path / "saved")
     raw = experiment(
@@ -440,5 +438,7 @@ def test_a_chain_that_explores_nowhere_is_refused(tmp_path, slow):
 
 
 def test_a_toy_of_prompts_is_known_by_its_features(tmp_path):
-    run, _ = prepare(parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Processes(Accelerator(cpu=True)))
+    run, _ = prepare(
+        parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Processes(Accelerator(cpu=True))
+    )
     assert run.features == 8

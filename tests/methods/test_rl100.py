@@ -323,7 +323,9 @@ def test_without_advantage_and_without_kl_nothing_changes(tmp_path):
         pipeline.value.advantage = lambda f, e, honest=honest, scale=scale: scale * honest(f, e)
         before = run.weights().values
         assert pipeline.improve() is False
-        moved = max(float((a - b).abs().max()) for a, b in zip(before, run.weights().values, strict=True))
+        moved = max(
+            float((a - b).abs().max()) for a, b in zip(before, run.weights().values, strict=True)
+        )
         assert (moved == 0) == (scale == 0)
         assert run.optimizer.updates > 0
 
@@ -461,7 +463,9 @@ def test_real_episodes_have_the_last_word(tmp_path, rates, kept):
 def test_trying_out_is_paired_and_counted(tmp_path):
     run, _ = improving(tmp_path)
     asked, honest = [], run.collector.environments.reset
-    run.collector.environments.reset = lambda slots, seeds: asked.append(list(seeds)) or honest(slots, seeds)
+    run.collector.environments.reset = lambda slots, seeds: (
+        asked.append(list(seeds)) or honest(slots, seeds)
+    )
     one = run.try_out(6, 1)
     first = [seed for seeds in asked for seed in seeds]
     asked.clear()
@@ -673,7 +677,8 @@ def test_the_anchor_is_the_policy_at_the_stages_start(tmp_path):
     assert not torch.equal(pipeline.anchor.weights.values[0], run.trainable[0])
     pipeline._leave("criticise")
     assert all(
-        torch.equal(a, b) for a, b in zip(pipeline.anchor.weights.values, run.trainable, strict=True)
+        torch.equal(a, b)
+        for a, b in zip(pipeline.anchor.weights.values, run.trainable, strict=True)
     )
     run.trainable[0].data += 1
     assert not torch.equal(pipeline.anchor.weights.values[0], run.trainable[0]), "a copy"

@@ -447,9 +447,7 @@ def test_control_members_that_are_not_resumed_make_another_run(tmp_path, whole, 
     made = train(parse.parse(experiment(tmp_path / "it", budget={"iterations": 7}))).folder
     file = made / "checkpoints/7/state.pt"
     state = torch.load(file, weights_only=True)
-    state["kept"]["members"][part] = [
-        [v + 0.1 for v in m] for m in state["kept"]["members"][part]
-    ]
+    state["kept"]["members"][part] = [[v + 0.1 for v in m] for m in state["kept"]["members"][part]]
     torch.save(state, file)
     again = made / "config.yaml"
     again.write_text(again.read_text().replace("iterations: 7\n  nfe", "iterations: 10\n  nfe"))

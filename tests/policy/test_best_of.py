@@ -250,7 +250,11 @@ def test_a_judge_comes_back_as_it_was(model: MLP, tmp_path: Path, options: dict[
         ("judge.safetensors", None, r"is incomplete: .*judge\.safetensors"),
         ("", None, "is incomplete"),
         ("judge.json", b'{"inputs": 8', "is damaged"),
-        ("judge.json", b'{"inputs": 9, "members": 3, "hidden": 8, "layers": 2, "support": null, "pessimism": 0.5}', "is damaged"),
+        (
+            "judge.json",
+            b'{"inputs": 9, "members": 3, "hidden": 8, "layers": 2, "support": null, "pessimism": 0.5}',
+            "is damaged",
+        ),
         ("judge.json", b"[]", "is damaged"),
         ("judge.json", b'{"inputs": 8, "pessimism": 1.0}', "is damaged"),
         ("judge.safetensors", b"nothing", "is damaged"),
@@ -277,10 +281,8 @@ def test_a_damaged_judge_is_one_sentence(
 
 
 def judged(model: MLP, folder: Path, **entry: Any) -> dict[str, Any]:
-    """The policy section of a saved policy with a judge, whose entry in genpolicy.json says something else."""
-    save_policy(
-        make_policy(model, SAMPLER, {"best_of": judge()}), {"name": "mlp"}, SAMPLER, folder
-    )
+    """The policy section of a saved policy with a judge; ``entry`` is changed in genpolicy.json."""
+    save_policy(make_policy(model, SAMPLER, {"best_of": judge()}), {"name": "mlp"}, SAMPLER, folder)
     file = folder / "genpolicy.json"
     description = json.loads(file.read_text())
     assert description["parts"] == {"best_of": {"kind": "best_of", "version": 1}}
@@ -292,7 +294,9 @@ def judged(model: MLP, folder: Path, **entry: Any) -> dict[str, Any]:
 def test_a_part_from_a_later_version_is_refused(model: MLP, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"'best_of' \(best_of\) has version 2; .* up to 1"):
         load_parts(judged(model, tmp_path / "later", version=2), model)
-    with pytest.raises(ConfigError, match="of kind 'oracle', which .* does not know; it knows base"):
+    with pytest.raises(
+        ConfigError, match=r"of kind 'oracle', which .* does not know; it knows base"
+    ):
         load_parts(judged(model, tmp_path / "unknown", kind="oracle"), model)
     assert load_parts(judged(model, tmp_path / "same", version=1), model)
 

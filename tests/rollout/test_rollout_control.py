@@ -183,7 +183,9 @@ def test_a_shared_prefix_is_refused_with_a_sentence(tmp_path):
 
 
 def test_prompts_are_episodes_of_one_decision(tmp_path):
-    run, _ = prepare(parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Processes(Accelerator(cpu=True)))
+    run, _ = prepare(
+        parse.parse(toy.experiment(tmp_path)), tmp_path / "run", Processes(Accelerator(cpu=True))
+    )
     run.spent.iteration = 1
     rollout = run.collect(4, 4)
     d = rollout.decisions
@@ -386,7 +388,13 @@ def test_a_process_may_have_no_row_of_a_minibatch(tmp_path, kind):
     assert min(a + b for a, b in zip(two[0][0], two[1][0], strict=True)) > 0
     for _, means, weights in two:
         assert means == pytest.approx(one[1], abs=1e-4)
-        assert max(float((a - b).abs().max()) for a, b in zip(weights.values, one[2].values, strict=True)) < 1e-5
+        assert (
+            max(
+                float((a - b).abs().max())
+                for a, b in zip(weights.values, one[2].values, strict=True)
+            )
+            < 1e-5
+        )
 
 
 def test_a_critic_learns_with_empty_shares_too(tmp_path):
@@ -459,7 +467,10 @@ def test_methods_learn_the_same_with_empty_shares(tmp_path, monkeypatch, name):
     ((one, updates),) = on_processes(tmp_path, 1, iterate, **sections)
     for weights, count in on_processes(tmp_path, 2, iterate, **sections):
         assert count == updates
-        assert max(float((a - b).abs().max()) for a, b in zip(weights.values, one.values, strict=True)) < 1e-5
+        assert (
+            max(float((a - b).abs().max()) for a, b in zip(weights.values, one.values, strict=True))
+            < 1e-5
+        )
 
 
 def test_normalised_is_over_the_rows_of_everybody(tmp_path):

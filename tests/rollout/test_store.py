@@ -211,7 +211,9 @@ def test_every_episode_is_written_once_as_it_ends(run, whole):
     for episode, rows in book.known.items():
         assert len(rows["x0"]) == int(lengths[episode])
         assert torch.equal(rows["x0"], result.trajectory.x0[result.decisions.episode == episode])
-    without = live(run.policy, run.collector.environments, SEEDS, Noise.rows(0, 1, torch.arange(EPISODES), 1))
+    without = live(
+        run.policy, run.collector.environments, SEEDS, Noise.rows(0, 1, torch.arange(EPISODES), 1)
+    )
     assert max(differences(without, result).values()) == 0
 
 
