@@ -12,11 +12,13 @@ import genpolicy
 from genpolicy.chain import Gaussian, Noise
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
-from genpolicy.config.schema import OptimizerConfig
+from genpolicy.config.schema import ChainConfig, OptimizerConfig
+from genpolicy.contracts.task import Context
 from genpolicy.methods import reinflow
 from genpolicy.methods.reinflow import ReinFlow
 from genpolicy.policy.files import save_policy
 from genpolicy.policy.parts.learned_std import LearnedStd
+from genpolicy.policy.sampler import make_policy
 from genpolicy.training.experiment import prepare, train
 from genpolicy.training.processes import Processes
 from tests import toy
@@ -329,6 +331,20 @@ def test_the_noise_is_saved_and_acts_only_where_the_sampler_draws(tmp_path, slow
     assert torch.equal(again.sample(condition, names).x0, training)
     nowhere = genpolicy.load(tmp_path / "saved", kernel=ODE["kernel"], window=[0, 0])
     assert torch.allclose(nowhere.sample(condition, names).x0, x, atol=1e-5)
+
+
+@pytest.mark.xfail(strict=True, reason="pictures are deployed with window None: the noise acts")
+def test_pictures_are_deployed_without_the_noise(tmp_path):
+    """The last evaluation and the saved policy are those of the ODE, as for actions."""
+    raw = toy.experiment(tmp_path, chain=ODE, method=SMALL, budget={"iterations": 1})
+    policy = genpolicy.load(train(parse.parse(raw)).folder)
+    condition, names = (
+        policy.model.encode(Context(["bright"] * 4)),
+        Noise.rows(0, 0, torch.arange(4), 1),
+    )
+    ode = make_policy(policy.model, ChainConfig(steps=4, kernel=ODE["kernel"]))
+    drawn = policy.sample(condition, names).x0
+    assert torch.allclose(drawn, ode.sample(condition, names).x0, atol=1e-5)
 
 
 def test_a_run_goes_on_with_the_noise_that_its_policy_has_learned(tmp_path, slow):

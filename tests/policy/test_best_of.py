@@ -252,7 +252,7 @@ def test_a_judge_comes_back_as_it_was(model: MLP, tmp_path: Path, options: dict[
         ("judge.json", b'{"inputs": 8', "is damaged"),
         (
             "judge.json",
-            b'{"inputs": 9, "members": 3, "hidden": 8, "layers": 2, "support": null, "pessimism": 0.5}',
+            b'{"inputs": 9, "members": 3, "hidden": 8, "layers": 2, "support": null, "pessimism": 1}',
             "is damaged",
         ),
         ("judge.json", b"[]", "is damaged"),
