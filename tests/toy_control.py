@@ -207,7 +207,7 @@ def prepared(folder: Path, accelerator: Any = None, **sections: Any) -> tuple[Ru
 
 
 def enter(run: Run, stage: str) -> None:
-    """Put a run at the beginning of the first of its stages that has this name, with the fresh optimiser of that stage."""
+    """Put a run at the beginning of its first stage of this name, with that stage's optimiser."""
     run.stages.at = [each.name for each in run.stages.all].index(stage)
     run.stages.done = 0
     run.optimizer = run.fresh_optimizer()

@@ -29,10 +29,11 @@ def save(run: Run) -> None:
             "optimizer": run.optimizer.state_dict(),
             "kept": {name: value.state_dict() for name, value in _kept(run).items()},
         }
-        checkpoint.write(run.folder, run.iteration, state)
-        run.collector.trim(min(checkpoint.iterations(run.folder)))
+        # the policy first: a run that is killed in between resumes from before and saves it again
         if run.iteration:
             run.deployment.save(run.folder / "policy")
+        checkpoint.write(run.folder, run.iteration, state)
+        run.collector.trim(min(checkpoint.iterations(run.folder)))
     run.processes.wait()
 
 

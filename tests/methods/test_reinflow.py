@@ -304,7 +304,7 @@ def test_both_networks_learn_and_are_resumable(tmp_path, slow):
 
 
 def test_the_noise_is_saved_and_acts_only_where_the_sampler_draws(tmp_path, slow):
-    """What is deployed acts with the ODE; the training kernel of what is saved acts as it did in training."""
+    """What is deployed acts with the ODE; with the training kernel it acts as it did in training."""
     run, _, noise = noisy(tmp_path, slow)
     moved(run, noise)
     assert run.deployed.noise is None
@@ -332,7 +332,6 @@ def test_the_noise_is_saved_and_acts_only_where_the_sampler_draws(tmp_path, slow
 
 
 def test_a_run_goes_on_with_the_noise_that_its_policy_has_learned(tmp_path, slow):
-    """Its bounds, too, are those of the saved one only if the method says the same."""
     run, _, noise = noisy(tmp_path, slow)
     save_policy(run.deployed, run.experiment.policy, run.deployment.sampler, tmp_path / "saved")
     raw = experiment(

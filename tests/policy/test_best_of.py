@@ -169,7 +169,7 @@ def test_several_samples_need_a_judge(model: MLP):
         ConfigError, match=r"best_of is 16, but the policy has no critic .* RL-100's offline stage"
     ):
         make_policy(model, replace(SAMPLER, best_of=16))
-    with pytest.raises(ConfigError, match=r"best_of is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match="best_of is 0; it must be at least 1"):
         replace(SAMPLER, best_of=0)
 
 
@@ -252,7 +252,7 @@ def test_a_judge_comes_back_as_it_was(model: MLP, tmp_path: Path, options: dict[
         ("judge.json", b'{"inputs": 8', "is damaged"),
         (
             "judge.json",
-            b'{"inputs": 9, "members": 3, "hidden": 8, "layers": 2, "support": null, "pessimism": 0.5}',
+            b'{"inputs": 9, "members": 3, "hidden": 8, "layers": 2, "support": null, "pessimism": 1}',
             "is damaged",
         ),
         ("judge.json", b"[]", "is damaged"),
@@ -281,7 +281,7 @@ def test_a_damaged_judge_is_one_sentence(
 
 
 def judged(model: MLP, folder: Path, **entry: Any) -> dict[str, Any]:
-    """The policy section of a saved policy with a judge, whose entry in genpolicy.json says something else."""
+    """The policy section of a saved policy with a judge; ``entry`` is changed in genpolicy.json."""
     save_policy(make_policy(model, SAMPLER, {"best_of": judge()}), {"name": "mlp"}, SAMPLER, folder)
     file = folder / "genpolicy.json"
     description = json.loads(file.read_text())
@@ -361,7 +361,7 @@ def test_a_policy_comes_back_with_its_judge(run: Path, tmp_path: Path):
     save_policy(plain, section, replace(sampler, best_of=8), tmp_path / "again")
     assert (load(tmp_path / "again").judge, load(tmp_path / "again").best_of) == (None, 1)
     assert not (tmp_path / "again/parts").exists(), "what was there before is gone"
-    with pytest.raises(ConfigError, match=r"best_of is 8, but the policy has no critic"):
+    with pytest.raises(ConfigError, match="best_of is 8, but the policy has no critic"):
         load(tmp_path / "again", best_of=8)
 
 

@@ -1,4 +1,4 @@
-"""Policies that were saved before their parts had a contract, in base/ and judge/, still act as they did."""
+"""Policies saved before their parts had a contract, in base/ and judge/, act as they did."""
 
 import json
 from dataclasses import asdict
@@ -33,7 +33,7 @@ def network(seed: int) -> MLP:
 
 
 def policy_of(*parts: str) -> ChainPolicy:
-    """A policy whose noisier half is another network's, or that picks one of four samples, or both."""
+    """A policy with another network as its base, or that picks one of four samples, or both."""
     made = make_policy(network(0), SAMPLER)
     if "base" in parts:
         made = made.attach("base", Base.of(network(1), float(made.chain.grid[2])))
@@ -49,7 +49,7 @@ def replaced(best_of: int) -> ChainConfig:
 
 
 def written_as_before(policy: ChainPolicy, folder: Path) -> None:
-    """By hand: the network, genpolicy.json without parts, the base as a network of its own and the judge's two files."""
+    """Write genpolicy.json without parts, the base as a network of its own, the judge's two files."""
     folder.mkdir()
     policy.model.save(folder)
     description = {"policy": {"name": "mlp"}, "chain": asdict(replaced(policy.best_of))}

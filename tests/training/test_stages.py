@@ -1,4 +1,4 @@
-"""The stages of a method: in order, each so long, ended early or by the budget, and resumed where it stood."""
+"""The stages of a method: in order, each so long, ended early, and resumed where they stood."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def stages(lengths=LENGTHS):
 
 
 def walked(course, iterations):
-    """(stage, progress) of so many iterations; a stage is left exactly where its name or number changes."""
+    """(stage, progress) of so many iterations; `advance` says where a stage is left."""
     seen = []
     for _ in range(iterations):
         seen.append((course.now.name, course.progress))
