@@ -98,8 +98,14 @@ class ReinFlow:
         dims = math.prod(run.policy.model.event_shape)
         noise = LearnedStd(run.features, dims, self.std_low, self.std_high)
         noise.to(run.policy.model.device)
-        if "std" in run.policy.parts:  # the policy that the run goes on from has learned one
-            noise.load_state_dict(run.policy.parts["std"].state_dict())
+        before = run.policy.parts.get("std")
+        if isinstance(before, LearnedStd):  # the policy that the run goes on from has learned one
+            if before.settings != noise.settings:
+                raise ConfigError(
+                    f"method reinflow: the policy's learned std was made with {before.settings};"
+                    f" std_low, std_high and the policy give {noise.settings}"
+                )
+            noise.load_state_dict(before.state_dict())
         noise_optimizer = run.learner(
             noise.parameters(), OptimizerConfig(lr=self.noise_lr, weight_decay=0.0)
         )

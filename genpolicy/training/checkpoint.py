@@ -57,19 +57,13 @@ class RunState:
                 f"{name} is both registered and a part of the policy: it has one owner"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states of all."""
-        return {
-            "registered": {name: value.state_dict() for name, value in self.registered.items()},
-            "parts": self.unclaimed
-            | {name: part.state_dict() for name, part in self.parts.items()},
-        }
+    def parts_state(self) -> dict[str, Any]:
+        """The states of the parts, those that nobody has attached yet among them."""
+        return self.unclaimed | {name: part.state_dict() for name, part in self.parts.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give every object its state; parts that a later stage attaches take up theirs then."""
-        for name, value in self.registered.items():
-            value.load_state_dict(state["registered"][name])
-        self.unclaimed = dict(state["parts"])
+    def load_parts(self, states: Mapping[str, Any]) -> None:
+        """Give every part its state; parts that a later stage attaches take up theirs then."""
+        self.unclaimed = dict(states)
         for name, part in self.parts.items():
             if name in self.unclaimed:
                 part.load_state_dict(self.unclaimed.pop(name))

@@ -13,7 +13,6 @@ from torch import Tensor
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.policy.weights import swapped
 
-
 FUSED = ("cpu", "cuda", "mps", "xpu")
 """Devices on which torch updates all parameters in one kernel."""
 

@@ -11,13 +11,9 @@ from genpolicy.training.run import Run
 
 
 def _kept(run: Run) -> dict[str, Stateful]:
-    """Counters, metrics, and what the method registered or attached."""
-    return {
-        "spent": run.spent,
-        "replay_check": run.replay_check,
-        "deployment": run.deployment,
-        "state": run.state,
-    }
+    """Counters, metrics, and what the method registered."""
+    own = {"spent": run.spent, "replay_check": run.replay_check, "deployment": run.deployment}
+    return {**own, **run.state.registered}
 
 
 def save(run: Run) -> None:
@@ -28,6 +24,7 @@ def save(run: Run) -> None:
             "stages": run.stages.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "kept": {name: value.state_dict() for name, value in _kept(run).items()},
+            "parts": run.state.parts_state(),
         }
         # the policy first: a run that is killed in between resumes from before and saves it again
         if run.iteration:
@@ -65,3 +62,4 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
     Weights(run.trainable, state["parameters"]).restore()
     for name, value in _kept(run).items():
         value.load_state_dict(state["kept"][name])
+    run.state.load_parts(state["parts"])

@@ -211,9 +211,6 @@ def offline(folder, **sections):
     return path
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the loop saves the policy before the method has attached it"
-)
 def test_a_finished_run_that_is_trained_again_keeps_its_critic(tmp_path):
     folder = train(offline(tmp_path / "it")).folder
     assert genpolicy.load(folder).parts.keys() == {"best_of"}, "control: it had one"
@@ -221,7 +218,6 @@ def test_a_finished_run_that_is_trained_again_keeps_its_critic(tmp_path):
     assert genpolicy.load(folder).parts.keys() == {"best_of"}
 
 
-@pytest.mark.xfail(strict=True, reason="its state is loaded into the critic of the saved policy")
 def test_a_run_from_a_policy_whose_critic_is_another_resumes(tmp_path):
     """A policy that was saved with a critic of two members goes on with one of four."""
     saved = train(offline(tmp_path / "two")).folder / "policy"
