@@ -1,12 +1,13 @@
 """The chain: sample it, and score the stored steps again through the very same transition."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from genpolicy.chain.kernel import DDIM, Kernel, transition
+from genpolicy.chain.kernel import DDIM, Coefficients, Kernel
 from genpolicy.chain.noise import PRIOR, Noise
 from genpolicy.chain.prior import StandardNormal
 from genpolicy.chain.schedule import Schedule, Step, step
@@ -24,7 +25,9 @@ class Trajectory:
     x [B,W+1,*E] (x[:, j] is the state before kept step j, x[:, j+1] after it), mean [B,W,*E] and
     std [B,W,*1 or *E] of the transitions that acted, x0 [B,*E] the final sample. ``shared`` = N
     says that the N consecutive rows of each group have the same x[:, 0]: it is evaluated once per
-    group.
+    group. ``start`` [B,*E] is x before the chain's first step, in fp32, as the prior drew it or as
+    it was handed in; it is there whatever steps are kept, and None where whoever made the
+    trajectory did not keep it.
     """
 
     condition: Condition
@@ -34,6 +37,7 @@ class Trajectory:
     x0: Tensor
     first: int
     shared: int = 1
+    start: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -48,10 +52,10 @@ class Trajectory:
         stretch of whole groups.
         """
         if isinstance(rows, slice):
-            start, stop, stride = rows.indices(len(self))
-            if stride != 1 or start % self.shared or stop % self.shared:
+            low, high, stride = rows.indices(len(self))
+            if stride != 1 or low % self.shared or high % self.shared:
                 raise ValueError(
-                    f"rows {start}:{stop}:{stride} skip rows or cut a group of {self.shared} that shares its start"
+                    f"rows {low}:{high}:{stride} skip rows or cut a group of {self.shared} that shares its start"
                 )
         elif self.shared > 1:
             raise ValueError(
@@ -64,6 +68,7 @@ class Trajectory:
             mean=self.mean[rows],
             std=self.std[rows],
             x0=self.x0[rows],
+            start=None if self.start is None else self.start[rows],
         )
 
     def acted(self, k: int | Tensor) -> Gaussian:
@@ -99,6 +104,12 @@ class Chain:
     By default the last step is outside: it is taken at its mean and not trained (a method that
     trains it passes window=(0, K)). A `Solver` in the place of the kernel samples the whole grid
     and keeps no step.
+
+    A grid may begin below the schedule's noisiest time (``schedule.grid(K, start=t)``). There x_t
+    is no longer pure noise: alpha x_0 is a part of it, and the prior stands in for that part with
+    noise of its size, N(0, ``scale``^2 I). This is the distribution of x_t exactly for Gaussian data
+    of mean 0 and variance 1, and an approximation for other data that are standardised. A network
+    that was trained to start elsewhere needs a ``prior`` that says so.
     """
 
     schedule: Schedule
@@ -119,7 +130,18 @@ class Chain:
         """The number of denoising steps."""
         return len(self.grid) - 1
 
-    @property
+    @cached_property
+    def scale(self) -> float:
+        """sqrt(alpha^2 + sigma^2) at the first time (of the first token, where tokens have their
+        own): the std that the prior starts with, and that of x_t for data of mean 0 and variance 1.
+
+        It is 1 on VP from every time. On flows it is 1 from t = 1 and sqrt((1-t)^2 + t^2) below; on
+        EDM it is sqrt(1 + t^2).
+        """
+        t = self.grid[:1].flatten()[:1]
+        return float((self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2).sqrt())
+
+    @cached_property
     def stochastic(self) -> range:
         """The steps at which the kernel acts."""
         if isinstance(self.kernel, Solver):
@@ -130,11 +152,12 @@ class Chain:
         """The coefficients of step k (of each row's own, if k is [rows]) for a batch, from grid[k]
         to grid[k+1]: fp64 on the CPU, whatever device x is on.
         """
-        if isinstance(k, int):
-            t, s = (self.grid[j].expand(rows, *self.grid[j].shape) for j in (k, k + 1))
-        else:
-            t, s = self.grid[k], self.grid[k + 1]
-        return step(self.schedule, t, s)
+        return self._steps[torch.full((rows,), k) if isinstance(k, int) else k]
+
+    @cached_property
+    def _steps(self) -> Step:
+        """All K steps, looked up once: each [K] (or [K,T])."""
+        return step(self.schedule, self.grid[:-1], self.grid[1:])
 
     def kernel_at(self, k: int | Tensor) -> Kernel:
         """The kernel that acts at step k: the ODE outside the window. Steps [B] must lie all inside
@@ -144,20 +167,40 @@ class Chain:
             raise ValueError(
                 f"{type(self.kernel).__name__} is a solver: it samples but has no transition to score"
             )
-        steps = torch.as_tensor(k)
-        inside = (steps >= self.stochastic.start) & (steps < self.stochastic.stop)
+        if isinstance(k, int):
+            return self.kernel if k in self.stochastic else ODE
+        inside = (k >= self.stochastic.start) & (k < self.stochastic.stop)
         if bool(inside.any()) and not bool(inside.all()):
             raise ValueError(
                 "these steps lie partly inside and partly outside the stochastic window"
             )
         return self.kernel if bool(inside.all()) else ODE
 
+    def _coefficients(self, k: int | Tensor) -> Coefficients:
+        """The coefficients of what acts at step k: one row, [1] (or [1,T]); those of each row's
+        own, [B], if k is [B]. They are not to be changed in place.
+        """
+        if isinstance(k, int):
+            return self._acting[k]
+        self.kernel_at(k)  # refuses steps on both sides of the window
+        columns = (
+            torch.cat([getattr(c, f.name) for c in self._acting]) for f in fields(Coefficients)
+        )
+        return Coefficients(*(column.index_select(0, k) for column in columns))
+
+    @cached_property
+    def _acting(self) -> tuple[Coefficients, ...]:
+        """The coefficients of every step, computed once: they depend on schedule, grid, kernel and
+        window, not on rows.
+        """
+        return tuple(self.kernel_at(k).coefficients(self.step(k, 1)) for k in range(self.K))
+
     def _act(
         self, denoiser: Denoiser, x: Tensor, k: int | Tensor, condition: Condition
     ) -> Gaussian:
         """The one place that acting and scoring both go through."""
-        here = self.step(k, len(x))
-        return transition(self.kernel_at(k), x, denoiser(x, here.t, condition), here)
+        t = self.grid[k].expand(len(x), *self.grid.shape[1:]).clone()
+        return self._coefficients(k).gaussian(x, denoiser(x, t, condition))
 
     def transition(self, denoiser: Denoiser, trajectory: Trajectory, k: int | Tensor) -> Gaussian:
         """Re-score stored step k: the Gaussian over x after it under ``denoiser``, with gradients
@@ -218,13 +261,12 @@ class Chain:
             )
         if x is None:
             draw = noise.trunk(members) if shared > 1 else noise
-            x = self.prior(condition[::shared], shape, self._scale(), device).sample(
-                draw(PRIOR, shape, device)
-            )
+            x = self._begin(condition[::shared], draw, shape, device)
         else:
             x = x[::shared]
+        begun = x.repeat_interleave(shared, 0)
         if isinstance(self.kernel, Solver):
-            return self._solve(denoiser, condition, x.repeat_interleave(shared, 0), first)
+            return self._solve(denoiser, condition, begun, first)
         states: list[Tensor] = []
         acted: list[Gaussian] = []
         for k in range(first, self.K):
@@ -241,11 +283,7 @@ class Chain:
             if low <= k < high:
                 states.append(x)
                 acted.append(gaussian)
-            if k in self.stochastic and bool((gaussian.std > 0).any()):
-                rows = noise if whole or branching else noise.trunk(members)
-                x = gaussian.sample(rows(k, shape, device))
-            else:
-                x = gaussian.mean
+            x = self._after(gaussian, k, noise if whole or branching else noise.trunk(members))
             if k == high - 1:
                 x = x.to(storage).float()
                 states.append(x)
@@ -262,14 +300,59 @@ class Chain:
             x0=x,
             first=low,
             shared=shared if branch_at == low else 1,
+            start=begun.float(),
         )
 
-    def _scale(self) -> float:
-        """sqrt(alpha^2 + sigma^2) at the first time: the std of x_t for data of unit variance (1 on
-        flows and VP).
+    def unroll(
+        self,
+        denoiser: Denoiser,
+        condition: Condition,
+        noise: Noise,
+        shape: tuple[int, ...],
+        *,
+        device: torch.device | str = "cpu",
+        start: tuple[int, Tensor] | None = None,
+        last: int | None = None,
+    ) -> Tensor:
+        """Sample x0 [B,*E] with gradients through the steps: the value is that of `sample` (to the
+        bit, where the denoiser says fp32), and what acts is the same.
+
+        condition, noise, shape, start: as in `sample`; gradients reach a ``start`` that has them.
+        last: only the last so many steps have gradients, and what is before them is a constant;
+        None: all. The graph of every such step is held until the backward.
         """
-        t = self.grid[:1].flatten()[:1]
-        return float((self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2).sqrt())
+        if isinstance(self.kernel, Solver):
+            raise ValueError(
+                f"{type(self.kernel).__name__} is a solver: it samples and is not differentiated"
+            )
+        first = 0 if start is None else start[0]
+        if last is not None and not 1 <= last <= self.K - first:
+            raise ValueError(
+                f"last is {last}; it must lie between 1 and the {self.K - first} steps taken"
+            )
+        learned = first if last is None else self.K - last
+        wanted = torch.is_grad_enabled()
+        if start is None:
+            x = self._begin(condition, noise, shape, torch.device(device))
+        else:
+            x = start[1]
+        for k in range(first, self.K):
+            with torch.set_grad_enabled(wanted and k >= learned):
+                x = self._after(self._act(denoiser, x, k, condition), k, noise)
+        return x
+
+    def _begin(
+        self, condition: Condition, noise: Noise, shape: tuple[int, ...], device: torch.device
+    ) -> Tensor:
+        """A draw from the prior, [B,*E]."""
+        start = self.prior(condition, shape, self.scale, device)
+        return start.sample(noise(PRIOR, shape, device))
+
+    def _after(self, gaussian: Gaussian, k: int, noise: Noise) -> Tensor:
+        """x after step k: a draw from its Gaussian, or its mean where there is nothing to draw."""
+        if k in self.stochastic and (self._acting[k].noisy or bool((gaussian.std > 0).any())):
+            return gaussian.sample(noise(k, tuple(gaussian.mean.shape[1:]), gaussian.mean.device))
+        return gaussian.mean
 
     def _solve(self, denoiser: Denoiser, condition: Condition, x: Tensor, first: int) -> Trajectory:
         assert isinstance(self.kernel, Solver)
@@ -277,4 +360,4 @@ class Chain:
             lambda x, t: denoiser(x, t, condition), x, self.schedule, self.grid[first:]
         )
         empty = x0[:, None][:, :0]
-        return Trajectory(condition, empty, empty, empty, x0, first=0)
+        return Trajectory(condition, empty, empty, empty, x0, first=0, start=x.float())
