@@ -1,12 +1,13 @@
 """The chain: sample it, and score the stored steps again through the very same transition."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from genpolicy.chain.kernel import DDIM, Kernel, transition
+from genpolicy.chain.kernel import DDIM, Coefficients, Kernel
 from genpolicy.chain.noise import PRIOR, Noise
 from genpolicy.chain.prior import StandardNormal
 from genpolicy.chain.schedule import Schedule, Step, step
@@ -119,7 +120,7 @@ class Chain:
         """The number of denoising steps."""
         return len(self.grid) - 1
 
-    @property
+    @cached_property
     def stochastic(self) -> range:
         """The steps at which the kernel acts."""
         if isinstance(self.kernel, Solver):
@@ -130,11 +131,12 @@ class Chain:
         """The coefficients of step k (of each row's own, if k is [rows]) for a batch, from grid[k]
         to grid[k+1]: fp64 on the CPU, whatever device x is on.
         """
-        if isinstance(k, int):
-            t, s = (self.grid[j].expand(rows, *self.grid[j].shape) for j in (k, k + 1))
-        else:
-            t, s = self.grid[k], self.grid[k + 1]
-        return step(self.schedule, t, s)
+        return self._steps[torch.full((rows,), k) if isinstance(k, int) else k]
+
+    @cached_property
+    def _steps(self) -> Step:
+        """All K steps, looked up once: each [K] (or [K,T])."""
+        return step(self.schedule, self.grid[:-1], self.grid[1:])
 
     def kernel_at(self, k: int | Tensor) -> Kernel:
         """The kernel that acts at step k: the ODE outside the window. Steps [B] must lie all inside
@@ -144,20 +146,40 @@ class Chain:
             raise ValueError(
                 f"{type(self.kernel).__name__} is a solver: it samples but has no transition to score"
             )
-        steps = torch.as_tensor(k)
-        inside = (steps >= self.stochastic.start) & (steps < self.stochastic.stop)
+        if isinstance(k, int):
+            return self.kernel if k in self.stochastic else ODE
+        inside = (k >= self.stochastic.start) & (k < self.stochastic.stop)
         if bool(inside.any()) and not bool(inside.all()):
             raise ValueError(
                 "these steps lie partly inside and partly outside the stochastic window"
             )
         return self.kernel if bool(inside.all()) else ODE
 
+    def _coefficients(self, k: int | Tensor) -> Coefficients:
+        """The coefficients of what acts at step k: one row, [1] (or [1,T]); those of each row's
+        own, [B], if k is [B]. They are not to be changed in place.
+        """
+        if isinstance(k, int):
+            return self._acting[k]
+        self.kernel_at(k)  # refuses steps on both sides of the window
+        columns = (
+            torch.cat([getattr(c, f.name) for c in self._acting]) for f in fields(Coefficients)
+        )
+        return Coefficients(*(column.index_select(0, k) for column in columns))
+
+    @cached_property
+    def _acting(self) -> tuple[Coefficients, ...]:
+        """The coefficients of every step, computed once: they depend on schedule, grid, kernel and
+        window, not on rows.
+        """
+        return tuple(self.kernel_at(k).coefficients(self.step(k, 1)) for k in range(self.K))
+
     def _act(
         self, denoiser: Denoiser, x: Tensor, k: int | Tensor, condition: Condition
     ) -> Gaussian:
         """The one place that acting and scoring both go through."""
-        here = self.step(k, len(x))
-        return transition(self.kernel_at(k), x, denoiser(x, here.t, condition), here)
+        t = self.grid[k].expand(len(x), *self.grid.shape[1:]).clone()
+        return self._coefficients(k).gaussian(x, denoiser(x, t, condition))
 
     def transition(self, denoiser: Denoiser, trajectory: Trajectory, k: int | Tensor) -> Gaussian:
         """Re-score stored step k: the Gaussian over x after it under ``denoiser``, with gradients
@@ -241,7 +263,7 @@ class Chain:
             if low <= k < high:
                 states.append(x)
                 acted.append(gaussian)
-            if k in self.stochastic and bool((gaussian.std > 0).any()):
+            if k in self.stochastic and (self._acting[k].noisy or bool((gaussian.std > 0).any())):
                 rows = noise if whole or branching else noise.trunk(members)
                 x = gaussian.sample(rows(k, shape, device))
             else:

@@ -6,7 +6,7 @@ devices have no fp64); only what multiplies x is fp32 and on its device.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Protocol
 
@@ -26,6 +26,10 @@ class Step:
     sigma_t: Tensor
     alpha_s: Tensor
     sigma_s: Tensor
+
+    def __getitem__(self, rows: Tensor) -> "Step":
+        """The rows of an index [b], as copies: a chain keeps the steps of its whole grid in one."""
+        return Step(*(getattr(self, f.name).index_select(0, rows) for f in fields(self)))
 
 
 class Schedule(Protocol):
@@ -104,18 +108,20 @@ class VariancePreserving:
     final_alpha_bar: float = 1.0
 
     @cached_property
-    def _table(self) -> Tensor:
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of every level, [T+1] each, data first: a lookup takes no root."""
         final = torch.tensor([self.final_alpha_bar], dtype=torch.float64)
-        return torch.cat([final, self.alpha_bar.double().cpu()])
+        alpha_bar = torch.cat([final, self.alpha_bar.double().cpu()])
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
-    def _alpha_bar(self, t: Tensor) -> Tensor:
-        return self._table.to(t.device)[(t * len(self.alpha_bar)).round().long()]
+    def _level(self, t: Tensor) -> Tensor:
+        return (t * len(self.alpha_bar)).round().long()
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self._alpha_bar(t).sqrt()
+        return self._tables[0].to(t.device).take(self._level(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (1 - self._alpha_bar(t)).sqrt()
+        return self._tables[1].to(t.device).take(self._level(t))
 
     def grid(self, steps: int, start: float | None = None) -> Tensor:
         """Trailing spacing: the first level is the noisiest, so that one step from pure noise is a
