@@ -33,6 +33,28 @@ def test_same_names_same_draw(k: int) -> None:
     assert noise()(k, SHAPE).dtype == torch.float32
 
 
+def row_by_row(noise: Noise, k: int) -> Tensor:
+    """The definition: a new generator for every row."""
+    decision = torch.zeros_like(noise.group) if noise.decision is None else noise.decision
+    names = torch.stack([noise.member + 1, noise.group, (decision << 32) + k + 1], 1).numpy()
+    key = np.array([noise.seed % 2**64, noise.iteration % 2**64], dtype=np.uint64)
+    rows = []
+    for name in names.astype(np.uint64):
+        counter = np.array([0, *name], dtype=np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        rows.append(generator.standard_normal(SHAPE, dtype=np.float32))
+    return torch.as_tensor(np.stack(rows))
+
+
+@pytest.mark.parametrize("k", [PRIOR, 0, 5])
+def test_every_row_is_a_generator_of_its_own_to_the_bit(k: int) -> None:
+    plain = noise(seed=-3, iteration=2**40)
+    later = plain.at(torch.arange(len(plain)) * 1000)
+    for names in (plain, later, later.fan(3), later.trunk(4), later[::5], noise(members=1)):
+        assert torch.equal(names(k, SHAPE), row_by_row(names, k))
+    assert not torch.equal(later(k, SHAPE), row_by_row(later, k + 1))  # control: the step matters
+
+
 def test_global_generators_neither_matter_nor_move() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
