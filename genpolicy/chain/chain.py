@@ -25,7 +25,9 @@ class Trajectory:
     x [B,W+1,*E] (x[:, j] is the state before kept step j, x[:, j+1] after it), mean [B,W,*E] and
     std [B,W,*1 or *E] of the transitions that acted, x0 [B,*E] the final sample. ``shared`` = N
     says that the N consecutive rows of each group have the same x[:, 0]: it is evaluated once per
-    group.
+    group. ``start`` [B,*E] is x before the chain's first step, in fp32, as the prior drew it or as
+    it was handed in; it is there whatever steps are kept, and None where whoever made the
+    trajectory did not keep it.
     """
 
     condition: Condition
@@ -35,6 +37,7 @@ class Trajectory:
     x0: Tensor
     first: int
     shared: int = 1
+    start: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -49,10 +52,10 @@ class Trajectory:
         stretch of whole groups.
         """
         if isinstance(rows, slice):
-            start, stop, stride = rows.indices(len(self))
-            if stride != 1 or start % self.shared or stop % self.shared:
+            low, high, stride = rows.indices(len(self))
+            if stride != 1 or low % self.shared or high % self.shared:
                 raise ValueError(
-                    f"rows {start}:{stop}:{stride} skip rows or cut a group of {self.shared} that shares its start"
+                    f"rows {low}:{high}:{stride} skip rows or cut a group of {self.shared} that shares its start"
                 )
         elif self.shared > 1:
             raise ValueError(
@@ -65,6 +68,7 @@ class Trajectory:
             mean=self.mean[rows],
             std=self.std[rows],
             x0=self.x0[rows],
+            start=None if self.start is None else self.start[rows],
         )
 
     def acted(self, k: int | Tensor) -> Gaussian:
@@ -245,8 +249,9 @@ class Chain:
             )
         else:
             x = x[::shared]
+        begun = x.repeat_interleave(shared, 0)
         if isinstance(self.kernel, Solver):
-            return self._solve(denoiser, condition, x.repeat_interleave(shared, 0), first)
+            return self._solve(denoiser, condition, begun, first)
         states: list[Tensor] = []
         acted: list[Gaussian] = []
         for k in range(first, self.K):
@@ -284,6 +289,7 @@ class Chain:
             x0=x,
             first=low,
             shared=shared if branch_at == low else 1,
+            start=begun.float(),
         )
 
     def _scale(self) -> float:
@@ -299,4 +305,4 @@ class Chain:
             lambda x, t: denoiser(x, t, condition), x, self.schedule, self.grid[first:]
         )
         empty = x0[:, None][:, :0]
-        return Trajectory(condition, empty, empty, empty, x0, first=0)
+        return Trajectory(condition, empty, empty, empty, x0, first=0, start=x.float())

@@ -430,6 +430,56 @@ def test_partial_start_goes_on_as_the_whole_chain_did(kernel: Kernel, k: int) ->
         assert (log_ratio(case.chain(), network, part, j) == 0).all()
 
 
+def begun(trajectory: Trajectory) -> Tensor:
+    """Its start, which every sampled trajectory has."""
+    assert trajectory.start is not None
+    return trajectory.start
+
+
+@pytest.mark.parametrize("window", [None, (2, 4), (3, 3)], ids=str)
+@pytest.mark.parametrize("branch_at", [None, 0, 2])
+def test_where_a_chain_began_is_kept_whatever_its_window(
+    window: tuple[int, int] | None, branch_at: int | None
+) -> None:
+    case = Case(DDIM(1.0), window)
+    condition, noise = batch(GROUPS, MEMBERS)
+    drawn = noise if branch_at is None else noise.trunk(MEMBERS)
+    options = {} if branch_at is None else {"branch_at": branch_at, "members": MEMBERS}
+    if branch_at == 2:
+        options["keep"] = (2, K)
+    trajectory = case.chain().sample(case.denoiser(), condition, noise, SHAPE, **options)
+    wanted = drawn(PRIOR, SHAPE)
+    wanted = wanted if branch_at is None else wanted.repeat_interleave(MEMBERS, 0)
+    assert begun(trajectory).dtype == torch.float32
+    assert torch.equal(begun(trajectory), wanted)
+    part = trajectory[MEMBERS : 2 * MEMBERS]
+    assert torch.equal(begun(part), wanted[MEMBERS : 2 * MEMBERS])
+    again = case.chain().sample(
+        case.denoiser(), condition, noise, SHAPE, **options, start=(0, begun(trajectory))
+    )
+    assert torch.equal(again.x0, trajectory.x0)
+
+
+@pytest.mark.parametrize("kernel", [DDIM(1.0), Heun(), DPMSolver()], ids=str)
+def test_where_a_chain_was_entered_is_kept_too(kernel: Kernel) -> None:
+    case = Case(kernel)
+    condition, noise = batch(GROUPS, MEMBERS)
+    x = torch.randn(GROUPS * MEMBERS, *SHAPE, dtype=torch.float64)
+    before = x.clone()
+    for given, wanted in ((None, noise(PRIOR, SHAPE)), ((2, x), x.float())):
+        trajectory = case.chain().sample(case.denoiser(), condition, noise, SHAPE, start=given)
+        assert torch.equal(begun(trajectory), wanted)
+        begun(trajectory).zero_()
+    assert torch.equal(x, before)
+    order = torch.tensor([7, 2, 11])
+    picked = case.chain().sample(case.denoiser(), condition, noise, SHAPE)[order]
+    assert torch.equal(begun(picked), noise(PRIOR, SHAPE)[order])
+
+
+def test_a_trajectory_without_its_start_can_be_picked_from() -> None:
+    assert replace(Case().sample(Case().denoiser()), start=None)[2:5].start is None
+
+
 def test_partial_start_with_branches() -> None:
     case = Case()
     network = case.denoiser()
