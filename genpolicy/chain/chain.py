@@ -244,9 +244,7 @@ class Chain:
             )
         if x is None:
             draw = noise.trunk(members) if shared > 1 else noise
-            x = self.prior(condition[::shared], shape, self._scale(), device).sample(
-                draw(PRIOR, shape, device)
-            )
+            x = self._begin(condition[::shared], draw, shape, device)
         else:
             x = x[::shared]
         begun = x.repeat_interleave(shared, 0)
@@ -268,11 +266,7 @@ class Chain:
             if low <= k < high:
                 states.append(x)
                 acted.append(gaussian)
-            if k in self.stochastic and (self._acting[k].noisy or bool((gaussian.std > 0).any())):
-                rows = noise if whole or branching else noise.trunk(members)
-                x = gaussian.sample(rows(k, shape, device))
-            else:
-                x = gaussian.mean
+            x = self._after(gaussian, k, noise if whole or branching else noise.trunk(members))
             if k == high - 1:
                 x = x.to(storage).float()
                 states.append(x)
@@ -291,6 +285,57 @@ class Chain:
             shared=shared if branch_at == low else 1,
             start=begun.float(),
         )
+
+    def unroll(
+        self,
+        denoiser: Denoiser,
+        condition: Condition,
+        noise: Noise,
+        shape: tuple[int, ...],
+        *,
+        device: torch.device | str = "cpu",
+        start: tuple[int, Tensor] | None = None,
+        last: int | None = None,
+    ) -> Tensor:
+        """Sample x0 [B,*E] with gradients through the steps: the value is that of `sample` (to the
+        bit, where the denoiser says fp32), and what acts is the same.
+
+        condition, noise, shape, start: as in `sample`; gradients reach a ``start`` that has them.
+        last: only the last so many steps have gradients, and what is before them is a constant;
+        None: all. The graph of every such step is held until the backward.
+        """
+        if isinstance(self.kernel, Solver):
+            raise ValueError(
+                f"{type(self.kernel).__name__} is a solver: it samples and is not differentiated"
+            )
+        first = 0 if start is None else start[0]
+        if last is not None and not 1 <= last <= self.K - first:
+            raise ValueError(
+                f"last is {last}; it must lie between 1 and the {self.K - first} steps taken"
+            )
+        learned = first if last is None else self.K - last
+        wanted = torch.is_grad_enabled()
+        if start is None:
+            x = self._begin(condition, noise, shape, torch.device(device))
+        else:
+            x = start[1]
+        for k in range(first, self.K):
+            with torch.set_grad_enabled(wanted and k >= learned):
+                x = self._after(self._act(denoiser, x, k, condition), k, noise)
+        return x
+
+    def _begin(
+        self, condition: Condition, noise: Noise, shape: tuple[int, ...], device: torch.device
+    ) -> Tensor:
+        """A draw from the prior, [B,*E]."""
+        start = self.prior(condition, shape, self._scale(), device)
+        return start.sample(noise(PRIOR, shape, device))
+
+    def _after(self, gaussian: Gaussian, k: int, noise: Noise) -> Tensor:
+        """x after step k: a draw from its Gaussian, or its mean where there is nothing to draw."""
+        if k in self.stochastic and (self._acting[k].noisy or bool((gaussian.std > 0).any())):
+            return gaussian.sample(noise(k, tuple(gaussian.mean.shape[1:]), gaussian.mean.device))
+        return gaussian.mean
 
     def _scale(self) -> float:
         """sqrt(alpha^2 + sigma^2) at the first time: the std of x_t for data of unit variance (1 on
