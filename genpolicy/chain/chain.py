@@ -104,6 +104,12 @@ class Chain:
     By default the last step is outside: it is taken at its mean and not trained (a method that
     trains it passes window=(0, K)). A `Solver` in the place of the kernel samples the whole grid
     and keeps no step.
+
+    A grid may begin below the schedule's noisiest time (``schedule.grid(K, start=t)``). There x_t
+    is no longer pure noise: alpha x_0 is a part of it, and the prior stands in for that part with
+    noise of its size, N(0, ``scale``^2 I). This is the distribution of x_t exactly for Gaussian data
+    of mean 0 and variance 1, and an approximation for other data that are standardised. A network
+    that was trained to start elsewhere needs a ``prior`` that says so.
     """
 
     schedule: Schedule
@@ -123,6 +129,17 @@ class Chain:
     def K(self) -> int:
         """The number of denoising steps."""
         return len(self.grid) - 1
+
+    @cached_property
+    def scale(self) -> float:
+        """sqrt(alpha^2 + sigma^2) at the first time (of the first token, where tokens have their
+        own): the std that the prior starts with, and that of x_t for data of mean 0 and variance 1.
+
+        It is 1 on VP from every time. On flows it is 1 from t = 1 and sqrt((1-t)^2 + t^2) below; on
+        EDM it is sqrt(1 + t^2).
+        """
+        t = self.grid[:1].flatten()[:1]
+        return float((self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2).sqrt())
 
     @cached_property
     def stochastic(self) -> range:
@@ -328,7 +345,7 @@ class Chain:
         self, condition: Condition, noise: Noise, shape: tuple[int, ...], device: torch.device
     ) -> Tensor:
         """A draw from the prior, [B,*E]."""
-        start = self.prior(condition, shape, self._scale(), device)
+        start = self.prior(condition, shape, self.scale, device)
         return start.sample(noise(PRIOR, shape, device))
 
     def _after(self, gaussian: Gaussian, k: int, noise: Noise) -> Tensor:
@@ -336,13 +353,6 @@ class Chain:
         if k in self.stochastic and (self._acting[k].noisy or bool((gaussian.std > 0).any())):
             return gaussian.sample(noise(k, tuple(gaussian.mean.shape[1:]), gaussian.mean.device))
         return gaussian.mean
-
-    def _scale(self) -> float:
-        """sqrt(alpha^2 + sigma^2) at the first time: the std of x_t for data of unit variance (1 on
-        flows and VP).
-        """
-        t = self.grid[:1].flatten()[:1]
-        return float((self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2).sqrt())
 
     def _solve(self, denoiser: Denoiser, condition: Condition, x: Tensor, first: int) -> Trajectory:
         assert isinstance(self.kernel, Solver)

@@ -9,8 +9,8 @@ from genpolicy.chain.values import Condition, Gaussian
 
 @dataclass(frozen=True)
 class StandardNormal:
-    """x at the first grid time ~ N(0, scale^2 I); scale is 1 on flows and VP, sqrt(1 + sigma_max^2)
-    on EDM.
+    """x at the first grid time ~ N(0, scale^2 I), with the chain's `Chain.scale`: from the noisiest
+    time 1 on flows and VP, and sqrt(1 + sigma_max^2) on EDM.
     """
 
     def __call__(

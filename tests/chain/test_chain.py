@@ -28,7 +28,7 @@ from genpolicy.chain.kernel import Kernel, transition
 from genpolicy.chain.noise import PRIOR, Noise
 from genpolicy.chain.schedule import Schedule, step
 from genpolicy.chain.values import Denoiser
-from tests.chain.exact import DATA, SCHEDULES, Network, Rows, batch, cosine, relative
+from tests.chain.exact import DATA, SCHEDULES, Data, Network, Rows, batch, cosine, relative
 
 SHAPE = (6, 8)
 GROUPS, MEMBERS, K = 3, 4, 6
@@ -358,6 +358,51 @@ def test_the_trunk_may_be_stochastic() -> None:
         assert (log_ratio(case.chain(), denoiser, trajectory, k) == 0).all()
 
 
+@pytest.mark.parametrize("kernel", [DDIM(1.0), SDE(0.7), DDIM(0.0)], ids=str)
+@pytest.mark.parametrize("k", range(1, K))
+def test_several_continuations_from_any_step(kernel: Kernel, k: int) -> None:
+    """Steps [k, K) of every member are kept; the k steps before are the group's, evaluated once."""
+    chain, network = Case(kernel, window=(0, K)).chain(), Case().denoiser()
+    condition, noise = batch(GROUPS, MEMBERS)
+    trajectory = chain.sample(
+        network, condition, noise, SHAPE, keep=(k, K), branch_at=k, members=MEMBERS
+    )
+    assert network.rows == [GROUPS] * (k + 1) + [GROUPS * MEMBERS] * (K - k - 1)
+    assert trajectory.steps == range(k, K)
+    assert trajectory.shared == MEMBERS
+
+    # The trunk is the group's own chain, and so is each continuation from where it ends.
+    trunk = chain.sample(network, condition[::MEMBERS], noise.trunk(MEMBERS), SHAPE, keep=(0, k))
+    there = trunk.after(k - 1).repeat_interleave(MEMBERS, 0)
+    assert torch.equal(trajectory.before(k), there)
+    alone = chain.sample(network, condition, noise, SHAPE, start=(k, there))
+    assert torch.allclose(trajectory.x0, alone.x0, atol=1e-5)
+    again = chain.sample(
+        network, condition, noise, SHAPE, start=(k, there), branch_at=k, members=MEMBERS
+    )
+    assert torch.equal(trajectory.x0, again.x0)
+    members = trajectory.x0.unflatten(0, (GROUPS, MEMBERS))
+    drawn = kernel != DDIM(0.0) and (k < K - 1 or isinstance(kernel, SDE))  # DDIM's last std is 0
+    assert bool((members[:, 0] != members[:, 1]).all()) == drawn
+
+    # What acted is what is scored, and the step that the group shares is scored once per group.
+    for j in trajectory.steps if kernel != DDIM(0.0) else ():
+        network.rows.clear()
+        now, then = chain.transition(network, trajectory, j), trajectory.acted(j)
+        assert torch.equal(now.mean, then.mean)
+        assert torch.equal(now.std, then.std)
+        assert network.rows == [GROUPS if j == k else GROUPS * MEMBERS]
+
+
+@pytest.mark.parametrize("k", range(1, K))
+def test_continuations_whose_kept_steps_begin_before_them_refuse(k: int) -> None:
+    condition, noise = batch(GROUPS, MEMBERS)
+    with pytest.raises(ValueError, match=f"branch_at {k} must lie between step 0 and the first"):
+        Case(window=(0, K)).chain().sample(
+            Case().denoiser(), condition, noise, SHAPE, branch_at=k, members=MEMBERS
+        )
+
+
 def test_shared_start_is_evaluated_once_per_group_and_its_gradient_is_the_unshared_one() -> None:
     case = Case(branch_at=0)
     network = case.denoiser()
@@ -515,6 +560,52 @@ def test_prior_is_diffusers_init_noise_sigma(schedule: Schedule, std: float) -> 
     chain = Chain(schedule, schedule.grid(2))
     x = chain.sample(DATA.denoiser(schedule), condition, noise, SHAPE, keep=(0, 1)).before(0)
     assert relative(x, std * noise(PRIOR, SHAPE)) <= 1e-6
+
+
+# Starts below the noisiest time, for data of mean 0 and variance 1: (schedule, its start).
+BELOW = [("linear", 0.7), ("shifted", 0.7), ("vp", 0.7), ("edm", 2.0)]
+
+
+@pytest.mark.parametrize("kernel", [DDIM(0.0), DDIM(0.5), DDIM(1.0)], ids=str)
+@pytest.mark.parametrize(("name", "begin"), BELOW)
+def test_a_chain_that_starts_below_the_noisiest_time_ends_at_the_data(
+    name: str, begin: float, kernel: Kernel
+) -> None:
+    """Mean 0 and std 1 after 128 steps from N(0, scale^2), over 40 000 draws."""
+    schedule, data = SCHEDULES[name], Data(0.0, 1.0)
+    chain = Chain(schedule, schedule.grid(128, begin), kernel)
+    assert float(chain.grid[0]) == pytest.approx(begin, abs=1e-3)
+    assert chain.scale == pytest.approx(data.marginal(schedule, chain.grid[0])[1], rel=1e-12)
+    condition, noise = batch(1, 1)
+
+    def final_std(scale: float) -> float:
+        x = scale * noise(PRIOR, (40_000,))
+        sampled = chain.sample(data.denoiser(schedule), condition, noise, (40_000,), start=(0, x))
+        assert abs(float(sampled.x0.mean())) < 0.02
+        return float(sampled.x0.std())
+
+    drawn = chain.sample(data.denoiser(schedule), condition, noise, (40_000,)).x0
+    assert float(drawn.std()) == pytest.approx(1, abs=0.025)
+    assert final_std(chain.scale) == pytest.approx(float(drawn.std()), abs=1e-6)
+    if kernel == DDIM(0.0) and name != "vp":  # controls: of the noise alone, and of pure noise
+        assert final_std(float(schedule.sigma(chain.grid[:1]))) < 0.93
+        assert abs(final_std(1.0) - 1) > 0.3
+
+
+@pytest.mark.parametrize(("name", "begin"), BELOW)
+def test_the_scale_is_the_std_of_noised_data_of_unit_variance(name: str, begin: float) -> None:
+    schedule = SCHEDULES[name]
+    grid = schedule.grid(K, begin)
+    by_hand = {
+        "linear": 0.58**0.5,
+        "shifted": 0.58**0.5,
+        "vp": 1.0,
+        "edm": 5**0.5,
+    }
+    assert Chain(schedule, grid).scale == pytest.approx(by_hand[name], rel=1e-9)
+    whole = Chain(schedule, schedule.grid(K))
+    assert whole.scale == pytest.approx(6401**0.5 if name == "edm" else 1.0, rel=1e-9)
+    assert replace(whole, grid=grid).scale == Chain(schedule, grid).scale
 
 
 # ---- batches
