@@ -6,7 +6,8 @@ event dim:
 
     log N_new(x) - log N_old(x) = noise D / s - D^2 / (2 s^2)
 
-which is computed in this form, never as a difference of two large log-densities.
+which is computed in this form, never as a difference of two large log-densities. Where the std
+has changed too, `log_ratio_unequal` does the same with the change of the std.
 """
 
 from dataclasses import dataclass
@@ -20,13 +21,17 @@ from genpolicy.chain.values import Gaussian, Reduce, reduce_event
 def _equal_std(new: Gaussian, old: Gaussian) -> Tensor:
     if new.std.shape != old.std.shape or not torch.equal(new.std, old.std):
         raise ValueError(
-            "this log-ratio assumes that the std has not changed; a learned std needs Gaussian.log_prob"
+            "this log-ratio assumes that the std has not changed; a learned std needs log_ratio_unequal"
         )
-    if not bool((old.std > 0).all()):
+    _check_no_point(old.std)
+    return old.std
+
+
+def _check_no_point(std: Tensor) -> None:
+    if not bool((std > 0).all()):
         raise ValueError(
             "a step with std 0 is a point and has no ratio: train only steps inside the stochastic window"
         )
-    return old.std
 
 
 def log_ratio(new: Gaussian, old: Gaussian, x: Tensor, *, reduce: Reduce) -> Tensor:
@@ -36,6 +41,26 @@ def log_ratio(new: Gaussian, old: Gaussian, x: Tensor, *, reduce: Reduce) -> Ten
     std = _equal_std(new, old)
     noise, shift = (x - old.mean) / std, (new.mean - old.mean) / std
     return reduce_event(noise * shift - shift**2 / 2, reduce)
+
+
+def log_ratio_unequal(new: Gaussian, old: Gaussian, x: Tensor, *, reduce: Reduce) -> Tensor:
+    """log rho where the std may have changed (a learned one), from s_old to s_new, [B].
+
+    With z = (x - mean_old)/s_old, c = (s_new - s_old)/s_new < 1 and D = (mean_new - mean_old)/s_new,
+    (x - mean_new)/s_new = (1 - c) z - D, so that per event dim
+
+        log rho = (1 - c) z D - D^2 / 2 + z^2 c (2 - c) / 2 + log(1 - c),
+
+    every term of which vanishes with the change. At equal std c is 0, and it is `log_ratio` to the
+    bit. Raises ValueError where a std is 0.
+    """
+    for gaussian in (new, old):
+        _check_no_point(gaussian.std)
+    noise, shift = (x - old.mean) / old.std, (new.mean - old.mean) / new.std
+    change = (new.std - old.std) / new.std
+    of_mean = (1 - change) * noise * shift - shift**2 / 2
+    of_std = noise**2 * change * (2 - change) / 2 + torch.log1p(-change)
+    return reduce_event(of_mean + of_std, reduce)
 
 
 def guard_log_ratio(new: Gaussian, old: Gaussian, x: Tensor, *, reduce: Reduce) -> Tensor:

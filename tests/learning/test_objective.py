@@ -11,7 +11,13 @@ from genpolicy.chain import CPS, DDIM, SDE, Gaussian, Linear, Prediction
 from genpolicy.chain.kernel import gain, transition
 from genpolicy.chain.schedule import step
 from genpolicy.chain.values import expand, output_gain
-from genpolicy.learning.objective import clipped_surrogate, guard_log_ratio, log_ratio, mean_kl
+from genpolicy.learning.objective import (
+    clipped_surrogate,
+    guard_log_ratio,
+    log_ratio,
+    log_ratio_unequal,
+    mean_kl,
+)
 
 F64 = torch.float64
 SD3 = torch.tensor(
@@ -221,3 +227,95 @@ def test_points_and_changed_std_are_refused():
     for objective in (log_ratio, guard_log_ratio):
         with pytest.raises(ValueError, match="std has not changed"):
             objective(Gaussian(new.mean, new.std * 1.1), old, x, reduce="mean")
+
+
+def changed(by, shift=0.02, dims=64, single=False):
+    """new, old and a sample of old; every event dim's std changes by a factor of its own, up to 1 + ``by``."""
+    new, old, x = pair(dims=dims, shift=shift)
+    g = torch.Generator().manual_seed(5)
+    factor = 1 + by * (2 * torch.rand(new.mean.shape, dtype=F64, generator=g) - 1)
+    values = [new.mean, old.std * factor, old.mean, old.std.expand_as(old.mean), x]
+    if single:  # what fp32 holds, so that the truth is about the same numbers
+        values = [v.float() for v in values]
+    new_mean, new_std, old_mean, old_std, x = values
+    return Gaussian(new_mean, new_std), Gaussian(old_mean, old_std), x
+
+
+def exactly(gaussian):
+    return Normal(gaussian.mean.double(), gaussian.std.double())
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "none"])
+@pytest.mark.parametrize("by", [1e-3, 0.3, 0.9])
+def test_log_ratio_of_a_changed_std_is_the_difference_of_log_probs(reduce, by):
+    new, old, x = changed(by)
+    truth = exactly(new).log_prob(x) - exactly(old).log_prob(x)
+    wanted = truth if reduce == "none" else getattr(truth, reduce)(1)
+    assert torch.allclose(log_ratio_unequal(new, old, x, reduce=reduce), wanted, atol=1e-11)
+    alone = Gaussian(new.mean, old.std)  # control: the change of the std counts
+    assert not torch.allclose(log_ratio(alone, old, x, reduce=reduce), wanted, atol=1e-4)
+
+
+def test_log_ratio_of_one_changed_std_per_row():
+    new, old, x = pair()
+    new = Gaussian(new.mean, old.std * torch.linspace(0.5, 2, 6, dtype=F64)[:, None])
+    truth = (exactly(new).log_prob(x) - exactly(old).log_prob(x)).sum(1)
+    assert torch.allclose(log_ratio_unequal(new, old, x, reduce="sum"), truth, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("reduce", ["sum", "mean", "none"])
+def test_at_equal_std_it_is_the_log_ratio_to_the_bit(reduce, dtype):
+    new, old, x = pair()
+    new, old = (Gaussian(g.mean.to(dtype), g.std.to(dtype)) for g in (new, old))
+    plain = log_ratio(new, old, x.to(dtype), reduce=reduce)
+    assert torch.equal(log_ratio_unequal(new, old, x.to(dtype), reduce=reduce), plain)
+    still = log_ratio_unequal(old, old, x.to(dtype), reduce=reduce)
+    assert (still == 0).all()
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "none"])
+@pytest.mark.parametrize(("by", "shift"), [(1e-5, 1e-6), (1e-5, 0.0), (1e-3, 1e-4)])
+def test_a_tiny_change_of_the_std_keeps_its_digits_in_fp32(reduce, by, shift):
+    """Control: the difference of two log-densities is over 10 times as far from the truth."""
+    new, old, x = changed(by, shift, dims=4096, single=True)
+    truth = log_ratio_unequal(
+        *(Gaussian(g.mean.double(), g.std.double()) for g in (new, old)), x.double(), reduce=reduce
+    )
+    ours = log_ratio_unequal(new, old, x, reduce=reduce)
+    subtracted = new.log_prob(x, reduce=reduce) - old.log_prob(x, reduce=reduce)
+    error, naive = ((value - truth).abs().max() for value in (ours, subtracted))
+    assert 10 * error < naive
+    assert error < 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("by", [0.0, 0.3])
+def test_the_gradient_of_a_changed_std_is_right(by):
+    """d log rho / d std = (z_new^2 - 1) / s_new, d log rho / d mean = z_new / s_new."""
+    new, old, x = changed(by)
+    mean, std = new.mean.clone().requires_grad_(), new.std.clone().requires_grad_()
+    log_ratio_unequal(Gaussian(mean, std), old, x, reduce="sum").sum().backward()
+    z = (x - new.mean) / new.std
+    assert torch.allclose(std.grad, (z**2 - 1) / new.std, atol=1e-10)
+    assert torch.allclose(mean.grad, z / new.std, atol=1e-10)
+    assert not torch.allclose(std.grad, z**2 / new.std, atol=0.1)  # control: without log std
+
+
+def test_the_mean_of_the_ratio_under_what_acted_is_1_and_of_its_logarithm_the_kl():
+    g = torch.Generator().manual_seed(3)
+    shape = (200_000, 1)
+    old = Gaussian(torch.zeros(shape, dtype=F64), torch.ones(1, 1, dtype=F64))
+    new = Gaussian(torch.full(shape, 0.1, dtype=F64), torch.full((1, 1), 0.9, dtype=F64))
+    x = old.sample(torch.randn(shape, dtype=F64, generator=g))
+    log = log_ratio_unequal(new, old, x, reduce="sum")
+    assert float(log.exp().mean()) == pytest.approx(1, abs=0.003)
+    assert float(-log.mean()) == pytest.approx(float(old.kl(new, reduce="sum")[0]), abs=0.002)
+
+
+def test_points_have_no_log_ratio_whichever_std_is_0():
+    new, old, x = changed(0.1)
+    for at in (0, 1):
+        gaussians = [new, old]
+        gaussians[at] = Gaussian(gaussians[at].mean, gaussians[at].std * 0)
+        with pytest.raises(ValueError, match="std 0"):
+            log_ratio_unequal(*gaussians, x, reduce="mean")
