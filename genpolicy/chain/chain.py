@@ -7,12 +7,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from genpolicy.chain.kernel import DDIM, Coefficients, Kernel
+from genpolicy.chain.kernel import DDIM, Kernel
 from genpolicy.chain.noise import PRIOR, Noise
 from genpolicy.chain.prior import StandardNormal
 from genpolicy.chain.schedule import Schedule, Step, step
 from genpolicy.chain.solver import Solver
-from genpolicy.chain.values import Condition, Denoiser, Gaussian
+from genpolicy.chain.values import Coefficients, Condition, Denoiser, Gaussian
 
 ODE = DDIM(eta=0.0)
 

@@ -151,8 +151,8 @@ class ChainPolicy:
         steps, kind = self.chain.steps, self.model.parametrisation
         d_x0, d_eps = output_gain(kind, steps.alpha_t, steps.sigma_t)
         gains = (
-            c.x0 * d_x0[k : k + 1] + c.eps * d_eps[k : k + 1]
-            for k, c in enumerate(self.chain.acting)
+            coefficients.gain(d_x0[k : k + 1], d_eps[k : k + 1])
+            for k, coefficients in enumerate(self.chain.acting)
         )
         return tuple(gain.float() for gain in gains)
 
