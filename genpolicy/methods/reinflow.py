@@ -104,10 +104,13 @@ class ReinFlow:
         noise = LearnedStd(run.features, dims, self.std_low, self.std_high)
         noise.to(run.policy.model.device)
         before = run.policy.parts.get("std")
-        if isinstance(before, LearnedStd):  # the policy that the run goes on from has learned one
-            if before.settings != noise.settings:
+        if (
+            before is not None and before.kind == noise.kind
+        ):  # the policy that the run goes on from has learned one
+            settings = getattr(before, "settings", None)
+            if settings != noise.settings:
                 raise ConfigError(
-                    f"method reinflow: the policy's learned std was made with {before.settings};"
+                    f"method reinflow: the policy's learned std was made with {settings};"
                     f" std_low, std_high and the policy give {noise.settings}"
                 )
             noise.load_state_dict(before.state_dict())

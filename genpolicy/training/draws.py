@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import Noise
-from genpolicy.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -20,21 +19,15 @@ class Draws:
     """
 
     seed: int
-    processes: Processes
 
     def generator(self, purpose: str, iteration: int, number: int) -> np.random.Generator:
         """A generator for draws that all processes make alike."""
-        key = [_hashed(purpose), self.seed % 2**64, iteration, number]
-        return np.random.default_rng(key)
+        return np.random.default_rng([_hashed(purpose), self.seed % 2**64, iteration, number])
 
     def noise(self, purpose: str, iteration: int, place: Tensor, number: int) -> Noise:
         """Noise of the rows ``place`` [B]."""
         seed = _hashed(f"{purpose} {self.seed} {number}")
         return Noise(seed, iteration, place, torch.zeros_like(place))
-
-    def mine(self, drawn: np.ndarray) -> Tensor:
-        """This process's share of what all have drawn alike, of its last dimension."""
-        return torch.from_numpy(drawn[..., self.processes.index :: self.processes.count].copy())
 
 
 def _hashed(text: str) -> int:

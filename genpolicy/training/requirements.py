@@ -60,7 +60,7 @@ def require_chain(name: str, needs: Needs, policy: ChainPolicy) -> None:
         return
     if not window:
         raise ConfigError(
-            f"method {name} trains noisy steps and the chain has none: widen chain.window or use a"
+            f"method {name}: the chain has no stochastic step to train: widen chain.window or use a"
             " kernel with noise"
         )
     if needs.likelihoods:

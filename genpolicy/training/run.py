@@ -99,7 +99,7 @@ class Run:
         )
         self.replay_check = ReplayCheck(metrics, micro_batches, processes, self.say)
         self.updates = Updates(processes, micro_batches, metrics)
-        self._draws = Draws(experiment.seed, processes)
+        self._draws = Draws(experiment.seed)
         self.state = RunState()
         self._iterate, self.rehearsal = iterate, rehearsal
 
@@ -253,7 +253,7 @@ class Run:
         names data, of this iteration, and their numbers among the ``count``; nothing is drawn by
         the policy.
         """
-        place = self._draws.mine(np.arange(count))
+        place = self.mine(np.arange(count))
         if self.data is None:
             return self.collector.contexts(self.iteration, place, count), place
         rows = self.rows(len(self.data), count, "contexts")
@@ -290,7 +290,8 @@ class Run:
 
     def mine(self, drawn: np.ndarray) -> Tensor:
         """This process's share of what all have drawn alike, of its last dimension."""
-        return self._draws.mine(drawn)
+        share = drawn[..., self.processes.index :: self.processes.count]
+        return torch.from_numpy(share.copy())
 
     # Learning
 

@@ -436,5 +436,5 @@ def test_value_and_optimiser_are_saved_with_the_run(tmp_path):
     run, _ = prepared(tmp_path, method=METHOD, output=str(tmp_path / "other"))
     value = DecisionValue(run, GAMMA, LAM, 1e-2, 1, 8)
     before = [p.detach().clone() for p in value.value.parameters()]
-    run.registered["value"].load_state_dict(state["kept"]["value"])
+    run.state.registered["value"].load_state_dict(state["kept"]["value"])
     assert any(not torch.equal(a, b) for a, b in zip(before, value.value.parameters(), strict=True))

@@ -15,6 +15,7 @@ from genpolicy.config.errors import ConfigError
 from genpolicy.methods.bc import BC
 from genpolicy.methods.parts.imitation import Imitation, recorded
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.training.draws import Draws
 from genpolicy.training.experiment import train
 from tests import toy
 from tests.peers import peers, together
@@ -32,7 +33,7 @@ def once(run, method):
 
 def drawn(seed, iteration, update, batch, frames, shape):
     """The method's draws by hand: frames, uniform times and noise of one update."""
-    generator = np.random.default_rng([seed, iteration, update])
+    generator = Draws(seed).generator("imitation", iteration, update)
     rows = torch.from_numpy(generator.integers(frames, size=batch))
     uniform = torch.from_numpy(generator.random(batch))
     return (
@@ -96,7 +97,7 @@ def test_every_update_draws_anew(tmp_path):
 def test_frames_and_times_are_uniform(tmp_path):
     run, _ = prepared(tmp_path, method={"name": "bc", "batch": 4000})
     imitation = Imitation(run, recorded(run.data, run.policy.model), len(run.data), 4000)
-    frames, uniform, noise, _ = imitation.draw([0, 1, 0])
+    frames, uniform, noise, _ = imitation.draw(0)
     assert frames.min() >= 0
     assert frames.max() < len(run.data)
     assert kstest((frames.double() / len(run.data)).numpy(), "uniform").pvalue > 1e-3
@@ -125,10 +126,10 @@ def test_processes_share_a_batch(tmp_path, count):
             [partial(once, run, method) for run, method in built], accelerators
         )
         shares = [
-            Imitation(run, recorded(run.data, run.policy.model), 50, 11).draw([4, 2, 1])[:3]
+            Imitation(run, recorded(run.data, run.policy.model), 50, 11).draw(1)[:3]
             for run, _ in built
         ]
-        whole = drawn(4, 2, 1, 11, 50, (4, 2))
+        whole = drawn(0, 1, 1, 11, 50, (4, 2))
         for part, everything in zip(zip(*shares, strict=True), whole, strict=True):
             assert sum(len(p) for p in part) == 11
             for index, mine in enumerate(part):

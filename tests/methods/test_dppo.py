@@ -24,7 +24,7 @@ from genpolicy.policy.files import save_policy
 from genpolicy.policy.weights import Weights
 from genpolicy.training.experiment import prepare, train
 from genpolicy.training.processes import Processes
-from genpolicy.training.requirements import require_density
+from genpolicy.training.requirements import Needs, require_chain
 from tests import toy
 from tests.toy_control import Recorded, cloned, experiment, prepared
 
@@ -405,7 +405,7 @@ def test_a_saved_policy_with_a_base_acts_as_the_one_that_was_saved(tmp_path, slo
         method=SMALL,
         task=SHORT,
     )
-    require_density(run)
+    require_chain("dppo", Needs(likelihoods=True), run.policy)
     freeze_base(run)
     base = run.policy.parts["base"]
     before = [w.clone() for w in base.weights.values()]
@@ -492,7 +492,7 @@ def test_one_random_step_of_a_flow_is_drawn_scored_and_replayed(tmp_path, slow):
         method=SMALL,
         task=SHORT,
     )
-    require_density(run)
+    require_chain("dppo", Needs(likelihoods=True), run.policy)
     drawn = []
     for iteration in range(1, 25):
         run.spent.iteration = iteration

@@ -305,7 +305,8 @@ def test_without_demonstrations_the_critic_sees_the_runs_own_episodes(tmp_path):
         assert 0 < recorded < len(everything)
         lengths[demonstrations] = len(e.replay), len(everything), recorded
         drawn = e.redraw(30, 0)[1]
-        assert bool((drawn >= everything.now[recorded]).all()) is not demonstrations
+        views = e.replay.now[drawn]
+        assert bool((views >= everything.now[recorded]).all()) is not demonstrations
         context, event, _ = e.imitable(torch.arange(int(everything.success.sum())))
         assert len(context) == len(event) == int(everything.success.sum())
     (whole, everything, recorded), (own, same_everything, _) = lengths[True], lengths[False]

@@ -370,7 +370,7 @@ def test_a_process_may_have_no_row_of_a_minibatch(tmp_path, kind):
 
     def learn(run: Run, method):
         rollout = run.collect(4, 1)
-        batches = KINDS[kind](run, rollout, 18 if kind == "pairs" else 6, 0)
+        batches = KINDS[kind](run, rollout, 18 if kind == "pairs" else 9, 0)
         sizes = [len(rows_of(rollout, b)) for b in batches]
         chains = torch.arange(rollout.decisions.total).float()[rollout.decisions.place]
 

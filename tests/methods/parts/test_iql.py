@@ -155,17 +155,19 @@ def test_rows_are_drawn_alike_anew_and_the_same_by_any_number_of_processes(tmp_p
 def test_everything_is_resumed(tmp_path):
     run, value = built(tmp_path)
     replay, features = some(40)
-    assert set(run.registered) == {"q", "q_target", "v", "q_optimizer"}
+    assert set(run.state.registered) == {"q", "q_target", "v", "q_optimizer"}
     value.learn(replay, features, 3)
     (tmp_path / "other").mkdir()
     resumed, other = built(tmp_path / "other")
-    for name, part in run.registered.items():
-        resumed.registered[name].load_state_dict(deepcopy(part.state_dict()))
+    for name, part in run.state.registered.items():
+        resumed.state.registered[name].load_state_dict(deepcopy(part.state_dict()))
     resumed.spent.iteration = run.spent.iteration = 2
     (tmp_path / "third").mkdir()
     third_run, third = built(tmp_path / "third")  # control: networks without the optimiser's state
     for name in ("q", "q_target", "v"):
-        third_run.registered[name].load_state_dict(deepcopy(run.registered[name].state_dict()))
+        third_run.state.registered[name].load_state_dict(
+            deepcopy(run.state.registered[name].state_dict())
+        )
     third_run.spent.iteration = 2
     for each in (value, other, third):
         each.learn(replay, features, 2)
