@@ -30,7 +30,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -321,10 +320,8 @@ class PlainCritic:
     def learn(self, data: Replay, features: Tensor, updates: int) -> None:
         for critic in (self.q, self.target, self.v):
             critic.scale.fit(features)
-        generator = np.random.default_rng([self.run.experiment.seed, self.run.iteration])
         steps = torch.arange(data.rewards.shape[1])
-        for _ in range(updates):
-            rows = torch.from_numpy(generator.integers(len(data), size=self.batch))
+        for rows in self.run.rows(len(data), (updates, self.batch), "critic"):
             now, after = features[data.now[rows]], features[data.after[rows]]
             event, executed = data.event[rows], data.executed[rows]
             with torch.no_grad():
