@@ -19,7 +19,7 @@ ODE = DDIM(eta=0.0)
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What is kept of B chains: the states around the kept steps ``first`` .. ``first + W - 1``,
+    """The record of B chains: the states around the kept steps ``first`` .. ``first + W - 1``,
     and the result.
 
     x [B,W+1,*E] (x[:, j] is the state before kept step j, x[:, j+1] after it), mean [B,W,*E] and

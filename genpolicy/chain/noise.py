@@ -18,10 +18,10 @@ TRUNK = -1
 """
 
 FAN = 1 << 32
-"""What the members of a row's fan are apart: more than a group ever has."""
+"""The distance between the members of a row's fan: more than a group ever has."""
 
 WORD = 1 << 64
-"""How many values a word of the counter or of the key has: 64 bits."""
+"""The number of values that a word of the counter or of the key has: 64 bits."""
 
 
 @dataclass(frozen=True)

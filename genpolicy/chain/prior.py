@@ -1,4 +1,4 @@
-"""Where a chain starts."""
+"""The distribution in which a chain starts."""
 
 from dataclasses import dataclass
 

@@ -96,7 +96,7 @@ def _keep(value: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says, in one currency: x_t = alpha x0 + sigma eps. x0, eps [B,*E] in fp32.
+    """The output of a network, in one currency: x_t = alpha x0 + sigma eps. x0, eps [B,*E] in fp32.
 
     ``std`` only where the network itself says it (learned noise, ReinFlow).
     """
@@ -144,7 +144,7 @@ def output_gain(kind: Parametrisation, alpha: Tensor, sigma: Tensor) -> tuple[Te
 
 
 class Condition(Protocol):
-    """What the network is conditioned on, encoded once per prompt or observation: B rows that can
+    """The condition of a network, encoded once per prompt or observation: B rows that can
     be picked.
     """
 

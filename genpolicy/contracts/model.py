@@ -74,7 +74,7 @@ class Model(Protocol):
         ...
 
     def features(self, condition: Condition) -> Tensor:
-        """What a critic sees of the condition, Float[B,F], detached."""
+        """The condition as a critic sees it, Float[B,F], detached."""
         ...
 
     def decode(self, x0: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ the oldest frame first; images are [C,H,W] in [0,1].
 
 @dataclass(frozen=True)
 class Context:
-    """What B rows are asked: their prompts (for robots: instructions), and what the robot sees."""
+    """The questions to B rows: their prompts (for robots: instructions), and what the robot sees."""
 
     prompts: Sequence[str]
     observation: Observation = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class TaskStep:
-    """What one decision (a chunk of up to T actions) did in n environments.
+    """The outcome of one decision (a chunk of up to T actions) in n environments.
 
     context: what is seen after it, n rows; where the episode ended, its final observation. rewards
     [n,T]: of each environment step, 0 after the end. executed [n]: how many of the T actions were
@@ -87,7 +87,7 @@ class Environments(Protocol):
         ...
 
     def render(self, slot: int) -> Any:
-        """What a camera sees, uint8 [H,W,3]; raises `genpolicy.config.errors.RenderError`
+        """The picture of a camera, uint8 [H,W,3]; raises `genpolicy.config.errors.RenderError`
         with one sentence where there is none.
         """
         ...
@@ -140,7 +140,7 @@ class ControlTask(Protocol):
 
 
 def is_control(task: Task | ControlTask) -> TypeGuard[ControlTask]:
-    """Whether a task has environments to act in; otherwise it is prompts, judged by the run's
+    """True where a task has environments to act in; otherwise it is prompts, judged by the run's
     reward.
     """
     return hasattr(task, "environments")

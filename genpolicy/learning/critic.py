@@ -60,7 +60,7 @@ class Support:
 
     @property
     def width(self) -> float:
-        """Of a bin: (high - low) / (bins - 2 margin sigma)."""
+        """The width of a bin: (high - low) / (bins - 2 margin sigma)."""
         return (self.high - self.low) / (self.bins - 2 * self.margin * self.sigma)
 
     def edges(self, like: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class Critic(nn.Module):
             )
 
     def outputs(self, features: Tensor, event: Tensor | None = None) -> Tensor:
-        """What the members say before it is read as a value: [M,B,1], with a support logits
+        """The members' outputs before they are read as values: [M,B,1], with a support logits
         [M,B,bins].
         """
         row = self.scale(features if event is None else torch.cat([features, event.flatten(1)], 1))
@@ -165,7 +165,7 @@ class Critic(nn.Module):
         )
 
     def loss(self, features: Tensor, event: Tensor | None, target: Tensor) -> Tensor:
-        """How far each member is from ``target`` [B] or [M,B], constants: [M,B]. (Q - y)^2, with a
+        """The distance of each member from ``target`` [B] or [M,B], constants: [M,B]. (Q - y)^2, with a
         support - sum_i p_i(y) log softmax(logits)_i.
         """
         outputs, target = self.outputs(features, event), target.detach()

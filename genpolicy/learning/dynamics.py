@@ -44,7 +44,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 class Dynamics(Protocol):
-    """What `imagined` needs of a world: the next features, with its randomness handed in."""
+    """The world as `imagined` needs it: the next features, with its randomness handed in."""
 
     def step(self, features: Tensor, event: Tensor, uniform: Tensor, noise: Tensor) -> Tensor:
         """Features and noise [B,F], event [B,*E], uniform [B] in [0,1) -> next features [B,F]."""
@@ -52,7 +52,7 @@ class Dynamics(Protocol):
 
 
 class TransitionModel(nn.Module):
-    """Where a decision leads: M networks of f' = f + c * N(mean(x), exp(log_variance(x))), x = ((f
+    """A model of where a decision leads: M networks of f' = f + c * N(mean(x), exp(log_variance(x))), x = ((f
     - centre)/std, event).
 
     c is the std of the change f' - f, std and centre those of f, all over the data, per feature. f
@@ -160,7 +160,7 @@ class TransitionModel(nn.Module):
         return mean[elite, row] + std[elite, row] * noise
 
     def disagreement(self, features: Tensor, event: Tensor) -> Tensor:
-        """How little the data said about this event here: rms over F of the std over elites of
+        """The disagreement about an event, large where the data said little: rms over F of the std over elites of
         their mean changes, in units of ``change_std``, [B].
         """
         mean, _ = self._change(features, event)

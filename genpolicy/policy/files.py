@@ -25,7 +25,7 @@ SAMPLER = "genpolicy.json"
 PARTS = "parts"
 """In a saved policy's folder: a folder per part, by its name."""
 OLD_BASE, OLD_JUDGE = "base", "judge"
-"""Where policies saved before parts had a contract keep the two that there were."""
+"""The folders in which older policies keep the two parts that there were."""
 
 
 def save_policy(

@@ -14,7 +14,7 @@ LEAVES = {
 }
 """The leaf of a LeRobot policy, by the type in its config.json."""
 PIPELINE, POLICY = "model_index.json", "config.json"
-"""What makes a folder a diffusers pipeline, and what a LeRobot policy."""
+"""The file of a diffusers pipeline, and that of a LeRobot policy."""
 
 
 def foreign(where: str) -> tuple[dict[str, Any], dict[str, Any]]:

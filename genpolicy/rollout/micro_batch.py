@@ -64,7 +64,7 @@ class MicroBatches:
 
 
 def recount(policy: ChainPolicy) -> Callable[[], None]:
-    """What to call before work begins again: evaluations since now are forgotten, because aborted
+    """Returns a function to call before work begins again: it forgets the evaluations since now, because aborted
     work does not count.
     """
     counted = policy.model.evaluations

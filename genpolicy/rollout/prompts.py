@@ -14,7 +14,7 @@ from genpolicy.policy.policy import ChainPolicy
 
 @dataclass(frozen=True)
 class Judged:
-    """What `collect` returns for the groups it was given: B rows, and their rewards by name [B]."""
+    """The result of `collect` for the groups it was given: B rows, and their rewards by name [B]."""
 
     trajectory: Trajectory
     context: Context

@@ -14,7 +14,7 @@ from genpolicy.rollout.episodes import play
 from genpolicy.rollout.rollout import Decisions
 
 CHAIN = ("start", "x", "mean", "std", "x0")
-"""What a rollout keeps of a trajectory, beside its condition,"""
+"""The tensors that a rollout keeps of a trajectory, beside its condition,"""
 
 
 OUTCOME = ("rewards", "executed", "terminated", "truncated", "success")
@@ -23,7 +23,7 @@ OUTCOME = ("rewards", "executed", "terminated", "truncated", "success")
 
 @dataclass(frozen=True)
 class Lived:
-    """What `live` returns: E episodes as R rows, and by name what each episode came to, [E]."""
+    """The result of `live`: E episodes as R rows, and by name what each episode came to, [E]."""
 
     trajectory: Trajectory
     context: Context
@@ -33,7 +33,7 @@ class Lived:
 
 
 class Ledger(Protocol):
-    """Where the episodes of a rollout are written down as they end, and read again after a run was
+    """The place where the episodes of a rollout are written down as they end, and read again after a run was
     killed.
     """
 
@@ -131,7 +131,7 @@ class _Recalling:
         return [row for row, slot in enumerate(slots) if self._at[slot][0] not in self._known]
 
     def _recalled(self, slot: int) -> Context:
-        """What is seen in a slot now, by what was written down (nothing, if it is not known)."""
+        """The observation in a slot now, as it was written down (nothing, if it is not known)."""
         episode, h = self._at[slot]
         rows = self._known.get(episode)
         if rows is None:

@@ -19,7 +19,7 @@ from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context
 
 REWARD, SUCCESS = "next.reward", "next.success"
-"""What LeRobot calls the outcome of a frame."""
+"""LeRobot's names of the outcome of a frame."""
 AT_ONCE = 1024
 """Observations that are encoded together."""
 
@@ -141,7 +141,7 @@ class Replay:
         return whole[(~ends | whole.terminated).nonzero().flatten()]
 
     def returns(self, gamma: float) -> Tensor:
-        """What every decision's episode came to from there on, sum_j gamma^j r_j over its
+        """The return of every decision's episode from there on, sum_j gamma^j r_j over its
         environment steps: [R] fp64, nan where the recording stops before the episode does.
         """
         row_of = torch.full((len(self.views) + 1,), -1)
@@ -164,7 +164,7 @@ class Replay:
 
 
 ROWS = ("now", "after", "event", "rewards", "executed", "terminated", "success", "episode", "first")
-"""What a `Replay` has of every decision."""
+"""The fields that a `Replay` has of every decision."""
 
 
 def _slices(count: int) -> Iterator[slice]:

@@ -12,7 +12,7 @@ from genpolicy.contracts.task import Context
 
 @dataclass(frozen=True)
 class Decisions:
-    """What came of a rollout's R rows. A row is one decision; an episode's rows stand together, in
+    """The outcome of a rollout's R rows. A row is one decision; an episode's rows stand together, in
     order.
 
     episode [R]: whose it is, counted over this process's episodes (group-major). rewards [R,T]: of
@@ -55,7 +55,7 @@ class Rollout:
 
     @property
     def ragged(self) -> bool:
-        """Whether episodes, of whatever process, have several decisions, so that rows are not
+        """True where episodes, of whatever process, have several decisions, so that rows are not
         groups of N.
         """
         return self.decisions.total > self.rewards.numel()

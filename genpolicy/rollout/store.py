@@ -25,7 +25,7 @@ class EpisodeStore:
         self.pinned: set[int] = set()  # iterations whose episodes are learned from for longer
 
     def read(self, iteration: int, name: str) -> dict[str, Any] | None:
-        """What was written under this name, if anything was."""
+        """Returns the episode that was written under this name, if there is one."""
         path = self._path(iteration, name)
         return torch.load(path, weights_only=True) if path.is_file() else None
 

@@ -21,7 +21,7 @@ again and again.
 
 
 class Display:
-    """What a person sees of a run while it goes on; only the main process shows anything."""
+    """The view of a run while it goes on; only the main process shows anything."""
 
     def __init__(self, experiment: Experiment, folder: Path, main: bool) -> None:
         self.experiment, self.folder, self.main = experiment, folder, main

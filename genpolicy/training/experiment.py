@@ -57,7 +57,7 @@ from genpolicy.training.run import Method, Run
 
 @dataclass(frozen=True)
 class Result:
-    """What `train` returns: the run's folder, the evaluations before and after, and the whole
+    """The result of `train`: the run's folder, the evaluations before and after, and the whole
     summary.
     """
 
@@ -168,18 +168,18 @@ def _folder(folder: Path, resume: bool) -> Iterator[None]:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a path is a run's own config.yaml."""
+    """True for a run's own config.yaml."""
     return path.name == "config.yaml" and (path.parent / checkpoint.LOCK).is_file()
 
 
 def finished(folder: Path) -> bool:
-    """Whether the run in a folder has spent its budget (one that was stopped has a summary too)."""
+    """True where the run in a folder has spent its budget (one that was stopped has a summary too)."""
     file = folder / "summary.json"
     return file.is_file() and spent(json.loads(file.read_text(encoding="utf-8")))
 
 
 def spent(summary: Mapping[str, Any]) -> bool:
-    """Whether a run with this summary has spent its budget."""
+    """True where a run with this summary has spent its budget."""
     # the other limits are called in the summary what the budget calls them
     done = {
         **{name: name for name in summary["asked"]},

@@ -1,4 +1,4 @@
-"""What one iteration adds up to: numbers by name, seconds and memory by phase, rows collected."""
+"""The metrics of one iteration: numbers by name, seconds and memory by phase, rows collected."""
 
 import resource
 import sys

@@ -23,7 +23,7 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """True in the process that writes and speaks."""
         return self.accelerator.is_main_process
 
     def groups(self, groups: int, updates: int) -> Tensor:

@@ -48,7 +48,7 @@ class StageCost:
 
 @dataclass
 class Rehearsal:
-    """What one real iteration of each stage cost, and what the budget will.
+    """The cost of one real iteration of each stage, and of the whole budget.
 
     memory: whose. evaluation_seconds: of one evaluation, of what ``judged`` says, extrapolated from
     sampling, or from a few episodes. iterations, evaluations, seconds: of the whole budget, with

@@ -1,4 +1,4 @@
-"""What methods need of an experiment, and the sentences that tell what is missing."""
+"""The needs of methods, and the sentences that tell what an experiment lacks."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args

@@ -472,7 +472,7 @@ class Run:
         return float((found.success if found.judged else found.returns).mean())
 
     def show(self, rollout: Rollout, advantage: Tensor) -> None:
-        """Where an evaluation is due, draw one group of pictures with its rewards and advantages
+        """Draw, where an evaluation is due, one group of pictures with its rewards and advantages
         [M,N].
         """
         if self.evaluation_due and not self.evaluator.of_actions:
