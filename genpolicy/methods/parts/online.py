@@ -12,6 +12,7 @@ from genpolicy.config.errors import at_least, positive, share
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.evaluation.statistics import interval
 from genpolicy.learning.acceptance import safe_share
+from genpolicy.learning.critic import StateValue
 from genpolicy.methods.parts.anchor import Anchor
 from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.rollout.rollout import Rollout
@@ -84,6 +85,10 @@ class OnPolicy:
         )
         self.failures, self.floor = Failures(run), Floor(run, s.floor, anchor)
 
+    def begin_with(self, value: StateValue) -> None:
+        """Sets V to a copy of ``value``."""
+        self.critic.value.load_state_dict(value.state_dict())
+
     def rollout(self, log_ratio: LogRatio) -> tuple[Rollout, Tensor, Tensor]:
         """The iteration's episodes, every decision's advantage, and what the value is to learn from
         it; both [R].
@@ -155,12 +160,8 @@ class Floor:
         equally many; the others are played here and now.
         """
         anchor, processes = self.anchor, self.run.processes.count
-        if anchor.rate is None:
-            with anchor.weights.using():
-                anchor.rate = self.run.try_out(wanted, anchor.iteration)
-        allowed = math.floor(
-            safe_share(self.share, anchor.rate, self.lower) * wanted + 1e-9
-        )  # 7.999 is 8
+        rate = anchor.rate_of(anchor.weights, wanted)
+        allowed = math.floor(safe_share(self.share, rate, self.lower) * wanted + 1e-9)  # 7.999 is 8
         mine = max(allowed // processes, 1) * processes
         if wanted - mine:
             with anchor.weights.using():
