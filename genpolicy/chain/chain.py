@@ -7,12 +7,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from genpolicy.chain.kernel import DDIM, Coefficients, Kernel
+from genpolicy.chain.kernel import DDIM, Kernel
 from genpolicy.chain.noise import PRIOR, Noise
 from genpolicy.chain.prior import StandardNormal
 from genpolicy.chain.schedule import Schedule, Step, step
 from genpolicy.chain.solver import Solver
-from genpolicy.chain.values import Condition, Denoiser, Gaussian
+from genpolicy.chain.values import Coefficients, Condition, Denoiser, Gaussian
 
 ODE = DDIM(eta=0.0)
 
@@ -152,10 +152,10 @@ class Chain:
         """The coefficients of step k (of each row's own, if k is [rows]) for a batch, from grid[k]
         to grid[k+1]: fp64 on the CPU, whatever device x is on.
         """
-        return self._steps[torch.full((rows,), k) if isinstance(k, int) else k]
+        return self.steps[torch.full((rows,), k) if isinstance(k, int) else k]
 
     @cached_property
-    def _steps(self) -> Step:
+    def steps(self) -> Step:
         """All K steps, looked up once: each [K] (or [K,T])."""
         return step(self.schedule, self.grid[:-1], self.grid[1:])
 
@@ -176,20 +176,20 @@ class Chain:
             )
         return self.kernel if bool(inside.all()) else ODE
 
-    def _coefficients(self, k: int | Tensor) -> Coefficients:
+    def coefficients(self, k: int | Tensor) -> Coefficients:
         """The coefficients of what acts at step k: one row, [1] (or [1,T]); those of each row's
         own, [B], if k is [B]. They are not to be changed in place.
         """
         if isinstance(k, int):
-            return self._acting[k]
+            return self.acting[k]
         self.kernel_at(k)  # refuses steps on both sides of the window
         columns = (
-            torch.cat([getattr(c, f.name) for c in self._acting]) for f in fields(Coefficients)
+            torch.cat([getattr(c, f.name) for c in self.acting]) for f in fields(Coefficients)
         )
         return Coefficients(*(column.index_select(0, k) for column in columns))
 
     @cached_property
-    def _acting(self) -> tuple[Coefficients, ...]:
+    def acting(self) -> tuple[Coefficients, ...]:
         """The coefficients of every step, computed once: they depend on schedule, grid, kernel and
         window, not on rows.
         """
@@ -200,7 +200,7 @@ class Chain:
     ) -> Gaussian:
         """The one place that acting and scoring both go through."""
         t = self.grid[k].expand(len(x), *self.grid.shape[1:]).clone()
-        return self._coefficients(k).gaussian(x, denoiser(x, t, condition))
+        return self.coefficients(k).gaussian(x, denoiser(x, t, condition))
 
     def transition(self, denoiser: Denoiser, trajectory: Trajectory, k: int | Tensor) -> Gaussian:
         """Re-score stored step k: the Gaussian over x after it under ``denoiser``, with gradients
@@ -350,7 +350,7 @@ class Chain:
 
     def _after(self, gaussian: Gaussian, k: int, noise: Noise) -> Tensor:
         """x after step k: a draw from its Gaussian, or its mean where there is nothing to draw."""
-        if k in self.stochastic and (self._acting[k].noisy or bool((gaussian.std > 0).any())):
+        if k in self.stochastic and (self.acting[k].noisy or bool((gaussian.std > 0).any())):
             return gaussian.sample(noise(k, tuple(gaussian.mean.shape[1:]), gaussian.mean.device))
         return gaussian.mean
 

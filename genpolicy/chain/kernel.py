@@ -9,69 +9,19 @@ from which both the transition and its gain follow; sampling and scoring can't d
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from genpolicy.chain.schedule import Step
-from genpolicy.chain.values import Gaussian, Prediction, expand
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """mean = x * x_t + x0 * x0_hat + eps * eps_hat; std is the total std. Each [B] (or [B,T]) in
-    fp64. One row, [1] (or [1,T]), stands for as many as there are.
-    """
-
-    x: Tensor
-    x0: Tensor
-    eps: Tensor
-    std: Tensor
-
-    @cached_property
-    def uses_x(self) -> bool:
-        """Whether x_t itself enters the mean of some row."""
-        return bool((self.x != 0).any())
-
-    @cached_property
-    def noisy(self) -> bool:
-        """Whether some row has a std above 0."""
-        return bool((self.std > 0).any())
-
-    def gaussian(self, x: Tensor, prediction: Prediction) -> Gaussian:
-        """The Gaussian over x_s, in at least fp32 whatever the network ran in. x [B,*E].
-
-        Where the network says its own std (ReinFlow), that is the std of the transition.
-        """
-        x = x.float()
-        mean = expand(self.x0, x) * prediction.x0 + expand(self.eps, x) * prediction.eps
-        if self.uses_x:
-            mean = mean + expand(self.x, x) * x
-        if prediction.std is not None:
-            return Gaussian(mean, prediction.std)
-        std = expand(self.std, x)
-        return Gaussian(mean, std.expand(len(x), *std.shape[1:]).clone())
+from genpolicy.chain.values import Coefficients
 
 
 class Kernel(Protocol):
     """One step of a chain, described by its coefficients."""
 
     def coefficients(self, step: Step) -> Coefficients: ...
-
-
-def transition(kernel: Kernel, x: Tensor, prediction: Prediction, step: Step) -> Gaussian:
-    """The Gaussian over x_s of one step, see `Coefficients.gaussian`. x [B,*E]."""
-    return kernel.coefficients(step).gaussian(x, prediction)
-
-
-def gain(kernel: Kernel, step: Step, d_x0: Tensor, d_eps: Tensor) -> Tensor:
-    """d mean / d network output, [B]; d_x0, d_eps from `values.output_gain`. It can be negative:
-    weigh by |gain|.
-    """
-    c = kernel.coefficients(step)
-    return c.x0 * d_x0 + c.eps * d_eps
 
 
 def preserving(step: Step, std: Tensor) -> Coefficients:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol, Self
 
 import torch
@@ -156,3 +157,45 @@ Denoiser = Callable[[Tensor, Tensor, Condition], Prediction]
 """(x_t [B,*E], t [B] or [B,T], condition of B rows) -> Prediction: one network evaluation, counted
 by its owner.
 """
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """mean = x * x_t + x0 * x0_hat + eps * eps_hat; std is the total std. Each [B] (or [B,T]) in
+    fp64. One row, [1] (or [1,T]), stands for as many as there are.
+    """
+
+    x: Tensor
+    x0: Tensor
+    eps: Tensor
+    std: Tensor
+
+    @cached_property
+    def uses_x(self) -> bool:
+        """True where x_t itself enters the mean of some row."""
+        return bool((self.x != 0).any())
+
+    @cached_property
+    def noisy(self) -> bool:
+        """True where some row has a std above 0."""
+        return bool((self.std > 0).any())
+
+    def gaussian(self, x: Tensor, prediction: Prediction) -> Gaussian:
+        """The Gaussian over x_s, in at least fp32 whatever the network ran in. x [B,*E].
+
+        Where the network says its own std (ReinFlow), that is the std of the transition.
+        """
+        x = x.float()
+        mean = expand(self.x0, x) * prediction.x0 + expand(self.eps, x) * prediction.eps
+        if self.uses_x:
+            mean = mean + expand(self.x, x) * x
+        if prediction.std is not None:
+            return Gaussian(mean, prediction.std)
+        std = expand(self.std, x)
+        return Gaussian(mean, std.expand(len(x), *std.shape[1:]).clone())
+
+    def gain(self, d_x0: Tensor, d_eps: Tensor) -> Tensor:
+        """d mean / d network output, [B]; d_x0, d_eps from `output_gain`. It can be negative: weigh
+        by |gain|.
+        """
+        return self.x0 * d_x0 + self.eps * d_eps

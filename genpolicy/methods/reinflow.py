@@ -26,7 +26,12 @@ from torch import Tensor
 from genpolicy.chain.values import Gaussian, Reduce
 from genpolicy.config.errors import ConfigError, at_least, positive, share
 from genpolicy.config.schema import OptimizerConfig
-from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate
+from genpolicy.learning.objective import (
+    Scored,
+    clip_metrics,
+    clipped_surrogate,
+    log_ratio_unequal,
+)
 from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.policy.parts.learned_std import LearnedStd
 from genpolicy.training.requirements import Needs
@@ -132,7 +137,7 @@ class ReinFlow:
 
     def log_ratio(self, new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:
         """Of one step; the std is learned too, so that the densities themselves are compared."""
-        return new.log_prob(x, reduce=self.reduce) - old.log_prob(x, reduce=self.reduce)
+        return log_ratio_unequal(new, old, x, reduce=self.reduce)
 
     def loss(self, step: Scored) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of whole chains, W consecutive rows each: [b], every row of a chain the chain's

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -9,8 +10,6 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import Chain, ClipX0, Condition, Guidance, Noise, Trajectory
-from genpolicy.chain.kernel import gain
-from genpolicy.chain.schedule import Step
 from genpolicy.chain.values import Denoiser, Gaussian, expand, output_gain, reduce_event
 from genpolicy.contracts.model import Model
 from genpolicy.learning.objective import Scored
@@ -104,6 +103,8 @@ class ChainPolicy:
 
     def with_window(self, window: tuple[int, int] | None) -> "ChainPolicy":
         """The same policy whose kernel acts inside another window of steps."""
+        if window is not None and range(*window) == self.chain.stochastic:
+            return self  # with what its chain has looked up already
         return replace(self, chain=replace(self.chain, window=window))
 
     def sample(self, condition: Condition, noise: Noise, **options: Any) -> Trajectory:
@@ -142,16 +143,22 @@ class ChainPolicy:
         """d mean / d (guided) network output at step k, [1] (or at each of steps k [b]): the scalar
         kappa_k by which the step amplifies the network.
         """
-        step = self._step(k)
-        d_x0, d_eps = output_gain(self.model.parametrisation, step.alpha_t, step.sigma_t)
-        return gain(self.chain.kernel_at(k), step, d_x0, d_eps).float()
+        return self._gains[k] if isinstance(k, int) else torch.cat(self._gains)[k]
+
+    @cached_property
+    def _gains(self) -> tuple[Tensor, ...]:
+        """The gain of every step, [1] each, looked up once."""
+        steps, kind = self.chain.steps, self.model.parametrisation
+        d_x0, d_eps = output_gain(kind, steps.alpha_t, steps.sigma_t)
+        gains = (
+            coefficients.gain(d_x0[k : k + 1], d_eps[k : k + 1])
+            for k, coefficients in enumerate(self.chain.acting)
+        )
+        return tuple(gain.float() for gain in gains)
 
     def std(self, k: int | Tensor) -> Tensor:
         """The total std of step k, [1], or of each of steps k, [b]."""
-        return self.chain.kernel_at(k).coefficients(self._step(k)).std.float()
-
-    def _step(self, k: int | Tensor) -> Step:
-        return self.chain.step(k, 1 if isinstance(k, int) else len(k))
+        return self.chain.coefficients(k).std.float()
 
     def score(
         self,

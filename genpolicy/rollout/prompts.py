@@ -65,7 +65,7 @@ def concatenate(judged: list[Judged], policy: ChainPolicy) -> Judged:
         condition=policy.model.encode(Context(prompts)),
         **{
             name: torch.cat([getattr(j.trajectory, name) for j in judged])
-            for name in ("x", "mean", "std", "x0")
+            for name in ("start", "x", "mean", "std", "x0")
         },
     )
     parts = {name: torch.cat([j.parts[name] for j in judged]) for name in judged[0].parts}

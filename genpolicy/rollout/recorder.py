@@ -13,7 +13,7 @@ from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.episodes import play
 from genpolicy.rollout.rollout import Decisions
 
-CHAIN = ("x", "mean", "std", "x0")
+CHAIN = ("start", "x", "mean", "std", "x0")
 """What a rollout keeps of a trajectory, beside its condition,"""
 
 
@@ -195,8 +195,9 @@ def _lived(episodes: Sequence[dict[str, Any]], policy: ChainPolicy) -> Lived:
     # a VLA's condition holds its whole prefix: it is encoded again, all at once
     with torch.no_grad():
         condition = policy.model.encode(context)
-    x, mean, std, x0 = (joined(name).to(policy.model.device) for name in CHAIN)
-    trajectory = Trajectory(condition, x, mean, std, x0, first=policy.chain.stochastic.start)
+    start, x, mean, std, x0 = (joined(name).to(policy.model.device) for name in CHAIN)
+    first = policy.chain.stochastic.start
+    trajectory = Trajectory(condition, x, mean, std, x0, first=first, start=start)
     terminated, truncated, rewards = (
         joined("terminated"),
         joined("truncated"),

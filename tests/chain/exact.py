@@ -9,8 +9,9 @@ from torch import Tensor
 
 from genpolicy.chain import EDM, Condition, Linear, Noise, Prediction, VariancePreserving
 from genpolicy.chain.kernel import Kernel
-from genpolicy.chain.schedule import Schedule, step
+from genpolicy.chain.schedule import Schedule, Step, step
 from genpolicy.chain.solver import Solver
+from genpolicy.chain.values import Gaussian
 
 torch.set_num_threads(1)
 
@@ -150,3 +151,13 @@ def relative(ours: Tensor, reference: Tensor) -> float:
     """max |ours - reference| / max |reference|."""
     ours, reference = ours.detach().double(), reference.detach().double()
     return float((ours - reference).abs().max() / reference.abs().max())
+
+
+def transition(kernel: Kernel, x: Tensor, prediction: Prediction, step: Step) -> Gaussian:
+    """The Gaussian over x_s of one step of a kernel."""
+    return kernel.coefficients(step).gaussian(x, prediction)
+
+
+def gain(kernel: Kernel, step: Step, d_x0: Tensor, d_eps: Tensor) -> Tensor:
+    """d mean / d network output of one step of a kernel."""
+    return kernel.coefficients(step).gain(d_x0, d_eps)

@@ -24,11 +24,21 @@ from genpolicy.chain import (
     Trajectory,
     VariancePreserving,
 )
-from genpolicy.chain.kernel import Kernel, transition
+from genpolicy.chain.kernel import Kernel
 from genpolicy.chain.noise import PRIOR, Noise
 from genpolicy.chain.schedule import Schedule, step
 from genpolicy.chain.values import Denoiser
-from tests.chain.exact import DATA, SCHEDULES, Data, Network, Rows, batch, cosine, relative
+from tests.chain.exact import (
+    DATA,
+    SCHEDULES,
+    Data,
+    Network,
+    Rows,
+    batch,
+    cosine,
+    relative,
+    transition,
+)
 
 SHAPE = (6, 8)
 GROUPS, MEMBERS, K = 3, 4, 6

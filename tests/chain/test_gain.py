@@ -20,10 +20,10 @@ from genpolicy.chain import (
     Prediction,
     VariancePreserving,
 )
-from genpolicy.chain.kernel import Kernel, gain, transition
+from genpolicy.chain.kernel import Kernel
 from genpolicy.chain.schedule import Schedule, Step, step
 from genpolicy.chain.values import Denoiser, Parametrisation, output_gain
-from tests.chain.exact import Rows, cosine, relative
+from tests.chain.exact import Rows, cosine, gain, relative, transition
 
 ROWS, SIZE, K = 2, 16, 8
 ANY: list[Kernel] = [

@@ -34,10 +34,10 @@ from genpolicy.chain import (
     Prediction,
     VariancePreserving,
 )
-from genpolicy.chain.kernel import Kernel, gain, transition
+from genpolicy.chain.kernel import Kernel
 from genpolicy.chain.schedule import Schedule, Step, dynamic_shift, step
 from genpolicy.chain.values import Parametrisation, expand, output_gain
-from tests.chain.exact import Rows, relative
+from tests.chain.exact import Rows, gain, relative, transition
 
 SHAPE = (3, 4, 8, 8)
 SD = {

@@ -9,9 +9,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from genpolicy.chain import CPS, DDIM, SDE, ClipStd, DPMSolver, FloorStd, Heun, Linear
-from genpolicy.chain.kernel import Coefficients, Kernel
+from genpolicy.chain.kernel import Kernel
 from genpolicy.chain.schedule import Schedule, Step, step
 from genpolicy.chain.solver import Solver
+from genpolicy.chain.values import Coefficients
 from tests.chain.exact import DATA, SCHEDULES, Data, moments, solved
 
 

@@ -1,7 +1,5 @@
 """Steps of each row's own, k [B], and noise of each decision's own."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,8 @@ from genpolicy.chain import CPS, DDIM, SDE, Chain, FloorStd, Noise
 from genpolicy.chain.noise import PRIOR
 from genpolicy.contracts.task import Context
 from genpolicy.models.toy import Toy
-from genpolicy.policy.policy import Base, ChainPolicy
+from genpolicy.policy.parts.base import Base
+from genpolicy.policy.policy import ChainPolicy
 from tests.chain.exact import SCHEDULES, Network, batch
 
 K, ROWS, EVENT = 6, 8, (2, 3)
@@ -159,7 +158,9 @@ def test_a_frozen_base_denoises_above_its_time_and_only_there():
     plain = ChainPolicy(model, chain)
     old = [p.detach().clone() for p in model.trainable().values()]
     before = plain.sample(model.encode(context), noise, keep=(0, K))
-    policy = replace(plain, base=Base(old, float(chain.grid[3])))
+    policy = plain.attach(
+        "base", Base(dict(zip(plain.model.trainable(), old, strict=True)), float(chain.grid[3]))
+    )
     for parameter in model.trainable().values():
         parameter.data += 0.05 * torch.randn_like(parameter)
     after, unfrozen = (p.sample(model.encode(context), noise, keep=(0, K)) for p in (policy, plain))

@@ -8,7 +8,6 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from genpolicy.chain import CPS, DDIM, SDE, Gaussian, Linear, Prediction
-from genpolicy.chain.kernel import gain, transition
 from genpolicy.chain.schedule import step
 from genpolicy.chain.values import expand, output_gain
 from genpolicy.learning.objective import (
@@ -18,6 +17,7 @@ from genpolicy.learning.objective import (
     log_ratio_unequal,
     mean_kl,
 )
+from tests.chain.exact import gain, transition
 
 F64 = torch.float64
 SD3 = torch.tensor(
