@@ -57,22 +57,24 @@ AT_ONCE = 100
 class RL100:
     """The settings of RL-100. Defaults without a source are ours.
 
-    With both gamma near 1 and cut_fails a decision is worth what it adds to the chance of success
-    within the time limit; with .99 and a value after the cut, haste is worth more than success
-    (docs/rl100.md). The budget is of the whole run; online RL goes on until it is spent. Policies
-    of the stages' ends are kept in stages/, each evaluated as it was deployed.
+    The budget is of the whole run; online RL goes on until it is spent. Policies of the stages'
+    ends are kept in stages/, each evaluated as it was deployed.
     """
 
     # "all", or one of the three on what the policy and data sections name
     stage: Literal["all", "imitation", "offline", "online"] = "all"
-    gamma: float = 0.999  # discount per environment step; .99 in RL-100
-    cut_fails: bool = True  # True: nothing comes after an episode that its time limit cut
+    # discount per environment step; with the .99 of RL-100 haste is worth more than success
+    # (docs/rl100.md)
+    gamma: float = 0.999
+    # True: nothing comes after an episode that its time limit cut, so that a decision is worth what
+    # it adds to the chance of success within the limit
+    cut_fails: bool = True
     # what one optimiser step sees: "pairs" of random decisions and steps, whole "chain"s of random
     # decisions, or random decisions at one "step" after the other (the public code)
     update: Update = "pairs"
-    imitation: Cloning = field(default_factory=Cloning)
-    offline: Offline = field(default_factory=Offline)
-    online: Online = field(default_factory=Online)
+    imitation: Cloning = field(default_factory=Cloning)  # the first stage
+    offline: Offline = field(default_factory=Offline)  # the second
+    online: Online = field(default_factory=Online)  # the third
 
     def __post_init__(self) -> None:
         share("method rl100", self, "gamma")
@@ -107,9 +109,7 @@ class _Pipeline:
             )
 
     def _stages(self) -> list[Stage]:
-        """The stages in order, each with its optimiser: the experiment's own betas, eps, decay and
-        norm.
-        """
+        """The stages in order; each has the experiment's optimiser at its own learning rate."""
         settings = self.settings
         offline = settings.offline
         common = self.run.experiment.optimizer
@@ -118,14 +118,13 @@ class _Pipeline:
         stages: list[Stage] = []
         if settings.stage in ("all", "imitation"):
             stages.append(Stage("imitate", settings.imitation.iterations, cloning))
-        if settings.stage in ("all", "offline"):
-            for _ in range(offline.rounds):
-                if offline.episodes:
-                    stages.append(Stage("collect", 1, plain))
-                if offline.recloning:
-                    stages.append(Stage("reclone", math.ceil(offline.recloning / AT_ONCE), cloning))
-                stages.append(Stage("criticise", 1, plain))
-                stages.append(Stage("improve", offline.candidates, replace(plain, lr=offline.lr)))
+        for _ in range(offline.rounds if settings.stage in ("all", "offline") else 0):
+            if offline.episodes:
+                stages.append(Stage("collect", 1, plain))
+            if offline.recloning:
+                stages.append(Stage("reclone", math.ceil(offline.recloning / AT_ONCE), cloning))
+            stages.append(Stage("criticise", 1, plain))
+            stages.append(Stage("improve", offline.candidates, replace(plain, lr=offline.lr)))
         if settings.stage in ("all", "online"):
             stages.append(Stage("online", None, settings.online.optimizer(common)))
         return stages
@@ -145,10 +144,8 @@ class _Pipeline:
         """Ends a stage."""
         run = self.run
         best_of = self.settings.offline.best_of
-        if stage == "imitate":
-            run.milestone("imitation")
-        if stage == "reclone":
-            run.milestone("recloned")
+        if stage in ("imitate", "reclone"):
+            run.milestone("imitation" if stage == "imitate" else "recloned")
         if stage == "criticise":
             self.anchor.renew()
             run.attach(best_of=self.critic)
@@ -201,12 +198,13 @@ class _Pipeline:
         point = run.save_point()
 
         # the candidate
+        states = settings.states
+        samples = settings.samples
+        tolerance = settings.clip / 10
         for sweep in range(settings.sweeps):
-            rollout, advantage = self.offline.redraw(
-                settings.states, sweep, settings.samples, settings.clip / 10
-            )
-            if settings.samples > 1:
-                advantage = leave_one_out(advantage.view(-1, settings.samples)).flatten()
+            rollout, advantage = self.offline.redraw(states, sweep, samples, tolerance)
+            if samples > 1:
+                advantage = leave_one_out(advantage.view(-1, samples)).flatten()
             better = run.normalised(advantage.cpu())
             self._learn(rollout, better, settings, self.anchor.weights)
         run.keep(f"candidate-{run.iteration}")

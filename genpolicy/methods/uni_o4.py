@@ -1,10 +1,11 @@
-"""Uni-O4 (arXiv 2311.03351), what RL-100 grew from: n Gaussian policies instead of one denoising
+"""Uni-O4 (arXiv 2311.03351), from which RL-100 grew: n Gaussian policies instead of one denoising
 chain, and a gate that undoes nothing.
 
     imitation   pi_1 .. pi_n <- joint behaviour cloning:
                 L_i = -log pi_i - alpha (log pi_i - max_j log pi_j)
     offline     D <- D + episodes of all members;  Q, V <- IQL(D);  T <- transition model(D)
-                pi_i <- PPO(pi_i, A = Q - V of a ~ old_i) at recorded states;   old_i <- pi_i where J(pi_i) > J(old_i)
+                pi_i <- PPO(pi_i, A = Q - V of a ~ old_i) at recorded states
+                old_i <- pi_i where J(pi_i) > J(old_i)
     online      pi <- PPO(old_i of the highest J, A = GAE);  V goes on from the offline one
 
     PPO's loss = max(-A rho, -A clip(rho, 1-eps, 1+eps)),   rho = pi_i / old_i of the whole chunk
@@ -50,21 +51,20 @@ from genpolicy.training.stages import Stage
 
 @dataclass
 class UniO4:
-    """members: n (main.py: 4; the paper's number was not verified). gamma: per environment step
-    (.99 there). cut_fails: nothing comes after an episode that its time limit cut (as method rl100
-    has it).
+    """The settings of Uni-O4. Defaults without a source are ours; main.py is the public code's.
 
-    Evaluated and saved is the first member until there is a J, then the old policy of the highest.
-    The budget is of the whole run; online RL goes on until it is spent. Policies of the stages'
-    ends are kept in stages/.
+    The policy that is evaluated and saved is the first member until there is a J, then the old
+    policy of the highest. The budget is of the whole run; online RL goes on until it is spent.
+    Policies of the stages' ends are kept in stages/.
     """
 
-    members: int = 4
-    gamma: float = 0.999
+    members: int = 4  # n; main.py (the paper's number was not verified)
+    gamma: float = 0.999  # discount per environment step; .99 there
+    # True: nothing comes after an episode that its time limit cut, as in rl100
     cut_fails: bool = True
-    imitation: Joint = field(default_factory=Joint)
-    offline: Offline = field(default_factory=Offline)
-    online: Practice = field(default_factory=Practice)
+    imitation: Joint = field(default_factory=Joint)  # the first stage
+    offline: Offline = field(default_factory=Offline)  # the second
+    online: Practice = field(default_factory=Practice)  # the third
 
     needs: ClassVar[Needs] = Needs(("robots",), data=True, likelihoods=True)
 
@@ -73,7 +73,8 @@ class UniO4:
         share("method uni_o4", self, "gamma")
         if 0 < self.offline.episodes < self.members:
             raise ConfigError(
-                f"method uni_o4: offline.episodes is {self.offline.episodes}; it must be 0 or one for each of the {self.members} members"
+                f"method uni_o4: offline.episodes is {self.offline.episodes}; it must be 0 or one"
+                f" for each of the {self.members} members"
             )
 
     def train(self, run: Run) -> None:
@@ -113,13 +114,11 @@ class _Pipeline:
         ]
 
     def _optimizers(self) -> dict[str, OptimizerConfig]:
-        """The members' optimisers by stage, with the experiment's own betas, eps, decay and norm."""
+        """The members' optimisers by stage, with the experiment's own betas, eps and decay."""
         common = self.run.experiment.optimizer
+        cloning = self.settings.imitation.cloning().optimizer(common)
         improvement = replace(constant(common), lr=self.settings.offline.lr, final=0.0)
-        return {
-            "imitate": self.settings.imitation.cloning().optimizer(common),
-            "improve": improvement,
-        }
+        return {"imitate": cloning, "improve": improvement}
 
     def train(self) -> None:
         acts = {
