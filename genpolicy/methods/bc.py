@@ -1,7 +1,7 @@
-"""Behaviour cloning: supervised training of a denoising policy on recorded episodes (see
+"""Behaviour cloning: supervised training of a denoising policy on recorded examples (see
 `genpolicy.methods.parts.imitation`).
 
-What the averaged weights (optimizer.ema) do in the environments is what is evaluated and saved.
+The policy with the averaged weights (optimizer.ema) is what is evaluated and saved.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from genpolicy.training.run import Run
 
 @dataclass
 class BC:
-    """batch: rows (frames with the chunk that follows) of one update. updates: of one iteration."""
+    """The settings of behaviour cloning. The defaults are ours."""
 
-    batch: int = 256
-    updates: int = 100
+    batch: int = 256  # rows (frames with the chunk that follows, or pictures) per update
+    updates: int = 100  # per iteration
 
     needs: ClassVar[Needs] = Needs(data=True)
 
@@ -27,6 +27,7 @@ class BC:
 
     def train(self, run: Run) -> None:
         assert run.data is not None
-        imitate = Imitation(run, recorded(run.data, run.policy.model), len(run.data), self.batch)
+        source = recorded(run.data, run.policy.model)
+        imitate = Imitation(run, source, len(run.data), self.batch)
         for _ in run.iterations():
             imitate(self.updates)

@@ -2,18 +2,21 @@
 environment.
 
 Every denoising step of every decision is an action with a Gaussian likelihood; the environment's
-reward comes at the end of the chain. One state value per decision, generalised advantage estimation
-over decisions, and for denoising step i = 0 (noisiest) .. K'-1 of the window's K' steps
+reward comes at the end of the chain. There is one state value per decision, and generalised
+advantage estimation over decisions. For denoising step i = 0 (noisiest) .. K'-1 of the window's K'
+steps
 
-    A_i   = gamma_den^(K'-1-i) A                                                  (noisy steps are discounted)
-    eps_i = e0 + (e1 - e0) (exp(rate i/(K'-1)) - 1) / (exp(rate) - 1)             (and clipped more tightly)
-    loss  = mean over random (decision, step) pairs of  max(-A_i rho_i, -A_i clip(rho_i, 1-eps_i, 1+eps_i))
+    A_i   = gamma_den^(K'-1-i) A
+    eps_i = e0 + (e1 - e0) (exp(rate i/(K'-1)) - 1) / (exp(rate) - 1)
+    loss  = mean over random (decision, step) pairs of
+                max(-A_i rho_i, -A_i clip(rho_i, 1-eps_i, 1+eps_i))
 
-K' < K: set chain.window to the last K' steps; the others belong to the base policy, frozen, and
-take its ODE. Kernel: {name: floorstd, kernel: {name: ddim, eta: 1.0}, floor: 0.1} explores as
-published. A prompt is an episode of one decision: the same file then is PPO with a value of the
-prompt. With chain.window_size 1 one random step of an iteration is noisy and trained, the two-layer
-process of pi_RL (arXiv 2510.25889) that makes large flow policies affordable.
+so that noisy steps are discounted, and clipped more tightly. K' < K: set chain.window to the last
+K' steps; the others belong to the base policy, frozen, and take its ODE. Kernel: {name: floorstd,
+kernel: {name: ddim, eta: 1.0}, floor: 0.1} explores as published. A prompt is an episode of one
+decision: the same file then is PPO with a value of the prompt. With chain.window_size 1 one random
+step per iteration is noisy and trained, the two-layer process of pi_RL (arXiv 2510.25889) that
+makes large flow policies affordable.
 
 Differs from the public code (irom-princeton/dppo): the trace ends where an episode is cut and
 bootstraps from its final observation (theirs runs on through the reset); K' = 1 is finite; the
@@ -40,32 +43,29 @@ from genpolicy.training.run import Run
 
 @dataclass
 class DPPO:
-    """Hyper-parameters; sources are the repository's gym configurations (cfg/gym) unless said.
-
-    episodes: per iteration. gamma: per environment step (.99). lam: of GAE (.95). gamma_den: per
-    denoising step (.99 gym, .9 furniture; 1 is no discount). clip, clip_first, clip_rate: e1, e0,
-    rate (.01, .01, 3 with reduce "mean"; .2 with "sum", which is the textbook ratio). reduce: of
-    the log-ratio over event dims. epochs: passes over the pairs (5). minibatch: pairs of one
-    update. target_kl: an epoch is the last when the mean of rho - 1 - log rho exceeds it (1 there;
-    null: never). critic_lr (1e-3), critic_epochs, critic_minibatch: of the value. warm_up:
-    iterations that train the value alone (0 to 2).
+    """The settings of DPPO. Defaults are those of the repository's gym configurations (cfg/gym)
+    unless a line says otherwise.
     """
 
-    episodes: int = 48
-    gamma: float = 0.99
-    lam: float = 0.95
-    gamma_den: float = 0.99
+    episodes: int = 48  # per iteration, all processes together; ours
+    gamma: float = 0.99  # discount per environment step
+    lam: float = 0.95  # of GAE, in [0, 1]
+    gamma_den: float = 0.99  # discount per denoising step; .9 in furniture; 1 is no discount
+    # e1, range of the ratio at the last step; ours, for reduce "sum"; .01 there with "mean"
     clip: float = 0.2
-    clip_first: float | None = None
-    clip_rate: float = 3.0
+    clip_first: float | None = None  # e0, range at the first step; None: e1, ours; .01 there
+    clip_rate: float = 3.0  # rate of the rise from e0 to e1
+    # of the log-ratio over the event's dims; "sum", ours, is the textbook ratio; "mean" there
     reduce: Reduce = "sum"
-    epochs: int = 5
-    minibatch: int = 1024
+    epochs: int = 5  # passes over the pairs
+    minibatch: int = 1024  # (decision, step) pairs per update; ours
+    # an epoch is the last when its mean of rho - 1 - log rho (nats) exceeds this; 1 there; None,
+    # ours: none is
     target_kl: float | None = None
-    critic_lr: float = 1e-3
-    critic_epochs: int = 10
-    critic_minibatch: int = 256
-    warm_up: int = 2
+    critic_lr: float = 1e-3  # learning rate of the value
+    critic_epochs: int = 10  # passes of the value over the decisions; ours
+    critic_minibatch: int = 256  # decisions per update of the value; ours
+    warm_up: int = 2  # iterations that train the value alone; 0 to 2 there
 
     needs: ClassVar[Needs] = Needs(likelihoods=True)
 
@@ -97,22 +97,26 @@ class DPPO:
             value.learn(rollout, returns)
 
     def improve(self, run: Run, rollout: Rollout, advantage: Tensor) -> None:
-        """``epochs`` passes over all (decision, step) pairs in random minibatches."""
+        """Passes ``epochs`` times over all (decision, step) pairs in random minibatches; advantage
+        [R].
+        """
         pairs = rollout.decisions.total * len(rollout.trajectory.steps)
         updates = math.ceil(pairs / self.minibatch)
         for epoch in range(self.epochs):
-            kl = [
-                run.update(rollout, b, advantage, self.loss)["kl"]
-                for b in run.pairs(rollout, updates, epoch)
+            divergences = [
+                run.update(rollout, batch, advantage, self.loss)["kl"]
+                for batch in run.pairs(rollout, updates, epoch)
             ]
-            if self.target_kl is not None and sum(kl) / len(kl) > self.target_kl:
+            mean = sum(divergences) / len(divergences)
+            if self.target_kl is not None and mean > self.target_kl:
                 break
 
     def log_ratio(self, new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:
+        """log rho of b transitions, [b]."""
         return log_ratio(new, old, x, reduce=self.reduce)
 
     def loss(self, step: Scored) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of b pairs, [b], and its metrics [b]."""
+        """The loss of b (decision, step) pairs, [b], and its metrics [b]."""
         advantage = step.advantage * self.discount(step.index, step.steps).to(step.advantage)
         log_rho = self.log_ratio(step.new, step.old, step.x)
         surrogate = clipped_surrogate(log_rho, advantage, self.clip_range(step.index, step.steps))
@@ -121,11 +125,11 @@ class DPPO:
         return surrogate.loss, metrics
 
     def discount(self, index: int | Tensor, steps: int) -> Tensor:
-        """gamma_den^(K'-1-i)."""
+        """The discount gamma_den^(K'-1-i). index: i. steps: K'."""
         return self.gamma_den ** (steps - 1 - torch.as_tensor(index)).float()
 
     def clip_range(self, index: int | Tensor, steps: int) -> Tensor:
-        """eps_i; e1 where there is one step only, or no e0."""
+        """eps_i; it is e1 where there is one step only, or no e0."""
         first = self.clip if self.clip_first is None or steps == 1 else self.clip_first
         place = torch.as_tensor(index).float() / max(steps - 1, 1)
         rise = torch.expm1(self.clip_rate * place) / math.expm1(self.clip_rate)

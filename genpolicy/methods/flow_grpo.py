@@ -3,8 +3,9 @@
 A group of N samples answers one prompt; its rewards, relative to the group, weigh the clipped
 likelihood ratios of the denoising steps in the window:
 
-    rho = p_new(x_s | x_t) / p_old(x_s | x_t)
-    loss = mean over rows and steps of  max(-A rho, -A clip(rho, 1-eps, 1+eps)) + beta KL(new || reference)
+    rho  = p_new(x_s | x_t) / p_old(x_s | x_t)
+    loss = mean over rows and steps of
+               max(-A rho, -A clip(rho, 1-eps, 1+eps)) + beta KL(new || reference)
 
 With chain.window and chain.window_size it is Flow-GRPO-Fast and MixGRPO's window; with kernel
 {name: sde, noise: constant} DanceGRPO's chain; on epsilon models with kernel ddim, group-relative
@@ -30,33 +31,30 @@ from genpolicy.training.run import Run
 
 @dataclass
 class FlowGRPO:
-    """Hyper-parameters; sources are flow_grpo's SD3.5-M configuration (config/grpo.py,
-    config/base.py) unless said.
-
-    groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps
-    per pass over a rollout (2). epochs: passes (1). clip: eps, unitless, read beside ``reduce``
-    (1e-4 with "mean"). reduce: of the log-ratio over event dims; "mean" as in every public
-    repository, "sum" is the textbook likelihood (clip 0.1 to 0.3). advantage: "all" (global_std),
-    "group", "none", "leave_one_out", "prompt_history"; combine: "sum" or "z_sum" of several rewards
-    (see `Advantage`). advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at
-    step 0 (.04 GenEval and OCR, .01 PickScore, 0 in the Fast configs). kl_form: "true", or
-    "published" (times dt). weight: of a step's loss, "none", or "std/dt", what GRPO-Guard's first
-    update amounts to. shared_prefix: the group shares the chain before the window (Fast).
+    """The settings of Flow-GRPO. Defaults are those of flow_grpo's SD3.5-M configuration
+    (config/grpo.py, config/base.py) unless a line says otherwise.
     """
 
-    groups: int = 48
-    group: int = 24
-    updates: int = 2
-    epochs: int = 1
-    clip: float = 1e-4
+    groups: int = 48  # prompts per iteration
+    group: int = 24  # samples per prompt, N
+    updates: int = 2  # optimiser steps per pass over a rollout; divides groups
+    epochs: int = 1  # passes over a rollout
+    clip: float = 1e-4  # eps, range of the ratio, read beside ``reduce``
+    # of the log-ratio over the event's dims; "mean" as in every public repository; "sum" is the
+    # textbook likelihood, with clip .1 to .3
     reduce: Reduce = "mean"
+    # baseline and scale of the rewards: "all" (global_std), "group", "none", "leave_one_out",
+    # "prompt_history" (see `Advantage`)
     advantage: Kind = "all"
-    combine: Combine = "sum"
-    advantage_clip: float = 5.0
+    combine: Combine = "sum"  # of several rewards: "sum" or "z_sum" (see `Advantage`)
+    advantage_clip: float = 5.0  # bound of |A|
+    # weight of the KL to the policy at step 0; .04 GenEval and OCR, .01 PickScore, 0 in the Fast
+    # configurations
     beta: float = 0.0
-    kl_form: str = "true"
+    kl_form: str = "true"  # "true", ours, or "published" (times dt)
+    # of a step's loss: "none", or "std/dt", which is what GRPO-Guard's first update amounts to
     weight: str = "none"
-    shared_prefix: bool = False
+    shared_prefix: bool = False  # True: a group shares its chain before the window (Fast)
 
     needs: ClassVar[Needs] = Needs(likelihoods=True)
 
@@ -82,10 +80,11 @@ class FlowGRPO:
                 run.update(rollout, batch, advantage, self.loss, reference)
 
     def log_ratio(self, new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:
+        """log rho of b transitions, [b]."""
         return log_ratio(new, old, x, reduce=self.reduce)
 
     def loss(self, step: Scored) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one step for b rows, [b], and its metrics [b]."""
+        """The loss of b transitions, [b], and its metrics [b]."""
         log_rho = self.log_ratio(step.new, step.old, step.x)
         surrogate = clipped_surrogate(log_rho, step.advantage, self.clip)
         loss = surrogate.loss * (step.std / step.dt if self.weight == "std/dt" else 1.0)

@@ -5,12 +5,14 @@ Under the policy that acted, the plain log-ratio has mean -r^2/2 with r = rms(D)
 mean_old: it depends on the step and lies below 0, so that rows with A > 0 hardly ever meet the
 upper clip. RatioNorm removes the bias and the 1/s,
 
-    log rho_hat = s (log rho + D^2/(2 s^2)) = mean over E of noise D,        noise = (x_s - mean_old) / s
+    log rho_hat = s (log rho + D^2/(2 s^2)) = mean over E of noise D,
+    noise = (x_s - mean_old) / s
 
 and the gradient reweight divides each step's loss by how much the step amplifies the network,
 |kappa| = |d mean / d output|:
 
-    loss = mean over rows and steps of  1/|kappa_k| max(-A rho_hat, -A clip(rho_hat, 1-eps, 1+eps)) + beta KL
+    loss = mean over rows and steps of
+               1/|kappa_k| max(-A rho_hat, -A clip(rho_hat, 1-eps, 1+eps)) + beta KL
 
 Differs from Flow-GRPO in these two places. Differs from the public code (yifan123/flow_grpo
 train_sd3_GRPO_Guard.py): the bias is each row's own, not the batch's mean; s is the total std, so
@@ -39,30 +41,26 @@ from genpolicy.training.run import Run
 
 @dataclass
 class GRPOGuard:
-    """Hyper-parameters; sources are flow_grpo's config/grpo_guard.py unless said.
-
-    groups: prompts per iteration (48). group: samples per prompt, N (24). updates: optimiser steps
-    per pass over a rollout (2). epochs: passes (1). clip: eps of rho_hat, unitless, read beside
-    ``reduce`` (2e-6 OCR and GenEval, 4e-6 PickScore, with "mean"; aim at clipping 10 to 30 % of the
-    rows). reduce: over event dims. advantage: "group" (global_std=False), "all", "none",
-    "leave_one_out", "prompt_history"; combine: "sum" or "z_sum" of several rewards (see
-    `Advantage`). advantage_clip: bound of |A| (5). beta: weight of the KL to the policy at step 0
-    (0). weight: "1/gain", or the published "1/dt". shared_prefix: the group shares the chain before
-    the window.
+    """The settings of GRPO-Guard. Defaults are those of flow_grpo's config/grpo_guard.py unless a
+    line says otherwise.
     """
 
-    groups: int = 48
-    group: int = 24
-    updates: int = 2
-    epochs: int = 1
+    groups: int = 48  # prompts per iteration
+    group: int = 24  # samples per prompt, N
+    updates: int = 2  # optimiser steps per pass over a rollout; divides groups
+    epochs: int = 1  # passes over a rollout
+    # eps, range of rho_hat, read beside ``reduce``; OCR and GenEval, 4e-6 for PickScore, with
+    # "mean"; aim at clipping 10 to 30 % of the rows
     clip: float = 2e-6
-    reduce: Reduce = "mean"
+    reduce: Reduce = "mean"  # of log rho_hat over the event's dims
+    # baseline and scale of the rewards: "group" (global_std=False), "all", "none",
+    # "leave_one_out", "prompt_history" (see `Advantage`)
     advantage: Kind = "group"
-    combine: Combine = "sum"
-    advantage_clip: float = 5.0
-    beta: float = 0.0
-    weight: str = "1/gain"
-    shared_prefix: bool = False
+    combine: Combine = "sum"  # of several rewards: "sum" or "z_sum" (see `Advantage`)
+    advantage_clip: float = 5.0  # bound of |A|
+    beta: float = 0.0  # weight of the KL to the policy at step 0
+    weight: str = "1/gain"  # of a step's loss: "1/gain", ours, or the published "1/dt"
+    shared_prefix: bool = False  # True: a group shares its chain before the window
 
     needs: ClassVar[Needs] = Needs(likelihoods=True)
 
@@ -87,15 +85,17 @@ class GRPOGuard:
                 run.update(rollout, batch, advantage, self.loss, reference)
 
     def log_ratio(self, new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:
+        """log rho_hat of b transitions, [b]."""
         return guard_log_ratio(new, old, x, reduce=self.reduce)
 
     def loss(self, step: Scored) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one step for b rows, [b], and its metrics [b]."""
+        """The loss of b transitions, [b], and its metrics [b]."""
         log_rho = self.log_ratio(step.new, step.old, step.x)
         surrogate = clipped_surrogate(log_rho, step.advantage, self.clip)
         loss = surrogate.loss / (step.dt if self.weight == "1/dt" else abs(step.gain))
         metrics = clip_metrics(log_rho, step.advantage, surrogate)
         if step.reference is not None:
             kl = mean_kl(step.new, step.reference, reduce=self.reduce)
-            loss, metrics["kl"] = loss + self.beta * kl, kl
+            loss = loss + self.beta * kl
+            metrics["kl"] = kl
         return loss, metrics

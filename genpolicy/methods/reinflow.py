@@ -34,38 +34,37 @@ from genpolicy.learning.objective import (
 )
 from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.policy.parts.learned_std import LearnedStd
+from genpolicy.rollout.rollout import Rollout
+from genpolicy.training.optimizer import Optimizer
 from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run
 
 
 @dataclass
 class ReinFlow:
-    """Hyper-parameters; sources are the repository's gym configurations (hopper) unless said.
-
-    episodes: per iteration. gamma, lam: per environment step (.99, .95). std_low, std_high: range
-    of the learned std (.10, .24). clip: eps, beside ``reduce`` over steps and event dims (.01 with
-    "mean"; "sum" is the chain's joint ratio). entropy: weight of the mean log std (.03). noise_lr:
-    of the noise network (4.5e-5, the actor's). epochs (5), minibatch: decisions of one update.
-    target_kl: an epoch is the last when the mean of rho - 1 - log rho exceeds it. critic_*,
-    warm_up: as in DPPO.
+    """The settings of ReinFlow. Defaults are those of the repository's gym configurations (hopper)
+    unless a line says otherwise.
     """
 
-    episodes: int = 48
-    gamma: float = 0.99
-    lam: float = 0.95
-    std_low: float = 0.1
-    std_high: float = 0.24
-    clip: float = 0.01
+    episodes: int = 48  # per iteration, all processes together; ours
+    gamma: float = 0.99  # discount per environment step
+    lam: float = 0.95  # of GAE, in [0, 1]
+    std_low: float = 0.1  # smallest learned std, in the chain's units
+    std_high: float = 0.24  # largest learned std, in the chain's units
+    clip: float = 0.01  # eps, range of the ratio, read beside ``reduce``
+    # of the log-ratio over steps and the event's dims; "sum" is the chain's joint ratio
     reduce: Reduce = "mean"
-    entropy: float = 0.03
-    noise_lr: float = 4.5e-5
-    epochs: int = 5
-    minibatch: int = 128
+    entropy: float = 0.03  # weight of the mean log std
+    noise_lr: float = 4.5e-5  # learning rate of the noise network; the actor's
+    epochs: int = 5  # passes over the rollout
+    minibatch: int = 128  # decisions per update; ours
+    # an epoch is the last when its mean of rho - 1 - log rho (nats) exceeds this; None, ours: none
+    # is
     target_kl: float | None = None
-    critic_lr: float = 1e-3
-    critic_epochs: int = 10
-    critic_minibatch: int = 256
-    warm_up: int = 2
+    critic_lr: float = 1e-3  # learning rate of the value; as in dppo
+    critic_epochs: int = 10  # passes of the value over the decisions; as in dppo
+    critic_minibatch: int = 256  # decisions per update of the value; as in dppo
+    warm_up: int = 2  # iterations that train the value alone; as in dppo
 
     needs: ClassVar[Needs] = Needs(("robots",), window=True)
 
@@ -100,20 +99,7 @@ class ReinFlow:
             raise ConfigError(
                 "method reinflow is derived for flow policies: this one does not predict a velocity"
             )
-        dims = math.prod(run.policy.model.event_shape)
-        noise = LearnedStd(run.features, dims, self.std_low, self.std_high)
-        noise.to(run.policy.model.device)
-        before = run.policy.parts.get("std")
-        if (
-            before is not None and before.kind == noise.kind
-        ):  # the policy that the run goes on from has learned one
-            settings = getattr(before, "settings", None)
-            if settings != noise.settings:
-                raise ConfigError(
-                    f"method reinflow: the policy's learned std was made with {settings};"
-                    f" std_low, std_high and the policy give {noise.settings}"
-                )
-            noise.load_state_dict(before.state_dict())
+        noise = self._noise(run)
         noise_optimizer = run.learner(
             noise.parameters(), OptimizerConfig(lr=self.noise_lr, weight_decay=0.0)
         )
@@ -126,25 +112,51 @@ class ReinFlow:
             rollout = run.collect(self.episodes, 1)
             rollout = run.verified(rollout, self.log_ratio, self.clip / 10)
             advantage, returns = value.advantage(rollout)
-            updates = math.ceil(rollout.decisions.total / self.minibatch)
-            for epoch in range(self.epochs if iteration > self.warm_up else 0):
-                batches = run.chains(rollout, updates, epoch)
-                better = run.normalised(advantage)
-                kl = [
-                    run.update(rollout, b, better, self.loss, also=[noise_optimizer])["kl"]
-                    for b in batches
-                ]
-                if self.target_kl is not None and sum(kl) / len(kl) > self.target_kl:
-                    break
+            if iteration > self.warm_up:
+                self.improve(run, rollout, run.normalised(advantage), noise_optimizer)
             value.learn(rollout, returns)
 
+    def _noise(self, run: Run) -> LearnedStd:
+        """Makes the network of the std, which goes on from the one that the policy has learned
+        before, if any.
+        """
+        dims = math.prod(run.policy.model.event_shape)
+        noise = LearnedStd(run.features, dims, self.std_low, self.std_high)
+        noise.to(run.policy.model.device)
+        before = run.policy.parts.get("std")
+        if before is not None and before.kind == noise.kind:
+            settings = getattr(before, "settings", None)
+            if settings != noise.settings:
+                raise ConfigError(
+                    f"method reinflow: the policy's learned std was made with {settings};"
+                    f" std_low, std_high and the policy give {noise.settings}"
+                )
+            noise.load_state_dict(before.state_dict())
+        return noise
+
+    def improve(
+        self, run: Run, rollout: Rollout, advantage: Tensor, noise_optimizer: Optimizer
+    ) -> None:
+        """Passes ``epochs`` times over the chains of a rollout in random minibatches; advantage
+        [R].
+        """
+        updates = math.ceil(rollout.decisions.total / self.minibatch)
+        for epoch in range(self.epochs):
+            divergences = [
+                run.update(rollout, batch, advantage, self.loss, also=[noise_optimizer])["kl"]
+                for batch in run.chains(rollout, updates, epoch)
+            ]
+            mean = sum(divergences) / len(divergences)
+            if self.target_kl is not None and mean > self.target_kl:
+                break
+
     def log_ratio(self, new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:
-        """Of one step; the std is learned too, so that the densities themselves are compared."""
+        """The log-ratio of b transitions whose std has changed too, [b]."""
         return log_ratio_unequal(new, old, x, reduce=self.reduce)
 
     def loss(self, step: Scored) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of whole chains, W consecutive rows each: [b], every row of a chain the chain's
-        loss; metrics [b].
+        """The loss of whole chains, of K' consecutive rows each, and its metrics: [b], every row of
+        a chain has the chain's loss.
         """
         chains = self.log_ratio(step.new, step.old, step.x).view(-1, step.steps)
         joint = chains.sum(1) if self.reduce == "sum" else chains.mean(1)

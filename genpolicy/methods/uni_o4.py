@@ -1,10 +1,11 @@
-"""Uni-O4 (arXiv 2311.03351), what RL-100 grew from: n Gaussian policies instead of one denoising
+"""Uni-O4 (arXiv 2311.03351), from which RL-100 grew: n Gaussian policies instead of one denoising
 chain, and a gate that undoes nothing.
 
     imitation   pi_1 .. pi_n <- joint behaviour cloning:
                 L_i = -log pi_i - alpha (log pi_i - max_j log pi_j)
     offline     D <- D + episodes of all members;  Q, V <- IQL(D);  T <- transition model(D)
-                pi_i <- PPO(pi_i, A = Q - V of a ~ old_i) at recorded states;   old_i <- pi_i where J(pi_i) > J(old_i)
+                pi_i <- PPO(pi_i, A = Q - V of a ~ old_i) at recorded states
+                old_i <- pi_i where J(pi_i) > J(old_i)
     online      pi <- PPO(old_i of the highest J, A = GAE);  V goes on from the offline one
 
     PPO's loss = max(-A rho, -A clip(rho, 1-eps, 1+eps)),   rho = pi_i / old_i of the whole chunk
@@ -24,31 +25,24 @@ the check at which it was best, from other starts, while here both are imagined 
 starts, with the same luck.
 """
 
-import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from genpolicy.chain.values import Gaussian
-from genpolicy.config.errors import ConfigError, at_least, positive, share
+from genpolicy.config.errors import ConfigError, at_least, share
 from genpolicy.config.schema import OptimizerConfig
-from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.model import ControlModel
-from genpolicy.learning.acceptance import Comparison, compare
-from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate, log_ratio
 from genpolicy.methods.parts.anchor import Anchor
-from genpolicy.methods.parts.gate import OfflineEvaluation
-from genpolicy.methods.parts.imitation import Cloning, Imitation, recorded
-from genpolicy.methods.parts.iql import ActionValue
-from genpolicy.methods.parts.offline_data import Experience
-from genpolicy.methods.parts.online import Online, OnPolicy
-from genpolicy.policy.weights import Weights
+from genpolicy.methods.parts.imitation import Imitation, recorded
+from genpolicy.methods.parts.members import Members
+from genpolicy.methods.parts.online import OnPolicy
+from genpolicy.methods.parts.pipeline import constant, train_stages
+from genpolicy.methods.parts.ppo import chunk_log_ratio, ppo_loss
+from genpolicy.methods.parts.uni_o4_settings import Joint, Offline, Practice
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run
@@ -56,84 +50,21 @@ from genpolicy.training.stages import Stage
 
 
 @dataclass
-class Joint(Cloning):
-    """Of each member, with frames of its own. alpha: .1 in main.py. (Public: batch 512, 1e-4, 4e5
-    updates.)
-    """
-
-    alpha: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("method uni_o4: imitation", self, alpha=0)
-
-
-@dataclass
-class Offline:
-    """episodes: of all members together; 0 learns from the data section alone. critic_updates: of Q
-    and V (IQL: ``expectile`` .7, main.py's omega). model_updates: of the model that J is imagined
-    in.
-
-    candidates: times that every member is scored; updates: in between (eval_step 100), each at
-    ``states`` recorded states (512), with actions drawn anew. lr (1e-4) falls to 0 along a cosine,
-    clip (.25) to 0 along a line, from one candidate to the next. horizon: imagined decisions;
-    starts: imagined episodes (512).
-    """
-
-    episodes: int = 200
-    critic_updates: int = 3000
-    expectile: float = 0.7
-    model_updates: int = 1000
-    candidates: int = 10
-    updates: int = 100
-    states: int = 512
-    lr: float = 1e-4
-    clip: float = 0.25
-    horizon: int = 20
-    starts: int = 512
-
-    def __post_init__(self) -> None:
-        least = {
-            "episodes": 0,
-            "critic_updates": 1,
-            "model_updates": 1,
-            "candidates": 1,
-            "updates": 1,
-            "states": 2,
-        }
-        at_least("method uni_o4: offline", self, **least, horizon=1, starts=2)
-        positive("method uni_o4: offline", self, "lr", "clip")
-        share("method uni_o4: offline", self, "expectile")
-
-
-@dataclass
-class Practice(Online):
-    """minibatch: decisions of one update. lr: 1e-5 to 2e-5 in public; at ten times that PPO leaves
-    its clip behind (docs/rl100.md). The rest is as method rl100 has it, so that the two can be
-    compared.
-    """
-
-    minibatch: int = 128
-    lr: float = 1e-5
-
-
-@dataclass
 class UniO4:
-    """members: n (main.py: 4; the paper's number was not verified). gamma: per environment step
-    (.99 there). cut_fails: nothing comes after an episode that its time limit cut (as method rl100
-    has it).
+    """The settings of Uni-O4. Defaults without a source are ours; main.py is the public code's.
 
-    Evaluated and saved is the first member until there is a J, then the old policy of the highest.
-    The budget is of the whole run; online RL goes on until it is spent. Policies of the stages'
-    ends are kept in stages/.
+    The policy that is evaluated and saved is the first member until there is a J, then the old
+    policy of the highest. The budget is of the whole run; online RL goes on until it is spent.
+    Policies of the stages' ends are kept in stages/.
     """
 
-    members: int = 4
-    gamma: float = 0.999
+    members: int = 4  # n; main.py (the paper's number was not verified)
+    gamma: float = 0.999  # discount per environment step; .99 there
+    # True: nothing comes after an episode that its time limit cut, as in rl100
     cut_fails: bool = True
-    imitation: Joint = field(default_factory=Joint)
-    offline: Offline = field(default_factory=Offline)
-    online: Practice = field(default_factory=Practice)
+    imitation: Joint = field(default_factory=Joint)  # the first stage
+    offline: Offline = field(default_factory=Offline)  # the second
+    online: Practice = field(default_factory=Practice)  # the third
 
     needs: ClassVar[Needs] = Needs(("robots",), data=True, likelihoods=True)
 
@@ -142,199 +73,104 @@ class UniO4:
         share("method uni_o4", self, "gamma")
         if 0 < self.offline.episodes < self.members:
             raise ConfigError(
-                f"method uni_o4: offline.episodes is {self.offline.episodes}; it must be 0 or one for each of the {self.members} members"
+                f"method uni_o4: offline.episodes is {self.offline.episodes}; it must be 0 or one"
+                f" for each of the {self.members} members"
             )
 
     def train(self, run: Run) -> None:
         _Pipeline(self, run).train()
 
 
-class Members:
-    """n policies of one network: the weights of each, its optimiser, the best weights it has had
-    (its old policy), and what those scored. Saved and resumed with the run.
-
-    The first begins as the run's own policy, the others with weights of their own, or, where the
-    policy is a saved one, alike. settings: of the optimisers, by the run's stage.
-    """
-
-    def __init__(self, run: Run, count: int, settings: dict[str, OptimizerConfig]) -> None:
-        self.run, self.settings = run, settings
-        self.weights = [run.weights(), *(self._drawn(i) for i in range(1, count))]
-        self._begin("imitate")
-        run.register(members=self)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def _drawn(self, member: int) -> Weights:
-        run = self.run
-        model = cast(ControlModel, run.policy.model)
-        if model.pretrained is not None:
-            return run.weights()
-        assert run.data is not None
-        model = copy.deepcopy(model)
-        with torch.random.fork_rng():
-            torch.manual_seed(run.experiment.seed + member)
-            model.initialise(cast(Dataset, run.data))
-        return Weights(run.trainable, list(model.trainable().values()))
-
-    def _begin(self, stage: str) -> None:
-        """Fresh optimisers, and nothing scored yet."""
-        self.optimizers = []
-        for weights in self.weights:
-            with weights.using():
-                self.optimizers.append(self.run.learner(self.run.trainable, self.settings[stage]))
-        self.old = [self._copy(weights) for weights in self.weights]
-        self.score = [-math.inf] * len(self)
-
-    def enter(self, stage: str) -> None:
-        """Go on with fresh optimisers, from the averaged weights where there are any."""
-        self.weights = [self._copy(self.settled(i)) for i in range(len(self))]
-        self._begin(stage)
-
-    def settled(self, member: int) -> Weights:
-        """A member's averaged weights where its optimiser has some, else its weights."""
-        averages = self.optimizers[member].ema
-        return self.weights[member] if averages is None else Weights(self.run.trainable, averages)
-
-    def _copy(self, weights: Weights) -> Weights:
-        return Weights(self.run.trainable, weights.values)
-
-    @contextmanager
-    def learning(self, member: int) -> Iterator[None]:
-        """A member's weights and optimiser in the run's place: what is learned in here is its own."""
-        with self.run.learning(self.weights[member], self.optimizers[member]):
-            yield
-
-    def judge(self, member: int, verdict: Comparison) -> bool:
-        """A member's old policy is what scored higher: itself as it stands, or the old one."""
-        better = verdict.difference > 0
-        if better:
-            self.old[member] = self._copy(self.weights[member])
-        self.score[member] = verdict.old + max(verdict.difference, 0.0)
-        return better
-
-    @property
-    def best(self) -> Weights:
-        """The old policy that scored highest."""
-        return self.old[self.score.index(max(self.score))]
-
-    def state_dict(self) -> dict[str, Any]:
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        return {
-            "weights": [weights.values for weights in self.weights],
-            "old": [weights.values for weights in self.old],
-            "score": list(self.score),
-            "optimizers": optimizers,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        parameters = self.run.trainable
-        self.weights = [Weights(parameters, values) for values in state["weights"]]
-        self._begin("imitate" if self.run.stages.now.name == "imitate" else "improve")
-        self.old = [Weights(parameters, values) for values in state["old"]]
-        self.score = list(state["score"])
-        for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(value)
-
-
 class _Pipeline:
     """The stages, in the verbs of a run."""
 
     def __init__(self, settings: UniO4, run: Run) -> None:
-        self.s, self.run = settings, run
+        self.settings = settings
+        self.run = run
         self.model = cast(ControlModel, run.policy.model)
-        self._require_gaussian()
+        _require_gaussian(self.model, run.policy.chain.K)
         assert run.data is not None
-        o, n = settings.offline, settings.members
-        course: list[tuple[str, int | None]] = [("imitate", settings.imitation.iterations)]
-        course += [("collect", n)] if o.episodes else []
-        course += [("criticise", 1), ("improve", o.candidates), ("online", None)]
-        of_members, own = self._optimizers()
-        run.plan([Stage(name, iterations, own[name]) for name, iterations in course])
-        self.members = Members(run, n, of_members)
-        rows = settings.imitation.batch
-        self.imitation = Imitation(run, recorded(run.data, self.model), len(run.data), rows)
-        self.experience = Experience(run, settings.cut_fails)
-        self.value = ActionValue(run, settings.gamma, expectile=o.expectile)
-        self.evaluation = OfflineEvaluation(
-            run, self.value, horizon=o.horizon, starts=o.starts, caution=0.0
-        )
+        run.plan(self._stages())
+        self.members = Members(run, settings.members, self._optimizers())
+        source = recorded(run.data, self.model)
+        self.imitation = Imitation(run, source, len(run.data), settings.imitation.batch)
+        self.offline = settings.offline.learner(run, settings.gamma, settings.cut_fails)
         self.anchor = Anchor(run)
-        self.on_policy = OnPolicy(
-            run, settings.online, settings.gamma, settings.cut_fails, self.anchor
-        )
+        online = settings.online.online()
+        self.on_policy = OnPolicy(run, online, settings.gamma, settings.cut_fails, self.anchor)
 
-    def _require_gaussian(self) -> None:
-        run = self.run
-        if getattr(self.model, "family", None) != "gaussian" or run.policy.chain.K != 1:
-            raise ConfigError(
-                "method uni_o4 needs policies whose likelihood is known: policy {name: mlp, family: gaussian} and chain {steps: 1,"
-                " kernel: {name: floorstd, floor: 0.1, kernel: {name: ddim, eta: 0.0}}, window: [0, 1]}"
-            )
-        if any(len(shape) != 1 for shape in self.model.shapes.values()):
-            raise ConfigError(
-                "method uni_o4 sees vectors only: its members would each have an encoder of their own, and the critics none;"
-                " name observations in policy.inputs"
-            )
-
-    def _optimizers(self) -> tuple[dict[str, OptimizerConfig], dict[str, OptimizerConfig]]:
-        """The members', and the run's own in every stage, with the experiment's own betas, eps,
-        decay and norm.
-        """
+    def _stages(self) -> list[Stage]:
+        """The stages in order, each with the run's own optimiser, which learns in the last only."""
+        settings = self.settings
         common = self.run.experiment.optimizer
-        plain = replace(common, warmup=0, final=1.0, ema=0.0)
-        own = dict.fromkeys(("imitate", "collect", "criticise", "improve"), plain)
-        members = {
-            "imitate": self.s.imitation.optimizer(common),
-            "improve": replace(plain, lr=self.s.offline.lr, final=0.0),
-        }
-        return members, {**own, "online": self.s.online.optimizer(common)}
+        plain = constant(common)
+        collections = settings.members if settings.offline.episodes else 0
+        return [
+            Stage("imitate", settings.imitation.iterations, plain),
+            *([Stage("collect", collections, plain)] if collections else []),
+            Stage("criticise", 1, plain),
+            Stage("improve", settings.offline.candidates, plain),
+            Stage("online", None, settings.online.online().optimizer(common)),
+        ]
+
+    def _optimizers(self) -> dict[str, OptimizerConfig]:
+        """The members' optimisers by stage, with the experiment's own betas, eps and decay."""
+        common = self.run.experiment.optimizer
+        cloning = self.settings.imitation.cloning().optimizer(common)
+        improvement = replace(constant(common), lr=self.settings.offline.lr, final=0.0)
+        return {"imitate": cloning, "improve": improvement}
 
     def train(self) -> None:
-        for _ in self.run.iterations():
-            getattr(self, self.run.stages.now.name)()
-            self.run.advance(leave=self._leave)
+        acts = {
+            "imitate": self.imitate,
+            "collect": self.collect,
+            "criticise": self.criticise,
+            "improve": self.improve,
+            "online": self.online,
+        }
+        train_stages(self.run, acts, self._leave)
 
     def _leave(self, stage: str) -> None:
-        """A stage is through."""
+        """Ends a stage."""
         if stage == "imitate":
             self.members.enter("improve")
             self.run.milestone("imitation")
         if stage == "improve":
             self.run.milestone("offline")
             self.anchor.renew()
-            self.on_policy.critic.value.load_state_dict(self.value.v.state_dict())
+            self.on_policy.begin_with(self.offline.value.v)
 
     # Imitation
 
     def imitate(self) -> None:
         """pi_i <- joint behaviour cloning."""
-        run, i = self.run, self.s.imitation
-        for update in range(i.updates):
-            for member in range(len(self.members)):
-                self._imitate(member, update * len(self.members) + member)
-        run.seen(i.batch * i.updates * len(self.members))
+        settings = self.settings.imitation
+        count = len(self.members)
+        for update in range(settings.updates):
+            for member in range(count):
+                self._imitate(member, update * count + member)
+        self.run.seen(settings.batch * settings.updates * count)
         self.members.settled(0).restore()
 
     def _imitate(self, member: int, number: int) -> None:
-        run, members = self.run, self.members
+        """One update of a member on L_i. number: of the update in its iteration."""
+        run = self.run
+        members = self.members
         rows, uniform, noise, _ = self.imitation.draw(number)
-        t = self.model.times(uniform)
+        times = self.model.times(uniform)
 
         def losses(part: slice) -> Tensor:
             context, event, mask = self.imitation.source(rows[part])
             condition = self.model.encode(context)
-            error = partial(
-                run.policy.supervised_loss, condition, event, t[part], noise[part].to(event), mask
-            )
+            drawn = noise[part].to(event)
+            error = partial(run.policy.supervised_loss, condition, event, times[part], drawn, mask)
             others = []
             for other in range(len(members)):
                 if other != member:
                     with torch.no_grad(), members.weights[other].using():
                         others.append(error())
             own = error()
-            return joint_weight(own.detach(), others, self.s.imitation.alpha) * own
+            return joint_weight(own.detach(), others, self.settings.imitation.alpha) * own
 
         with members.learning(member):
             run.descend(losses, len(rows), "bc")
@@ -343,73 +179,73 @@ class _Pipeline:
 
     def collect(self) -> None:
         """D <- D + the next member's share of the episodes, noise and all."""
-        member, n = self.run.stages.done, len(self.members)
+        member = self.run.stages.done
+        count = len(self.members)
+        episodes = (self.settings.offline.episodes + count - 1 - member) // count
         with self.members.weights[member].using():
-            self.run.collect((self.s.offline.episodes + n - 1 - member) // n, 1, keep=True)
-        self.experience.add(self.run.iteration)
+            self.run.collect(episodes, 1, keep=True)
+        self.offline.experience.add(self.run.iteration)
 
     def criticise(self) -> None:
         """Q, V <- IQL(D);  T <- transition model(D)."""
-        e, o = self.experience, self.s.offline
-        self.value.learn(e.replay, e.features, o.critic_updates)
-        self.evaluation.learn(e.replay, e.features, o.model_updates)
+        settings = self.settings.offline
+        self.offline.learn(settings.critic_updates, settings.model_updates)
 
     def improve(self) -> None:
         """pi_i <- PPO(pi_i, A = Q - V of old_i's actions), old_i <- the better of the two, for
         every member.
         """
-        run, o, members = self.run, self.s.offline, self.members
-        loss = partial(self.loss, clip=o.clip * (1 - (run.stages.progress or 0.0)))
+        run = self.run
+        members = self.members
+        settings = self.settings.offline
+        loss = partial(ppo_loss, clip=settings.clip * (1 - run.pace))
         for member in range(len(members)):
-            for update in range(o.updates):
+            for update in range(settings.updates):
+                number = update * len(members) + member
                 with members.old[member].using():
-                    rollout, index = self.experience.redraw(
-                        o.states, update * len(members) + member
+                    rollout, advantage = self.offline.redraw(
+                        settings.states, number, 1, settings.clip / 10
                     )
-                    rollout = run.verified(rollout, self.log_ratio, o.clip / 10)
-                advantage = self.value.advantage(self.experience.seen(index), rollout.trajectory.x0)
                 everything = Batch(slice(0, len(rollout.trajectory)))
+                better = run.normalised(advantage.cpu())
                 with members.learning(member):
-                    run.update(rollout, everything, run.normalised(advantage.cpu()), loss)
-            verdict = self._verdict(member)
+                    run.update(rollout, everything, better, loss)
+            with members.weights[member].using():
+                verdict = self.offline.verdict(members.old[member])
             run.log("gate/accepted", float(members.judge(member, verdict)))
             run.log("gate/gain", verdict.difference)
             run.log("gate/value", verdict.old)
         members.best.restore()
 
-    def _verdict(self, member: int) -> Comparison:
-        """A member against its old policy, in imagination."""
-        e = self.experience
-        with self.members.weights[member].using():
-            new = self.evaluation(e.replay, e.features)
-        with self.members.old[member].using():
-            return compare(new, self.evaluation(e.replay, e.features))
-
     # Online
 
     def online(self) -> None:
         """pi <- PPO(pi, A = GAE), and V."""
-        run, o = self.run, self.s.online
-        rollout, advantage, returns = self.on_policy.rollout(self.log_ratio)
-        if self.run.stages.done >= o.warm_up:
-            advantage, loss = run.normalised(advantage), partial(self.loss, clip=o.clip)
-            for batch in run.minibatches(
-                rollout, math.ceil(rollout.decisions.total / o.minibatch), o.epochs
-            ):
-                run.update(rollout, batch, advantage, loss)
+        run = self.run
+        settings = self.settings.online
+        rollout, advantage, returns = self.on_policy.rollout(chunk_log_ratio)
+        if run.stages.done >= settings.warm_up:
+            better = run.normalised(advantage)
+            loss = partial(ppo_loss, clip=settings.clip)
+            updates = math.ceil(rollout.decisions.total / settings.minibatch)
+            for batch in run.minibatches(rollout, updates, settings.epochs):
+                run.update(rollout, batch, better, loss)
         self.on_policy.critic.learn(rollout, returns)
 
-    # PPO
 
-    def log_ratio(self, new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:
-        """Summed over the chunk: the ratio of the policies' densities."""
-        return log_ratio(new, old, x, reduce="sum")
-
-    def loss(self, step: Scored, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of b decisions, [b], and its metrics [b]."""
-        log_rho = self.log_ratio(step.new, step.old, step.x)
-        surrogate = clipped_surrogate(log_rho, step.advantage, clip)
-        return surrogate.loss, clip_metrics(log_rho, step.advantage, surrogate)
+def _require_gaussian(model: ControlModel, steps: int) -> None:
+    """Raises `ConfigError` unless the policy is a Gaussian of vectors. steps: of its chain."""
+    if getattr(model, "family", None) != "gaussian" or steps != 1:
+        raise ConfigError(
+            "method uni_o4 needs policies whose likelihood is known: policy {name: mlp, family:"
+            " gaussian} and chain {steps: 1, kernel: {name: floorstd, floor: 0.1, kernel:"
+            " {name: ddim, eta: 0.0}}, window: [0, 1]}"
+        )
+    if any(len(shape) != 1 for shape in model.shapes.values()):
+        raise ConfigError(
+            "method uni_o4 sees vectors only: its members would each have an encoder of their own,"
+            " and the critics none; name observations in policy.inputs"
+        )
 
 
 def joint_weight(own: Tensor, others: list[Tensor], alpha: float) -> Tensor:

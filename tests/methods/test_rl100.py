@@ -17,6 +17,7 @@ from genpolicy.config.errors import ConfigError
 from genpolicy.learning.acceptance import Comparison
 from genpolicy.learning.objective import clipped_surrogate
 from genpolicy.methods import rl100
+from genpolicy.methods.parts import ppo
 from genpolicy.methods.rl100 import RL100, _Pipeline
 from genpolicy.policy.files import saved
 from genpolicy.rollout.minibatch import Batch
@@ -43,7 +44,7 @@ def improving(folder, verdict=BETTER, **offline):
         folder, {"stage": "offline", "offline": {"episodes": 0, "lr": 1e-2, **offline}}
     )
     toy_control.enter(run, "improve")
-    pipeline._verdict = lambda point: verdict
+    pipeline.offline.verdict = lambda in_force: verdict
     return run, pipeline
 
 
@@ -111,7 +112,7 @@ def whole(tmp_path_factory):
     def criticise(self):
         through = honest(self)
         critics.append(
-            (self, {n: p.detach().clone() for n, p in self.value.q.state_dict().items()})
+            (self, {n: p.detach().clone() for n, p in self.offline.value.q.state_dict().items()})
         )
         return through
 
@@ -163,9 +164,9 @@ def test_milestones_are_examined_and_load_again(whole):
     assert picking.judge is not None
     ((pipeline, weights),) = critics
     features, event = torch.randn(5, 4), torch.randn(5, 2, 2)
-    pipeline.value.q.load_state_dict(weights)
+    pipeline.offline.value.q.load_state_dict(weights)
     with torch.no_grad():
-        expected = pipeline.value.lower(pipeline.value.q, features, event)
+        expected = pipeline.offline.value.lower(pipeline.offline.value.q, features, event)
     assert torch.allclose(picking.judge(features, event), expected, atol=1e-6)
     assert list(picking.chain.stochastic) == [0, 1], "its last step is without noise"
     noise = Noise.rows(0, 1, torch.arange(5), 1)
@@ -297,7 +298,7 @@ def test_without_demonstrations_the_critic_sees_the_runs_own_episodes(tmp_path):
         )
         toy_control.enter(run, "collect")
         pipeline.collect()
-        e = pipeline.experience
+        e = pipeline.offline.experience
         everything, recorded = (
             e.everything,
             int((e.everything.episode < len(run.data.episode.unique())).sum()),
@@ -320,8 +321,10 @@ def test_without_demonstrations_the_critic_sees_the_runs_own_episodes(tmp_path):
 def test_without_advantage_and_without_kl_nothing_changes(tmp_path):
     for name, scale in (("none", 0.0), ("some", 1.0)):
         run, pipeline = improving(tmp_path / name, kl=0.0, lr=1e-2)
-        honest = pipeline.value.advantage
-        pipeline.value.advantage = lambda f, e, honest=honest, scale=scale: scale * honest(f, e)
+        honest = pipeline.offline.value.advantage
+        pipeline.offline.value.advantage = lambda f, e, honest=honest, scale=scale: (
+            scale * honest(f, e)
+        )
         before = run.weights().values
         assert pipeline.improve() is False
         moved = max(
@@ -341,7 +344,7 @@ def test_a_refused_candidate_is_undone_to_the_bit(tmp_path, ema):
     assert pipeline.improve() is False
     accepted = copied(state(run))
     assert not same(fresh, accepted), "an accepted candidate stays"
-    pipeline._verdict = lambda point: WORSE
+    pipeline.offline.verdict = lambda in_force: WORSE
     run.spent.iteration, moved = 2, []
     rewind = run.rewind
     run.rewind = lambda point: moved.append(copied(state(run))) or rewind(point)
@@ -364,7 +367,7 @@ def test_the_next_candidate_is_what_it_would_have_been(tmp_path):
         run, pipeline = improving(tmp_path / name, verdict=WORSE)
         if name == "refused":
             pipeline.improve()
-        pipeline._verdict, run.spent.iteration = lambda point: BETTER, 2
+        pipeline.offline.verdict, run.spent.iteration = lambda in_force: BETTER, 2
         run.replay_check.again = False
         pipeline.improve()
         found.append(copied(state(run)))
@@ -374,23 +377,29 @@ def test_the_next_candidate_is_what_it_would_have_been(tmp_path):
 def test_the_verdict_compares_the_candidate_with_what_it_came_from(tmp_path):
     """On the same starts; the gain has the sign of the score's."""
     run, pipeline = improving(tmp_path)
-    del pipeline._verdict
+    del pipeline.offline.verdict
     point = run.save_point()
-    assert pipeline._verdict(point) == Comparison(0.0, 0.0, pipeline._verdict(point).old)
+    assert pipeline.offline.verdict(point[0]) == Comparison(
+        0.0, 0.0, pipeline.offline.verdict(point[0]).old
+    )
     for p in run.trainable:
         p.data += 0.05
     candidate = run.weights().values
     new = (
-        pipeline.evaluation(pipeline.experience.replay, pipeline.experience.features)
+        pipeline.offline.evaluation(
+            pipeline.offline.experience.replay, pipeline.offline.experience.features
+        )
         .double()
         .mean()
     )
-    verdict = pipeline._verdict(point)
+    verdict = pipeline.offline.verdict(point[0])
     assert all(torch.equal(a, b) for a, b in zip(candidate, run.weights().values, strict=True))
     assert verdict.old + verdict.difference == pytest.approx(float(new), abs=1e-6)
     with point[0].using():
         old = (
-            pipeline.evaluation(pipeline.experience.replay, pipeline.experience.features)
+            pipeline.offline.evaluation(
+                pipeline.offline.experience.replay, pipeline.offline.experience.features
+            )
             .double()
             .mean()
         )
@@ -419,9 +428,9 @@ def test_distance_is_the_kl_of_whole_chains_in_nats(tmp_path):
     for p in run.trainable:
         p.data += 0.03 * torch.randn_like(p)
     found = pipeline._distance()
-    chains = pipeline.experience.redraw(pipeline.s.offline.states, pipeline.s.offline.sweeps)[
-        0
-    ].trajectory
+    chains = pipeline.offline.experience.redraw(
+        pipeline.settings.offline.states, pipeline.settings.offline.sweeps
+    )[0].trajectory
     total = 0.0
     with torch.no_grad(), anchor.using():
         for k in chains.steps:
@@ -485,17 +494,17 @@ def test_trying_out_is_paired_and_counted(tmp_path):
 def test_a_redraw_shows_what_was_encoded_once(tmp_path):
     """Recorded views are encoded when they are first asked for, and not again while the encoder stands still."""
     run, pipeline = improving(tmp_path, states=20)
-    e = pipeline.experience
+    e = pipeline.offline.experience
     conditions = e.conditions.clone()
     honest = run.policy.model.encode
     run.policy.model.encode = lambda context: pytest.fail("the encoder was asked again")
-    rollout, rows = pipeline.experience.redraw(pipeline.s.offline.states, 0)
+    rollout, rows = pipeline.offline.experience.redraw(pipeline.settings.offline.states, 0)
     assert torch.equal(rollout.trajectory.condition, conditions[rows])
     assert {int(row) for row in rows} <= {int(row) for row in e.replay.now}
     assert len(rows.unique()) > 10
     again, other = (
-        pipeline.experience.redraw(pipeline.s.offline.states, 0),
-        pipeline.experience.redraw(pipeline.s.offline.states, 1),
+        pipeline.offline.experience.redraw(pipeline.settings.offline.states, 0),
+        pipeline.offline.experience.redraw(pipeline.settings.offline.states, 1),
     )
     assert torch.equal(again[0].trajectory.x0, rollout.trajectory.x0)
     assert torch.equal(again[1], rows)
@@ -520,9 +529,9 @@ def test_the_advantage_is_that_of_what_was_drawn(tmp_path, samples):
     ((rollout, advantage),) = told
     seen, x0 = run.policy.model.features(rollout.trajectory.condition), rollout.trajectory.x0
     with torch.no_grad():
-        raw = q = pipeline.value.lower(pipeline.value.q, seen, x0)
+        raw = q = pipeline.offline.value.lower(pipeline.offline.value.q, seen, x0)
         if samples == 1:
-            raw = q - pipeline.value.v(seen)
+            raw = q - pipeline.offline.value.v(seen)
         else:
             for i in range(len(q)):
                 others = [j for j in range(len(q)) if j // samples == i // samples and j != i]
@@ -540,7 +549,7 @@ def test_the_advantage_is_that_of_what_was_drawn(tmp_path, samples):
 def perturbed(folder, **offline):
     """A redrawn rollout, and a policy that has moved since; its anchor has not."""
     run, pipeline = improving(folder, **{"states": 10, **offline})
-    rollout, _ = pipeline.experience.redraw(pipeline.s.offline.states, 0)
+    rollout, _ = pipeline.offline.experience.redraw(pipeline.settings.offline.states, 0)
     draw = torch.Generator().manual_seed(5)
     for p in run.trainable:
         p.data += 0.02 * torch.randn(p.shape, generator=draw)
@@ -579,7 +588,7 @@ def test_the_gradient_of_the_kl_is_that_of_the_analytic_one(tmp_path):
 
 def test_a_policy_at_its_anchor_feels_no_kl(tmp_path):
     run, pipeline = improving(tmp_path, states=10)
-    rollout, _ = pipeline.experience.redraw(pipeline.s.offline.states, 0)
+    rollout, _ = pipeline.offline.experience.redraw(pipeline.settings.offline.states, 0)
     told = rl100.partial(pipeline.loss, clip=0.2, kl=5.0)
     batch, zero = Batch(slice(0, 10)), torch.zeros(10)
     assert run.update(rollout, batch, zero, told, pipeline.anchor.weights)["kl"] < 1e-9
@@ -597,7 +606,7 @@ def test_the_loss_by_hand(tmp_path):
             (new.log_prob(chains.after(k)) - old.log_prob(chains.after(k))).flatten(1).sum(1).exp()
         )
         assert torch.allclose(
-            pipeline.log_ratio(step.new, step.old, step.x).exp(), ratio, rtol=1e-3
+            ppo.chunk_log_ratio(step.new, step.old, step.x).exp(), ratio, rtol=1e-3
         )
         surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
         kl = ((step.new.mean - step.reference.mean) ** 2 / (2 * step.new.std**2)).flatten(1).sum(1)
@@ -618,16 +627,16 @@ def test_the_loss_by_hand(tmp_path):
 @pytest.mark.parametrize("minibatch", [1, 7, 12, 1000])
 @pytest.mark.parametrize("update", ["pairs", "chain", "step"])
 def test_every_decision_and_step_once_a_pass(tmp_path, update, minibatch):
-    _, pipeline = built(
+    run, pipeline = built(
         tmp_path, {"stage": "offline", "update": update, "offline": {"episodes": 0, "states": 11}}
     )
-    rollout, _ = pipeline.experience.redraw(pipeline.s.offline.states, 0)
+    rollout, _ = pipeline.offline.experience.redraw(pipeline.settings.offline.states, 0)
     whole = sorted((row, k) for row in range(11) for k in rollout.trajectory.steps)
     passes = []
     for epoch in range(2):
         batches = [
             list(zip(b.rows.tolist(), b.k.tolist(), strict=True))
-            for b in pipeline._batches(rollout, minibatch, epoch)
+            for b in ppo.batches(run, rollout, update, minibatch, epoch)
         ]
         assert sorted(pair for batch in batches for pair in batch) == whole
         assert max(map(len, batches)) <= minibatch + (2 if update == "chain" else 0), (
@@ -657,7 +666,10 @@ def test_a_pass_is_made_so_many_times(tmp_path):
 
 def test_the_value_goes_on_from_the_offline_one(tmp_path):
     run, pipeline = built(tmp_path)
-    own, offline = pipeline.on_policy.critic.value.state_dict(), pipeline.value.v.state_dict()
+    own, offline = (
+        pipeline.on_policy.critic.value.state_dict(),
+        pipeline.offline.value.v.state_dict(),
+    )
     assert not any(torch.equal(own[n], offline[n]) for n in own if own[n].dim() > 1)
     run.deployment.evaluate = lambda iteration: {"success_rate": 0.0, "return": 0.0, "n": 0}
     run.folder.mkdir(exist_ok=True)
@@ -666,7 +678,8 @@ def test_the_value_goes_on_from_the_offline_one(tmp_path):
     assert all(torch.equal(own[n], offline[n]) for n in own)
     pipeline.on_policy.critic.value.network[0].weight.data.add_(1)
     assert not torch.equal(
-        pipeline.value.v.network[0].weight, pipeline.on_policy.critic.value.network[0].weight
+        pipeline.offline.value.v.network[0].weight,
+        pipeline.on_policy.critic.value.network[0].weight,
     ), "a copy"
 
 
@@ -706,13 +719,13 @@ def test_recloning_imitates_what_succeeded(tmp_path):
         {"stage": "offline", "offline": {"episodes": 0, "rounds": 2, "recloning": 4}},
         data=data,
     )
-    replay = pipeline.experience.replay
+    replay = pipeline.offline.experience.replay
     good = replay.success.nonzero().flatten()
     assert 0 < len(good) < len(replay)
-    context, event, mask = pipeline.experience.imitable(torch.arange(len(good)))
+    context, event, mask = pipeline.offline.experience.imitable(torch.arange(len(good)))
     assert torch.equal(event, replay.event[good])
     assert torch.equal(
-        run.policy.model.encode(context), pipeline.experience.conditions[replay.now[good]]
+        run.policy.model.encode(context), pipeline.offline.experience.conditions[replay.now[good]]
     )
     assert mask is None
     asked, honest = [], run.policy.model.encode
@@ -722,13 +735,13 @@ def test_recloning_imitates_what_succeeded(tmp_path):
     pipeline.reclone()
     assert run.optimizer.updates == rl100.AT_ONCE
     asked.clear()
-    assert len(pipeline.experience.conditions) == sum(asked) == len(replay.views)
+    assert len(pipeline.offline.experience.conditions) == sum(asked) == len(replay.views)
     assert not all(torch.equal(a, b) for a, b in zip(before, run.weights().values, strict=True))
 
 
 def test_collecting_adds_to_what_is_learned_from(tmp_path):
     run, pipeline = built(tmp_path, {"stage": "offline", "offline": {"episodes": 5}})
-    e = pipeline.experience
+    e = pipeline.offline.experience
     recorded = len(e.replay)
     before = e.conditions
     pipeline.collect()
@@ -741,20 +754,20 @@ def test_collecting_adds_to_what_is_learned_from(tmp_path):
     (tmp_path / "other").mkdir()
     other, resumed = built(tmp_path / "other", {"stage": "offline", "offline": {"episodes": 5}})
     other.collector.store.folder = run.collector.store.folder
-    resumed.experience.load_state_dict(e.state_dict())
-    assert torch.equal(resumed.experience.replay.rewards, e.replay.rewards)
+    resumed.offline.experience.load_state_dict(e.state_dict())
+    assert torch.equal(resumed.offline.experience.replay.rewards, e.replay.rewards)
     assert other.collector.store.pinned == {1}
-    assert len(resumed.experience.replay) != recorded, "control"
+    assert len(resumed.offline.experience.replay) != recorded, "control"
 
 
 @pytest.mark.parametrize("samples", [1, 4])
 def test_processes_redraw_what_one_does(tmp_path, samples):
     """Each its share of the decisions, all samples of each, by the noise of their places."""
     run, pipeline = improving(tmp_path)
-    whole, rows = pipeline.experience.redraw(10, 1, samples)
+    whole, rows = pipeline.offline.experience.redraw(10, 1, samples)
     for index in range(3):
         run.processes = SimpleNamespace(index=index, count=3)
-        part, mine = pipeline.experience.redraw(10, 1, samples)
+        part, mine = pipeline.offline.experience.redraw(10, 1, samples)
         mine_of_whole = torch.arange(10 * samples).view(10, samples)[index::3].flatten()
         assert torch.equal(mine, rows[mine_of_whole])
         assert torch.allclose(part.trajectory.x0, whole.trajectory.x0[mine_of_whole], atol=1e-5)
@@ -838,7 +851,7 @@ def test_success_rises_from_stage_to_stage(tmp_path):
 
 def test_control_a_turned_advantage_unlearns(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        rl100,
+        ppo,
         "clipped_surrogate",
         lambda log_rho, advantage, clip: clipped_surrogate(log_rho, -advantage, clip),
     )

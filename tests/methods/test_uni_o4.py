@@ -94,7 +94,7 @@ def improving(folder, verdict=None, **offline):
     pipeline.members.enter("improve")
     toy_control.enter(run, "improve")
     if verdict is not None:
-        pipeline._verdict = lambda member: verdict
+        pipeline.offline.verdict = lambda in_force: verdict
     return run, pipeline
 
 
@@ -309,7 +309,7 @@ def test_a_worse_target_does_not_replace_and_is_not_undone(tmp_path):
     begun = []
     honest = run.update
     run.update = lambda *args: begun.append(run.weights()) or honest(*args)
-    pipeline._verdict, run.spent.iteration = lambda member: BETTER, 2
+    pipeline.offline.verdict, run.spent.iteration = lambda in_force: BETTER, 2
     pipeline.improve()
     assert same(begun[0], target[0]), "it learns on from where it was"
     assert all(same(a, b) for a, b in zip(members.weights, members.old, strict=True)), (
@@ -337,12 +337,16 @@ def test_the_old_policy_acts_and_the_target_learns(tmp_path):
 def test_the_gate_keeps_the_best(tmp_path):
     """By the scores of two networks whose order is known, in both directions."""
     run, pipeline = improving(tmp_path)
-    pipeline.evaluation = lambda replay, features: run.trainable[0].sum().detach().expand(8)
+    pipeline.offline.evaluation = lambda replay, features: run.trainable[0].sum().detach().expand(8)
     members = pipeline.members
     for weights_, shift in zip(members.weights, (1.0, -1.0, 0.0), strict=True):
         weights_.values[0] += shift
     before = copied(members.old)
-    found = [members.judge(i, pipeline._verdict(i)) for i in range(3)]
+    found = []
+    for i in range(3):
+        with members.weights[i].using():
+            verdict = pipeline.offline.verdict(members.old[i])
+        found.append(members.judge(i, verdict))
     assert found == [True, False, False], "better; worse; the same"
     assert same(members.old[0], members.weights[0])
     assert same(members.old[1], before[1])
@@ -354,8 +358,10 @@ def test_the_gate_keeps_the_best(tmp_path):
 def test_without_advantage_nothing_changes(tmp_path):
     for name, scale in (("none", 0.0), ("some", 1.0)):
         _, pipeline = improving(tmp_path / name)
-        honest = pipeline.value.advantage
-        pipeline.value.advantage = lambda f, e, honest=honest, scale=scale: scale * honest(f, e)
+        honest = pipeline.offline.value.advantage
+        pipeline.offline.value.advantage = lambda f, e, honest=honest, scale=scale: (
+            scale * honest(f, e)
+        )
         before = copied(pipeline.members.weights)
         pipeline.improve()
         still = [same(a, b) for a, b in zip(before, pipeline.members.weights, strict=True)]
@@ -367,7 +373,7 @@ def test_without_advantage_nothing_changes(tmp_path):
 def test_members_follow_the_advantage(tmp_path, sign):
     """Where an action's first number is worth what it is, means rise; where it costs that, they fall."""
     run, pipeline = improving(tmp_path, BETTER, updates=10, states=64)
-    pipeline.value.advantage = lambda features, event: sign * event[:, 0, 0]
+    pipeline.offline.value.advantage = lambda features, event: sign * event[:, 0, 0]
     condition, _ = seen(run, 30)
 
     def first(each):

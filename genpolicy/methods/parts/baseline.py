@@ -1,4 +1,4 @@
-"""A state value learned beside a policy: what on-policy methods subtract from what happened."""
+"""A state value learned beside a policy: the baseline of on-policy methods."""
 
 import math
 
@@ -15,20 +15,18 @@ from genpolicy.training.run import Run
 class DecisionValue:
     """V of what a decision sees, with its optimiser; both are saved and resumed with the run.
 
-    gamma: discount per environment step. lam: of GAE. lr: of Adam. epochs, minibatch: passes over a
-    rollout's decisions, and decisions of one update.
+    gamma: discount per environment step. lam: of GAE, in [0, 1]. lr: learning rate. epochs: passes
+    over a rollout's decisions. minibatch: decisions per update.
     """
 
     def __init__(
         self, run: Run, gamma: float, lam: float, lr: float, epochs: int, minibatch: int
     ) -> None:
-        self.run, self.gamma, self.lam, self.epochs, self.minibatch = (
-            run,
-            gamma,
-            lam,
-            epochs,
-            minibatch,
-        )
+        self.run = run
+        self.gamma = gamma
+        self.lam = lam
+        self.epochs = epochs
+        self.minibatch = minibatch
         self.value = StateValue(run.features).to(run.policy.model.device)
         self.optimizer = run.learner(
             self.value.parameters(), OptimizerConfig(lr=lr, weight_decay=0.0)
@@ -37,31 +35,48 @@ class DecisionValue:
 
     @torch.no_grad()
     def advantage(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """GAE of every decision, and what the value is to learn from it, A + V; both [R]. Where an
-        episode was cut, V of its final observation stands for what would have come.
+        """GAE of every decision, and the value's targets A + V; both [R]. Where an episode was cut,
+        V of its final observation stands for the rewards after the cut.
         """
-        d, model = rollout.decisions, self.run.policy.model
+        model = self.run.policy.model
+        decisions = rollout.decisions
+
+        # V of what every decision saw, and of what came after it
         now = self.value(model.features(rollout.trajectory.condition)).double().cpu()
         after = now.roll(-1)
-        if not bool(d.terminated[d.last].all()):
-            after[d.last] = self.value(model.features(model.encode(d.final))).double().cpu()
+        if not bool(decisions.terminated[decisions.last].all()):
+            final = model.features(model.encode(decisions.final))
+            after[decisions.last] = self.value(final).double().cpu()
+
         advantage = gae(
-            d.rewards, d.executed, now, after, d.terminated, d.last, self.gamma, self.lam
+            decisions.rewards,
+            decisions.executed,
+            now,
+            after,
+            decisions.terminated,
+            decisions.last,
+            self.gamma,
+            self.lam,
         )
         returns = advantage + now
-        spread = float(returns.var(correction=0))
-        self.run.log(
-            "critic/explained",
-            1 - float(advantage.var(correction=0)) / spread if spread else math.nan,
-        )
+
+        # the share of the returns' variance that V explains
+        variance = float(returns.var(correction=0))
+        unexplained = float(advantage.var(correction=0))
+        explained = 1 - unexplained / variance if variance else math.nan
+        self.run.log("critic/explained", explained)
         return advantage, returns.float()
 
     def learn(self, rollout: Rollout, returns: Tensor) -> None:
-        """Regress V on ``returns`` [R]."""
+        """Regresses V on ``returns`` [R]."""
         features = self.run.policy.model.features(rollout.trajectory.condition)
         returns = returns.to(features.device)
         updates = math.ceil(rollout.decisions.total / self.minibatch)
         for batch in self.run.minibatches(rollout, updates, self.epochs):
-            x, y = features[batch.rows], returns[batch.rows]
-            losses = lambda part, x=x, y=y: (self.value(x[part]) - y[part]) ** 2  # noqa: E731
-            self.run.descend(losses, len(x), "critic", self.optimizer)
+            seen = features[batch.rows]
+            target = returns[batch.rows]
+
+            def losses(part: slice, seen: Tensor = seen, target: Tensor = target) -> Tensor:
+                return (self.value(seen[part]) - target[part]) ** 2
+
+            self.run.descend(losses, len(seen), "critic", self.optimizer)

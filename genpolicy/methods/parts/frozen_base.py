@@ -6,8 +6,9 @@ from genpolicy.training.run import Run
 
 
 def freeze_base(run: Run) -> None:
-    """Where the window begins inside the chain, leave what comes before it to the policy as it is
-    now, for good: it becomes a part of the policy. Call it before `Run.iterations`.
+    """Freezes the steps before the window: the policy as it is now takes them for good, as a part
+    of the policy that learns. Call it before `Run.iterations`; it does nothing where the window
+    begins with the chain.
 
     Raises `ConfigError` where the policy has a base already that ends at another noise time.
     """

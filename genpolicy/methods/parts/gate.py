@@ -1,8 +1,7 @@
-"""Offline evaluation: is a policy better than the one in force, as far as recorded experience can
-tell?
+"""Offline evaluation: the gate's score of a policy, computed from recorded decisions alone.
 
-The world is a `TransitionModel` of the features that critics see; a policy is judged there by what
-Q says along the way (AM-Q, RL-100 arXiv 2510.14830), with the sampler that would be deployed.
+The world is a `TransitionModel` of the features that critics see. A policy is scored there by the Q
+of its decisions (AM-Q, RL-100 arXiv 2510.14830), with the sampler that would be deployed.
 """
 
 import torch
@@ -17,22 +16,23 @@ from genpolicy.methods.parts.iql import ActionValue
 from genpolicy.rollout.replay import Replay
 from genpolicy.training.run import Run
 
-GATE = 1 << 40
-"""Added to the iteration in the names of noise here: no rollout has these."""
 HELD_OUT = 0.1
 """Share of the episodes by which the model's elites are chosen."""
 
 
 class OfflineEvaluation:
-    """AM-Q of the deployed sampler: sum over ``horizon`` decisions from ``starts`` recorded views
-    of
+    """AM-Q of the deployed sampler: the sum over ``horizon`` decisions from ``starts`` recorded
+    views of
 
         Q_low(f_h, a_h) - caution * disagreement(f_h, a_h)
 
-    disagreement: of the model's elites about where the decision leads, in stds of a decision's
-    change: a policy is not to be praised for going where the world is unknown. An imagined episode
-    that succeeds counts from there on what success pays: a second network says when. Every
-    comparison is on the same starts and the same luck.
+    An imagined episode that succeeds counts from there on what success pays; a second network tells
+    when it does. Every comparison is on the same starts and the same luck.
+
+    value: Q. horizon: decisions per imagined episode. starts: imagined episodes. caution: weight of
+    the disagreement of the model's elites about where a decision leads, in stds of a decision's
+    change; above 0 a policy is not praised for going where the world is unknown. batch: decisions
+    per update of the model, of all processes together.
     """
 
     def __init__(
@@ -45,46 +45,46 @@ class OfflineEvaluation:
         caution: float,
         batch: int = 256,
     ) -> None:
-        self.run, self.value, self.horizon, self.starts, self.caution = (
-            run,
-            value,
-            horizon,
-            starts,
-            caution,
-        )
+        self.run = run
+        self.value = value
+        self.horizon = horizon
+        self.starts = starts
+        self.caution = caution
         self.batch = batch
+        model = run.policy.model
         with torch.no_grad():
-            condition = run.policy.model.encode(run.collector.example())
-            if (
-                not isinstance(condition, Tensor)
-                or condition.shape != run.policy.model.features(condition).shape
-            ):
-                raise ConfigError(
-                    "the gate imagines what a policy will see: it needs one that is conditioned on a vector of features, and"
-                    f" {run.experiment.policy['name']} is not"
-                )
-        event = run.policy.model.scored(torch.zeros(1, *run.policy.model.event_shape)).numel()
-        self.model = TransitionModel(run.features, event).to(run.policy.model.device)
-        self.end = Critic(run.features, event).to(
-            run.policy.model.device
-        )  # the logit of a decision's success
+            condition = model.encode(run.collector.example())
+            features = model.features(condition)
+        if not isinstance(condition, Tensor) or condition.shape != features.shape:
+            raise ConfigError(
+                "the gate imagines what a policy will see: it needs one that is conditioned on a"
+                f" vector of features, and {run.experiment.policy['name']} is not"
+            )
+        event = model.scored(torch.zeros(1, *model.event_shape)).numel()
+        self.model = TransitionModel(run.features, event).to(model.device)
+        # the logit of a decision's success
+        self.end = Critic(run.features, event).to(model.device)
         settings = OptimizerConfig(lr=1e-3, weight_decay=1e-5, max_grad_norm=10.0)
         self.optimizer = run.learner([*self.model.parameters(), *self.end.parameters()], settings)
         run.register(world=self.model, end=self.end, world_optimizer=self.optimizer)
 
     def learn(self, replay: Replay, features: Tensor, updates: int) -> None:
-        """Fit the model to decisions; each member is shown its own resampling of them. Logs its
-        held-out error.
+        """Fits the model to recorded decisions, each member to its own resampling of them, and logs
+        its error on episodes that it has not learned from.
+
+        features [F,D]: of the replay's views.
         """
         scored = self.run.policy.model.scored
-        known = (
-            (~replay.terminated).nonzero().flatten()
-        )  # of the others, what a whole chunk leads to was not seen
+
+        # after an episode's last decision nothing was seen of where a whole chunk leads
+        known = (~replay.terminated).nonzero().flatten()
         held = replay.episode[known].unique(return_inverse=True)[1] % round(1 / HELD_OUT) == 0
-        learn, test = known[~held], known[held]
+        learn = known[~held]
+        test = known[held]
         if not len(learn) or not len(test):
             raise ConfigError(
-                "the gate's model needs at least two episodes: one to learn from and one to be tested on"
+                "the gate's model needs at least two episodes: one to learn from and one to be"
+                " tested on"
             )
         self.model.fit_scale(features[replay.now[learn]], features[replay.after[learn]])
         self.end.scale.fit(features[replay.now[learn]])
@@ -93,39 +93,43 @@ class OfflineEvaluation:
         for rows in learn[drawn]:
             # a bootstrap by weights: how often each member draws a row
             weight = self.run.mine(bootstrap.poisson(1.0, (self.model.members, self.batch)))
-            now, after = features[replay.now[rows]], features[replay.after[rows]]
-            event, weight = scored(replay.event[rows].to(now)), weight.to(now)
+            now = features[replay.now[rows]]
+            after = features[replay.after[rows]]
+            event = scored(replay.event[rows].to(now))
+            weight = weight.to(now)
             over = (replay.terminated & replay.success)[rows].to(now)
 
             def losses(
                 part: slice, now=now, event=event, after=after, weight=weight, over=over
             ) -> Tensor:
-                ending = binary_cross_entropy_with_logits(
-                    self.end(now[part], event[part])[0], over[part], reduction="none"
-                )
-                return (self.model.loss(now[part], event[part], after[part]) * weight[:, part]).sum(
-                    0
-                ) + ending
+                moving = self.model.loss(now[part], event[part], after[part]) * weight[:, part]
+                logit = self.end(now[part], event[part])[0]
+                ending = binary_cross_entropy_with_logits(logit, over[part], reduction="none")
+                return moving.sum(0) + ending
 
             self.run.descend(losses, len(rows), "world", self.optimizer)
-        now, after = features[replay.now[test]], features[replay.after[test]]
-        errors = self.model.hold_out(now, scored(replay.event[test].to(now)), after)
+
+        now = features[replay.now[test]]
+        errors = self.model.hold_out(
+            now, scored(replay.event[test].to(now)), features[replay.after[test]]
+        )
         self.model.choose_elites(errors)
         self.run.log("world/held_out", float(errors.min()))
 
     @torch.no_grad()
     def __call__(self, replay: Replay, features: Tensor) -> Tensor:
-        """The policy as it stands, from every start, [S]; per decision, so that it reads like a
-        value.
+        """The score of the policy as it stands from every start, [S], divided by the horizon, so
+        that it reads like a value.
         """
-        run, deployed = self.run, self.run.deployed
+        run = self.run
+        deployed = run.deployed
         drawn = run.generator("imagined starts").integers(len(replay), size=self.starts)
         rows = replay.now[torch.from_numpy(drawn)]
-        name = torch.arange(self.starts)
-        noise = run.noise("imagination", name)
+        place = torch.arange(self.starts)
+        noise = run.noise("imagination", place)
 
         def actor(seen: Tensor, h: int) -> Tensor:
-            chain = deployed.sample(seen, noise.at(torch.full_like(name, h)), keep=(0, 0))
+            chain = deployed.sample(seen, noise.at(torch.full_like(place, h)), keep=(0, 0))
             return run.policy.model.scored(chain.x0)
 
         def score(seen: Tensor, event: Tensor) -> Tensor:
@@ -135,10 +139,9 @@ class OfflineEvaluation:
         def ends(seen: Tensor, event: Tensor) -> Tensor:
             return self.end(seen, event)[0].sigmoid()
 
+        # what success pays, and the sum along the way
         over = replay.terminated & replay.success
         pays = float(replay.rewards[over].sum(1).mean()) if bool(over.any()) else 0.0
         starts = features[rows]
-        return (
-            imagined(actor, score, self.model, starts, self.horizon, noise, ends, pays)
-            / self.horizon
-        )
+        total = imagined(actor, score, self.model, starts, self.horizon, noise, ends, pays)
+        return total / self.horizon

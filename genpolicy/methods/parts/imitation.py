@@ -1,9 +1,10 @@
-"""Imitation: supervised updates of a denoising policy on what somebody did.
+"""Imitation: supervised updates of a denoising policy on recorded examples.
 
-    loss = mean over rows, event dims of  (output(x_t, t, condition) - target)^2,    x_t = alpha(t) x_0 + sigma(t) eps
+    loss = mean over rows and event dims of (output(x_t, t, condition) - target)^2,
+    x_t  = alpha(t) x_0 + sigma(t) eps
 
-with x_0 the chunk that was done, t from the family's own training distribution and eps standard
-normal: the denoising loss (arXiv 2006.11239 eq. 14; for robots 2303.04137) for every
+with x_0 the chunk (or picture) of the example, t from the family's own training distribution and
+eps standard normal: the denoising loss (arXiv 2006.11239 eq. 14; for robots 2303.04137) for every
 parametrisation.
 """
 
@@ -24,22 +25,20 @@ from genpolicy.rollout.examples import examples
 from genpolicy.training.run import Run
 
 Source = Callable[[Tensor], tuple[Context, Tensor, Tensor | None]]
-"""rows [b] -> what was seen, what was done [b,*E], and which of its dims count (None: all)."""
+"""Rows [b] -> the contexts, the events [b,*E], and which of their dims count (None: all)."""
 
 
 @dataclass
 class Cloning:
-    """The imitation stage of a method of several: iterations of ``updates`` updates of ``batch``
-    frames; lr falls to 0 along a cosine after ``warmup`` updates; ema: decay of the averaged
-    weights, which go on. (RL-100: batch 256, 1.4e-4 for large networks; small ones take 1e-3.)
-    """
+    """The imitation stage of a method of several stages. Defaults without a source are ours."""
 
-    iterations: int = 20
-    updates: int = 100
-    batch: int = 128
+    iterations: int = 20  # length of the stage
+    updates: int = 100  # per iteration
+    batch: int = 128  # frames per update; 256 in RL-100
+    # peak learning rate, which falls to 0 along a cosine; RL-100 has 1.4e-4 for large networks
     lr: float = 1e-3
-    warmup: int = 100
-    ema: float = 0.995
+    warmup: int = 100  # updates of linear rise
+    ema: float = 0.995  # decay per update of the averaged weights, with which the run goes on
 
     def __post_init__(self) -> None:
         at_least("method: imitation", self, iterations=1, updates=1, batch=1, warmup=0)
@@ -47,7 +46,7 @@ class Cloning:
         share("method: imitation", self, "ema")
 
     def optimizer(self, common: OptimizerConfig) -> OptimizerConfig:
-        """Its optimiser, with the experiment's own betas, eps and decay."""
+        """The stage's optimiser, with the experiment's own betas, eps and decay."""
         return replace(
             common, lr=self.lr, warmup=self.warmup, final=0.0, ema=self.ema, max_grad_norm=1.0
         )
@@ -55,17 +54,17 @@ class Cloning:
 
 @dataclass(frozen=True)
 class Imitation:
-    """Updates of ``batch`` rows, drawn alike from the ``rows`` of a source; the encoder learns too.
-    Every number drawn is a function of the run's seed, its iteration and the update's number.
+    """Supervised updates of a run's policy, its encoder among it. Every number drawn is a function
+    of the run's seed, its iteration and the update's number.
     """
 
     run: Run
     source: Source
-    rows: int
-    batch: int
+    rows: int  # rows of the source, each drawn with the same probability
+    batch: int  # rows per update, of all processes together
 
     def __call__(self, updates: int) -> None:
-        """So many updates; counted as samples seen."""
+        """Makes ``updates`` updates and counts their rows as samples."""
         for update in range(updates):
             self._update(update)
         self.run.seen(self.batch * updates)
@@ -74,23 +73,24 @@ class Imitation:
         run = self.run
         model = run.policy.model
         rows, uniform, noise, chance = self.draw(number)
-        t = model.times(uniform)
+        times = model.times(uniform)
 
         def losses(part: slice) -> Tensor:
             context, event, mask = self.source(rows[part])
             condition, penalty = model.supervised(context, chance[part])
-            return (
-                run.policy.supervised_loss(condition, event, t[part], noise[part].to(event), mask)
-                + penalty
-            )
+            drawn = noise[part].to(event)
+            loss = run.policy.supervised_loss(condition, event, times[part], drawn, mask)
+            return loss + penalty
 
         run.descend(losses, len(rows), "bc")
 
     def draw(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This process's share of a batch: rows [b], uniform numbers for the times [b], noise
+        """Draws this process's share of a batch: rows [b], uniform numbers for the times [b], noise
         [b,*E], uniform numbers for the encoder [b,draws]. number: of the update in its iteration.
         """
-        run, batch, model = self.run, self.batch, self.run.policy.model
+        run = self.run
+        model = run.policy.model
+        batch = self.batch
         generator = run.generator("imitation", number)
         rows = generator.integers(self.rows, size=batch)
         uniform = generator.random(batch)
@@ -103,5 +103,5 @@ class Imitation:
 
 
 def recorded(data: Dataset | Pictures, model: Model) -> Source:
-    """The rows of a data set: frames with the chunk that follows, or captioned pictures."""
+    """The source over a data set: frames with the chunk that follows, or captioned pictures."""
     return partial(examples, data, model)

@@ -1,4 +1,4 @@
-"""Values of actions, learned from a replay: what off-policy methods improve a policy by."""
+"""Values of actions, learned from a replay by implicit Q-learning."""
 
 import copy
 
@@ -20,22 +20,31 @@ from genpolicy.training.run import Run
 
 
 class ActionValue:
-    """Implicit Q-learning (arXiv 2110.06169): Q of decisions and V of what is seen, from what was
-    done alone.
+    """Implicit Q-learning (arXiv 2110.06169): Q of decisions and V of what is seen, learned from
+    recorded decisions alone.
 
         V:  | expectile - 1{u < 0} | u^2,   u = lower(Q_target)(s, a) - V(s)
-        Q:  ( (1 - w) y + w G - Q(s, a) )^2,   y = sum_j gamma^j r_j + gamma^n V(s') (1 - terminated)
+        Q:  ( (1 - w) y + w G - Q(s, a) )^2,
+            y = sum_j gamma^j r_j + gamma^n V(s') (1 - terminated)
 
-    lower = mean - pessimism * std over the members (two members and pessimism 1: their minimum).
+    lower = mean - pessimism * std over the members (of two members and pessimism 1: their minimum).
+    G: the observed return from there to the episode's end, where that is known.
+
     gamma: discount per environment step, so that a chunk of n steps is discounted by gamma^n and a
-    single step by gamma (the public code raised both to the chunk's length). polyak: rate at which
-    Q_target follows Q, every update. What is worth something travels back one decision in 1 /
-    polyak updates: at the .005 of RL-100 (critic.py) 3000 updates bring a success at the end to the
-    last fifteen of an episode's thirty-odd decisions and leave the others without a value. G: what
-    the episode came to from there on; w = ``monte_carlo`` is 0 in IQL. What follows from V alone
-    drifts where observations are encoded pictures and episodes few; G holds it to what happened, at
-    the price of a lean towards whoever acted (docs/rl100.md). Networks and optimiser are saved and
-    resumed with the run.
+        single step by gamma (the public code raised both to the chunk's length).
+    expectile: in [0, 1]; .7 in RL-100.
+    members: networks of Q.
+    pessimism: stds that are taken off Q.
+    polyak: rate per update at which Q_target follows Q. A value travels back one decision in 1 /
+        polyak updates: at the .005 of RL-100 (critic.py) 3000 updates bring a success at the end to
+        the last fifteen of an episode's thirty-odd decisions and leave the others without a value.
+    monte_carlo: w, the share of G; 0 in IQL. What follows from V alone drifts where observations
+        are encoded pictures and episodes few; G holds it to what happened, at the price of a lean
+        towards the policy that acted (docs/rl100.md).
+    lr: learning rate of Q and V. batch: decisions per update, of all processes together.
+    support: see `Critic`.
+
+    Networks and optimiser are saved and resumed with the run.
     """
 
     def __init__(
@@ -52,19 +61,18 @@ class ActionValue:
         batch: int = 256,
         support: Support | None = None,
     ) -> None:
-        self.run, self.gamma, self.expectile, self.pessimism, self.batch = (
-            run,
-            gamma,
-            expectile,
-            pessimism,
-            batch,
-        )
-        self.polyak, self.monte_carlo = polyak, monte_carlo
-        device = run.policy.model.device
-        event = run.policy.model.scored(torch.zeros(1, *run.policy.model.event_shape)).numel()
-        self.q = Critic(run.features, event, members, support=support).to(device)
+        self.run = run
+        self.gamma = gamma
+        self.expectile = expectile
+        self.pessimism = pessimism
+        self.polyak = polyak
+        self.monte_carlo = monte_carlo
+        self.batch = batch
+        model = run.policy.model
+        event = model.scored(torch.zeros(1, *model.event_shape)).numel()
+        self.q = Critic(run.features, event, members, support=support).to(model.device)
         self.target = copy.deepcopy(self.q).requires_grad_(False)
-        self.v = StateValue(run.features).to(device)
+        self.v = StateValue(run.features).to(model.device)
         parameters = [*self.q.parameters(), *self.v.parameters()]
         self.optimizer = run.learner(
             parameters, OptimizerConfig(lr=lr, weight_decay=0.0, max_grad_norm=10.0)
@@ -72,29 +80,35 @@ class ActionValue:
         run.register(q=self.q, q_target=self.target, v=self.v, q_optimizer=self.optimizer)
 
     def lower(self, critic: Critic, features: Tensor, event: Tensor) -> Tensor:
-        """What a decision is worth at least, [B]."""
+        """The pessimistic value of decisions, [B]: features [B,D], event [B,*E]."""
         return pessimistic(critic(features, self.run.policy.model.scored(event)), self.pessimism)
 
     @torch.no_grad()
     def advantage(self, features: Tensor, event: Tensor) -> Tensor:
-        """lower(Q)(s, a) - V(s), [B]."""
+        """The advantage lower(Q)(s, a) - V(s), [B]."""
         return self.lower(self.q, features, event) - self.v(features)
 
     def learn(self, replay: Replay, features: Tensor, updates: int) -> None:
-        """``updates`` steps of Q and V on decisions drawn alike; features [F,D] of the replay's
-        views, by which they are standardised from now on.
+        """Makes ``updates`` updates of Q and V on decisions of the replay, each drawn with the same
+        probability.
+
+        features [F,D]: of the replay's views; from now on the networks standardise by them.
         """
         scored = self.run.policy.model.scored
         for critic in (self.q, self.target, self.v):
             critic.scale.fit(features)
+
+        # the observed returns; where an episode's end is not known, V alone tells
         returns = replay.returns(self.gamma).to(features)
-        weight = (
-            self.monte_carlo * returns.isfinite()
-        )  # where it is not known how an episode ended, V alone says
+        weight = self.monte_carlo * returns.isfinite()
         returns = returns.nan_to_num()
+
         for rows in self.run.rows(len(replay), (updates, self.batch), "critic"):
-            now, after = features[replay.now[rows]], features[replay.after[rows]]
+            now = features[replay.now[rows]]
+            after = features[replay.after[rows]]
             event = replay.event[rows].to(now)
+
+            # the targets of V and of Q
             with torch.no_grad():
                 aim = self.lower(self.target, now, event)
                 y = bellman_target(

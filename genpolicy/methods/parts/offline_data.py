@@ -1,5 +1,5 @@
-"""Experience: all that a run has to learn from off the policy, the data section and what it has
-collected itself.
+"""Experience: the recorded episodes that a run learns from, those of the data section and those it
+has collected itself.
 """
 
 from typing import Any, cast
@@ -22,31 +22,28 @@ class Experience:
     """The data section's episodes and those of the iterations that were added, as one replay, in
     memory.
 
-    What is saved with a checkpoint is which iterations there are; the episodes themselves are in
-    the run's folder (`EpisodeStore`), where every process reads all of them. conditions, features:
-    of the replay's views by the encoder as it is; `renew` says that it has changed. cut_fails:
-    nothing comes after an episode that was cut. own: `replay` holds what the run has collected
-    itself, and the data section's episodes are only imitated.
+    A checkpoint holds the iterations' numbers; the episodes themselves are in the run's folder
+    (`EpisodeStore`), where every process reads all of them. cut_fails: True where nothing comes
+    after an episode that its time limit cut. own: True where `replay` holds the run's own episodes
+    alone, and the data section's are only imitated.
     """
 
     def __init__(self, run: Run, cut_fails: bool, own: bool = False) -> None:
-        self.run, self.model, self.cut_fails, self.own = (
-            run,
-            cast(ControlModel, run.policy.model),
-            cut_fails,
-            own,
-        )
+        self.run = run
+        self.model = cast(ControlModel, run.policy.model)
+        self.cut_fails = cut_fails
+        self.own = own
         self.iterations: list[int] = []
         self._everything: tuple[Replay, Replay] | None = None
         self.renew()
         run.register(experience=self)
 
     def renew(self) -> None:
-        """What was computed with another encoder is computed again when it is asked for."""
+        """Forgets what the encoder made of the views: call it when the encoder has changed."""
         self._conditions: Condition | None = None
 
     def add(self, iteration: int) -> None:
-        """The episodes that were kept in this iteration belong to it from now on."""
+        """Adds the episodes that were kept in an iteration."""
         self.iterations.append(iteration)
         self.run.pin(iteration)
         self._everything = None
@@ -59,15 +56,20 @@ class Experience:
         """
         if self._everything is None:
             data = cast(Dataset | None, self.run.data)
-            parts = [] if data is None else [Replay.of_dataset(data, self.model, self.cut_fails)]
+            parts: list[Replay] = []
+            if data is not None:
+                parts.append(Replay.of_dataset(data, self.model, self.cut_fails))
             given = sum(map(len, parts))
-            parts += [Replay.of_episodes(self.run.kept(i), self.cut_fails) for i in self.iterations]
+            for iteration in self.iterations:
+                parts.append(Replay.of_episodes(self.run.kept(iteration), self.cut_fails))
             if not parts or (self.own and not self.iterations):
                 raise ConfigError(
-                    "there is nothing to learn from: name recorded episodes in the data section, or collect some"
+                    "there is nothing to learn from: name recorded episodes in the data section,"
+                    " or collect some"
                 )
             whole = Replay.cat(parts)
-            self._everything = whole, whole[torch.arange(given, len(whole))] if self.own else whole
+            learned = whole[torch.arange(given, len(whole))] if self.own else whole
+            self._everything = whole, learned
         return self._everything
 
     @property
@@ -82,21 +84,22 @@ class Experience:
 
     @property
     def conditions(self) -> Condition:
-        """[F]: of the replay's views."""
+        """The conditions of the replay's F views, by the encoder as it is."""
         if self._conditions is None:
             self._conditions = self.replay.encoded(self.model)
         return self._conditions
 
     @property
     def features(self) -> Tensor:
-        """Float[F,D]: what critics see of the replay's views."""
+        """The replay's views as critics see them, Float[F,D]."""
         return self.model.features(self.conditions)
 
     def redraw(
         self, states: int, number: int, samples: int = 1, branch_at: int | None = None
     ) -> tuple[Rollout, Tensor]:
-        """The policy's decisions at ``states`` recorded ones (of all processes together),
-        ``samples`` in a row at each, and the indices [R] of the recorded decisions in `replay`.
+        """Returns decisions that the policy draws at ``states`` recorded ones (of all processes
+        together), ``samples`` in a row at each, and the indices [R] of the recorded ones in
+        `replay`.
 
         number: of this redrawing in its iteration; another finds other decisions and other noise.
         branch_at: the samples at a state share their first ``branch_at`` denoising steps.
@@ -117,11 +120,13 @@ class Experience:
         return rollout, index
 
     def seen(self, index: Tensor) -> Tensor:
-        """Float[R,D]: what critics see at the recorded decisions ``index`` [R]."""
+        """The views of the recorded decisions ``index`` [R] as critics see them, Float[R,D]."""
         return self.features[self.replay.now[index]]
 
     def imitable(self, rows: Tensor) -> tuple[Context, Tensor, None]:
-        """A `genpolicy.methods.parts.imitation.Source` over the decisions of episodes that succeeded."""
+        """Reads decisions of episodes that succeeded, as a source of
+        `genpolicy.methods.parts.imitation`.
+        """
         replay = self.everything
         chosen = replay.success.nonzero().flatten()[rows]
         return replay.views[replay.now[chosen]], replay.event[chosen].to(self.model.device), None

@@ -12,6 +12,7 @@ from genpolicy.config.errors import at_least, positive, share
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.evaluation.statistics import interval
 from genpolicy.learning.acceptance import safe_share
+from genpolicy.learning.critic import StateValue
 from genpolicy.methods.parts.anchor import Anchor
 from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.rollout.rollout import Rollout
@@ -21,32 +22,28 @@ from genpolicy.training.run import Run
 
 @dataclass
 class Online:
-    """episodes: of an iteration. lam: of GAE (.95). epochs: passes over the rollout (5 to 10).
-    minibatch: what one update sees. lr falls along a cosine to its ``final`` share as the budget is
-    spent; clip (.2). critic_lr, critic_epochs, critic_minibatch: of the value. warm_up: iterations
-    that train the value alone.
+    """The online stage of a method of several stages. Defaults without a source are ours."""
 
-    ema: decay of the averaged weights, which are what is evaluated and saved: near the ceiling what
-    single batches teach is noise. retry: share of the episodes that begin where an earlier one
-    failed, if there are such starts: they are rare, and without it they are hardly ever met again.
-    floor: for hardware, a share of the return of the policy that the stage began with; it plays as
-    many of the episodes as keep the expected return of all above that (0: none).
-    """
-
-    episodes: int = 48
-    lam: float = 0.95
-    epochs: int = 5
-    minibatch: int = 1024
-    lr: float = 1e-4
-    final: float = 0.1
-    clip: float = 0.2
+    episodes: int = 48  # per iteration, all processes together
+    lam: float = 0.95  # of GAE, in [0, 1]; RL-100
+    epochs: int = 5  # passes over the rollout; RL-100 has 5 to 10
+    minibatch: int = 1024  # (decision, step) pairs, or decisions of uni_o4, per update
+    lr: float = 1e-4  # peak learning rate, which falls along a cosine as the budget is spent
+    final: float = 0.1  # share of lr at which the cosine ends
+    clip: float = 0.2  # eps of the chunk's ratio; RL-100
+    # decay per update of the averaged weights, which are evaluated and saved: near the ceiling what
+    # single batches teach is noise
     ema: float = 0.998
+    # share of the episodes that begin where an earlier one failed, as far as there are such starts:
+    # they are rare, and without it they are hardly ever met again
     retry: float = 0.25
+    # for hardware: share of the return of the policy that the stage began with; that policy plays
+    # as many of the episodes as keep the expected return of all above it. 0 is no floor
     floor: float = 0.0
-    critic_lr: float = 1e-3
-    critic_epochs: int = 10
-    critic_minibatch: int = 256
-    warm_up: int = 1
+    critic_lr: float = 1e-3  # learning rate of the value
+    critic_epochs: int = 10  # passes of the value over the rollout
+    critic_minibatch: int = 256  # decisions per update of the value
+    warm_up: int = 1  # iterations that train the value alone
 
     def __post_init__(self) -> None:
         least = {
@@ -62,44 +59,62 @@ class Online:
         share("method: online", self, "lam", "final", "ema", "retry", "floor")
 
     def optimizer(self, common: OptimizerConfig) -> OptimizerConfig:
-        """Its optimiser, with the experiment's own betas, eps, decay and norm."""
+        """The stage's optimiser, with the experiment's own betas, eps, decay and norm."""
         return replace(common, lr=self.lr, warmup=0, final=self.final, ema=self.ema)
 
 
 class OnPolicy:
-    """What an on-policy stage plays and learns its value from; all of it is saved and resumed with
-    the run.
+    """The episodes of an on-policy stage and the value that learns from them; all of it is saved
+    and resumed with the run.
 
-    gamma: discount per environment step. cut_fails: nothing comes after an episode that its time
-    limit cut. anchor: the policy that the stage began with, which `Online.floor` goes by.
+    gamma: discount per environment step. cut_fails: True where nothing comes after an episode that
+    its time limit cut. anchor: the policy that the stage began with, for `Online.floor`.
     """
 
     def __init__(
         self, run: Run, settings: Online, gamma: float, cut_fails: bool, anchor: Anchor
     ) -> None:
-        self.run, self.s, self.cut_fails = run, settings, cut_fails
-        s = settings
+        self.run = run
+        self.settings = settings
+        self.cut_fails = cut_fails
         self.critic = DecisionValue(
-            run, gamma, s.lam, s.critic_lr, s.critic_epochs, s.critic_minibatch
+            run,
+            gamma,
+            settings.lam,
+            settings.critic_lr,
+            settings.critic_epochs,
+            settings.critic_minibatch,
         )
-        self.failures, self.floor = Failures(run), Floor(run, s.floor, anchor)
+        self.failures = Failures(run)
+        self.floor = Floor(run, settings.floor, anchor)
+
+    def begin_with(self, value: StateValue) -> None:
+        """Sets V to a copy of ``value``."""
+        self.critic.value.load_state_dict(value.state_dict())
 
     def rollout(self, log_ratio: LogRatio) -> tuple[Rollout, Tensor, Tensor]:
-        """The iteration's episodes, every decision's advantage, and what the value is to learn from
-        it; both [R].
+        """Plays the iteration's episodes; returns them with every decision's advantage and the
+        value's target, both [R].
         """
-        run, s = self.run, self.s
-        episodes = self.floor.episodes(s.episodes) if s.floor else s.episodes
-        starts = self.failures.mixed(run.starts(episodes), s.retry)
+        run = self.run
+        settings = self.settings
+
+        # the episodes
+        episodes = settings.episodes
+        if settings.floor:
+            episodes = self.floor.episodes(episodes)
+        starts = self.failures.mixed(run.starts(episodes), settings.retry)
         rollout = run.collect(episodes, 1, keep=True, starts=starts)
         self.failures.note(starts, rollout.success)
         self.floor.note(rollout.rewards)
-        rollout = run.verified(rollout, log_ratio, s.clip / 10)
+
+        # their advantages
+        rollout = run.verified(rollout, log_ratio, settings.clip / 10)
         if self.cut_fails:
-            rollout = replace(
-                rollout, decisions=replace(rollout.decisions, terminated=rollout.decisions.last)
-            )
-        return rollout, *self.critic.advantage(rollout)
+            decisions = replace(rollout.decisions, terminated=rollout.decisions.last)
+            rollout = replace(rollout, decisions=decisions)
+        advantage, returns = self.critic.advantage(rollout)
+        return rollout, advantage, returns
 
 
 class Failures:
@@ -113,15 +128,17 @@ class Failures:
         run.register(failures=self)
 
     def mixed(self, fresh: Sequence[int], share: float) -> list[int]:
-        """``fresh`` reset seeds, the last ``share`` of them replaced by failures as far as there
-        are any.
+        """Returns the reset seeds ``fresh``, the last ``share`` of them replaced by failures as far
+        as there are any.
         """
         count = min(round(share * len(fresh)), len(self.seeds))
         drawn = self.run.generator("failures").permutation(len(self.seeds))[:count]
         return [*fresh[: len(fresh) - count], *(self.seeds[number] for number in drawn)]
 
     def note(self, starts: Sequence[int], success: Tensor | None) -> None:
-        """What came of episodes from ``starts``; success [M,N] (None: the task does not judge)."""
+        """Notes which episodes from ``starts`` succeeded: success [M,N], None where the task does
+        not judge.
+        """
         if success is None:
             return
         for seed, good in zip(starts, success.mean(1).tolist(), strict=True):
@@ -138,37 +155,38 @@ class Failures:
 
 
 class Floor:
-    """A floor under what is collected: the policy that a stage began with plays so many of the
-    episodes that their expected return stays at least ``share`` of its own (`safe_share`), by the
-    lower 95 % bound of what the new one did last.
+    """A floor under the return of the collected episodes; saved and resumed with the run.
+
+    The policy that the stage began with plays so many of the episodes that their expected return
+    stays at least ``share`` of its own (`safe_share`). lower: the lower 95 % bound of the return of
+    the latest policy; infinite before the stage's first iteration, in which both are the same.
     """
 
-    def __init__(self, run: Run, share: float, anchor: "Anchor") -> None:
-        self.run, self.share, self.anchor = run, share, anchor
-        self.lower = (
-            math.inf
-        )  # the first iteration is played by the policy that the stage began with anyway
+    def __init__(self, run: Run, share: float, anchor: Anchor) -> None:
+        self.run = run
+        self.share = share
+        self.anchor = anchor
+        self.lower = math.inf
         run.register(floor=self)
 
     def episodes(self, wanted: int) -> int:
-        """How many of the ``wanted`` the new policy may play, at least one in each process and
-        equally many; the others are played here and now.
+        """Returns how many of the ``wanted`` episodes the latest policy may play, at least one in
+        each process and equally many; plays the others.
         """
-        anchor, processes = self.anchor, self.run.processes.count
-        if anchor.rate is None:
-            with anchor.weights.using():
-                anchor.rate = self.run.try_out(wanted, anchor.iteration)
-        allowed = math.floor(
-            safe_share(self.share, anchor.rate, self.lower) * wanted + 1e-9
-        )  # 7.999 is 8
+        anchor = self.anchor
+        processes = self.run.processes.count
+        rate = anchor.rate_of(anchor.weights, wanted)
+        share = safe_share(self.share, rate, self.lower)
+        allowed = math.floor(share * wanted + 1e-9)  # 7.999 is 8
         mine = max(allowed // processes, 1) * processes
-        if wanted - mine:
+        if wanted > mine:
             with anchor.weights.using():
-                self.run.log("floor/baseline", self.run.try_out(wanted - mine, self.run.iteration))
+                baseline = self.run.try_out(wanted - mine, self.run.iteration)
+            self.run.log("floor/baseline", baseline)
         return mine
 
     def note(self, returns: Tensor) -> None:
-        """What the new policy's episodes came to."""
+        """Notes the returns [M,N] of the latest policy's episodes."""
         self.lower = interval(returns.flatten())[0]
 
     def state_dict(self) -> dict[str, float]:
