@@ -198,14 +198,16 @@ def _origin(section: Mapping[str, Any]) -> Path | None:
 def _described(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads((folder / SAMPLER).read_text(encoding="utf-8"))
-        return {
-            **description,
-            "policy": dict(description["policy"]),
-            "chain": dict(description["chain"]),
-        }
-    except (ValueError, KeyError, TypeError):
+        sections = {name: dict(description[name]) for name in ("policy", "chain")}
+        # policies saved before parts had a contract have no such key
+        if "parts" in description:
+            entries = description["parts"].items()
+            sections["parts"] = {name: dict(entry) for name, entry in entries}
+        return {**description, **sections}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(
-            f"{folder / SAMPLER} is damaged: it must hold the keys policy and chain"
+            f"{folder / SAMPLER} is damaged: it must hold the sections policy and chain, and what"
+            " it says of parts must have a section for each"
         ) from None
 
 

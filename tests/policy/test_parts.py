@@ -455,6 +455,18 @@ def test_a_saved_part_is_refused_or_loaded_but_never_skipped(runs: Runs, tmp_pat
     assert same(load(broken("same")), runs.run(name).deployed), "control"
 
 
+@pytest.mark.parametrize("parts", [[], ["start"], {"start": "learned_start"}, None], ids=str)
+def test_a_description_of_parts_that_is_none_is_one_sentence(
+    runs: Runs, tmp_path: Path, parts: Any
+):
+    shutil.copytree(runs.run("start").folder / "policy", tmp_path / "policy")
+    file = tmp_path / "policy/genpolicy.json"
+    rewritten(file, lambda description: description.update(parts=parts))
+    with pytest.raises(ConfigError, match=r"genpolicy\.json is damaged") as raised:
+        load(tmp_path / "policy")
+    assert "\n" not in str(raised.value)
+
+
 # Folders that were saved before parts had a contract, see also test_old_folders.py
 
 
