@@ -29,7 +29,7 @@ class RunState:
     """All that a run saves and resumes beside its own counters: objects by name, each owned once.
 
     registered: what only trains. parts: of the policy. unclaimed: states of parts that a resumed
-    run has not attached yet.
+    run has not attached again; a method attaches them before it changes anything that they share.
     """
 
     def __init__(self, parts: Mapping[str, Stateful]) -> None:
@@ -56,15 +56,27 @@ class RunState:
                 f"{name} is both registered and a part of the policy: it has one owner"
             )
 
+    def require_claimed(self) -> None:
+        """Raise `ConfigError` where a part of the checkpoint has not been attached again."""
+        if self.unclaimed:
+            raise ConfigError(
+                f"the checkpoint holds the policy's parts {', '.join(self.unclaimed)}, which the"
+                " method has not attached in the first iteration since the run was resumed: they"
+                " would be lost"
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of all."""
+        """Return the states of all, and those that nobody has claimed yet."""
+        attached = {name: part.state_dict() for name, part in self.parts.items()}
         return {
             "registered": {name: value.state_dict() for name, value in self.registered.items()},
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "parts": {**self.unclaimed, **attached},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give every object its state; parts that a later stage attaches take up theirs then."""
+        """Give every object its state; a part that the method attaches inside its loop takes up its
+        own then, in the first iteration.
+        """
         for name, value in self.registered.items():
             value.load_state_dict(state["registered"][name])
         self.unclaimed = dict(state["parts"])

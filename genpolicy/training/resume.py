@@ -31,7 +31,8 @@ def save(run: Run) -> None:
         }
         checkpoint.write(run.folder, run.iteration, state)
         run.collector.trim(min(checkpoint.iterations(run.folder)))
-        if run.iteration:
+        # a resumed run that stops before its first iteration has not attached every part again
+        if run.iteration and not run.state.unclaimed:
             run.deployment.save(run.folder / "policy")
     run.processes.wait()
 

@@ -467,6 +467,55 @@ def test_a_description_of_parts_that_is_none_is_one_sentence(
     assert "\n" not in str(raised.value)
 
 
+# Parts that a method attaches when it needs them
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_part(tmp_path: Path):
+    """...though its method attaches it in an iteration, and there is none left."""
+    method = {**experiment("robots", "start", tmp_path)["method"], "late": True}
+    first = trained("robots", "start", tmp_path, method=method)
+    assert same(load(first.folder), first.deployed), "control"
+    state = weights(first.folder, ITERATIONS)["kept"]["state"]
+    again = trained("robots", "start", tmp_path, method=method)
+    assert again.iteration == ITERATIONS
+    assert load(again.folder).parts.keys() == {"start"}
+    assert same(load(again.folder), first.deployed)
+    assert same_state(state, weights(again.folder, ITERATIONS)["kept"]["state"])["parts"]
+    for run in (first, again):
+        run.evaluator.close()
+
+
+def test_a_part_that_is_not_attached_yet_stays_in_the_checkpoint(run: Run):
+    run.state.own_part("start", start(run))
+    state = run.state.state_dict()
+    resumed_state = type(run.state)({})
+    resumed_state.load_state_dict(state)
+    assert resumed_state.state_dict()["parts"].keys() == {"start"}
+    late = LearnedStart(4, tuple(run.policy.model.event_shape))
+    resumed_state.own_part("start", late)
+    assert torch.equal(late.mean.weight, state["parts"]["start"]["mean.weight"])
+    assert resumed_state.state_dict()["parts"].keys() == {"start"}
+
+
+def test_a_part_that_is_not_attached_again_is_told(tmp_path: Path):
+    killed("start", tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"holds the policy's parts start, which .* would be lost"
+    ):
+        resumed("start", tmp_path, parts=[])
+    resumed("start", tmp_path).evaluator.close()  # control
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_part_that_is_attached_inside_the_loop_resumes_to_the_bit(
+    runs: Runs, tmp_path: Path, late: bool
+):
+    killed("start", tmp_path, late=late)
+    again = resumed("start", tmp_path, late=late)
+    assert same(again.deployed, runs.run("start").deployed)
+    again.evaluator.close()
+
+
 # Folders that were saved before parts had a contract, see also test_old_folders.py
 
 
