@@ -252,7 +252,9 @@ class _Pipeline:
         run = self.run
         for _ in run.iterations():
             stage = run.stages.now.name
-            if stage in ("improve", "online") and self.s.stage != "online":
+            # a resumed run takes its critic up before a stage changes it
+            there = "best_of" in run.state.unclaimed
+            if there or (stage in ("improve", "online") and self.s.stage != "online"):
                 run.attach(best_of=self.critic)
             run.advance(getattr(self, stage)(), self._leave)
 

@@ -30,8 +30,9 @@ from genpolicy.policy.files import load, load_parts, save_policy, saved
 from genpolicy.policy.parts.learned_start import LearnedStart
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import make_policy
+from genpolicy.training.experiment import train
 from genpolicy.training.run import Run
-from tests import toy
+from tests import rl100_toy, toy
 from tests.cli.test_bad_inputs import complaint
 from tests.invariants.test_control_run import same_state
 from tests.invariants.test_same_run import weights
@@ -514,6 +515,30 @@ def test_a_part_that_is_attached_inside_the_loop_resumes_to_the_bit(
     again = resumed("start", tmp_path, late=late)
     assert same(again.deployed, runs.run("start").deployed)
     again.evaluator.close()
+
+
+def test_rl100_in_two_rounds_resumes_its_critic_to_the_bit(tmp_path: Path):
+    """...from the checkpoint between the rounds: the second's critic goes on from the first's, and is not put back."""
+
+    def learned(folder: Path, *pieces: int) -> Path:
+        """The folder of a run that is stopped after each of these iterations but the last."""
+        folder.mkdir()
+        offline = {"episodes": 0, "rounds": 2, "candidates": 1, "recloning": 4}
+        raw = rl100_toy.experiment(folder, method={"stage": "offline", "offline": offline})
+        (folder / "experiment.yaml").write_text(yaml.safe_dump(raw))
+        path = folder / "experiment.yaml"
+        for iterations in pieces:
+            budget = {"iterations": iterations}
+            rewritten(path, lambda raw, budget=budget: raw.update(budget=budget), yaml)
+            train(path)
+            path = folder / "run/config.yaml"
+        return folder / "run"
+
+    whole, broken = learned(tmp_path / "whole", 6), learned(tmp_path / "broken", 4, 6)
+    a, b = (weights(folder, 6)["kept"]["state"] for folder in (whole, broken))
+    assert same_state(a, b) == {"registered": True, "parts": True}
+    assert a["parts"].keys() == {"best_of"}
+    assert same(load(broken), load(whole))
 
 
 # Folders that were saved before parts had a contract, see also test_old_folders.py
