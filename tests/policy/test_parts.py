@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from genpolicy.chain import Noise
 from genpolicy.cli.main import main
@@ -466,6 +467,22 @@ def test_a_description_of_parts_that_is_none_is_one_sentence(
     with pytest.raises(ConfigError, match=r"genpolicy\.json is damaged") as raised:
         load(tmp_path / "policy")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("change", ["more", "fewer"])
+def test_a_base_of_another_network_is_refused(runs: Runs, tmp_path: Path, change: str):
+    """...also where all that this one trains is there, because what else was the base's would be the policy's own."""
+    shutil.copytree(runs.run("base").folder / "policy", tmp_path / "policy")
+    file = tmp_path / "policy/parts/base/base.safetensors"
+    tensors = load_file(file)
+    if change == "more":
+        tensors["eyes.0.weight"] = torch.zeros(2)
+    else:
+        tensors.popitem()
+    assert load(tmp_path / "policy").parts.keys() == {"base"}, "control"
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match=r"part 'base' .*: it was made for another network"):
+        load(tmp_path / "policy")
 
 
 # Parts that a method attaches when it needs them
