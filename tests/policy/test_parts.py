@@ -469,6 +469,19 @@ def test_a_description_of_parts_that_is_none_is_one_sentence(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("lora", [{"rank": 4}, {"start": "adapter.safetensors"}, None])
+def test_a_lora_that_begins_on_a_saved_policy_keeps_its_parts(runs: Runs, lora: Any):
+    """...which are those of the adapter's folder only where that is a saved policy too."""
+    run = runs.run("start", "prompts")
+    whole = {"name": "toy", "pretrained": str(run.folder / "policy")}
+    section = {**whole, "train": "lora", "lora": lora}
+    assert load_parts(section, run.policy.model).keys() == {"start"}
+    other = runs.run("std", "prompts").folder / "policy"
+    section["lora"] = {"start": str(other)}
+    assert load_parts(section, run.policy.model).keys() == {"std"}, "control"
+    assert not load_parts({**whole, "pretrained": None}, run.policy.model), "control"
+
+
 @pytest.mark.parametrize("change", ["more", "fewer"])
 def test_a_base_of_another_network_is_refused(runs: Runs, tmp_path: Path, change: str):
     """...also where all that this one trains is there, because what else was the base's would be the policy's own."""
