@@ -43,6 +43,7 @@ from genpolicy.methods.parts.pipeline import constant, train_stages
 from genpolicy.methods.parts.ppo import Update, batches, chunk_log_ratio, ppo_loss
 from genpolicy.methods.parts.rl100_settings import Offline
 from genpolicy.policy.parts.best_of import BestOf
+from genpolicy.policy.policy import Part
 from genpolicy.policy.weights import Weights
 from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.requirements import Needs
@@ -100,9 +101,11 @@ class _Pipeline:
         run.plan(stages)
         names = [stage.name for stage in stages]
         self.anchor = Anchor(run)
+        self.parts: dict[str, Part] = {}
         if "improve" in names:
             self.offline = settings.offline.learner(run, settings.gamma, settings.cut_fails)
             self.critic = BestOf(self.offline.value.q, settings.offline.pessimism)
+            self.parts = {"best_of": self.critic}
         if "online" in names:
             self.on_policy = OnPolicy(
                 run, settings.online, settings.gamma, settings.cut_fails, self.anchor
@@ -138,7 +141,7 @@ class _Pipeline:
             "improve": self.improve,
             "online": self.online,
         }
-        train_stages(self.run, acts, self._leave)
+        train_stages(self.run, acts, self._leave, self.parts)
 
     def _leave(self, stage: str) -> None:
         """Ends a stage."""
@@ -194,7 +197,6 @@ class _Pipeline:
         """
         run = self.run
         settings = self.settings.offline
-        run.attach(best_of=self.critic)
         point = run.save_point()
 
         # the candidate
@@ -237,8 +239,6 @@ class _Pipeline:
         """pi <- PPO(pi, A = GAE), and V."""
         run = self.run
         settings = self.settings.online
-        if self.settings.stage != "online":
-            run.attach(best_of=self.critic)
         rollout, advantage, returns = self.on_policy.rollout(chunk_log_ratio)
         if run.stages.done >= settings.warm_up:
             self._learn(rollout, run.normalised(advantage), settings)

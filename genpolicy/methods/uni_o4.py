@@ -128,7 +128,7 @@ class _Pipeline:
             "improve": self.improve,
             "online": self.online,
         }
-        train_stages(self.run, acts, self._leave)
+        train_stages(self.run, acts, self._leave, {})
 
     def _leave(self, stage: str) -> None:
         """Ends a stage."""

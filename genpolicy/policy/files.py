@@ -93,7 +93,7 @@ def completed(section: Mapping[str, Any]) -> dict[str, Any]:
     some folders' own format can't say it.
     """
     folder, own = _origin(section), dict(section)
-    if folder is not None and (folder / SAMPLER).is_file():
+    if folder is not None:
         head = _described(folder)["policy"].get("prediction_type")
         if head is not None and own.get("prediction_type") is None:
             own["prediction_type"] = head
@@ -107,7 +107,7 @@ def load_parts(section: Mapping[str, Any], model: Model) -> dict[str, Part]:
     or of an unknown kind: a policy without one of its parts is another policy.
     """
     folder = _origin(section)
-    if folder is None or not (folder / SAMPLER).is_file():
+    if folder is None:
         return {}
     description = _described(folder)
     if "parts" not in description:
@@ -189,23 +189,29 @@ def _old_parts(
 
 
 def _origin(section: Mapping[str, Any]) -> Path | None:
-    """The folder that a policy section takes its weights from."""
+    """The folder of the saved policy of ours that a policy section goes on from: its adapter's, or
+    the one that it takes its weights from; None where neither is one.
+    """
     lora = section.get("lora") or {}
-    start = lora.get("start") if section.get("train") == "lora" else section.get("pretrained")
-    return None if start is None else Path(settings({"path": str(start)})["path"])
+    adapter = lora.get("start") if section.get("train") == "lora" else None
+    asked = settings({"adapter": adapter, "whole": section.get("pretrained")})
+    folders = [Path(where) for where in asked.values() if where is not None]
+    return next((folder for folder in folders if (folder / SAMPLER).is_file()), None)
 
 
 def _described(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads((folder / SAMPLER).read_text(encoding="utf-8"))
-        return {
-            **description,
-            "policy": dict(description["policy"]),
-            "chain": dict(description["chain"]),
-        }
-    except (ValueError, KeyError, TypeError):
+        sections = {name: dict(description[name]) for name in ("policy", "chain")}
+        # policies saved before parts had a contract have no such key
+        if "parts" in description:
+            entries = description["parts"].items()
+            sections["parts"] = {name: dict(entry) for name, entry in entries}
+        return {**description, **sections}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(
-            f"{folder / SAMPLER} is damaged: it must hold the keys policy and chain"
+            f"{folder / SAMPLER} is damaged: it must hold the sections policy and chain, and what"
+            " it says of parts must have a section for each"
         ) from None
 
 

@@ -30,7 +30,7 @@ class RunState:
 
     registered: what only trains. parts: those of the policy that the method attached; one that came
     with a saved policy and that nobody attached does not change. unclaimed: states of parts that a
-    resumed run has not attached yet.
+    resumed run has not attached again; a method attaches them before it changes what they share.
     """
 
     def __init__(self) -> None:
@@ -55,6 +55,15 @@ class RunState:
         if name in others or any(value is other for other in others.values()):
             raise ValueError(
                 f"{name} is both registered and a part of the policy: it has one owner"
+            )
+
+    def require_claimed(self) -> None:
+        """Raise `ConfigError` where a part of the checkpoint has not been attached again."""
+        if self.unclaimed:
+            raise ConfigError(
+                f"the checkpoint holds the policy's parts {', '.join(self.unclaimed)}, which the"
+                " method has not attached in the first iteration since the run was resumed: they"
+                " would be lost"
             )
 
     def parts_state(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def iterations(run: Run) -> Iterator[int]:
             started, counted = time.perf_counter(), run.policy.model.evaluations
             run.begin(run.iteration + 1)
             yield run.iteration
+            run.state.require_claimed()
             evaluations = run.policy.model.evaluations - counted
             _account(run, time.perf_counter() - started, evaluations)
             _finish(run, evaluations)

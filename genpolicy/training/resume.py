@@ -26,8 +26,9 @@ def save(run: Run) -> None:
             "kept": {name: value.state_dict() for name, value in _kept(run).items()},
             "parts": run.state.parts_state(),
         }
-        # the policy first: a run that is killed in between resumes from before and saves it again
-        if run.iteration:
+        # the policy first: a run that is killed in between resumes from before and saves it again;
+        # a resumed run that stops before its first iteration has not attached every part again
+        if run.iteration and not run.state.unclaimed:
             run.deployment.save(run.folder / "policy")
         checkpoint.write(run.folder, run.iteration, state)
         run.collector.trim(min(checkpoint.iterations(run.folder)))

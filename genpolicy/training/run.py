@@ -435,6 +435,12 @@ class Run:
             self.policy = self.policy.attach(name, part)
             self.deployment.attach(name, part)
 
+    def awaits(self, name: str) -> bool:
+        """True where the run was resumed and its checkpoint has a part of this name that has not
+        been attached again.
+        """
+        return name in self.state.unclaimed
+
     def save_point(self) -> tuple[Weights, Any]:
         """Everything that an update of the policy changes: its weights, its optimiser, their
         averages.

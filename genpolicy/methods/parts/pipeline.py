@@ -17,6 +17,7 @@ from genpolicy.methods.parts.gate import OfflineEvaluation
 from genpolicy.methods.parts.iql import ActionValue
 from genpolicy.methods.parts.offline_data import Experience
 from genpolicy.methods.parts.ppo import chunk_log_ratio
+from genpolicy.policy.policy import Part
 from genpolicy.policy.weights import Weights
 from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.run import Run
@@ -25,12 +26,20 @@ Act = Callable[[], bool | None]
 """One iteration of a stage; it returns True where the stage is through before its time."""
 
 
-def train_stages(run: Run, acts: Mapping[str, Act], leave: Callable[[str], None]) -> None:
+def train_stages(
+    run: Run,
+    acts: Mapping[str, Act],
+    leave: Callable[[str], None],
+    parts: Mapping[str, Part],
+) -> None:
     """Trains one stage after the other until the last is through or the budget is spent.
 
-    acts: by the stage's name. leave: called with the name of a stage that is through.
+    acts: by the stage's name. leave: called with the name of a stage that is through. parts: of the
+    policy, by name, that some stage attaches; a resumed run takes up those that its checkpoint has
+    before a stage changes anything.
     """
     for _ in run.iterations():
+        run.attach(**{name: part for name, part in parts.items() if run.awaits(name)})
         through = acts[run.stages.now.name]()
         run.advance(bool(through), leave)
 

@@ -54,10 +54,13 @@ class Base:
 
     @classmethod
     def load(cls, folder: Path, model: Model) -> Self:
-        """Read the base of ``model``."""
+        """Read the base of ``model``; `ValueError` where it was made for another network."""
         above = float(json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["above"])
         tensors = load_file(folder / WEIGHTS, device=str(model.device))
-        return cls({name: tensors[name] for name in model.trainable()}, above)
+        names = list(model.trainable())
+        if tensors.keys() != set(names):
+            raise ValueError("it was made for another network than this one")
+        return cls({name: tensors[name] for name in names}, above)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights and the noise time."""
