@@ -447,6 +447,15 @@ def test_a_part_that_does_not_fit_is_refused_and_leaves_nothing_behind(run: Run)
     assert run.deployed.parts.keys() == {"best_of", "refiner"}, "control"
 
 
+def test_two_parts_of_one_kind_are_refused(run: Run):
+    """...of which only the last would act, and both be saved."""
+    run.attach(start=start(run))
+    with pytest.raises(ValueError, match="has a part of kind learned_start already, 'start'"):
+        run.attach(beginning=start(run))
+    assert run.state.parts.keys() == run.policy.parts.keys() == {"start"}
+    run.attach(start=start(run))  # control: in its place
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_saved_part_is_refused_or_loaded_but_never_skipped(runs: Runs, tmp_path: Path, name: str):
     home, last = runs.run(name).folder, ROWS[name].parts[-1]
