@@ -49,7 +49,7 @@ class Learning:
     """``method: {name: "tests.policy.toy_parts:Learning"}``: random targets for network and parts.
 
     parts: the ones that it attaches, in this order. updates: of one iteration. late: parts are
-    attached inside the loop, at its first iteration. dies: the iteration in which the run is killed.
+    attached inside the loop, at its first iteration. dies: the iteration that kills the run.
     """
 
     parts: list[str] = field(default_factory=list)
