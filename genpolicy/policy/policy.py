@@ -81,7 +81,16 @@ class ChainPolicy:
     refiner: "Callable[[ChainPolicy, Tensor, Tensor], Tensor] | None" = None
 
     def attach(self, name: str, part: Part) -> "ChainPolicy":
-        """The same policy with a part, in the place of the one that had its name."""
+        """The same policy with a part, in the place of the one that had its name.
+
+        Raises `ValueError` where the part does not fit, or another one fills its slot.
+        """
+        for other, there in self.parts.items():
+            if other != name and there.kind == part.kind:
+                raise ValueError(
+                    f"the policy has a part of kind {part.kind} already, {other!r}, in whose slot"
+                    f" {name!r} would act: attach it under that name"
+                )
         return replace(part.attach(self), parts={**self.parts, name: part})
 
     @property

@@ -431,8 +431,9 @@ class Run:
         for name, part in parts.items():
             if self.policy.parts.get(name) is not part:
                 require_savable(name, part, self.policy.model)
+            policy = self.policy.attach(name, part)
             self.state.own_part(name, part)
-            self.policy = self.policy.attach(name, part)
+            self.policy = policy
             self.deployment.attach(name, part)
 
     def awaits(self, name: str) -> bool:

@@ -1,8 +1,8 @@
-"""Parts of a policy: each acts the same after everything that may become of a policy, and none is ever lost unsaid.
+"""Parts of a policy: each acts the same whatever becomes of the policy, and none is lost unsaid.
 
-The table is {base, best_of, std, start, refiner, head, grid} x {save, load, sample, evaluate, stages/, train on, resume,
-two processes}. Every cell asserts something of a policy that has the part, and the same of one that has lost it, the
-negative control, must fail.
+The table is {base, best_of, std, start, refiner, head, grid} x {save, load, sample, evaluate,
+stages/, train on, resume, two processes}. Every cell asserts something of a policy that has the
+part, and the same of one that has lost it, the negative control, must fail.
 """
 
 import json
@@ -29,6 +29,7 @@ from genpolicy.evaluation import pictures
 from genpolicy.evaluation.prompt_scores import draw
 from genpolicy.policy.files import load, load_parts, save_policy, saved
 from genpolicy.policy.parts.learned_start import LearnedStart
+from genpolicy.policy.parts.refiner import Refiner
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import make_policy
 from genpolicy.training.experiment import train
@@ -56,7 +57,7 @@ from tests.policy.toy_parts import (
 VISIBLE = 0.01
 """What a part changes at least, in units of the event, where actions reach from -1 to 1."""
 KINDS = [name for name, row in ROWS.items() if row.parts]
-"""The rows whose part has a folder of its own; head and grid are of the network and of the chain."""
+"""The rows whose part has a folder of its own; head and grid are of network and chain."""
 
 rows = pytest.mark.parametrize("name", ROWS)
 
@@ -103,7 +104,7 @@ def test_every_part_changes_what_is_done_visibly(runs: Runs, name: str):
 
 @rows
 def test_save(runs: Runs, tmp_path: Path, name: str):
-    """A policy is saved with its part, which is described beside it; what comes back can be saved again."""
+    """A policy is saved with its part, described beside it; what comes back can be saved again."""
     run = runs.run(name)
     first = reloaded(run.deployed, run, tmp_path / "first")
     description = json.loads((tmp_path / "first/genpolicy.json").read_text())
@@ -127,8 +128,8 @@ def test_load(runs: Runs, name: str):
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "grid"])
 def test_sample(runs: Runs, tmp_path: Path, name: str):
-    """`genpolicy sample` draws the pictures of the policy that the run deployed. (No model that draws has a native grid
-    of its own.)
+    """`genpolicy sample` draws the pictures of the policy that the run deployed. (No model that
+    draws has a native grid of its own.)
     """
     run = runs.run(name, "prompts")
     expected = pictures.pixels(draw(run.deployed, toy.PROMPTS, 2, 5))
@@ -155,8 +156,8 @@ ACTIVE = {
 
 @rows
 def test_evaluate(runs: Runs, tmp_path: Path, name: str):
-    """`genpolicy evaluate --samplers`: the part acts in just those in which it should, and the deployed one scores as the
-    run said.
+    """`genpolicy evaluate --samplers`: the part acts in just those in which it should, and the
+    deployed one scores as the run said.
     """
     run = runs.run(name)
 
@@ -211,7 +212,9 @@ def continued(name: str, home: Path, folder: Path, **sampler: Any) -> tuple[Run,
 
 @rows
 def test_train_on(runs: Runs, tmp_path: Path, name: str):
-    """A run that goes on from a saved policy acts as it did, before any learning, and saves the part again."""
+    """A run that goes on from a saved policy acts as it did, before any learning, and saves the
+    part again.
+    """
     run = runs.run(name)
     again, method = continued(name, run.folder, tmp_path / "with")
     with again:
@@ -229,7 +232,9 @@ def test_train_on(runs: Runs, tmp_path: Path, name: str):
 
 
 def killed(name: str, folder: Path, **settings: Any) -> Path:
-    """The folder of a row's run that was killed in its third iteration, after the checkpoint of its second."""
+    """The folder of a row's run that was killed in its third iteration, after the checkpoint of its
+    second.
+    """
     method = {**experiment("robots", name, folder)["method"], **settings}
     run, method = prepared("robots", name, folder, method={**method, "dies": 3})
     with run, pytest.raises(Killed):
@@ -312,7 +317,9 @@ def test_two_processes(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_what_was_trained_by_the_verbs_of_run_is_what_is_loaded(
     runs: Runs, tmp_path: Path, name: str
 ):
-    """A learned start, a refiner's critic and a student of one step have learned; they act as what was trained."""
+    """A learned start, a refiner's critic and a student of one step have learned; they act as what
+    was trained.
+    """
     run = runs.run(name)
     assert same(load(run.folder), run.deployed)
     first, _ = prepared("robots", name, tmp_path)
@@ -426,6 +433,29 @@ def test_a_part_has_one_owner(run: Run, name: str):
         run.register(another=attached)
 
 
+def test_a_part_that_does_not_fit_is_refused_and_leaves_nothing_behind(run: Run):
+    unfit = {
+        "refiner": (Refiner(steps=1, rate=0.1), "attach a best_of part first"),
+        "start": (LearnedStart(4, (3,)), r"has shape \[3\], its events \[2, 2\]"),
+    }
+    for name, (value, said) in unfit.items():
+        with pytest.raises(ValueError, match=said):
+            run.attach(**{name: value})
+        assert not run.policy.parts
+        assert not run.state.parts
+    run.attach(best_of=part("best_of", run.policy, run.features), refiner=unfit["refiner"][0])
+    assert run.deployed.parts.keys() == {"best_of", "refiner"}, "control"
+
+
+def test_two_parts_of_one_kind_are_refused(run: Run):
+    """...of which only the last would act, and both be saved."""
+    run.attach(start=start(run))
+    with pytest.raises(ValueError, match="has a part of kind learned_start already, 'start'"):
+        run.attach(beginning=start(run))
+    assert run.state.parts.keys() == run.policy.parts.keys() == {"start"}
+    run.attach(start=start(run))  # control: in its place
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_saved_part_is_refused_or_loaded_but_never_skipped(runs: Runs, tmp_path: Path, name: str):
     home, last = runs.run(name).folder, ROWS[name].parts[-1]
@@ -484,7 +514,9 @@ def test_a_lora_that_begins_on_a_saved_policy_keeps_its_parts(runs: Runs, lora: 
 
 @pytest.mark.parametrize("change", ["more", "fewer"])
 def test_a_base_of_another_network_is_refused(runs: Runs, tmp_path: Path, change: str):
-    """...also where all that this one trains is there, because what else was the base's would be the policy's own."""
+    """...also where all that this one trains is there: what else was the base's would be the
+    policy's own.
+    """
     shutil.copytree(runs.run("base").folder / "policy", tmp_path / "policy")
     file = tmp_path / "policy/parts/base/base.safetensors"
     tensors = load_file(file)
@@ -548,7 +580,9 @@ def test_a_part_that_is_attached_inside_the_loop_resumes_to_the_bit(
 
 
 def test_rl100_in_two_rounds_resumes_its_critic_to_the_bit(tmp_path: Path):
-    """...from the checkpoint between the rounds: the second's critic goes on from the first's, and is not put back."""
+    """...from the checkpoint between the rounds: the second's critic goes on from the first's, and
+    is not put back.
+    """
 
     def learned(folder: Path, *pieces: int) -> Path:
         """The folder of a run that is stopped after each of these iterations but the last."""

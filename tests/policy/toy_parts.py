@@ -1,4 +1,4 @@
-"""Runs of the toys whose policies have one part each, and the same runs with that part taken out on disk."""
+"""Runs of the toys whose policies have one part each, and the same without it, on disk."""
 
 import json
 import math
@@ -46,10 +46,10 @@ class Killed(BaseException):
 
 @dataclass
 class Learning:
-    """``method: {name: "tests.policy.toy_parts:Learning"}``: random targets for the network and the parts.
+    """``method: {name: "tests.policy.toy_parts:Learning"}``: random targets for network and parts.
 
-    parts: the ones that it attaches, in this order. updates: of one iteration. late: parts are attached inside the
-    loop, at its first iteration. dies: the iteration in which the run is killed.
+    parts: the ones that it attaches, in this order. updates: of one iteration. late: parts are
+    attached inside the loop, at its first iteration. dies: the iteration that kills the run.
     """
 
     parts: list[str] = field(default_factory=list)
@@ -142,8 +142,9 @@ def part(name: str, policy: ChainPolicy, features: int) -> Part:
 class Row:
     """A policy with a part.
 
-    parts: what the method attaches; the last of them is the row's. policy, chain, sampler: sections of the experiment,
-    the last of them eval.sampler. saved: the part lies beside the policy that the run goes on from.
+    parts: what the method attaches; the last of them is the row's. policy, chain, sampler: sections
+    of the experiment, the last of them eval.sampler. saved: the part lies beside the policy that
+    the run goes on from.
     """
 
     parts: tuple[str, ...] = ()
@@ -243,7 +244,9 @@ def trained(world: str, name: str, folder: Path, **sections: Any) -> Run:
 
 
 def without(name: str, home: Path, to: Path) -> Path:
-    """A copy of a run's folder whose policy and experiment have lost the row's part; all else is the same."""
+    """A copy of a run's folder whose policy and experiment have lost the row's part, and nothing
+    else.
+    """
     row = ROWS[name]
     shutil.copytree(home, to)
     rewritten(to / "policy/genpolicy.json", partial(_forget, row), json)
