@@ -101,6 +101,7 @@ class Run:
         self.updates = Updates(processes, micro_batches, metrics)
         self._draws = Draws(experiment.seed, processes)
         self.state = RunState()
+        self.register(spent=self.spent, replay_check=self.replay_check, deployment=self.deployment)
         self._iterate, self.rehearsal = iterate, rehearsal
 
     def __enter__(self) -> Self:
@@ -423,7 +424,10 @@ class Run:
         return Pool(self.trainable, size)
 
     def register(self, **objects: Stateful) -> None:
-        """Save and resume with the run what only trains. Call it before `iterations`."""
+        """Save and resume with the run what only trains. Call it before `iterations`.
+
+        Raises `ValueError` for a name that something else has, and for a part of the policy.
+        """
         self.state.register(objects)
 
     def attach(self, **parts: Part) -> None:
