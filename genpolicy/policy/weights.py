@@ -57,9 +57,11 @@ class Weights:
         return {"values": self.values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take values of the same shapes; `RuntimeError` where they do not fit."""
+        """Take a copy of values of the same shapes; `ValueError` where their number differs, and
+        `RuntimeError` where a shape does.
+        """
         pairs = zip(self.parameters, state["values"], strict=True)
-        self.values = [torch.as_tensor(value).to(p.device).reshape(p.shape) for p, value in pairs]
+        self.values = copied([value.to(p.device).reshape(p.shape) for p, value in pairs])
 
 
 class Pool:

@@ -92,10 +92,10 @@ def single(rewards: Tensor, context: Context, place: Tensor, total: int) -> Deci
 
 
 def unjudged(trajectory: Trajectory, place: Tensor, total: int) -> Rollout:
-    """Decisions that nobody carried out: B rows without rewards, each a group of its own."""
+    """Decisions that nobody carried out: B rows of ``total``, without rewards, each a group of its
+    own.
+    """
     context = Context([""] * len(place))
-    unknown = torch.zeros(len(place), dtype=torch.float64)
-    rows, decisions = torch.arange(len(place)), single(unknown, context, place, total)
-    return Rollout(
-        trajectory, context, trajectory.x0, {}, {}, unknown[:, None], (), rows, decisions
-    )
+    unknown = torch.zeros(total, 1, dtype=torch.float64)
+    decisions = single(unknown[place, 0], context, place, total)
+    return Rollout(trajectory, context, trajectory.x0, {}, {}, unknown, (), place, decisions)

@@ -28,7 +28,7 @@ class Stateful(Protocol):
 class RunState:
     """All that a run saves and resumes beside its own counters: objects by name, each owned once.
 
-    registered: what only trains. parts: those of the policy that the method attached; one that came
+    registered: counters, and what only trains. parts: those of the policy that the method attached; one that came
     with a saved policy and that nobody attached does not change. unclaimed: states of parts that a
     resumed run has not attached again; a method attaches them before it changes what they share.
     """
@@ -39,9 +39,13 @@ class RunState:
         self.unclaimed: dict[str, Any] = {}
 
     def register(self, objects: Mapping[str, Stateful]) -> None:
-        """Take what only trains; `ValueError` for a part of the policy, which has one owner."""
+        """Take what only trains; `ValueError` for a part of the policy, which has one owner, and
+        for a name that another object has.
+        """
         for name, value in objects.items():
             self._require_new(name, value, self.parts)
+            if self.registered.get(name, value) is not value:
+                raise ValueError(f"another object is registered as {name}: choose another name")
             self.registered[name] = value
 
     def own_part(self, name: str, part: Stateful) -> None:

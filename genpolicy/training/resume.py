@@ -6,24 +6,18 @@ from genpolicy.config.errors import ConfigError
 from genpolicy.evaluation import metrics_file
 from genpolicy.policy.weights import Weights
 from genpolicy.training import checkpoint
-from genpolicy.training.checkpoint import Stateful
 from genpolicy.training.run import Run
-
-
-def _kept(run: Run) -> dict[str, Stateful]:
-    """Counters, metrics, and what the method registered."""
-    own = {"spent": run.spent, "replay_check": run.replay_check, "deployment": run.deployment}
-    return {**own, **run.state.registered}
 
 
 def save(run: Run) -> None:
     """Checkpoint, and the policy as it stands, written atomically by the main process."""
     if run.processes.main:
+        kept = run.state.registered
         state = {
             "parameters": [p.detach() for p in run.trainable],
             "stages": run.stages.state_dict(),
             "optimizer": run.optimizer.state_dict(),
-            "kept": {name: value.state_dict() for name, value in _kept(run).items()},
+            "kept": {name: value.state_dict() for name, value in kept.items()},
             "parts": run.state.parts_state(),
         }
         # the policy first: a run that is killed in between resumes from before and saves it again;
@@ -61,6 +55,6 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
         run.optimizer = run.fresh_optimizer()
         run.optimizer.load_state_dict(state["optimizer"])
     Weights(run.trainable, state["parameters"]).restore()
-    for name, value in _kept(run).items():
+    for name, value in run.state.registered.items():
         value.load_state_dict(state["kept"][name])
     run.state.load_parts(state["parts"])

@@ -101,6 +101,7 @@ class Run:
         self.updates = Updates(processes, micro_batches, metrics)
         self._draws = Draws(experiment.seed)
         self.state = RunState()
+        self.register(spent=self.spent, replay_check=self.replay_check, deployment=self.deployment)
         self._iterate, self.rehearsal = iterate, rehearsal
 
     def __enter__(self) -> Self:
@@ -234,10 +235,15 @@ class Run:
         place [B]: the rows' numbers among the ``total`` of all processes, group-major with
         ``members`` = N to a group; they name the noise. number: of this redrawing in its iteration.
         branch_at: the members of a group share their first ``branch_at`` steps, which are drawn as
-        the others are, and only the steps after them are kept.
+        the others are, and only the steps after them are kept; `ValueError` where there are none.
         """
-        self.metrics.phase("sample")
         low, high = self._draw_window()
+        if branch_at is not None and not 0 <= branch_at < high:
+            raise ValueError(
+                f"branch_at is {branch_at}; it must be a step from 0 to {high - 1}, where the"
+                " window's last noise is drawn"
+            )
+        self.metrics.phase("sample")
         policy = self.policy.with_window((low, high))
         groups = self.noise("redraw", place // members, number)
         noise = replace(groups, member=place % members)
@@ -419,7 +425,10 @@ class Run:
         return Pool(self.trainable, size)
 
     def register(self, **objects: Stateful) -> None:
-        """Save and resume with the run what only trains. Call it before `iterations`."""
+        """Save and resume with the run what only trains. Call it before `iterations`.
+
+        Raises `ValueError` for a name that something else has, and for a part of the policy.
+        """
         self.state.register(objects)
 
     def attach(self, **parts: Part) -> None:
