@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from genpolicy.contracts.task import Context
 
 METADATA = "metadata.jsonl"
+UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError)
+"""Errors of Pillow for a file that is no picture, too large a one, or a damaged one."""
 
 
 @dataclass(eq=False)
@@ -42,8 +44,13 @@ class CaptionedPictures:
             raise FileNotFoundError(
                 f"{self.root} is no folder of captioned pictures: no {METADATA}"
             )
+        try:
+            text = metadata.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{metadata} is no UTF-8 text: {error}") from None
         captions, files = [], []
-        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+        # JSON's own line ends only: captions may contain other separators of lines
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             name, caption = _entry(line, f"{metadata}, line {number}")
@@ -71,7 +78,7 @@ class CaptionedPictures:
         try:
             with Image.open(file) as picture:
                 fitted = ImageOps.fit(picture.convert("RGB"), (self.width, self.height))
-        except (UnidentifiedImageError, OSError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{file} is no picture that can be read: {error}") from None
         return torch.from_numpy(np.array(fitted)).movedim(-1, 0).float() / 255
 

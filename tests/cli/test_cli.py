@@ -14,11 +14,13 @@ from PIL import Image
 from genpolicy.cli import compare
 from genpolicy.cli.main import main
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.leaves import make, names
 from genpolicy.evaluation import comparison
 from genpolicy.evaluation.prompt_scores import EVALUATION, draw, evaluate, measure
 from genpolicy.policy.files import saved
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.training.build import make_rewards
+from genpolicy.training.experiment import required
 from tests.toy import PROMPTS, experiment
 
 torch.set_num_threads(1)
@@ -495,6 +497,82 @@ class Pulled(FlowGRPO):
         loss, metrics = super().loss(step)
         return loss + step.new.mean.flatten(1).mean(1), metrics
 """,
+    "descends.py": """
+from dataclasses import dataclass
+import torch
+from genpolicy.training.requirements import Needs
+
+@dataclass
+class Descends:
+    group: int = 4
+    needs = Needs()
+
+    def train(self, run):
+        for _ in run.iterations():
+            x0 = run.collect(4, self.group).trajectory.x0
+            mean = torch.stack([p.square().sum() for p in run.trainable])
+            run.descend(lambda part: mean.sum().expand(len(x0[part])), len(x0), "mine")
+""",
+    "needless.py": """
+from dataclasses import dataclass
+
+@dataclass
+class Needless:
+    def train(self, run):
+        pass
+""",
+    "still.py": """
+from dataclasses import dataclass
+from genpolicy.training.requirements import Needs
+
+@dataclass
+class Still:
+    needs = Needs(("prompts",))
+
+    def train(self, run):
+        for _ in run.iterations():
+            run.collect(2, 2)
+""",
+    "forgetful.py": """
+from dataclasses import dataclass
+import torch
+from genpolicy.training.requirements import Needs
+
+@dataclass
+class Forgetful:
+    needs = Needs(("robots",))
+
+    def train(self, run):
+        count = torch.zeros(())
+        for _ in run.iterations():
+            count += 1
+            sums = torch.stack([p.sum() for p in run.trainable]).sum()
+            run.descend(lambda part: ((-1) ** count * sums).expand(4)[part], 4, "mine")
+""",
+    "endless_loss.py": """
+from dataclasses import dataclass
+from genpolicy.training.requirements import Needs
+
+@dataclass
+class EndlessLoss:
+    needs = Needs(("prompts",))
+
+    def train(self, run):
+        for _ in run.iterations():
+            run.collect(2, 2)
+            run.log("mine", float("inf"))
+""",
+    "idle.py": """
+from dataclasses import dataclass
+from genpolicy.training.requirements import Needs
+
+@dataclass
+class Idle:
+    needs = Needs(("prompts",))
+
+    def train(self, run):
+        pass
+""",
 }
 
 
@@ -519,12 +597,18 @@ def leaves(tmp_path: Path, monkeypatch) -> Path:
         ("greedy", "leaves the outputs as they are"),
         ("endless", "finite"),
         ("pulled:Pulled", "no advantage, no gradient"),
+        ("descends:Descends", None),
+        ("still:Still", "the weights move"),
+        ("forgetful:Forgetful", "a resumed run is the uninterrupted one"),
+        ("endless_loss:EndlessLoss", "what it logs is finite"),
+        ("idle:Idle", "trains on the toy"),
     ],
 )
 def test_check_of_leaves_outside(leaves: Path, capsys, leaf: str, broken: str | None):
     assert main(["check", f"mypkg_of_test_cli.{leaf}"]) == (0 if broken is None else 1)
     text = capsys.readouterr().out
-    assert ("is a method" if "Pulled" in leaf else "is a reward") in text
+    method = ":" in leaf and "Settled" not in leaf
+    assert ("is a method" if method else "is a reward") in text
     failed = [line for line in text.splitlines() if "FAIL" in line]
     assert (failed == []) if broken is None else any(broken in line for line in failed)
     assert ("keeps every law" if broken is None else "breaks a law") in text.splitlines()[-1]
@@ -544,7 +628,27 @@ def test_check_knows_what_a_leaf_is(capsys, leaf: str, kind: str):
     assert f" is a {kind}; check knows the laws of rewards and methods" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["flow_grpo", "grpo_guard", "dppo", "reinflow"])
+@pytest.mark.parametrize("method", names("methods"))
 def test_shipped_methods_keep_the_laws(capsys, method: str):
+    """In every world that they train."""
+    needs = required(make("methods", {"name": method}))
     assert main(["check", f"genpolicy.methods.{method}"]) == 0
-    assert "ok    the ratio is 1 on the first pass" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    for world in needs.worlds:
+        assert f"ok    trains on the toy, on {world}" in text
+        compares = needs.likelihoods or needs.window
+        mark = "ok" if compares else "--"
+        assert f"{mark}    the ratio is 1 on the first pass, on {world}" in text
+    assert ("the ratio is 1" in text.splitlines()[-1]) == compares
+
+
+def test_check_of_a_method_that_only_descends_tries_no_ratio(leaves: Path, capsys):
+    assert main(["check", "mypkg_of_test_cli.descends:Descends"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all("--" in line for line in lines if "the ratio is 1" in line)
+    assert "ratio" not in lines[-1]
+
+
+def test_check_of_a_method_without_needs_says_what_to_give(leaves: Path, capsys):
+    assert main(["check", "mypkg_of_test_cli.needless:Needless"]) == 2
+    assert "method Needless does not say what it needs" in capsys.readouterr().err
