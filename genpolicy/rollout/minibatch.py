@@ -2,7 +2,7 @@
 number of processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,10 @@ class Batch:
     def __len__(self) -> int:
         """The number of rows."""
         return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+
+
+Pass = Callable[[Rollout, int, np.random.Generator, Tensor | None], Iterator[Batch]]
+"""(rollout, updates, order, chosen rows) -> the minibatches of a pass: one of those below."""
 
 
 def rows(

@@ -12,9 +12,8 @@ from genpolicy.evaluation import metrics_file
 from genpolicy.policy.files import save_policy
 from genpolicy.policy.policy import ChainPolicy, Part
 from genpolicy.policy.sampler import deployed_sampler, make_policy, without_last_noise
-from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.training.evaluator import Evaluator
-from genpolicy.training.processes import Processes
+from genpolicy.training.workspace import Workspace
 
 STAGES = "stages"
 """In a run's folder: the policies of its milestones."""
@@ -33,15 +32,12 @@ class Deployment:
         experiment: Experiment,
         policy: ChainPolicy,
         evaluator: Evaluator,
-        folder: Path,
-        processes: Processes,
-        micro_batches: MicroBatches,
+        workspace: Workspace,
         averaged: Callable[[], AbstractContextManager[None]],
-        say: Callable[[str], None],
     ) -> None:
-        self.experiment, self.evaluator, self.folder = experiment, evaluator, folder
-        self.processes, self.micro_batches = processes, micro_batches
-        self.averaged, self.say = averaged, say
+        self.experiment, self.evaluator, self.folder = experiment, evaluator, workspace.folder
+        self.processes, self.micro_batches = workspace.processes, workspace.micro_batches
+        self.averaged, self.say = averaged, workspace.display.say
         overrides = experiment.eval.sampler
         self.sampler = deployed_sampler(experiment.chain, overrides, evaluator.of_actions)
         self.policy = make_policy(policy.model, self.sampler, policy.parts)

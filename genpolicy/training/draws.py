@@ -24,6 +24,14 @@ class Draws:
         """A generator for draws that all processes make alike."""
         return np.random.default_rng([_hashed(purpose), self.seed % 2**64, iteration, number])
 
+    def window(self, iteration: int, whole: range, size: int | None) -> tuple[int, int]:
+        """``size`` consecutive steps of the ``whole`` window, or all of it."""
+        if size is None:
+            return whole.start, whole.stop
+        drawn = self.generator("window", iteration, 0).integers(len(whole) - size + 1)
+        start = whole.start + int(drawn)
+        return start, start + size
+
     def noise(self, purpose: str, iteration: int, place: Tensor, number: int) -> Noise:
         """Noise of the rows ``place`` [B]."""
         seed = _hashed(f"{purpose} {self.seed} {number}")

@@ -13,6 +13,7 @@ from genpolicy.evaluation.episode_scores import ControlEvaluation, evaluate_cont
 from genpolicy.evaluation.prompt_scores import evaluate
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches
+from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.processes import Processes
 
 
@@ -108,6 +109,20 @@ class EpisodeEvaluator:
             process=(processes.index, processes.count),
             gather=processes.gather,
         )
+
+    def try_out(
+        self,
+        policy: ChainPolicy,
+        processes: Processes,
+        metrics: IterationMetrics,
+        episodes: int,
+        seed: int,
+    ) -> float:
+        """The success rate (or mean return) of episodes that count as collected ones."""
+        found = self.play(policy, processes, episodes, seed)
+        metrics.env_steps += float(found.lengths.sum()) / processes.count
+        metrics.collected += int(found.decisions) // processes.count
+        return float((found.success if found.judged else found.returns).mean())
 
     def close(self) -> None:
         self.environments.close()

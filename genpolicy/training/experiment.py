@@ -53,6 +53,7 @@ from genpolicy.training.requirements import (
     world_of,
 )
 from genpolicy.training.run import Method, Run
+from genpolicy.training.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,7 @@ def prepare(
     # what every run has, and what the two worlds have each
     metrics, display = IterationMetrics(), Display(experiment, folder, processes.main)
     micro_batches = MicroBatches(experiment.micro_batch, display.say)
+    workspace = Workspace(folder, processes, metrics, micro_batches, display)
     seed, settings = experiment.seed, experiment.eval
     collector: Collector
     evaluator: Evaluator
@@ -270,11 +272,7 @@ def prepare(
         task,
         collector,
         evaluator,
-        folder,
-        processes,
-        metrics,
-        micro_batches,
-        display,
+        workspace,
         data=data,
         iterate=loop.iterations if rehearsal is None else rehearsal.record,
         rehearsal=rehearsal is not None,

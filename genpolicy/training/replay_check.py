@@ -14,8 +14,7 @@ from genpolicy.config.errors import ConfigError
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.rollout import Rollout
-from genpolicy.training.iteration_metrics import IterationMetrics
-from genpolicy.training.processes import Processes
+from genpolicy.training.workspace import Workspace
 
 LogRatio = Callable[[Gaussian, Gaussian, Tensor], Tensor]
 """(new, old, x) -> log-ratio [b], in the reduction of the objective it belongs to."""
@@ -33,19 +32,9 @@ class ReplayCheck:
     again (both None: not looked yet). Saved and resumed with the run.
     """
 
-    def __init__(
-        self,
-        metrics: IterationMetrics,
-        micro_batches: MicroBatches,
-        processes: Processes,
-        say: Callable[[str], None],
-    ) -> None:
-        self.metrics, self.micro_batches, self.processes, self.say = (
-            metrics,
-            micro_batches,
-            processes,
-            say,
-        )
+    def __init__(self, workspace: Workspace) -> None:
+        self.metrics, self.micro_batches = workspace.metrics, workspace.micro_batches
+        self.processes, self.say = workspace.processes, workspace.display.say
         self.gap: float | None = None
         self.again: bool | None = None
 

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -26,23 +25,20 @@ from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch
 from genpolicy.rollout.episodes import reset_seed
 from genpolicy.rollout.examples import shown
-from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.rollout.rollout import Rollout, unjudged
 from genpolicy.training.budget import Spent
 from genpolicy.training.checkpoint import RunState, Stateful
 from genpolicy.training.collector import Collector
 from genpolicy.training.deployment import Deployment
-from genpolicy.training.display import Display
 from genpolicy.training.draws import Draws
 from genpolicy.training.evaluator import EpisodeEvaluator, Evaluator
-from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.optimizer import Optimizer
-from genpolicy.training.processes import Processes
 from genpolicy.training.replay_check import LogRatio, ReplayCheck
 from genpolicy.training.requirements import Needs
 from genpolicy.training.stages import Stage, Stages
 from genpolicy.training.updates import Loss, Losses, Updates
+from genpolicy.training.workspace import Workspace
 
 
 class Method(Protocol):
@@ -70,11 +66,7 @@ class Run:
         task: Task | ControlTask,
         collector: Collector,
         evaluator: Evaluator,
-        folder: Path,
-        processes: Processes,
-        metrics: IterationMetrics,
-        micro_batches: MicroBatches,
-        display: Display,
+        workspace: Workspace,
         *,
         data: Dataset | Pictures | None = None,
         iterate: Callable[["Run"], Iterator[int]],
@@ -82,23 +74,16 @@ class Run:
     ) -> None:
         self.experiment, self.policy, self.task = experiment, policy, task
         self.collector, self.evaluator, self.data = collector, evaluator, data
-        self.folder, self.processes, self.metrics = folder, processes, metrics
-        self.display, self.spent = display, Spent()
+        self.folder, self.processes = workspace.folder, workspace.processes
+        self.metrics, self.display = workspace.metrics, workspace.display
+        self.spent = Spent()
         self.trainable = list(policy.model.trainable().values())
         self.stages = Stages([Stage("whole", None, experiment.optimizer)])
         self.pace, self.optimizer = 0.0, self.fresh_optimizer()
-        self.deployment = Deployment(
-            experiment,
-            policy,
-            evaluator,
-            folder,
-            processes,
-            micro_batches,
-            lambda: self.optimizer.averaged(),
-            self.say,
-        )
-        self.replay_check = ReplayCheck(metrics, micro_batches, processes, self.say)
-        self.updates = Updates(processes, micro_batches, metrics)
+        averaged = lambda: self.optimizer.averaged()  # noqa: E731  # of the stage's own optimiser
+        self.deployment = Deployment(experiment, policy, evaluator, workspace, averaged)
+        self.replay_check = ReplayCheck(workspace)
+        self.updates = Updates(workspace)
         self._draws = Draws(experiment.seed)
         self.state = RunState()
         self.register(spent=self.spent, replay_check=self.replay_check, deployment=self.deployment)
@@ -267,12 +252,8 @@ class Run:
 
     def _draw_window(self) -> tuple[int, int]:
         """This iteration's window of steps."""
-        low, high = self.window.start, self.window.stop
         size = self.experiment.chain.window_size
-        if size is None:
-            return low, high
-        start = low + int(self.generator("window").integers(high - size - low + 1))
-        return start, start + size
+        return self._draws.window(self.iteration, self.window, size)
 
     # Drawing
 
@@ -304,27 +285,32 @@ class Run:
     def minibatches(
         self, rollout: Rollout, updates: int, epochs: int = 1, chosen: Tensor | None = None
     ) -> Iterator[Batch]:
-        """`minibatch.rows`, ``epochs`` times; of the ``chosen`` rows bool [R] where they are given."""
+        """`minibatch.rows`, ``epochs`` times; only of the ``chosen`` rows, bool [R]."""
         for epoch in range(epochs):
-            order = self.generator("minibatches", epoch)
-            yield from self._filled(minibatch.rows(rollout, updates, order, chosen))
+            yield from self._filled(minibatch.rows, rollout, updates, epoch, chosen)
 
     def pairs(
         self, rollout: Rollout, updates: int, epoch: int, chosen: Tensor | None = None
     ) -> Iterator[Batch]:
         """`minibatch.pairs` in an order that is the epoch's own."""
-        order = self.generator("pairs", epoch)
-        return self._filled(minibatch.pairs(rollout, updates, order, chosen))
+        return self._filled(minibatch.pairs, rollout, updates, epoch, chosen)
 
     def chains(
         self, rollout: Rollout, updates: int, epoch: int, chosen: Tensor | None = None
     ) -> Iterator[Batch]:
         """`minibatch.chains` in an order that is the epoch's own."""
-        order = self.generator("chains", epoch)
-        return self._filled(minibatch.chains(rollout, updates, order, chosen))
+        return self._filled(minibatch.chains, rollout, updates, epoch, chosen)
 
-    def _filled(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The minibatches that have a row in some process."""
+    def _filled(
+        self,
+        kind: minibatch.Pass,
+        rollout: Rollout,
+        updates: int,
+        epoch: int,
+        chosen: Tensor | None,
+    ) -> Iterator[Batch]:
+        """The minibatches of a pass that have a row in some process."""
+        batches = kind(rollout, updates, self.generator(kind.__name__, epoch), chosen)
         return (batch for batch in batches if self.processes.sum(float(len(batch))))
 
     def normalised(self, values: Tensor) -> Tensor:
@@ -384,9 +370,9 @@ class Run:
         return self.updates.on_rows(losses, rows, name, phase, chosen, self.pace, model)
 
     def fresh_optimizer(self) -> Optimizer:
+        """The optimiser that the stage begins with."""
         fp16 = self.policy.model.precision == "fp16"
-        reduce = self.processes.reduce if self.processes.count > 1 else None
-        return Optimizer(self.stages.now.optimizer, self.trainable, fp16, reduce)
+        return self.learner(self.trainable, self.stages.now.optimizer, fp16)
 
     def pin(self, iteration: int) -> None:
         """Keep the episodes of an iteration (of `collect` with ``keep``) as long as the run."""
@@ -397,11 +383,14 @@ class Run:
         return self.collector.kept(iteration)
 
     def learner(
-        self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerConfig
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        settings: OptimizerConfig,
+        fp16: bool = False,
     ) -> Optimizer:
         """An optimiser of its own for a critic or another part beside the policy; `register` it."""
         reduce = self.processes.reduce if self.processes.count > 1 else None
-        return Optimizer(settings, list(parameters), False, reduce)
+        return Optimizer(settings, list(parameters), fp16, reduce)
 
     @contextmanager
     def learning(self, weights: Weights, optimizer: Optimizer) -> Iterator[None]:
@@ -482,10 +471,7 @@ class Run:
         """
         seed = reset_seed(self.experiment.seed, name, -1 % 2**32)
         assert isinstance(self.evaluator, EpisodeEvaluator)
-        found = self.evaluator.play(self.deployed, self.processes, episodes, seed)
-        self.metrics.env_steps += float(found.lengths.sum()) / self.processes.count
-        self.metrics.collected += int(found.decisions) // self.processes.count
-        return float((found.success if found.judged else found.returns).mean())
+        return self.evaluator.try_out(self.deployed, self.processes, self.metrics, episodes, seed)
 
     def show(self, rollout: Rollout, advantage: Tensor) -> None:
         """Draw, where an evaluation is due, one group of pictures with its rewards and advantages

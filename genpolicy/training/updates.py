@@ -9,12 +9,10 @@ from genpolicy.contracts.model import Model
 from genpolicy.learning.objective import Scored
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.weights import Weights
-from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.rollout.rollout import Rollout
-from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.optimizer import Optimizer
-from genpolicy.training.processes import Processes
+from genpolicy.training.workspace import Workspace
 
 Terms = Iterable[tuple[Tensor, Mapping[str, Tensor]]]
 """(loss [b], metrics by name [b]) of the same b rows, one after the other (denoising steps)."""
@@ -30,10 +28,9 @@ Losses = Callable[[slice], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
 class Updates:
     """Optimiser steps that are the same whatever the number of processes and of micro-batches."""
 
-    def __init__(
-        self, processes: Processes, micro_batches: MicroBatches, metrics: IterationMetrics
-    ) -> None:
-        self.processes, self.micro_batches, self.metrics = processes, micro_batches, metrics
+    def __init__(self, workspace: Workspace) -> None:
+        self.processes, self.metrics = workspace.processes, workspace.metrics
+        self.micro_batches = workspace.micro_batches
 
     def on_rollout(
         self,
