@@ -7,13 +7,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import kstest
 
 import genpolicy
+from genpolicy.chain import Noise
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
+from genpolicy.contracts.task import Context
 from genpolicy.methods.bc import BC
 from genpolicy.methods.parts.imitation import Imitation, recorded
+from genpolicy.models.toy import Toy
+from genpolicy.policy.files import saved
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.training.draws import Draws
 from genpolicy.training.experiment import train
@@ -281,3 +286,100 @@ def test_any_seed_trains(tmp_path, seed):
         eval={"every": 0, "episodes": 2},
     )
     assert train(parse.parse(raw)).summary["iterations"] == 1
+
+
+# -- pictures with captions ---------------------------------------------------------------------------------------
+
+CAPTIONED = {"bright": 204, "dark": 51}
+"""Captions and the grey of their pictures, of 255."""
+
+
+def captioned(folder, shuffled=False):
+    """The data section of a new folder of pictures of 8 x 8 pixels, 12 of each caption; shuffled: half of each caption's
+    pictures are the other's.
+    """
+    folder.mkdir()
+    lines = []
+    for caption, grey in CAPTIONED.items():
+        for number in range(12):
+            shown = 255 - grey if shuffled and number % 2 else grey
+            name = f"{caption}-{number}.png"
+            Image.new("L", (8, 8), shown).save(folder / name)
+            lines.append(json.dumps({"file_name": name, "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return {"name": "captioned_pictures", "root": str(folder), "height": 8, "width": 8}
+
+
+def draws(folder, data):
+    """A run on pictures; the mean brightness of its own ones of each caption before and after it."""
+    raw = toy.experiment(
+        folder,
+        data=data,
+        method={"name": "bc", "batch": 32, "updates": 60},
+        optimizer={"lr": 1e-2},
+        budget={"iterations": 4},
+        eval={"every": 0, "samples": 8},
+        threads=1,
+    )
+    result = train(parse.parse(raw))
+    before = brightness(ChainPolicy(Toy(), saved(result.folder).load().chain))
+    return result, before, brightness(genpolicy.load(result.folder))
+
+
+def brightness(policy):
+    """The mean brightness of 64 pictures of each caption."""
+    found = {}
+    for caption in CAPTIONED:
+        condition = policy.model.encode(Context([caption] * 64))
+        noise = Noise.rows(0, 0, torch.arange(64), 1)
+        with torch.no_grad():
+            x0 = policy.sample(condition, noise).x0
+        found[caption] = float(policy.model.decode(x0).mean())
+    return found
+
+
+def distance(shown):
+    """The mean distance of brightness from the recorded pictures'."""
+    return sum(abs(shown[caption] - grey / 255) for caption, grey in CAPTIONED.items()) / 2
+
+
+def losses_of(result):
+    lines = map(json.loads, (result.folder / "metrics.jsonl").read_text().splitlines())
+    return [line["bc/loss"] for line in lines if "bc/loss" in line]
+
+
+def test_it_learns_to_draw_captioned_pictures(tmp_path):
+    result, before, after = draws(tmp_path, captioned(tmp_path / "pictures"))
+    losses = losses_of(result)
+    assert losses[-1] < 0.8 * losses[0]
+    assert distance(after) < 0.1 * distance(before)
+    assert after["bright"] - after["dark"] > 0.3
+    assert result.summary["env_steps"] == 0
+
+
+def test_control_shuffled_captions_do_not_tell_pictures_apart(tmp_path):
+    _, _, after = draws(tmp_path, captioned(tmp_path / "pictures", shuffled=True))
+    assert abs(after["bright"] - after["dark"]) < 0.1
+
+
+def test_data_of_the_other_world_are_refused_in_one_sentence(tmp_path):
+    frames = {"name": "tests.toy_control:Recorded", "episodes": 2}
+    with pytest.raises(ConfigError) as error:
+        train(parse.parse(toy.experiment(tmp_path, method=SMALL, data=frames)))
+    told = "the data section names recorded episodes, and the task is one of prompts"
+    assert str(error.value) == told
+    pictures = captioned(tmp_path / "pictures")
+    with pytest.raises(ConfigError) as error:
+        train(parse.parse(experiment(tmp_path, method=SMALL, data=pictures)))
+    told = "the data section names pictures, and the task is one of robots"
+    assert str(error.value) == told
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_pictures_are_told_before_any_work_starts(tmp_path):
+    data = captioned(tmp_path / "pictures")
+    with pytest.raises(ConfigError, match="several folders are learned from as one only where"):
+        train(parse.parse(toy.experiment(tmp_path, method=SMALL, data=[data, data])))
+    (tmp_path / "pictures" / "bright-0.png").unlink()
+    with pytest.raises(ConfigError, match=r"metadata\.jsonl, line 1: there is no file"):
+        train(parse.parse(toy.experiment(tmp_path, method=SMALL, data=data)))
