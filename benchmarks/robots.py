@@ -22,7 +22,7 @@ from genpolicy.config import parse, schema
 from genpolicy.learning.critic import StateValue
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.rollout.rollout import Rollout
-from genpolicy.training.experiment import prepare
+from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import start_processes
 from genpolicy.training.run import Run
 

@@ -46,7 +46,7 @@ from genpolicy.models.mlp import MLP
 from genpolicy.policy.parts.base import Base
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.replay import Replay
-from genpolicy.training.experiment import prepare
+from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
 from genpolicy.training.run import Run
 

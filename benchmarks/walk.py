@@ -25,7 +25,7 @@ from accelerate import Accelerator
 
 import genpolicy
 from genpolicy.config.parse import parse
-from genpolicy.training.experiment import prepare
+from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
 
 PACKAGE = Path(genpolicy.__file__).parent

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from genpolicy.config.leaves import make, names
-from genpolicy.training.experiment import required
+from genpolicy.training.prepare import required
 from genpolicy.training.requirements import WORLDS
 
 README = Path(__file__).parents[1] / "README.md"

@@ -16,7 +16,8 @@ from genpolicy.contracts.task import Context, Demonstration
 from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._environments import Environments
 from genpolicy.tasks._slots import Frame
-from genpolicy.training.experiment import prepare, train
+from genpolicy.training.experiment import train
+from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
 from genpolicy.training.run import Run
 

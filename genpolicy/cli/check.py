@@ -24,7 +24,7 @@ from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import Context
 from genpolicy.evaluation import metrics_file
 from genpolicy.training.build import load_rewards
-from genpolicy.training.experiment import prepare, required
+from genpolicy.training.prepare import prepare, required
 from genpolicy.training.processes import start_processes
 from genpolicy.training.requirements import Needs, World
 

@@ -23,7 +23,8 @@ from genpolicy.evaluation import metrics_file
 from genpolicy.evaluation.comparison import Arm, Finished, figure, markdown, summarise
 from genpolicy.policy.sampler import deployed_sampler, make_policy
 from genpolicy.training.build import control_model, make_data, make_rewards
-from genpolicy.training.experiment import evaluation_prompts, finished, spent, train
+from genpolicy.training.experiment import finished, spent, train
+from genpolicy.training.prepare import evaluation_prompts
 from genpolicy.training.processes import end_processes
 
 

@@ -18,7 +18,7 @@ from genpolicy.evaluation.prompt_scores import draw, measure
 from genpolicy.evaluation.statistics import latency
 from genpolicy.policy.files import Saved, saved
 from genpolicy.training.build import load_rewards, make_rewards, prompt_lines
-from genpolicy.training.experiment import evaluation_prompts
+from genpolicy.training.prepare import evaluation_prompts
 
 OF_PROMPTS = ("prompts", "samples", "reward", "guidance")
 """Options that only mean something for policies that draw."""

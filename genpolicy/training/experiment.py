@@ -15,45 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import genpolicy
 from genpolicy.config import parse
-from genpolicy.config.errors import ConfigError, choice
-from genpolicy.config.leaves import make
+from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.reward import RewardError
-from genpolicy.contracts.task import Task
 from genpolicy.evaluation import curves, metrics_file
-from genpolicy.policy.files import completed, load_parts
-from genpolicy.policy.sampler import make_policy, require_trainable
-from genpolicy.rollout.micro_batch import MicroBatches
-from genpolicy.rollout.store import EpisodeStore
 from genpolicy.training import checkpoint, loop
-from genpolicy.training.build import (
-    control_model,
-    load_rewards,
-    make_data,
-    make_rewards,
-    prompt_lines,
-)
-from genpolicy.training.collector import Collector
-from genpolicy.training.display import Display
-from genpolicy.training.episode_collector import EpisodeCollector
-from genpolicy.training.evaluator import EpisodeEvaluator, Evaluator, PromptEvaluator
-from genpolicy.training.iteration_metrics import IterationMetrics
-from genpolicy.training.processes import Processes, start_processes
-from genpolicy.training.prompt_collector import PromptCollector
+from genpolicy.training.prepare import prepare
+from genpolicy.training.processes import start_processes
 from genpolicy.training.rehearsal import Rehearsal
-from genpolicy.training.requirements import (
-    Needs,
-    require_chain,
-    require_kind,
-    require_sections,
-    world_of,
-)
-from genpolicy.training.run import Method, Run
-from genpolicy.training.workspace import Workspace
+from genpolicy.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -199,82 +171,3 @@ def versions() -> dict[str, str]:
         "genpolicy": genpolicy.__version__,
         **{name: importlib.metadata.version(name) for name in packages},
     }
-
-
-def evaluation_prompts(experiment: Experiment, task: Task) -> tuple[str, ...]:
-    """The prompts of the evaluation set: its own file's, or the task's first ones, each once."""
-    if experiment.eval.prompts is not None:
-        return prompt_lines(experiment.eval.prompts)
-    return tuple(dict.fromkeys(task.reset(range(experiment.eval.samples)).prompts))
-
-
-def required(method: Method) -> Needs:
-    """A method's needs; `ConfigError` where it states none."""
-    needs = getattr(method, "needs", None)
-    if not isinstance(needs, Needs):
-        raise ConfigError(
-            f"method {type(method).__name__} does not say what it needs: give its class the"
-            " attribute needs = genpolicy.training.requirements.Needs(...)"
-        )
-    return needs
-
-
-def prepare(
-    experiment: Experiment, folder: Path, processes: Processes, rehearsal: Rehearsal | None = None
-) -> tuple[Run, Method]:
-    """Build everything an experiment names; what does not fit raises before any work starts.
-
-    rehearsal: records one iteration of each stage in the place of the loop.
-    """
-    experiment = dataclasses.replace(experiment, policy=completed(experiment.policy))
-    require_trainable(experiment.chain)
-    torch.manual_seed(experiment.seed)
-    if experiment.threads is not None:
-        torch.set_num_threads(experiment.threads)
-    method = make("methods", experiment.method)
-    task: Any = make("tasks", experiment.task)
-    name, needs = str(experiment.method["name"]), required(method)
-    world = world_of(task)
-    require_sections(name, needs, world, experiment.data is not None)
-    data = make_data(experiment.data)
-    require_kind(world, data)
-    # what every run has, and what the two worlds have each
-    metrics, display = IterationMetrics(), Display(experiment, folder, processes.main)
-    micro_batches = MicroBatches(experiment.micro_batch, display.say)
-    workspace = Workspace(folder, processes, metrics, micro_batches, display)
-    seed, settings = experiment.seed, experiment.eval
-    collector: Collector
-    evaluator: Evaluator
-    if world == "robots":
-        if experiment.reward:
-            raise ConfigError(
-                f"task {experiment.task['name']} brings its own reward: leave the reward section"
-                " out"
-            )
-        model = control_model(experiment.policy, task, data)
-        environments = task.environments(experiment.environments, model.history)
-        evaluator = EpisodeEvaluator(environments, task.has_success, settings)
-        circumstances = repr((experiment.task, experiment.chain, experiment.environments))
-        store = EpisodeStore(folder)
-        collector = EpisodeCollector(seed, circumstances, environments, processes, metrics, store)
-    else:
-        reward = make_rewards(experiment.reward)
-        evaluator = PromptEvaluator(reward, evaluation_prompts(experiment, task), settings)
-        load_rewards(reward)
-        model = make("models", experiment.policy)
-        collector = PromptCollector(seed, task, reward, processes, metrics, micro_batches)
-    choice("eval: select", settings.select or evaluator.measured[0], evaluator.measured)
-    policy = make_policy(model, experiment.chain, load_parts(experiment.policy, model))
-    require_chain(name, needs, policy)
-    run = Run(
-        experiment,
-        policy,
-        task,
-        collector,
-        evaluator,
-        workspace,
-        data=data,
-        iterate=loop.iterations if rehearsal is None else rehearsal.record,
-        rehearsal=rehearsal is not None,
-    )
-    return run, method

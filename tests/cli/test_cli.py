@@ -20,7 +20,7 @@ from genpolicy.evaluation.prompt_scores import EVALUATION, draw, evaluate, measu
 from genpolicy.policy.files import saved
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.training.build import make_rewards
-from genpolicy.training.experiment import required
+from genpolicy.training.prepare import required
 from tests.toy import PROMPTS, experiment
 
 torch.set_num_threads(1)

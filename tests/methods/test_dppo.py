@@ -22,7 +22,8 @@ from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.methods.parts.frozen_base import freeze_base
 from genpolicy.policy.files import save_policy
 from genpolicy.policy.weights import Weights
-from genpolicy.training.experiment import prepare, train
+from genpolicy.training.experiment import train
+from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
 from genpolicy.training.requirements import Needs, require_chain
 from tests import toy

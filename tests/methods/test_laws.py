@@ -13,7 +13,8 @@ from genpolicy.config.leaves import names
 from genpolicy.contracts.task import Context
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.tasks._environments import Environments
-from genpolicy.training.experiment import prepare, required, train
+from genpolicy.training.experiment import train
+from genpolicy.training.prepare import prepare, required
 from genpolicy.training.processes import Processes
 from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run

@@ -17,7 +17,8 @@ from genpolicy.methods import reinflow
 from genpolicy.methods.reinflow import ReinFlow
 from genpolicy.policy.files import save_policy
 from genpolicy.policy.parts.learned_std import LearnedStd
-from genpolicy.training.experiment import prepare, train
+from genpolicy.training.experiment import train
+from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
 from tests import toy
 from tests.toy_control import Recorded, cloned, experiment, prepared

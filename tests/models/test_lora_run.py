@@ -12,7 +12,8 @@ import genpolicy
 from genpolicy.chain import Noise
 from genpolicy.config import parse
 from genpolicy.contracts.task import Context
-from genpolicy.training.experiment import prepare, train
+from genpolicy.training.experiment import train
+from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
 from tests import tiny
 

@@ -25,7 +25,7 @@ from genpolicy.policy.parts.learned_start import LearnedStart
 from genpolicy.policy.parts.learned_std import LearnedStd
 from genpolicy.policy.parts.refiner import Refiner
 from genpolicy.policy.policy import ChainPolicy, Part
-from genpolicy.training.experiment import prepare
+from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
 from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run

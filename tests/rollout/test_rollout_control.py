@@ -16,7 +16,8 @@ from genpolicy.methods import flow_grpo, reinflow
 from genpolicy.methods.parts import baseline
 from genpolicy.policy.parts.learned_std import LearnedStd
 from genpolicy.rollout.episodes import reset_seed
-from genpolicy.training.experiment import prepare, train
+from genpolicy.training.experiment import train
+from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
 from genpolicy.training.run import Run
 from tests import toy

@@ -20,7 +20,7 @@ from genpolicy.policy.parts.base import Base
 from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch
 from genpolicy.rollout.minibatch import Batch
-from genpolicy.training.experiment import prepare
+from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
 from tests import toy, toy_control
 from tests.peers import peers, together
