@@ -77,7 +77,8 @@ class CaptionedPictures:
     def _read(self, file: Path) -> Tensor:
         try:
             with Image.open(file) as picture:
-                fitted = ImageOps.fit(picture.convert("RGB"), (self.width, self.height))
+                upright = ImageOps.exif_transpose(picture)  # as the camera was held
+                fitted = ImageOps.fit(upright.convert("RGB"), (self.width, self.height))
         except UNREADABLE as error:
             raise ValueError(f"{file} is no picture that can be read: {error}") from None
         return torch.from_numpy(np.array(fitted)).movedim(-1, 0).float() / 255
