@@ -21,7 +21,8 @@ from genpolicy.chain.noise import PRIOR
 from genpolicy.contracts.task import Context
 from genpolicy.models._diffusers_lora import WEIGHTS
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
-from genpolicy.policy.policy import ChainPolicy, swapped
+from genpolicy.policy.policy import ChainPolicy
+from genpolicy.policy.weights import swapped
 from tests import tiny
 
 torch.set_num_threads(1)
