@@ -42,7 +42,8 @@ class CaptionedPictures:
             raise FileNotFoundError(
                 f"{self.root} is no folder of captioned pictures: no {METADATA}"
             )
-        captions, files = [], []
+        captions = []
+        files = []
         for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
                 continue
@@ -54,7 +55,8 @@ class CaptionedPictures:
             files.append(file)
         if not files:
             raise ValueError(f"{metadata} names no picture")
-        self.captions, self.files = tuple(captions), tuple(files)
+        self.captions = tuple(captions)
+        self.files = tuple(files)
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -80,7 +82,8 @@ def _entry(line: str, where: str) -> tuple[str, str]:
     """The file name and the caption of one line."""
     try:
         entry = json.loads(line)
-        name, caption = entry["file_name"], entry["text"]
+        name = entry["file_name"]
+        caption = entry["text"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{where}: it must be a JSON object with file_name and text") from None
     if not isinstance(name, str) or not isinstance(caption, str):

@@ -152,7 +152,8 @@ class DiffusersPipeline:
                 part.register_forward_hook(self._count)
 
     def _count(self, _: torch.nn.Module, __: Any, output: Any) -> None:
-        rows, differentiated = len(output[0]), torch.is_grad_enabled() and output[0].requires_grad
+        rows = len(output[0])
+        differentiated = torch.is_grad_enabled() and output[0].requires_grad
         self.evaluations += 2 * rows if differentiated else rows
 
     # Prompts
@@ -215,7 +216,8 @@ class DiffusersPipeline:
         """Whether one call with a time per row equals a call for each row at its own (asked once a
         model).
         """
-        rows, counted = torch.stack([times.argmin(), times.argmax()]), self.evaluations
+        rows = torch.stack([times.argmin(), times.argmax()])
+        counted = self.evaluations
         alone = torch.cat([self._evaluate(x[r], times[r], condition[r]) for r in rows.split(1)])
         try:
             together = self._evaluate(x[rows], times[rows][None], condition[rows])

@@ -76,7 +76,8 @@ class PickScore:
             raise ConfigError(
                 f"{self.model} is no CLIPModel: it lacks {len(missing)} weights, such as {missing[0]}."
             )
-        self._images, self._tokenize = processor.image_processor, processor.tokenizer
+        self._images = processor.image_processor
+        self._tokenize = processor.tokenizer
         self._clip = clip.eval().requires_grad_(False).to(self._device or "cpu")
 
     def to(self, device: torch.device | str) -> PickScore:
