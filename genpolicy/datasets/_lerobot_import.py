@@ -15,10 +15,8 @@ def quiet() -> Iterator[None]:
     FFmpeg is missing (LeRobot then decodes videos with PyAV).
     """
     datasets = _needed("datasets")
-    imports, barred = (
-        logging.getLogger("lerobot.utils.import_utils"),
-        datasets.is_progress_bar_enabled(),
-    )
+    imports = logging.getLogger("lerobot.utils.import_utils")
+    barred = datasets.is_progress_bar_enabled()
     level = imports.level
     imports.setLevel(logging.ERROR)
     datasets.disable_progress_bars()

@@ -68,7 +68,8 @@ def _is_picture(name: str) -> bool:
 def _add(writing: Any, episode: Demonstration, instruction: str) -> None:
     """Adds one episode; "next.success" comes true with the last action of one that succeeded."""
     seen = {name: _frames(name, value) for name, value in episode.observation.items()}
-    actions, rewards = episode.actions.numpy(), episode.rewards.numpy()
+    actions = episode.actions.numpy()
+    rewards = episode.rewards.numpy()
     for h in range(len(actions)):
         success = np.array([episode.success and h == len(actions) - 1])
         writing.add_frame(

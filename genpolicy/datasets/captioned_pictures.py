@@ -48,7 +48,8 @@ class CaptionedPictures:
             text = metadata.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{metadata} is no UTF-8 text: {error}") from None
-        captions, files = [], []
+        captions: list[str] = []
+        files: list[Path] = []
         # JSON's own line ends only: captions may contain other separators of lines
         for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
@@ -61,7 +62,8 @@ class CaptionedPictures:
             files.append(file)
         if not files:
             raise ValueError(f"{metadata} names no picture")
-        self.captions, self.files = tuple(captions), tuple(files)
+        self.captions = tuple(captions)
+        self.files = tuple(files)
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -88,7 +90,8 @@ def _entry(line: str, where: str) -> tuple[str, str]:
     """The file name and the caption of one line."""
     try:
         entry = json.loads(line)
-        name, caption = entry["file_name"], entry["text"]
+        name = entry["file_name"]
+        caption = entry["text"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{where}: it must be a JSON object with file_name and text") from None
     if not isinstance(name, str) or not isinstance(caption, str):

@@ -5,9 +5,8 @@ them, or, where they would not fit into memory, whenever a row asks. Vectors com
 parquet files, without importing lerobot; pictures come from LeRobot's own reader.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor
 
 from genpolicy.contracts.task import Context, ControlTask, Demonstration
-from genpolicy.datasets._lerobot_import import arrow, quiet
+from genpolicy.datasets import _lerobot_files as files
+from genpolicy.datasets._lerobot_import import quiet
 from genpolicy.datasets._lerobot_writer import recording
 
-INFO = "meta/info.json"
 CAMERA = ("image", "video")
 TEXT = ("string", "language")
 STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
@@ -53,9 +52,9 @@ class LeRobotDataset:
 
     def __post_init__(self) -> None:
         self._folder = self._find()
-        info = _info(self._folder)
+        info = files.read_info(self._folder)
         features: Mapping[str, Any] = info["features"]
-        _check_whole(self._folder, info)
+        files.check_whole(self._folder, info)
         if "action" not in features:
             raise ValueError(
                 f"{self._folder} has no feature 'action'; it has {', '.join(features)}"
@@ -63,16 +62,21 @@ class LeRobotDataset:
         self.fps = int(info["fps"])
         self.cameras = [name for name in features if features[name]["dtype"] in CAMERA]
         vectors = [
-            n for n in features if features[n]["dtype"] not in CAMERA + TEXT and n not in BOOKS
+            name
+            for name in features
+            if features[name]["dtype"] not in CAMERA + TEXT and name not in BOOKS
         ]
-        table = _table(self._folder / "data", [*vectors, "index", "episode_index", "task_index"])
+        table = files.read_table(
+            self._folder / "data", [*vectors, "index", "episode_index", "task_index"]
+        )
         order = np.argsort(table["index"].to_numpy(), kind="stable")
         episode = table["episode_index"].to_numpy()[order]
         succeeded = table[SUCCESS].to_numpy()[order] if SUCCESS in vectors else None
         # rows of the files, in time
         self._place = order[np.isin(episode, self._chosen(episode, succeeded))]
         self.columns = {
-            name: _tensor(table[name], features[name]["shape"], self._place) for name in vectors
+            name: files.column_tensor(table[name], features[name]["shape"], self._place)
+            for name in vectors
         }
         self.episode = torch.from_numpy(table["episode_index"].to_numpy()[self._place])
         self._task = table["task_index"].to_numpy()[self._place]
@@ -111,7 +115,9 @@ class LeRobotDataset:
     def _find(self) -> Path:
         if self.root is None and self.repo_id is None:
             raise ValueError("it needs root, a folder, or repo_id, a hub id")
-        if self.root is not None and (self.repo_id is None or (Path(self.root) / INFO).is_file()):
+        if self.root is not None and (
+            self.repo_id is None or (Path(self.root) / files.INFO).is_file()
+        ):
             return Path(self.root)
         with quiet():
             from lerobot.datasets.lerobot_dataset import LeRobotDataset as Theirs
@@ -202,7 +208,7 @@ class LeRobotDataset:
         names = [
             f"stats/{camera}/{kind}" for camera in self.cameras for kind in (*STATISTICS, "count")
         ]
-        table = _table(self._folder / "meta" / "episodes", ["episode_index", *names])
+        table = files.read_table(self._folder / "meta" / "episodes", ["episode_index", *names])
         with quiet():
             from lerobot.datasets.compute_stats import aggregate_stats
         chosen = set(self.episode.tolist())
@@ -220,78 +226,6 @@ class LeRobotDataset:
             c: {kind: torch.from_numpy(stats[c][kind]).float() for kind in STATISTICS}
             for c in self.cameras
         }
-
-
-def _info(folder: Path) -> dict[str, Any]:
-    """Reads meta/info.json of a v3 data set."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"root {folder} does not exist")
-    file = folder / INFO
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} is no LeRobotDataset: it has no {INFO}")
-    try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-        version = [
-            info[key]
-            for key in ("features", "fps", "total_frames", "total_episodes", "codebase_version")
-        ][-1]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not version.startswith("v3."):
-        raise ValueError(
-            f"{folder} is a LeRobotDataset of version {version}; convert it to v3.0 with"
-            " python -m lerobot.scripts.convert_dataset_v21_to_v30"
-        )
-    return info
-
-
-def _check_whole(folder: Path, info: Mapping[str, Any]) -> None:
-    """Raises unless every frame and episode is in files that were closed: parquet writes its footer
-    last.
-    """
-    for part, total in (("data", "total_frames"), ("meta/episodes", "total_episodes")):
-        counts = [_count(file) for file in _files(folder / part)]
-        if not counts or None in counts or sum(filter(None, counts)) != info[total]:
-            raise ValueError(
-                f"{folder} is incomplete: its recording was cut off before "
-                f"LeRobotDataset.finalize(), so that {part} can't be read as {info[total]} "
-                f"{total.removeprefix('total_')}; record it again"
-            )
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/*.parquet"))  # LeRobot's own order
-
-
-def _count(file: Path) -> int | None:
-    """The number of rows of a parquet file, None if it was never closed."""
-    try:
-        return arrow().parquet.read_metadata(file).num_rows
-    except arrow().ArrowInvalid:
-        return None
-
-
-def _table(folder: Path, columns: Sequence[str]) -> Any:
-    """Reads these columns of all files as one pyarrow table. Raises with the names of those that
-    are missing.
-    """
-    parquet = arrow().parquet
-    files = _files(folder)
-    have = parquet.read_schema(files[0]).names
-    missing = [name for name in columns if name not in have]
-    if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}")
-    return arrow().concat_tables(parquet.read_table(file, columns=list(columns)) for file in files)
-
-
-def _tensor(column: Any, shape: Iterable[int], rows: np.ndarray) -> Tensor:
-    """Converts a column of numbers, or of (nested) lists of them, to fp32 [len(rows),*shape]."""
-    array = column.combine_chunks()
-    # an extension type (a matrix) has a storage, a list is flattened
-    while hasattr(array, "storage") or hasattr(array, "flatten"):
-        array = array.storage if hasattr(array, "storage") else array.flatten()
-    values = array.to_numpy(zero_copy_only=False).astype(np.float32)
-    return torch.from_numpy(values.reshape(len(column), *shape)[rows])
 
 
 def _shape(feature: Mapping[str, Any]) -> tuple[int, ...]:

@@ -53,7 +53,8 @@ class Layout:
         fixed = torch.stack([torch.zeros_like(places), torch.full_like(places, BASE)])
         asked = torch.cat([fixed, digits]).float().view(-1, *sample)
         answered = tail(asked)
-        shape, (shift, most, *found) = tuple(answered.shape[1:]), answered.float().flatten(1)
+        shape = tuple(answered.shape[1:])
+        shift, most, *found = answered.float().flatten(1)
         scale = (most - shift) / BASE
         read = [((value - shift) / scale).round().long() for value in found]
         place = sum((digit * BASE**d for d, digit in enumerate(read)), torch.zeros_like(read[0]))

@@ -67,8 +67,10 @@ class Embeddings:
         device: torch.device,
         home: torch.device,
     ) -> None:
-        self._positive, self._negative = positive, negative
-        self._device, self._home = device, home
+        self._positive = positive
+        self._negative = negative
+        self._device = device
+        self._home = home
         self._entries: dict[str | None, Entry] = {}  # None: the negative
         self._stacked: dict[Prompts, Entry] = {}
 

@@ -96,7 +96,8 @@ def markov(scheduler: Any) -> Any:
     Multistep solvers keep a history: their steps are no transition of x_t alone. Euler's are DDIM's
     anyway.
     """
-    name, config = type(scheduler).__name__, scheduler.config
+    name = type(scheduler).__name__
+    config = scheduler.config
     if config.get("thresholding"):
         raise ValueError(
             f"scheduler {name}: dynamic thresholding can't be scored; set thresholding false in its config"
@@ -171,7 +172,8 @@ class Times:
 
         CogVideoX's never does, whatever its config says.
         """
-        name, config = type(self.scheduler).__name__, self.scheduler.config
+        name = type(self.scheduler).__name__
+        config = self.scheduler.config
         if name not in ("DDIMScheduler", "DDPMScheduler") or not config.clip_sample:
             return None
         return config.clip_sample_range, name == "DDPMScheduler"

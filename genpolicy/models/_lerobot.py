@@ -1,5 +1,5 @@
-"""What the adapters of LeRobot's policies share: finding and verifying them, their processors, and
-their observations.
+"""The files and features of LeRobot's policies, which their adapters share: finding a policy,
+loading and verifying it, and describing to LeRobot what a data set has.
 
 LeRobot is imported inside the functions: it takes seconds, and it is an extra.
 """
@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from genpolicy.contracts.dataset import Dataset
-from genpolicy.contracts.task import Context
-
-STATE, WORLD, CAMERA = "observation.state", "observation.environment_state", "observation.image"
-"""LeRobot's names: the robot, everything else, and how every camera's begins."""
-CONFIG, WEIGHTS, PREPROCESSOR, POSTPROCESSOR = (
-    "config.json",
-    "model.safetensors",
-    "policy_preprocessor.json",
-    "policy_postprocessor.json",
-)
-STATISTICS = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99")}
-"""What each of LeRobot's ways to normalise needs to know."""
-STILL = 1e-4
-"""A dim that moves less than this in the data stood still."""
-REACH_FLOOR = 1e-3
-"""Least half range of an action dim, in the environment's units."""
+STATE = "observation.state"
+"""LeRobot's name of the robot's own state."""
+WORLD = "observation.environment_state"
+"""LeRobot's name of the state of everything else."""
+CAMERA = "observation.image"
+"""The beginning of LeRobot's name of every camera."""
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PREPROCESSOR = "policy_preprocessor.json"
+POSTPROCESSOR = "policy_postprocessor.json"
 
 Renamed = Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
 """(policy, a file's tensors) -> the same tensors under the policy's own names."""
@@ -63,13 +55,14 @@ def find(pretrained: str, revision: str | None, kinds: Sequence[str]) -> Path:
     for file in (PREPROCESSOR, POSTPROCESSOR):
         if not (folder / file).is_file():
             raise FileNotFoundError(
-                f"policy.pretrained {pretrained} has no {file}: LeRobot before 0.4 made it; convert it with "
-                "lerobot.processor.migrate_policy_normalization"
+                f"policy.pretrained {pretrained} has no {file}: LeRobot before 0.4 made it;"
+                " convert it with lerobot.processor.migrate_policy_normalization"
             )
     kind = json.loads((folder / CONFIG).read_text()).get("type")
     if kind not in kinds:
         raise ValueError(
-            f"policy.pretrained {pretrained} is a LeRobot policy of type {kind}; valid here: {', '.join(kinds)}"
+            f"policy.pretrained {pretrained} is a LeRobot policy of type {kind}; valid here:"
+            f" {', '.join(kinds)}"
         )
     return folder
 
@@ -87,13 +80,12 @@ def _download(pretrained: str, revision: str | None) -> Path:
                 pretrained, revision=revision, allow_patterns=["*.json", "*.safetensors"]
             )
         )
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # the hub's own errors are OSErrors, those of a missing cache ValueErrors
+    # the hub's own errors are OSErrors, those of a missing cache ValueErrors
+    except (OSError, ValueError) as error:
         raise OSError(
-            f"policy.pretrained {pretrained}: no such folder, and the hub repository can't be read (it is unreachable,"
-            " gated or misspelt); log in with a token (hf auth login) or give a local folder"
+            f"policy.pretrained {pretrained}: no such folder, and the hub repository can't be read"
+            " (it is unreachable, gated or misspelt); log in with a token (hf auth login) or give"
+            " a local folder"
         ) from error
 
 
@@ -132,9 +124,9 @@ def verify(policy: torch.nn.Module, saved: Mapping[str, Tensor], folder: Path) -
     ]
     foreign = [name for name in saved if name not in state]
     wrong = [
-        n
-        for n, v in saved.items()
-        if n in state and not torch.equal(v.to(state[n].dtype), state[n].cpu())
+        name
+        for name, value in saved.items()
+        if name in state and not torch.equal(value.to(state[name].dtype), state[name].cpu())
     ]
     for names, what in (
         (lost, "are not in the file"),
@@ -143,125 +135,9 @@ def verify(policy: torch.nn.Module, saved: Mapping[str, Tensor], folder: Path) -
     ):
         if names:
             raise ValueError(
-                f"policy.pretrained {folder}: {len(names)} of the weights ({names[0]}, ...) {what}; LeRobot would act with"
-                " random ones"
+                f"policy.pretrained {folder}: {len(names)} of the weights ({names[0]}, ...)"
+                f" {what}; LeRobot would act with random ones"
             )
-
-
-@dataclass(frozen=True)
-class Processors:
-    """LeRobot's own way from what is seen to what the network is shown, and from its actions to the
-    environment's.
-    """
-
-    pre: Any
-    post: Any
-
-    def observe(
-        self, context: Context, history: int, shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
-        """The batch that LeRobot's policies are given: normalised observations [B,history,*shape],
-        and what its other steps add (tokens of the instruction).
-        """
-        batch: dict[str, Any] = {"task": list(context.prompts)}
-        for name, shape in shapes.items():
-            seen = context.observation.get(name)
-            if seen is None or seen.shape[1:] != (history, *shape):
-                got = "is missing" if seen is None else f"comes as {list(seen.shape[1:])}"
-                raise ValueError(
-                    f"observation {name} {got}; this policy needs {[history, *shape]} of every row"
-                )
-            batch[name] = seen
-        with lerobot():
-            return self.pre(batch)
-
-    def event(self, actions: Tensor) -> Tensor:
-        """Actions [B,T,D] as the network is trained on them."""
-        from lerobot.processor import NormalizerProcessorStep
-        from lerobot.processor.converters import create_transition
-        from lerobot.utils.constants import ACTION
-
-        (step,) = (step for step in self.pre.steps if isinstance(step, NormalizerProcessorStep))
-        return step(create_transition(action=actions))[ACTION]
-
-    def actions(self, event: Tensor) -> Tensor:
-        """The inverse: [B,T,D] in the environment's units, on the CPU."""
-        return self.post(event.float())
-
-    def require_statistics(self, pretrained: str) -> None:
-        """Raise where statistics are missing: LeRobot then passes values through as they are, and
-        says nothing.
-        """
-        for step in (*self.pre.steps, *self.post.steps):
-            for name, feature in getattr(step, "features", {}).items():
-                way = step.norm_map.get(feature.type)
-                for statistic in STATISTICS.get(way.name if way is not None else "", ()):
-                    if statistic not in (step.stats or {}).get(name, {}):
-                        raise ValueError(
-                            f"policy.pretrained {pretrained} has no statistic {statistic} of {name}, which it normalises by"
-                            f" {way.name}; give the policy the statistics of its data set"
-                        )
-
-    def save(self, directory: Path) -> None:
-        """Beside the policy, where LeRobot's tools look for them."""
-        self.pre.save_pretrained(directory)
-        self.post.save_pretrained(directory)
-
-
-def load_processors(
-    config: Any, folder: Path, device: torch.device, **overrides: Mapping[str, Any]
-) -> Processors:
-    """The processors saved beside a policy, on ``device``; ``overrides`` are settings of the
-    preprocessor's steps by their registered names.
-    """
-    with lerobot():
-        from lerobot.policies.factory import make_pre_post_processors
-
-        steps = {"device_processor": {"device": str(device)}, **overrides}
-        pre, post = make_pre_post_processors(
-            config, pretrained_path=str(folder), preprocessor_overrides=steps
-        )
-    processors = Processors(pre, post)
-    processors.require_statistics(str(folder))
-    return processors
-
-
-def make_processors(config: Any, dataset: Dataset) -> Processors:
-    """Fresh processors of a policy that is to learn from ``dataset``."""
-    with lerobot():
-        from lerobot.policies.factory import make_pre_post_processors
-
-        names = (*config.input_features, *config.output_features)
-        stats = {name: steady(name, dataset.stats[name]) for name in names}
-        stats |= {name: _imagenet() for name in config.image_features}
-        processors = Processors(*make_pre_post_processors(config, dataset_stats=stats))
-    processors.require_statistics("(new)")
-    return processors
-
-
-def steady(name: str, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Statistics by which a dim that stood still in the data is only shifted: LeRobot divides by
-    1e-8 there, so that the slightest movement later becomes an enormous number. An action that
-    never moved may hardly move.
-    """
-    reach = REACH_FLOOR if name == "action" else 1.0
-    fixed = {statistic: value.float().clone() for statistic, value in stats.items()}
-    for low, high in (("min", "max"), ("q01", "q99")):
-        if low in fixed and high in fixed:
-            still = fixed[high] - fixed[low] < STILL
-            middle = (fixed[high] + fixed[low]) / 2
-            fixed[low] = torch.where(still, middle - reach, fixed[low])
-            fixed[high] = torch.where(still, middle + reach, fixed[high])
-    if "std" in fixed:
-        fixed["std"] = torch.where(fixed["std"] < STILL, reach, fixed["std"])
-    return fixed
-
-
-def _imagenet() -> dict[str, Tensor]:
-    """What lerobot-train normalises every camera by, whatever the pictures."""
-    from lerobot.utils.constants import IMAGENET_STATS
-
-    return {statistic: torch.tensor(value) for statistic, value in IMAGENET_STATS.items()}
 
 
 def features(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""What differs between SmolVLA, pi0 and pi0.5: names, the form of a mask, and where the robot's
-state enters.
+"""The differences between SmolVLA, pi0 and pi0.5: names, the form of a mask, the place where the
+robot's state enters, and the settings of their training times.
 
 All three are a vision-language model that reads images and instruction (the prefix), and an action
 expert that attends to its keys and values. The prefix does not depend on the noise.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
 from genpolicy.models._lerobot import STATE
@@ -20,10 +21,12 @@ from genpolicy.models._lerobot_flow_prefix import Prefix
 class Family:
     """One of LeRobot's flow policies.
 
-    joint: the module that holds both networks. prefix: how the names of the prefix's parameters
-    begin, all others are the expert's. images: the policy's method that prepares them. additive:
-    masks are 0 and -inf [B,1,S,S], not bool [B,S,S]. state: where the robot's state enters.
-    learns_pad: whether its own loss counts the actions after an episode's end.
+    joint: the module that holds both networks.
+    prefix: the beginnings of the names of the prefix's parameters; all others are the expert's.
+    images: the policy's method that prepares them.
+    additive: masks are 0 and -inf [B,1,S,S], not bool [B,S,S].
+    state: the place where the robot's state enters.
+    learns_pad: its own loss counts the actions after an episode's end.
     """
 
     joint: str
@@ -62,6 +65,20 @@ FAMILIES = {
 }
 
 
+TIMES = {"beta_alpha": 1.5, "beta_beta": 1.0, "scale": 0.999, "offset": 0.001}
+"""Distribution of training times; SmolVLA's, which are not in its configuration, and pi's defaults.
+"""
+
+
+def training_times(config: Any, uniform: Tensor) -> Tensor:
+    """scale * Beta(a, b) + offset through the quantile function, from uniform numbers in [0,1)."""
+    a, b, scale, offset = (
+        getattr(config, f"time_sampling_{name}", value) for name, value in TIMES.items()
+    )
+    quantile = torch.from_numpy(betaincinv(a, b, uniform.double().cpu().numpy())).to(uniform)
+    return scale * quantile + offset
+
+
 def encode_prefix(policy: Any, family: Family, batch: Mapping[str, Tensor]) -> Prefix:
     """Images, instruction and, in SmolVLA, the state through the vision-language model, as its own
     sampler does.
@@ -69,7 +86,8 @@ def encode_prefix(policy: Any, family: Family, batch: Mapping[str, Tensor]) -> P
     from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
     from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 
-    network, joint = policy.model, getattr(policy.model, family.joint)
+    network = policy.model
+    joint = getattr(network, family.joint)
     images, masks = getattr(policy, family.images)(batch)
     state = {"state": policy.prepare_state(batch)} if family.state == "prefix" else {}
     words = (batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK])

@@ -22,6 +22,7 @@ from torch import Tensor
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models._lerobot_flow_families import FAMILIES
+from genpolicy.models._lerobot_processors import Processors, load_processors, steady
 
 SHIPPED = "vlm"
 """Folder inside a policy's: its tokenizer, of SmolVLA with the VLM's configuration and processor.
@@ -32,8 +33,9 @@ UNSUPPORTED = ("use_relative_actions", "adapt_to_pi_aloha", "use_peft")
 
 @dataclass
 class Files:
-    """Where a policy comes from. words: the tokenizer (of SmolVLA the VLM) to use instead of the
-    one it names.
+    """The place that a policy comes from.
+
+    words: the tokenizer (of SmolVLA the VLM) to use instead of the one that the policy names.
     """
 
     folder: Path
@@ -50,8 +52,8 @@ class Files:
         for name in UNSUPPORTED:
             if settings.get(name):
                 raise ValueError(
-                    f"policy.pretrained {source} was trained with {name}, which lerobot_flow can't undo; it needs"
-                    " absolute actions and whole weights"
+                    f"policy.pretrained {source} was trained with {name}, which lerobot_flow can't"
+                    " undo; it needs absolute actions and whole weights"
                 )
         shipped = folder / SHIPPED
         return cls(folder, tokenizer or (str(shipped) if shipped.is_dir() else None), device)
@@ -68,16 +70,14 @@ class Files:
         with self._explained(), _unwarned():
             return theirs.load(self.folder, self.device, renamed, **settings)
 
-    def processors(self, config: Any) -> theirs.Processors:
-        """Those beside the policy."""
+    def processors(self, config: Any) -> Processors:
+        """The processors beside the policy."""
         with self._explained():
-            processors = theirs.load_processors(
-                config, self.folder, self.device, **self._tokenizer()
-            )
+            processors = load_processors(config, self.folder, self.device, **self._tokenizer())
         return self._named(processors)
 
-    def new_processors(self, config: Any, dataset: Dataset) -> theirs.Processors:
-        """Those beside the policy, with the statistics of a data set in place of their own."""
+    def new_processors(self, config: Any, dataset: Dataset) -> Processors:
+        """The processors beside the policy, with the statistics of a data set in place of their own."""
         with theirs.lerobot(), self._explained():
             from lerobot.policies.factory import make_pre_post_processors
 
@@ -86,7 +86,7 @@ class Files:
             normal = {
                 "features": features,
                 "norm_map": config.normalization_mapping,
-                "stats": {name: theirs.steady(name, dataset.stats[name]) for name in names},
+                "stats": {name: steady(name, dataset.stats[name]) for name in names},
             }
             device = {"device_processor": {"device": str(self.device)}}
             pre, post = make_pre_post_processors(
@@ -99,30 +99,28 @@ class Files:
                 },
                 postprocessor_overrides={"unnormalizer_processor": normal},
             )
-        processors = theirs.Processors(pre, post)
+        processors = Processors(pre, post)
         processors.require_statistics(str(self.folder))
         return self._named(processors)
 
     def _tokenizer(self) -> dict[str, Any]:
         return {} if self.words is None else {"tokenizer_processor": {"tokenizer_name": self.words}}
 
-    def _named(self, processors: theirs.Processors) -> theirs.Processors:
-        """Saved again, they name the tokenizer that the file named."""
-        step, steps = (
-            tokenizer_step(processors),
-            json.loads((self.folder / theirs.PREPROCESSOR).read_text())["steps"],
-        )
+    def _named(self, processors: Processors) -> Processors:
+        """Restores the tokenizer's name that the file has, under which the step is saved again."""
+        step = tokenizer_step(processors)
+        steps = json.loads((self.folder / theirs.PREPROCESSOR).read_text())["steps"]
         self.local = Path(step.tokenizer_name).is_dir()
         (step.tokenizer_name,) = (
-            s["config"]["tokenizer_name"]
-            for s in steps
-            if s.get("registry_name") == "tokenizer_processor"
+            saved["config"]["tokenizer_name"]
+            for saved in steps
+            if saved.get("registry_name") == "tokenizer_processor"
         )
         return processors
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What LeRobot and its libraries raise about files, as one sentence."""
+        """Raises in one sentence the errors of LeRobot and its libraries about files."""
         try:
             yield
         except (SafetensorError, RuntimeError, DecodingError) as error:
@@ -132,17 +130,17 @@ class Files:
                 f"policy.pretrained {self.folder} is damaged: {' '.join(str(error).split())}"
             ) from error
         except (OSError, ValueError) as error:
-            cause = (
-                error if isinstance(error, OSError) else error.__cause__
-            )  # a step's error is wrapped
+            # a step's error is wrapped
+            cause = error if isinstance(error, OSError) else error.__cause__
             if not isinstance(cause, OSError):
                 raise
             raise ValueError(
-                f"policy.pretrained {self.folder}: the VLM or tokenizer it names can't be read; set policy.tokenizer to a"
-                f" local folder of it, or log in with a token (hf auth login): {str(cause).strip().splitlines()[0]}"
+                f"policy.pretrained {self.folder}: the VLM or tokenizer it names can't be read; set"
+                " policy.tokenizer to a local folder of it, or log in with a token (hf auth"
+                f" login): {str(cause).strip().splitlines()[0]}"
             ) from error
 
-    def save(self, policy: Any, processors: theirs.Processors, directory: Path) -> None:
+    def save(self, policy: Any, processors: Processors, directory: Path) -> None:
         """As LeRobot saves it, with the names it came with, and what they name beside it if that
         was a folder.
         """
@@ -168,7 +166,7 @@ def _unwarned() -> Iterator[None]:
         logging.disable(before)
 
 
-def tokenizer_step(processors: theirs.Processors) -> Any:
+def tokenizer_step(processors: Processors) -> Any:
     """The step that turns the instruction into tokens."""
     from lerobot.processor import TokenizerProcessorStep
 
@@ -177,7 +175,7 @@ def tokenizer_step(processors: theirs.Processors) -> Any:
 
 
 def renamed(policy: Any, weights: dict[str, Tensor]) -> Mapping[str, Tensor]:
-    """A file's weights under the policy's names: those of the original pi checkpoints have others."""
+    """A file's weights under the policy's names: the original pi checkpoints have other ones."""
     rename = getattr(policy, "_fix_pytorch_state_dict_keys", lambda weights, _: weights)
     fixed = rename(weights, policy.config)
     return {

@@ -52,7 +52,9 @@ class Store:
     ) -> Prefix:
         """The prefixes of ``rows`` [b]; what is missing is encoded, `ROWS` at a time."""
         if self._mark is None or not torch.equal(mark, self._mark):
-            self._known[:], self._prefix, self._mark = False, None, mark
+            self._known[:] = False
+            self._prefix = None
+            self._mark = mark
         missing = rows[~self._known[rows]].unique()
         for part in missing.split(ROWS) if len(missing) else ():
             made = encode({name: value[part] for name, value in self.batch.items()})

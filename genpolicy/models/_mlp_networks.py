@@ -92,7 +92,9 @@ class UNet(nn.Module):
 
     def __init__(self, event_shape: tuple[int, ...], condition: int, channels: list[int]) -> None:
         super().__init__()
-        dim, known, top = event_shape[-1], TIME + condition, channels[0]
+        dim = event_shape[-1]
+        known = TIME + condition
+        top = channels[0]
         self.time = nn.Sequential(nn.Linear(TIME, 4 * TIME), nn.SiLU(), nn.Linear(4 * TIME, TIME))
         self.enter = FilmBlock(dim, top, known)
         self.down, self.shrink, self.grow, self.up = (nn.ModuleList() for _ in range(4))

@@ -9,12 +9,8 @@ decoding are the same call with no step at all. Guidance is the chain's: the pip
 unguided.
 """
 
-import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,17 +24,16 @@ from genpolicy.contracts.task import Context
 from genpolicy.models import _diffusers_lora as lora_files
 from genpolicy.models import _head
 from genpolicy.models._device import default_device
-from genpolicy.models._diffusers_latents import Layout, VaeReachedError, mode
-from genpolicy.models._diffusers_load import DENOISERS, check_call, load_pipeline
+from genpolicy.models._diffusers_call import PipelineCall, handing
+from genpolicy.models._diffusers_load import DENOISERS, load_pipeline
 from genpolicy.models._diffusers_lora import Lora
+from genpolicy.models._diffusers_parts import Parts
 from genpolicy.models._diffusers_prompts import Embeddings, Entry, Prompts
-from genpolicy.models._diffusers_scheduler import Asked, OneStep, Times, markov
+from genpolicy.models._diffusers_scheduler import Times
+from genpolicy.models._diffusers_text import TextEncoders
+from genpolicy.models._diffusers_vae import Vae
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DECODED_ELEMENTS = 2**17
-"""Latent elements decoded, or encoded, at once: one 1024 x 1024 image of SD3, 512 images of 32 x
-32.
-"""
 
 
 @dataclass(eq=False)
@@ -103,49 +98,30 @@ class DiffusersPipeline:
         learning = torch.float32 if self.train == "full" else frozen
         self.pipeline = load_pipeline(self.pretrained, self.revision, frozen, learning)
         kind = type(self.pipeline).__name__
-        run = getattr(type(self.pipeline).__call__, "__wrapped__", None)
-        if run is None or not hasattr(self.pipeline, "encode_prompt"):
-            raise ValueError(
-                f"policy.pretrained {self.pretrained}: {kind} can't be run step by step (it takes a call"
-                " decorated by no_grad, and an encode_prompt); use a plain text-to-image or -video pipeline"
-            )
-        self._run: Callable[..., Any] = run
-        self._arguments = inspect.signature(run).parameters
-        check_call(self.call, self._arguments, kind)
-        self._times = Times(markov(self.pipeline.scheduler), mu=None)
+        self._call = PipelineCall.of(self.pipeline, self.call, self.pretrained)
+        self._times = Times(self._call.scheduler, mu=None)
         self._choose_head(kind)
         self._name = (
             "transformer" if getattr(self.pipeline, "transformer", None) is not None else "unet"
         )
         self.denoiser: torch.nn.Module = getattr(self.pipeline, self._name)
-        self._place()
+        self._parts = Parts(self.pipeline, self.device, self.offload)
+        self._parts.place()
         self._choose_what_learns()
         home = torch.device("cpu") if self.offload else self.device
-        self._embeddings = Embeddings(self._positive, self._negative, self.device, home)
+        self._text = TextEncoders(self._call, self._parts)
+        self._embeddings = Embeddings(self._text.positive, self._negative, self.device, home)
         try:
             self._blank = self._embeddings.encode([self.negative_prompt or ""])
-            latents, asked = self._dry(1)
+            latents, asked = self._call.dry(1, self._embeddings.rows(self._blank))
         except (ValueError, TypeError) as error:
             raise ValueError(f"policy.call {self.call} does not fit {kind}: {error}") from error
         self.event_shape: tuple[int, ...] = tuple(latents.shape[1:])
+        self._vae = Vae(self._call, self._parts, self._embeddings, self._blank, self.event_shape)
         self._times = replace(self._times, mu=asked[1].get("mu"))
         self.schedule: Schedule = self._times.schedule()
         self.parametrisation: Parametrisation = self._times.parametrisation
         self.clip: tuple[float, bool] | None = self._times.clip
-
-    def _place(self) -> None:
-        """Move the parts (with ``offload`` the denoisers) to the device, and make it the
-        pipeline's.
-        """
-        device, plain = self.device, type(self.pipeline)
-        # a pipeline takes its device from whichever part comes first, which may be one that is
-        # offloaded
-        self.pipeline.__class__ = type(
-            plain.__name__, (plain,), {"_execution_device": property(lambda _: device)}
-        )
-        self.pipeline.set_progress_bar_config(disable=True)
-        for name, part in self._parts().items():
-            part.to("cpu" if self.offload and name not in DENOISERS else device)
 
     def _choose_head(self, kind: str) -> None:
         """Write another head than its own into the scheduler that reads it, and that is saved."""
@@ -162,7 +138,7 @@ class DiffusersPipeline:
         self.pipeline.scheduler = self._times.scheduler
 
     def _choose_what_learns(self) -> None:
-        for part in self._parts().values():
+        for part in self._parts.modules().values():
             part.requires_grad_(False).eval()
         if self.train == "lora":
             lora_files.add(self.pipeline, self.denoiser, self.lora)
@@ -171,69 +147,14 @@ class DiffusersPipeline:
         self.denoiser.eval()  # while it learns too: with dropout a replay would not be exact
         if self.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
-        for name, part in self._parts().items():
+        for name, part in self._parts.modules().items():
             if name in DENOISERS:
                 part.register_forward_hook(self._count)
 
     def _count(self, _: torch.nn.Module, __: Any, output: Any) -> None:
-        rows, differentiated = len(output[0]), torch.is_grad_enabled() and output[0].requires_grad
+        rows = len(output[0])
+        differentiated = torch.is_grad_enabled() and output[0].requires_grad
         self.evaluations += 2 * rows if differentiated else rows
-
-    def _parts(self) -> dict[str, torch.nn.Module]:
-        return {
-            name: p
-            for name, p in self.pipeline.components.items()
-            if isinstance(p, torch.nn.Module)
-        }
-
-    @contextmanager
-    def _visiting(self, *prefixes: str) -> Iterator[None]:
-        """With ``offload``: parts whose names start so are on the device in here, and on the CPU
-        after.
-        """
-        visitors = [
-            p for name, p in self._parts().items() if self.offload and name.startswith(prefixes)
-        ]
-        try:
-            for part in visitors:
-                part.to(self.device)
-            yield
-        finally:
-            for part in visitors:
-                part.to("cpu")
-
-    # The pipeline's call
-
-    def _pipeline_call(
-        self, scheduler: OneStep, encode: Callable[..., Any], **arguments: Any
-    ) -> Tensor:
-        """The un-decorated call, with ``scheduler`` and ``encode`` in place of its own two."""
-        unguided = {"guidance_scale": 1.0} if "guidance_scale" in self._arguments else {}
-        attributes = (
-            self.pipeline.__dict__
-        )  # setattr would write the stand-in into the pipeline's config
-        own = attributes["scheduler"]
-        try:
-            attributes["scheduler"], attributes["encode_prompt"] = scheduler, encode
-            settings = {"num_inference_steps": 1, **unguided, **self.call, **arguments}
-            return self._run(self.pipeline, return_dict=False, **settings)[0]
-        finally:
-            attributes["scheduler"] = own
-            del attributes["encode_prompt"]
-
-    def _stand_in(self, timesteps: Tensor | None = None) -> OneStep:
-        return OneStep(self._times.scheduler, torch.empty(0) if timesteps is None else timesteps)
-
-    @torch.no_grad()
-    def _dry(self, steps: int) -> tuple[Tensor, Asked]:
-        """No step at all: the latents [1,*E] that the loop starts from, and what it asks of its
-        scheduler.
-        """
-        scheduler, encode = self._stand_in(), _handing(self._embeddings.rows(self._blank))
-        latents = self._pipeline_call(
-            scheduler, encode, prompt=[""], num_inference_steps=steps, output_type="latent"
-        )
-        return latents, scheduler.asked
 
     # Prompts
 
@@ -249,51 +170,9 @@ class DiffusersPipeline:
         """The same rows with the negative prompt's embeddings."""
         return replace(condition, negative=True)
 
-    def _positive(self, prompts: list[str]) -> Entry:
-        entry = self._encode(prompts)
-        if getattr(self.pipeline, "do_classifier_free_guidance", False):
-            raise ValueError(
-                "guidance is the chain's on this pipeline; set chain.guidance, not guidance_scale"
-            )
-        return entry
-
     def _negative(self) -> Entry:
-        """The embeddings that appear with guidance, in the places of those that are there without
-        it.
-        """
-        prompt = self.negative_prompt or ""
-        without = self._embeddings.entry(prompt)
-        if (
-            "do_classifier_free_guidance"
-            not in inspect.signature(self.pipeline.encode_prompt).parameters
-        ):
-            return without  # guided by a second prompt, if at all (Flux)
-        guided = self._encode([prompt], guidance_scale=2.0, negative_prompt=self.negative_prompt)
-        others = [
-            v for v, alone in zip(guided, without, strict=True) if alone is None and v is not None
-        ]
-        if len(others) != sum(v is not None for v in without):
-            raise ValueError(
-                f"{type(self.pipeline).__name__} has no negative branch; set chain.guidance to 1"
-            )
-        places = iter(others)
-        return tuple(None if v is None else next(places) for v in without)
-
-    @torch.no_grad()
-    def _encode(self, prompts: list[str], **arguments: Any) -> Entry:
-        """What ``encode_prompt`` returns to the pipeline's own call, which knows its arguments."""
-        kept: list[Entry] = []
-        own = self.pipeline.encode_prompt
-
-        def keep(*args: Any, **kwargs: Any) -> Entry:
-            kept.append(own(*args, **kwargs))
-            return kept[-1]
-
-        with self._visiting("text_encoder"), torch.autocast(self.device.type, enabled=False):
-            self._pipeline_call(
-                self._stand_in(), keep, prompt=prompts, output_type="latent", **arguments
-            )
-        return kept[0]
+        without = self._embeddings.entry(self.negative_prompt or "")
+        return self._text.negative(self.negative_prompt, without)
 
     # The network
 
@@ -305,7 +184,7 @@ class DiffusersPipeline:
 
     def native_grid(self, steps: int) -> Tensor:
         """The K+1 noise times that the pipeline itself visits in ``steps`` steps."""
-        return self._times.native(self._dry(steps)[1])
+        return self._times.native(self._call.dry(steps, self._embeddings.rows(self._blank))[1])
 
     def denoise(self, x: Tensor, t: Tensor, condition: Prompts) -> Prediction:
         """One unguided network evaluation of x [B,*E] at t [B], counted."""
@@ -337,7 +216,8 @@ class DiffusersPipeline:
         """Whether one call with a time per row equals a call for each row at its own (asked once a
         model).
         """
-        rows, counted = torch.stack([times.argmin(), times.argmax()]), self.evaluations
+        rows = torch.stack([times.argmin(), times.argmax()])
+        counted = self.evaluations
         alone = torch.cat([self._evaluate(x[r], times[r], condition[r]) for r in rows.split(1)])
         try:
             together = self._evaluate(x[rows], times[rows][None], condition[rows])
@@ -353,12 +233,11 @@ class DiffusersPipeline:
         """The pipeline's loop for one step at ``timesteps`` [1] or [1,B]: the network's output
         [B,*E].
         """
-        scheduler, encode = self._stand_in(timesteps), _handing(self._embeddings.rows(condition))
+        scheduler = self._call.stand_in(timesteps)
+        encode = handing(self._embeddings.rows(condition))
         dtype = PRECISIONS[self.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            self._pipeline_call(
-                scheduler, encode, prompt=[""] * len(x), latents=x, output_type="latent"
-            )
+            self._call(scheduler, encode, prompt=[""] * len(x), latents=x, output_type="latent")
         assert scheduler.output is not None
         return scheduler.output
 
@@ -386,75 +265,16 @@ class DiffusersPipeline:
             else embedding.detach().float()
         )
 
-    @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """The pipeline's own tail: images Float[B,3,H,W], videos Float[B,F,3,H,W], in [0,1] fp32."""
-        chunks = x0.split(max(1, DECODED_ELEMENTS // x0[0].numel()))
-        with self._visiting("vae", "safety_checker"):
-            return torch.cat([self._decode(chunk) for chunk in chunks])
+        return self._vae.decode(x0)
 
-    @torch.no_grad()
     def event(self, outputs: Tensor) -> Tensor:
         """Pictures Float[B,3,H,W] or videos Float[B,F,3,H,W] in [0,1] as the samples [B,*E] whose
         decoding they are up to the VAE's own loss: the mode of its posterior, in the pipeline's
         scale and packing. Raises `ValueError` where their size is not that of ``call``.
         """
-        chunks = outputs.split(max(1, DECODED_ELEMENTS // math.prod(self.event_shape)))
-        with self._visiting("vae"):
-            return torch.cat([self._event(chunk.to(self.device)) for chunk in chunks])
-
-    def _event(self, outputs: Tensor) -> Tensor:
-        latents = mode(self.pipeline.vae, outputs)
-        if latents.shape[1:] != self._layout.shape:
-            raise ValueError(
-                f"outputs of shape {list(outputs.shape[1:])} are latents {list(latents.shape[1:])} of"
-                f" the VAE; those of this policy are {list(self._layout.shape)}: set policy.call to"
-                " their height, width and num_frames"
-            )
-        return self._layout.event(latents)
-
-    @cached_property
-    def _layout(self) -> Layout:
-        return Layout.probe(self._tail, self.event_shape, self.device)
-
-    def _tail(self, x0: Tensor) -> Tensor:
-        """What the pipeline would have its VAE decode. A VAE that is told a noise level (LTX) is
-        shown latents without noise.
-        """
-
-        def reached(latents: Tensor, *_: Any, **__: Any) -> None:
-            raise VaeReachedError(latents)
-
-        noiseless = {"decode_noise_scale": 0.0}
-        settings = {name: v for name, v in noiseless.items() if name in self._arguments}
-        own = vars(self.pipeline.vae)
-        try:
-            own["decode"] = reached
-            self._decode(x0, **settings)
-        except VaeReachedError as found:
-            return found.latents
-        finally:
-            del own["decode"]
-        raise ValueError(f"{type(self.pipeline).__name__} decodes without its VAE")
-
-    def _decode(self, x0: Tensor, **settings: Any) -> Tensor:
-        # pipelines decode in the dtype of the embeddings; the VAE is fp32
-        rows = self._embeddings.rows(Prompts(self._blank.prompts * len(x0)))
-        rows = tuple(v.float() if v is not None and v.is_floating_point() else v for v in rows)
-        # a VAE that is told a noise level (LTX) draws noise: the same for every row, so that no
-        # split of rows matters
-        draws = {"generator": [torch.Generator().manual_seed(0) for _ in x0]}
-        arguments = draws if "generator" in self._arguments else {}
-        prompts = [""] * len(x0)
-        return self._pipeline_call(
-            self._stand_in(),
-            _handing(rows),
-            prompt=prompts,
-            latents=x0,
-            output_type="pt",
-            **arguments,
-            **settings,
-        ).float()
+        return self._vae.encode(outputs)
 
     # What learns
 
@@ -470,8 +290,3 @@ class DiffusersPipeline:
             lora_files.save(self.pipeline, self._name, self.denoiser, directory)
         else:
             self.pipeline.save_pretrained(directory)
-
-
-def _handing(rows: Entry) -> Callable[..., Entry]:
-    """An ``encode_prompt`` that hands ``rows`` back whatever it is asked."""
-    return lambda *_, **__: rows

@@ -17,26 +17,23 @@ from torch import Tensor
 from genpolicy.chain import Prediction, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
-from genpolicy.config.parse import decode
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
 from genpolicy.models import _head
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models._device import default_device
+from genpolicy.models._lerobot_diffusion_fresh import configure, draw
+from genpolicy.models._lerobot_processors import Processors, load_processors, make_processors
 
-OURS = ("input_features", "output_features", "device", "pretrained_path")
-"""What `initialise` decides."""
 HEADS: tuple[Parametrisation, ...] = ("epsilon", "sample")
 """The heads that LeRobot's DiffusionConfig knows."""
-NORMALISED = {"VISUAL": "MEAN_STD", "STATE": "MIN_MAX", "ENV": "MIN_MAX", "ACTION": "MIN_MAX"}
-"""LeRobot's defaults, and an environment state like the robot's: its own default leaves it as it
-is.
-"""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What B rows see, normalised, where the encoder still learns: name -> [B,history,*shape]."""
+    """The normalised observations of B rows, kept where the encoder still learns: name ->
+    [B,history,*shape].
+    """
 
     observation: dict[str, Tensor]
 
@@ -49,8 +46,8 @@ class Seen:
 
 @dataclass(eq=False)
 class LeRobotDiffusion:
-    """A LeRobot DiffusionPolicy as a `genpolicy.contracts.model.ControlModel`. The event is its whole
-    horizon [T,D].
+    """A LeRobot DiffusionPolicy as a `genpolicy.contracts.model.ControlModel`. The event is its
+    whole horizon [T,D].
 
     pretrained: folder or hub id of a saved one; None: fresh weights in `initialise`.
     revision: the hub's branch, tag or commit.
@@ -62,7 +59,7 @@ class LeRobotDiffusion:
         are, and learn to say it. x0 is clipped as the config says, whatever the head, as LeRobot's
         schedulers do.
     train: "full" trains the U-Net and the cameras' encoder, which then runs in every evaluation;
-        "denoiser" trains the U-Net alone, and cameras are encoded once a decision.
+        "denoiser" trains the U-Net alone, and cameras are encoded once per decision.
     spacing: the grid that `grid` gives, "trailing" from the noisiest level or "lerobot" as its own
         sampler visits it (`native_grid`, which does not depend on it).
     device: None takes this process's accelerator if there is one.
@@ -93,56 +90,20 @@ class LeRobotDiffusion:
             if self.prediction_type is not None:
                 policy.config.prediction_type = head
                 policy.diffusion.noise_scheduler.register_to_config(prediction_type=head)
-            self._adopt(policy, theirs.load_processors(policy.config, folder, self.device))
+            self._adopt(policy, load_processors(policy.config, folder, self.device))
             return
-        with theirs.lerobot():
-            from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
-
-            for name in self.config:
-                if name in OURS:
-                    raise ValueError(
-                        f"policy.config.{name} can't be set there: the data set and the device decide it"
-                    )
-            settings = {
-                "normalization_mapping": NORMALISED,
-                **self.config,
-                "prediction_type": head,
-                "device": str(self.device),
-            }
-            self._config = decode(DiffusionConfig, settings, "policy.config")
+        self._config = configure(self.config, head, self.device)
         self._describe(self._config)
 
     def initialise(self, dataset: Dataset) -> None:
         """Fresh weights, from torch's global generator, for what of the data set a DiffusionPolicy
         can see.
         """
-        names = [
-            n
-            for n in dataset.shapes
-            if n in (theirs.STATE, theirs.WORLD) or n.startswith(theirs.CAMERA)
-        ]
-        if theirs.STATE not in names or len(names) == 1:
-            raise ValueError(
-                f"LeRobot's DiffusionPolicy needs {theirs.STATE} and {theirs.WORLD} or a camera; the data set has"
-                f" {', '.join(dataset.shapes)}"
-            )
-        config = self._config
-        cameras = any(name.startswith(theirs.CAMERA) for name in names)
-        if cameras and not config.use_group_norm and config.pretrained_backbone_weights is None:
-            raise ValueError(
-                "policy.config: use_group_norm must be true where pretrained_backbone_weights is null: batch norms do not"
-                " gather statistics here, because the policy learns as it acts"
-            )
-        with theirs.lerobot():
-            from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
-
-            config.input_features = theirs.features(dataset.shapes, names)
-            config.output_features = theirs.features(dataset.shapes, ["action"])
-            policy = DiffusionPolicy(config).to(self.device)
-            self._adopt(policy, theirs.make_processors(config, dataset))
+        policy = draw(self._config, dataset, self.device)
+        self._adopt(policy, make_processors(self._config, dataset))
 
     def _describe(self, config: Any) -> None:
-        """What follows from its config alone."""
+        """Takes over everything that follows from its config alone."""
         with theirs.lerobot():
             from lerobot.policies.diffusion.modeling_diffusion import _make_noise_scheduler
 
@@ -156,7 +117,8 @@ class LeRobotDiffusion:
             )
             settings = {name: getattr(config, name) for name in (*names, "prediction_type")}
             self._scheduler = _make_noise_scheduler(config.noise_scheduler_type, **settings)
-        self.history, self.executed = config.n_obs_steps, config.n_action_steps
+        self.history = config.n_obs_steps
+        self.executed = config.n_action_steps
         self.horizon = range(1 - self.history, 1 - self.history + config.horizon)
         self.parametrisation: Parametrisation = config.prediction_type
         final = float(getattr(self._scheduler, "final_alpha_cumprod", 1.0))  # DDPM's is always 1
@@ -166,31 +128,32 @@ class LeRobotDiffusion:
         clip = (config.clip_sample_range, config.noise_scheduler_type == "DDPM")
         self.clip: tuple[float, bool] | None = clip if config.clip_sample else None
 
-    def _adopt(self, policy: Any, processors: theirs.Processors) -> None:
-        """A whole policy: its shapes, and what of it learns."""
+    def _adopt(self, policy: Any, processors: Processors) -> None:
+        """Takes over a whole policy: its shapes, and what of it learns."""
         config = policy.config
         self._describe(config)
-        self.policy, self.processors = policy, processors
+        self.policy = policy
+        self.processors = processors
         used = [theirs.STATE, *config.image_features] + [theirs.WORLD] * (
             config.env_state_feature is not None
         )
         self.shapes = {name: tuple(config.input_features[name].shape) for name in used}
         self.action_dim: int = config.action_feature.shape[0]
         self.event_shape: tuple[int, ...] = (config.horizon, self.action_dim)
-        policy.eval().requires_grad_(
-            False
-        )  # eval while it learns too: random crops would make a replay inexact
+        # eval while it learns too: random crops would make a replay inexact
+        policy.eval().requires_grad_(False)
         (policy.diffusion if self.train == "full" else policy.diffusion.unet).requires_grad_(True)
         encoder = getattr(policy.diffusion, "rgb_encoder", None)
         self._encoder_learns = self.train == "full" and encoder is not None
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """What learns, by its name in the LeRobot policy."""
+        """The parameters that learn, by their names in the LeRobot policy."""
         return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
 
     def save(self, directory: Path) -> None:
         """A folder that LeRobot's own tools load."""
-        own, self.policy.config.device = self.policy.config.device, self.device.type
+        own = self.policy.config.device
+        self.policy.config.device = self.device.type
         self.policy.save_pretrained(directory)
         self.policy.config.device = own
         self.processors.save(directory)
@@ -216,7 +179,7 @@ class LeRobotDiffusion:
         return ((uniform * self._levels).floor() + 1) / self._levels
 
     def encode(self, context: Context) -> Tensor | Seen:
-        """What the U-Net is conditioned on, [B,G]; where the encoder learns, what it is to see."""
+        """The condition of the U-Net, [B,G]; where the encoder learns, what that is to see."""
         batch = self.processors.observe(context, self.history, self.shapes)
         seen = Seen({name: batch[name].to(self.device) for name in self.shapes})
         return seen if self._encoder_learns else self._encoded(seen)
@@ -224,7 +187,8 @@ class LeRobotDiffusion:
     def _encoded(self, condition: Tensor | Seen) -> Tensor:
         if isinstance(condition, Tensor):
             return condition
-        batch, cameras = dict(condition.observation), self.policy.config.image_features
+        batch = dict(condition.observation)
+        cameras = self.policy.config.image_features
         if cameras:
             batch["observation.images"] = torch.stack([batch[name] for name in cameras], dim=-4)
         return self.policy.diffusion._prepare_global_conditioning(batch)
@@ -256,7 +220,7 @@ class LeRobotDiffusion:
 
     @torch.no_grad()
     def features(self, condition: Tensor | Seen) -> Tensor:
-        """What the U-Net is conditioned on."""
+        """The condition of the U-Net, [B,G], without a gradient."""
         return self._encoded(condition).detach()
 
     def event(self, actions: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,22 +22,24 @@ from genpolicy.contracts.task import Context
 from genpolicy.models import _head
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models._device import default_device
-from genpolicy.models._lerobot_flow_families import FAMILIES, encode_prefix, velocity
+from genpolicy.models._lerobot_flow_families import FAMILIES, training_times
 from genpolicy.models._lerobot_flow_files import Files
-from genpolicy.models._lerobot_flow_prefix import Prefix, Seen
+from genpolicy.models._lerobot_flow_networks import Networks
+from genpolicy.models._lerobot_flow_prefix import Seen
+from genpolicy.models._lerobot_processors import Processors
+from genpolicy.models._observed import observed
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMPTY = "observation.images.empty_camera"
-"""How the cameras begin that a checkpoint has and no robot needs: LeRobot itself fills them in."""
-TIMES = {"beta_alpha": 1.5, "beta_beta": 1.0, "scale": 0.999, "offset": 0.001}
-"""Distribution of training times; SmolVLA's, which are not in its configuration, and pi's defaults.
+"""The beginning of the names of cameras that a checkpoint has and no robot needs: LeRobot itself
+fills them in.
 """
 
 
 @dataclass(eq=False)
 class LeRobotFlow:
-    """A SmolVLA, pi0 or pi0.5 as a `genpolicy.contracts.model.ControlModel`. The event is a chunk in the
-    network's own dims.
+    """A SmolVLA, pi0 or pi0.5 as a `genpolicy.contracts.model.ControlModel`. The event is a chunk
+    in the network's own dims.
 
     pretrained: folder or hub id of a policy as LeRobot saves it; its config.json says which of the
         three it is.
@@ -58,8 +59,8 @@ class LeRobotFlow:
         others follow their exact flow to 0, x_s = (s/t) x_t, and no parameter acts through them.
         "network": they follow what the network says, which LeRobot does not train, as in its own
         samplers.
-    keep: prefixes of a rollout's rows stay in memory for its updates (SmolVLA 2 MB a row, pi0 15
-        MB, in bf16); false encodes them anew for every minibatch.
+    keep: prefixes of a rollout's rows stay in memory for its updates (SmolVLA 2 MB per row, pi0
+        15 MB, in bf16); false encodes them anew for every minibatch.
     precision: dtype that what is frozen is stored in, and that the networks run in (autocast). What
         learns is fp32, and so is the kernel algebra.
     device: null takes this process's accelerator if there is one.
@@ -85,7 +86,8 @@ class LeRobotFlow:
         source = self.pretrained or self.base
         if source is None:
             raise ValueError(
-                "policy lerobot_flow needs pretrained, or base to begin from with a data set; both are null"
+                "policy lerobot_flow needs pretrained, or base to begin from with a data set; both"
+                " are null"
             )
         self.parametrisation: Parametrisation = _head.choose(
             self.prediction_type, "velocity", _head.FLOW, "lerobot_flow"
@@ -95,6 +97,13 @@ class LeRobotFlow:
         self.policy = self._files.policy()  # in eval mode while it learns too: replay must be exact
         config = self.policy.config
         self._family = FAMILIES[config.type]
+        self._networks = Networks(
+            self.policy,
+            self._family,
+            self.device,
+            PRECISIONS[self.precision],
+            whole=self.train == "full",
+        )
         self.schedule: Schedule = Linear()
         self.clip: tuple[float, bool] | None = None
         self.evaluations = 0.0
@@ -109,69 +118,45 @@ class LeRobotFlow:
 
     def initialise(self, dataset: Dataset) -> None:
         """Take the data set's shapes and statistics; the weights stay those of ``base``."""
-        config, cameras = (
-            self.policy.config,
-            [n for n in dataset.shapes if n.startswith(theirs.CAMERA)],
-        )
+        config = self.policy.config
+        cameras = [name for name in dataset.shapes if name.startswith(theirs.CAMERA)]
         if theirs.STATE not in dataset.shapes or not cameras:
             raise ValueError(
-                f"lerobot_flow needs {theirs.STATE} and a camera; the data set has {', '.join(dataset.shapes)}"
+                f"lerobot_flow needs {theirs.STATE} and a camera; the data set has"
+                f" {', '.join(dataset.shapes)}"
             )
         for name, most in ((theirs.STATE, config.max_state_dim), ("action", config.max_action_dim)):
             (dim,) = dataset.shapes[name]
             if dim > most:
                 raise ValueError(
-                    f"the data set's {name} has {dim} dims; policy.base {self.base} has room for {most}"
+                    f"the data set's {name} has {dim} dims; policy.base {self.base} has room for"
+                    f" {most}"
                 )
         config.input_features = theirs.features(dataset.shapes, [*cameras, theirs.STATE])
         config.output_features = theirs.features(dataset.shapes, ["action"])
         self._adopt(self._files.new_processors(config, dataset))
 
-    def _adopt(self, processors: theirs.Processors) -> None:
+    def _adopt(self, processors: Processors) -> None:
         config = self.policy.config
         self.processors = processors
         self.shapes = {
-            n: tuple(f.shape) for n, f in config.input_features.items() if not n.startswith(EMPTY)
+            name: tuple(feature.shape)
+            for name, feature in config.input_features.items()
+            if not name.startswith(EMPTY)
         }
         (self.action_dim,) = config.output_features["action"].shape
-        self._choose_what_learns()
+        self._networks.choose_what_learns(self._dry)
 
-    def _choose_what_learns(self) -> None:
-        """Of the part that is to learn, the parameters that a gradient reaches: those in the graph
-        of a dry evaluation.
-
-        Left out are heads and last layers that nothing reads; they stay in the checkpoint as they
-        are.
-        """
-        network, frozen = self.policy.model, PRECISIONS[self.precision]
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(
-                self.train == "full" or not name.startswith(self._family.prefix)
-            )
-        self._note_prefix()
-        blank = Context(
-            [""], {name: torch.zeros(1, 1, *shape) for name, shape in self.shapes.items()}
-        )
-        x, t = (
-            torch.zeros(1, *self.event_shape, device=self.device),
-            torch.ones(1, device=self.device),
-        )
-        with torch.enable_grad():
-            reached = leaves(self._velocity(x, t, self.encode(blank)))
-        for parameter in network.parameters():
-            learns = parameter in reached
-            parameter.requires_grad_(learns).data = parameter.data.to(
-                torch.float32 if learns else frozen
-            )
-        self._note_prefix()
-
-    def _note_prefix(self) -> None:
-        learning = self.trainable().items()
-        self._learning_prefix = [p for name, p in learning if name.startswith(self._family.prefix)]
+    def _dry(self) -> Tensor:
+        """Evaluates the expert at a blank row."""
+        frame = {name: torch.zeros(1, 1, *shape) for name, shape in self.shapes.items()}
+        x = torch.zeros(1, *self.event_shape, device=self.device)
+        t = torch.ones(1, device=self.device)
+        return self._networks.velocity(x, t, self.encode(Context([""], frame)))
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """What learns, by its name in the policy's network, in its order."""
-        return {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
+        """The parameters that learn, by their names in the policy's network, in its order."""
+        return self._networks.trainable()
 
     def save(self, directory: Path) -> None:
         """A folder that LeRobot's own tools load."""
@@ -185,35 +170,15 @@ class LeRobotFlow:
         """
         batch: dict[str, Any] = {"task": list(context.prompts)}
         for name, shape in self.shapes.items():
-            frames = context.observation.get(name)
-            if frames is None or frames.shape[1:] != (self.history, *shape):
-                got = "is missing" if frames is None else f"comes as {list(frames.shape[1:])}"
-                raise ValueError(
-                    f"observation {name} {got}; this policy needs {[self.history, *shape]} of every row"
-                )
-            batch[name] = frames[:, -1]
+            batch[name] = observed(context, name, (self.history, *shape))[:, -1]
         with theirs.lerobot():
             made = self.processors.pre(batch)
-        return Seen.all({n: v for n, v in made.items() if n.startswith("observation.")}, self.keep)
+        seen = {name: value for name, value in made.items() if name.startswith("observation.")}
+        return Seen.all(seen, self.keep)
 
     def negative(self, condition: Seen) -> Seen:
         """Raises: it has no unconditional branch."""
         raise ValueError("policy lerobot_flow has no unconditional branch; set chain.guidance to 1")
-
-    def _prefix(self, seen: Seen) -> Prefix:
-        """Stored, unless a gradient goes through it; where it learns, every change of its weights
-        makes it anew.
-        """
-        if self._learning_prefix and torch.is_grad_enabled():
-            return self._encode(seen.batch)
-        mark = torch.stack(
-            [p.detach().double().sum() for p in self._learning_prefix] or [torch.zeros(())]
-        )
-        return seen.store.prefix(seen.rows, self._encode, mark)
-
-    def _encode(self, batch: Any) -> Prefix:
-        with self._autocast():
-            return encode_prefix(self.policy, self._family, batch)
 
     def supervised(self, context: Context, uniform: Tensor) -> tuple[Seen, Tensor]:
         """`encode`: LeRobot's encoders have no losses of their own, and its image augmentation is
@@ -226,9 +191,8 @@ class LeRobotFlow:
         """The mean over the prefix's valid tokens of its last hidden states, and the normalised
         state: [B,F].
         """
-        return torch.cat(
-            [self._prefix(condition).summary, condition.value(theirs.STATE).float()], -1
-        )
+        state = condition.value(theirs.STATE).float()
+        return torch.cat([self._networks.prefix(condition).summary, state], -1)
 
     # The chain's view
 
@@ -241,30 +205,12 @@ class LeRobotFlow:
         return self.grid(steps)
 
     def times(self, uniform: Tensor) -> Tensor:
-        """scale * Beta(a, b) + offset through its quantile function: .999 u^(2/3) + .001 unless
-        configured otherwise.
-        """
-        config = self.policy.config
-        a, b, scale, offset = (
-            getattr(config, f"time_sampling_{name}", value) for name, value in TIMES.items()
-        )
-        return (
-            scale * torch.from_numpy(betaincinv(a, b, uniform.double().cpu().numpy())).to(uniform)
-            + offset
-        )
-
-    def _autocast(self) -> torch.autocast:
-        dtype = PRECISIONS[self.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-
-    def _velocity(self, x: Tensor, t: Tensor, condition: Seen) -> Tensor:
-        prefix, state = self._prefix(condition), condition.value(theirs.STATE)
-        with self._autocast():
-            return velocity(self.policy, self._family, prefix, state, x, t.to(x))
+        """scale * Beta(a, b) + offset: .999 u^(2/3) + .001 unless configured otherwise."""
+        return training_times(self.policy.config, uniform)
 
     def denoise(self, x: Tensor, t: Tensor, condition: Seen) -> Prediction:
         """One evaluation of the expert on x [B,T,max_action_dim] at t [B], counted."""
-        output = self._velocity(x, t, condition)
+        output = self._networks.velocity(x, t, condition)
         self.evaluations += len(x) * (2 if output.requires_grad else 1)
         prediction = Prediction.of(
             self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t)
@@ -272,11 +218,10 @@ class LeRobotFlow:
         if self.padding == "network" or self.action_dim == x.shape[-1]:
             return prediction
         padded = x[..., self.action_dim :]  # x_0 is 0 there, and all of x is noise
+        noise = padded / expand(self.schedule.sigma(t), padded)
         return Prediction(
             torch.cat([self.scored(prediction.x0), torch.zeros_like(padded)], -1),
-            torch.cat(
-                [self.scored(prediction.eps), padded / expand(self.schedule.sigma(t), padded)], -1
-            ),
+            torch.cat([self.scored(prediction.eps), noise], -1),
         )
 
     def scored(self, value: Tensor) -> Tensor:
@@ -301,19 +246,3 @@ class LeRobotFlow:
     def decode(self, x0: Tensor) -> Tensor:
         """The executed actions, [B,executed,action_dim] in the environment's units."""
         return self.processors.actions(self.scored(x0)[:, : self.executed])
-
-
-def leaves(output: Tensor) -> set[Tensor]:
-    """The parameters that a gradient of ``output`` reaches."""
-    found: set[Tensor] = set()
-    visited: set[Any] = set()
-    waiting: list[Any] = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-        waiting += [before for before, _ in node.next_functions]
-    return found

@@ -14,7 +14,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,9 +27,13 @@ from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
 from genpolicy.models import _head
 from genpolicy.models import _mlp_networks as networks
-from genpolicy.models._encoders import FEATURES, Eye, shifted
+from genpolicy.models._mlp_condition import Sight, visible, width
+from genpolicy.models._mlp_scaling import Scaling
 
-WEIGHTS, SETTINGS = "mlp.safetensors", "mlp.json"
+WEIGHTS = "mlp.safetensors"
+SETTINGS = "mlp.json"
+PREFIXES = ("network.", "eyes.")
+"""The beginnings of the names of saved weights; the names of statistics begin otherwise."""
 LEVELS = 100
 """T of the variance-preserving table, and the scale of time that the network is told."""
 HEADS: dict[str, tuple[Parametrisation, ...]] = {
@@ -37,25 +41,7 @@ HEADS: dict[str, tuple[Parametrisation, ...]] = {
     "flow": _head.FLOW,
     "gaussian": ("sample",),
 }
-"""Of each family the heads that it can have; its default is the first."""
-STILL = 1e-4
-"""An observation dim whose std is below this stood still in the data: it is only shifted."""
-STD_FLOOR = 0.01
-OUTLIER = 5.0
-"""Standardised observations are clamped to this: what the data never came near should not be
-extrapolated.
-"""
-REACH_FLOOR = 1e-3
-"""Least half range of an action dim, in the environment's units: one that never moved in the data
-hardly moves, and the scaling stays invertible.
-"""
-STATE = "observation.state"
-AT_ONCE = 256
-"""Rows whose pictures are encoded together where nothing is learned: a whole rollout's would not
-fit.
-"""
-EDGE = 1e-6
-"""Uniform numbers are kept so far from 0 and 1 before they are made normal ones."""
+"""The heads that each family can have; its default is the first."""
 
 
 @dataclass(eq=False)
@@ -155,7 +141,7 @@ class MLP:
         """Fresh weights for the data set's shapes, and its statistics: mean and std of what is
         seen, range of actions.
         """
-        there = [name for name, shape in dataset.shapes.items() if _visible(name, shape)]
+        there = [name for name, shape in dataset.shapes.items() if visible(name, shape)]
         names = self.inputs or there
         wrong = [name for name in names if name not in there]
         if wrong or not names:
@@ -164,41 +150,32 @@ class MLP:
                 f" data set; it has {', '.join(there) or 'none'}"
             )
         self._build(
-            {name: tuple(dataset.shapes[name]) for name in names}, *dataset.shapes["action"]
+            {name: tuple(dataset.shapes[name]) for name in names},
+            *dataset.shapes["action"],
+            Scaling.fit(dataset, names, self.device),
         )
-        for name in names:
-            if len(dataset.shapes[name]) == 3:
-                continue
-            mean, std = (dataset.stats[name][statistic].float() for statistic in ("mean", "std"))
-            if len(dataset.shapes[name]) == 2:  # of all points together
-                mean, std = mean.mean(0), (std.square().mean(0) + mean.var(0, correction=0)).sqrt()
-            self._stats[f"{name}.mean"] = mean.to(self.device)
-            self._stats[f"{name}.std"] = torch.where(std < STILL, 1.0, std.clamp_min(STD_FLOOR)).to(
-                self.device
-            )
-        low, high = (dataset.stats["action"][statistic].float() for statistic in ("min", "max"))
-        self._stats["action.middle"] = ((high + low) / 2).to(self.device)
-        self._stats["action.reach"] = ((high - low) / 2).clamp_min(REACH_FLOOR).to(self.device)
 
-    def _build(self, shapes: dict[str, tuple[int, ...]], action_dim: int) -> None:
-        self.shapes, self.action_dim = shapes, action_dim
+    def _build(self, shapes: dict[str, tuple[int, ...]], action_dim: int, scaling: Scaling) -> None:
+        self.shapes = shapes
+        self.action_dim = action_dim
         self.event_shape: tuple[int, ...] = (self.chunk, action_dim)
-        seen = [name for name, shape in shapes.items() if len(shape) > 1]
-        widths = [FEATURES if name in seen else math.prod(shape) for name, shape in shapes.items()]
-        condition = self.history * sum(widths)
+        condition = width(shapes, self.history)
         if self.network == "residual":
             network = networks.Residual(self.event_shape, condition, self.hidden, self.blocks)
         else:
             channels = [self.hidden // 4 * 2**level for level in range(self.blocks)]
             network = networks.UNet(self.event_shape, condition, channels)
         self._network = network.to(self.device)
-        self._stats: dict[str, Tensor] = {}
-        own = math.prod(shapes.get(STATE, (0,)))
-        wants = self.bottleneck > 0, self.reconstruction > 0
-        self._eyes = torch.nn.ModuleList(Eye(shapes[name], own, *wants) for name in seen).to(
-            self.device
+        self._scaling = scaling
+        self._sight = Sight(
+            shapes,
+            self.history,
+            scaling,
+            self.device,
+            self.shift,
+            self.bottleneck,
+            self.reconstruction,
         )
-        self._sights = [(cast(Eye, eye), name) for eye, name in zip(self._eyes, seen, strict=True)]
 
     def _load(self, folder: Path) -> None:
         if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
@@ -214,31 +191,34 @@ class MLP:
         for name, value in settings.items():
             setattr(self, name, value)
         self._settle()
-        self._build(shapes, action_dim)
         tensors = load_file(folder / WEIGHTS, device=str(self.device))
-        for prefix, module in self._modules():
+        statistics = {n: value for n, value in tensors.items() if not n.startswith(PREFIXES)}
+        self._build(shapes, action_dim, Scaling(statistics))
+        for prefix, module in zip(PREFIXES, self._modules(), strict=True):
             mine = [name for name in tensors if name.startswith(prefix)]
-            module.load_state_dict({name.removeprefix(prefix): tensors.pop(name) for name in mine})
-        self._stats = tensors
+            module.load_state_dict({name.removeprefix(prefix): tensors[name] for name in mine})
 
     def save(self, directory: Path) -> None:
         """Weights and statistics as safetensors; settings and shapes as json."""
         settings = {k: v for k, v in asdict(self).items() if k not in ("pretrained", "device")}
         settings["prediction_type"] = self.parametrisation
         (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
-        states = [(prefix, module.state_dict()) for prefix, module in self._modules()]
         weights = {
-            prefix + name: value for prefix, state in states for name, value in state.items()
+            prefix + name: value
+            for prefix, module in zip(PREFIXES, self._modules(), strict=True)
+            for name, value in module.state_dict().items()
         }
-        save_file({**weights, **self._stats}, directory / WEIGHTS)
+        save_file({**weights, **self._scaling.tensors}, directory / WEIGHTS)
 
-    def _modules(self) -> list[tuple[str, torch.nn.Module]]:
-        """Whose weights are saved, with what their names begin with."""
-        return [("network.", self._network), ("eyes.", self._eyes)]
+    def _modules(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """The modules whose weights are saved, under the `PREFIXES`."""
+        return self._network, self._sight.eyes
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The network's parameters, then the encoders'."""
-        eyes = {f"eyes.{name}": parameter for name, parameter in self._eyes.named_parameters()}
+        eyes = {
+            f"eyes.{name}": parameter for name, parameter in self._sight.eyes.named_parameters()
+        }
         return {**dict(self._network.named_parameters()), **eyes}
 
     # The chain's view
@@ -270,45 +250,12 @@ class MLP:
 
         Nothing is random here.
         """
-        if torch.is_grad_enabled() or not self._sights or len(context) <= AT_ONCE:
-            return self._encoded(context)
-        starts = range(0, len(context), AT_ONCE)
-        return torch.cat(
-            [
-                self._encoded(context[slice(begin, min(begin + AT_ONCE, len(context)))])
-                for begin in starts
-            ]
-        )
-
-    def _encoded(self, context: Context) -> Tensor:
-        seen = self._standardised(context)
-        features = {name: eye(seen[name].flatten(0, 1)) for eye, name in self._sights}
-        return self._joined(seen | features, len(context))
-
-    def _joined(self, values: dict[str, Tensor], rows: int) -> Tensor:
-        return torch.cat([_flat(values[name], rows) for name in self.shapes], -1)
-
-    def _standardised(self, context: Context) -> dict[str, Tensor]:
-        """What is seen [B,history,*shape]; pictures stay in [0,1]."""
-        found: dict[str, Tensor] = {}
-        for name, shape in self.shapes.items():
-            seen = context.observation.get(name)
-            if seen is None or seen.shape[1:] != (self.history, *shape):
-                got = "is missing" if seen is None else f"comes as {list(seen.shape[1:])}"
-                raise ValueError(
-                    f"observation {name} {got}; this policy needs {[self.history, *shape]} of every row"
-                )
-            found[name] = seen.to(self.device)
-            if len(shape) < 3:
-                standard = (found[name] - self._stats[f"{name}.mean"]) / self._stats[f"{name}.std"]
-                found[name] = standard.clamp(-OUTLIER, OUTLIER)
-        return found
+        return self._sight.encode(context)
 
     @property
     def draws(self) -> int:
-        """How many uniform numbers `supervised` takes for a row."""
-        moves = 2 * (self.shift > 0) * sum(eye.picture for eye, _ in self._sights)
-        return moves + self.history * FEATURES * (self.bottleneck > 0) * len(self._sights)
+        """The count of uniform numbers that `supervised` takes per row."""
+        return self._sight.draws
 
     def supervised(self, context: Context, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """The condition [B,C] to imitate from, and what the encoders' own losses add to each row's
@@ -318,27 +265,7 @@ class MLP:
         alike), and what its bottlenecks draw. Without shift, bottleneck and reconstruction it is
         `encode`, and 0.
         """
-        seen, rows = self._standardised(context), len(context)
-        own = seen[STATE].flatten(0, 1) if STATE in seen else None
-        draws = uniform.to(self.device, torch.float64)
-        penalty = torch.zeros(rows, device=self.device)
-        values = dict(seen)
-        for eye, name in self._sights:
-            frames, normal = seen[name].flatten(0, 1), None
-            if self.shift and eye.picture:
-                by = (draws[:, :2] * (2 * self.shift + 1)).long() - self.shift
-                frames, draws = shifted(frames, by.repeat_interleave(self.history, 0)), draws[:, 2:]
-            if self.bottleneck:
-                mine, draws = draws.tensor_split([self.history * FEATURES], 1)
-                normal = (
-                    torch.special.ndtri(mine.clamp(EDGE, 1 - EDGE)).float().reshape(-1, FEATURES)
-                )
-            values[name], divergence = eye.drawn(frames, normal)
-            losses = self.bottleneck * divergence
-            if self.reconstruction:
-                losses = losses + self.reconstruction * eye.missed(values[name], frames, own)
-            penalty = penalty + losses.view(rows, self.history).mean(1)
-        return self._joined(values, rows), penalty
+        return self._sight.supervised(context, uniform)
 
     def negative(self, condition: Tensor) -> Tensor:
         """Raises: it has no unconditional branch."""
@@ -371,29 +298,11 @@ class MLP:
 
     def event(self, actions: Tensor) -> Tensor:
         """Actions [B,T,D] scaled so that the data's range is [-1, 1]."""
-        return (actions.to(self.device) - self._stats["action.middle"]) / self._stats[
-            "action.reach"
-        ]
+        return self._scaling.event(actions.to(self.device))
 
     def decode(self, x0: Tensor) -> Tensor:
         """The inverse of `event`."""
-        return x0 * self._stats["action.reach"] + self._stats["action.middle"]
-
-
-def _flat(value: Tensor, rows: int) -> Tensor:
-    """All frames of each row as one vector; of no rows as of any."""
-    return (
-        value.reshape(rows, value.numel() // rows)
-        if rows
-        else value.new_zeros(0, math.prod(value.shape[1:]))
-    )
-
-
-def _visible(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a feature of a data set is an observation of a kind that it can see."""
-    return name.startswith("observation.") and (
-        len(shape) in (1, 3) or (len(shape) == 2 and shape[1] == 3)
-    )
+        return self._scaling.actions(x0)
 
 
 def squared_cosine(levels: int) -> Tensor:

@@ -216,7 +216,8 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     Radii are uniform in [4.5, 6.5], centres in [7.5, 9] and [23, 24.5] along the relation's axis
     and in [9, 23] across it, so the two objects never touch.
     """
-    radii, across = rng.uniform(4.5, 6.5, 2), rng.uniform(9.0, 23.0, 2)
+    radii = rng.uniform(4.5, 6.5, 2)
+    across = rng.uniform(9.0, 23.0, 2)
     along = np.array([rng.uniform(7.5, 9.0), rng.uniform(23.0, 24.5)])
     if scene.relation in ("right of", "below"):
         along = along[::-1]
@@ -258,7 +259,8 @@ def detect_all(images: np.ndarray) -> list[list[Found]]:
     colour[distance.min(1) > MAX_DISTANCE**2] = 0
     colour = colour.reshape(count, height, width)
 
-    labels, total = np.zeros(colour.shape, np.int32), 0
+    labels = np.zeros(colour.shape, np.int32)
+    total = 0
     for index in range(1, len(_NAMES)):
         part, found = ndimage.label(colour == index, _IN_PLANE)  # type: ignore[misc]  (scipy says int here)
         labels += np.where(part > 0, part + total, 0)

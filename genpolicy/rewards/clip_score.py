@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from genpolicy.config.errors import ConfigError, at_least, choice
 from genpolicy.contracts.task import Context
+from genpolicy.rewards._pictures import centre_crop, normalise, resize, shortest_edge
 
 
 def mean_cosine(
@@ -62,7 +63,7 @@ def mean_cosine(
         )
     if len(prompts) != len(outputs):
         raise ValueError(
-            f"{len(outputs)} pictures but {len(prompts)} prompts: one prompt a picture is needed."
+            f"{len(outputs)} pictures but {len(prompts)} prompts: one prompt per picture is needed."
         )
     texts = list(dict.fromkeys(prompts))
     rows = [texts.index(prompt) for prompt in prompts]
@@ -82,51 +83,9 @@ def mean_cosine(
     return cosine.mean(1).to(outputs.device)
 
 
-def resize(pictures: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
-    """Antialiased resize of [M, 3, H, W] in [0, 1] to `size` (height, width), as PIL does: along W,
-    then H.
-
-    Clipped to [0, 1] after each, as 8-bit pictures are: a bicubic filter overshoots at edges. A
-    tensor resize that clips once, at the end, is up to 25 of 255 levels away from PIL's there.
-    """
-    for target in ((pictures.shape[-2], size[1]), size):
-        pictures = functional.interpolate(pictures, target, mode=mode, antialias=True).clamp(0, 1)
-    return pictures
-
-
-def shortest_edge(pictures: Tensor, edge: int) -> tuple[int, int]:
-    """(height, width): the shorter one `edge`, the longer in proportion and rounded down."""
-    height, width = pictures.shape[-2:]
-    return (
-        (edge, int(edge * width / height))
-        if height <= width
-        else (int(edge * height / width), edge)
-    )
-
-
-def centre_crop(
-    pictures: Tensor, size: tuple[int, int], rounded: Callable[[float], int] = round
-) -> Tensor:
-    """The middle `size` (height, width) of pictures that are at least as large.
-
-    Of an odd margin, torchvision (so open_clip) rounds the half; transformers truncates it
-    (`rounded=int`).
-    """
-    top, left = (
-        rounded((have - want) / 2) for have, want in zip(pictures.shape[-2:], size, strict=True)
-    )
-    return pictures[..., top : top + size[0], left : left + size[1]]
-
-
-def normalise(pictures: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(pictures - mean) / std, channel by channel."""
-    centre, scale = (pictures.new_tensor(values)[:, None, None] for values in (mean, std))
-    return (pictures - centre) / scale
-
-
 def require_repo(repo: str, needed_by: str) -> None:
-    """Nothing if `repo` is in the local cache or the model hub answers for it; else an error that
-    says why.
+    """Raises `OSError` with the reason unless `repo` is in the local cache or the model hub answers
+    for it.
 
     Asked first, because the libraries themselves retry for minutes, file by file, before they give
     up.
@@ -135,18 +94,16 @@ def require_repo(repo: str, needed_by: str) -> None:
 
     try:
         snapshot_download(repo, local_files_only=True)
-    except (
-        FileNotFoundError,
-        ValueError,
-    ):  # not in the cache; no name of a repository, but of a missing path
+    # not in the cache; no name of a repository, but of a missing path
+    except (FileNotFoundError, ValueError):
         try:
             HfApi().model_info(repo, timeout=10)
-        except (
-            Exception
-        ) as error:  # httpx's own or the hub's: no network, offline mode, no such repository
+        # httpx's own or the hub's: no network, offline mode, no such repository
+        except Exception as error:
             raise OSError(
-                f"{needed_by} needs {repo}, which is not on this machine and cannot be fetched; fetch it "
-                f"where there is a network, or give a local path ({type(error).__name__}: {brief(error)})"
+                f"{needed_by} needs {repo}, which is not on this machine and cannot be fetched;"
+                " fetch it where there is a network, or give a local path"
+                f" ({type(error).__name__}: {brief(error)})"
             ) from error
 
 
@@ -161,13 +118,15 @@ class ClipScore:
 
     Attributes:
         model: an architecture of `open_clip.list_models()`, or open_clip's "hf-hub:ORG/REPO" or
-            "local-dir:FOLDER" (a folder with open_clip_config.json and weights). Default: LAION's ViT-B/32.
-        pretrained: a tag of `open_clip.list_pretrained()` for that model, or the path of a checkpoint file;
-            unused with "hf-hub:" and "local-dir:", which bring their weights. A bare file does not say how
-            its pictures were normalised: open_clip then takes OpenAI's mean and std, which are LAION's too;
-            for a model with others (SigLIP) use "local-dir:".
+            "local-dir:FOLDER" (a folder with open_clip_config.json and weights). Default: LAION's
+            ViT-B/32.
+        pretrained: a tag of `open_clip.list_pretrained()` for that model, or the path of a
+            checkpoint file; unused with "hf-hub:" and "local-dir:", which bring their weights. A
+            bare file does not say how its pictures were normalised: open_clip then takes OpenAI's
+            mean and std, which are LAION's too; for a model with others (SigLIP) use "local-dir:".
         scale: factor on the cosine; 1 leaves it in [-1, 1].
-        micro_batch: pictures (or frames, or prompts) in one forward pass; changes memory, not scores.
+        micro_batch: pictures (or frames, or prompts) in one forward pass; changes memory, not
+            scores.
     """
 
     model: str = "ViT-B-32"
@@ -201,9 +160,8 @@ class ClipScore:
             clip = open_clip.create_model_from_pretrained(
                 self.model,
                 pretrained=self.pretrained if schema is None else None,
-                force_quick_gelu=tag.get(
-                    "quick_gelu", False
-                ),  # open_clip itself only warns of the wrong one
+                # open_clip itself only warns of the wrong one
+                force_quick_gelu=tag.get("quick_gelu", False),
                 return_transform=False,
             )
             self._tokenize = open_clip.get_tokenizer(self.model)
@@ -211,7 +169,8 @@ class ClipScore:
             source = self.model if schema else f"{self.model} from {self.pretrained}"
             raise OSError(f"clip_score cannot load {source}: {brief(error)}") from error
         self._config = clip.visual.preprocess_cfg
-        size, fit = self._config["size"], self._config["resize_mode"]
+        size = self._config["size"]
+        fit = self._config["resize_mode"]
         self._size = (size, size) if isinstance(size, int) else tuple(size)
         if fit != "squash" and (fit != "shortest" or self._size[0] != self._size[1]):
             raise ConfigError(

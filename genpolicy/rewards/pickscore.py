@@ -26,15 +26,8 @@ from torch import Tensor
 
 from genpolicy.config.errors import ConfigError, at_least
 from genpolicy.contracts.task import Context
-from genpolicy.rewards.clip_score import (
-    brief,
-    centre_crop,
-    mean_cosine,
-    normalise,
-    require_repo,
-    resize,
-    shortest_edge,
-)
+from genpolicy.rewards._pictures import centre_crop, normalise, resize, shortest_edge
+from genpolicy.rewards.clip_score import brief, mean_cosine, require_repo
 
 
 @dataclass
@@ -42,10 +35,12 @@ class PickScore:
     """PickScore in logits; see this file's header.
 
     Attributes:
-        model: a repository or folder of a transformers CLIPModel. Default: the paper's weights, 3.9 GB.
-        processor: a repository or folder with its tokenizer and image processor. Default: the one that the
-            paper's README names; PickScore is a fine-tune of that model.
-        micro_batch: pictures (or frames, or prompts) in one forward pass; changes memory, not scores.
+        model: a repository or folder of a transformers CLIPModel. Default: the paper's weights,
+            3.9 GB.
+        processor: a repository or folder with its tokenizer and image processor. Default: the one
+            that the paper's README names; PickScore is a fine-tune of that model.
+        micro_batch: pictures (or frames, or prompts) in one forward pass; changes memory, not
+            scores.
     """
 
     model: str = "yuvalkirstain/PickScore_v1"
@@ -81,7 +76,8 @@ class PickScore:
             raise ConfigError(
                 f"{self.model} is no CLIPModel: it lacks {len(missing)} weights, such as {missing[0]}."
             )
-        self._images, self._tokenize = processor.image_processor, processor.tokenizer
+        self._images = processor.image_processor
+        self._tokenize = processor.tokenizer
         self._clip = clip.eval().requires_grad_(False).to(self._device or "cpu")
 
     def to(self, device: torch.device | str) -> PickScore:

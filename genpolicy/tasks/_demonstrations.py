@@ -34,7 +34,8 @@ def record(
         actions.append(wanted.clip(low, high).astype(np.float32))
         frame, reward, terminated, truncated, info = simulation.step(actions[-1])
         rewards.append(reward)
-        over, success = terminated or truncated, bool(info["success"])
+        over = terminated or truncated
+        success = bool(info["success"])
     return Demonstration(
         {name: raw(np.array([seen[name] for seen in frames])) for name in frames[0]},
         torch.from_numpy(np.array(actions)),

@@ -77,7 +77,8 @@ class Environments:
 
     def render(self, slot: int) -> np.ndarray:
         """The picture that a camera sees, uint8 [H,W,3]."""
-        share, place = slot % len(self._shares), slot // len(self._shares)
+        share = slot % len(self._shares)
+        place = slot // len(self._shares)
         return self._shares[share].ask("render", place)()
 
     def close(self) -> None:

@@ -100,7 +100,8 @@ def on_surface(model: Any, geom: int, count: int, draw: np.random.Generator) -> 
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
     if kind == SPHERE:
         return a * direction
-    round_, end = direction.copy(), draw.choice((-1, 1), size=count)
+    round_ = direction.copy()
+    end = draw.choice((-1, 1), size=count)
     round_[:, 2] = 0
     round_ /= np.linalg.norm(round_, axis=1, keepdims=True)
     side = a * round_ + draw.uniform(-b, b, count)[:, None] * [0, 0, 1]

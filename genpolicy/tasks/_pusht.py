@@ -22,7 +22,8 @@ class Pushing:
         self.world = pusht.PushTEnv("environment_state_agent_pos")
         self.world._get_coverage = self._coverage
         self._outline = pusht.pymunk_to_shapely
-        self._sparse, self._pixels = reward == "sparse", pixels
+        self._sparse = reward == "sparse"
+        self._pixels = pixels
         self.action_space = self.world.action_space
 
     def reset(self, *, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -63,7 +63,8 @@ class Planner:
     """
 
     def __init__(self, world: Any, seed: int) -> None:
-        self._world, self._thought = world, type(world)()
+        self._world = world
+        self._thought = type(world)()
         self._thought.reset(seed=0)
         self._draw = np.random.Generator(np.random.Philox(key=np.array([seed, 1], np.uint64)))
         self._next: deque[np.ndarray] = deque()
@@ -81,7 +82,8 @@ class Planner:
         return self._next.popleft()
 
     def _plan(self) -> list[np.ndarray]:
-        block, disc = self._world.block, np.array(self._world.agent.position)
+        block = self._world.block
+        disc = np.array(self._world.agent.position)
         pose = np.array([*block.position, block.angle])
         tee = shapely.union_all([shapely.Polygon(moved(part, pose)) for part in self._parts])
         pool = [
@@ -138,12 +140,10 @@ class Planner:
         once when it is not pushed, so that speed does not matter.
         """
         self._imagine(pose, start)
-        disc, block, space, dt = (
-            self._thought.agent,
-            self._thought.block,
-            self._thought.space,
-            self._thought.dt,
-        )
+        disc = self._thought.agent
+        block = self._thought.block
+        space = self._thought.space
+        dt = self._thought.dt
         disc.velocity = tuple(direction / dt)
         poses = np.empty((pixels, 3))
         for k in range(pixels):
@@ -159,7 +159,9 @@ class Planner:
         ):
             # the angle first: it turns about the centre of gravity, and so moves the place
             body.angle = angle
-            body.position, body.velocity, body.angular_velocity = tuple(place), (0, 0), 0
+            body.position = tuple(place)
+            body.velocity = (0, 0)
+            body.angular_velocity = 0
             self._thought.space.reindex_shapes_for_body(body)
 
     # Ways
@@ -185,7 +187,8 @@ class Planner:
         lengths, before = shortest_path(graph, directed=False, indices=0, return_predecessors=True)
         ways = []
         for node in range(len(points) - len(ends), len(points)):
-            way, at = [], node
+            way = []
+            at = node
             while at > 0:
                 way.append(points[at])
                 at = before[at]

@@ -58,7 +58,8 @@ class Lazy(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]) -> None:
-        self._makers, self._made = dict(makers), dict[str, np.ndarray]()
+        self._makers = dict(makers)
+        self._made = dict[str, np.ndarray]()
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._made:
@@ -96,22 +97,27 @@ class Sawyer:
         # the goal to 0.
         world.__dict__.pop("sawyer_observation_space", None)
         # objects and goal are drawn from the seed
-        world._freeze_rand_vec, world.seeded_rand_vec = False, True
+        world._freeze_rand_vec = False
+        world.seeded_rand_vec = True
         world._set_task_called = True  # nothing else of a task is needed
         world.max_path_length = np.inf  # the limit is kept outside
         if spread < 1:
-            self._draw, world._get_state_rand_vec = world._get_state_rand_vec, self._apart
+            self._draw = world._get_state_rand_vec
+            world._get_state_rand_vec = self._apart
             space = world._random_reset_space
             middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
             world._random_reset_space = type(space)(
                 middle - spread * half, middle + spread * half, dtype=space.dtype
             )
-        self._settle, world._reset_hand = world._reset_hand, self._settled_once
+        self._settle = world._reset_hand
+        world._reset_hand = self._settled_once
         world.touching_object = partial(touching, world)
         self._sparse = reward == "sparse"
         self._renderer: Any = None
         self.action_space = world.action_space
-        self._env, self._see, self._size = env, see, size
+        self._env = env
+        self._see = see
+        self._size = size
         if see == "points":
             self._cloud = Cloud(world.model, points)
         if spread < 1:
@@ -119,7 +125,8 @@ class Sawyer:
 
     def reset(self, *, seed: int) -> tuple[Frame, dict[str, Any]]:
         self._world.seed(seed)
-        self._forgotten, self._draws = True, 0
+        self._forgotten = True
+        self._draws = 0
         observation, _ = self._world.reset()
         if self._see != "state":
             # tasks move fixtures after the last forward pass; the next step would put them in place
@@ -138,7 +145,8 @@ class Sawyer:
         nothing: of the first only the model and the random numbers are kept.
         """
         if self._forgotten:
-            self._forgotten, self._world.init_tcp = False, self._world.tcp_center
+            self._forgotten = False
+            self._world.init_tcp = self._world.tcp_center
         else:
             self._settle(*steps)
 
@@ -194,7 +202,8 @@ def touching(world: Any, geom: int) -> bool:
     an object for every contact, which was a third of a step.
     """
     data = world.data
-    pairs, rows = data.contact.geom, data.contact.efc_address
+    pairs = data.contact.geom
+    rows = data.contact.efc_address
     for pad in ("leftpad_geom", "rightpad_geom"):
         ours = (pairs == data.geom(pad).id).any(1) & (pairs == geom).any(1)
         if not sum(data.efc_force[rows[ours]]) > 0:

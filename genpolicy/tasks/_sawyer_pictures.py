@@ -67,7 +67,8 @@ class Studio:
         atexit.register(self._renderer.close)
         for flag in FLAT:
             self._renderer.scene.flags[getattr(self._mujoco.mjtRndFlag, flag)] = 0
-        self._camera, self._options = self._mujoco.MjvCamera(), self._mujoco.MjvOption()
+        self._camera = self._mujoco.MjvCamera()
+        self._options = self._mujoco.MjvOption()
         for setting, value in VIEW.items():
             setattr(self._camera, setting, value)
         self._options.sitegroup[:] = 0  # some are drawn at the goal, others at nothing
@@ -78,8 +79,10 @@ class Studio:
             getattr(self._data, name)[:] = getattr(seen, name)
         self._renderer.update_scene(self._data, self._camera, self._options)
         scene = self._renderer.scene
-        ball, sphere = scene.geoms[scene.ngeom], self._mujoco.mjtGeom.mjGEOM_SPHERE
-        radii, colour = np.full(3, GOAL_RADIUS), np.array(GOAL_COLOUR, np.float32)
+        ball = scene.geoms[scene.ngeom]
+        sphere = self._mujoco.mjtGeom.mjGEOM_SPHERE
+        radii = np.full(3, GOAL_RADIUS)
+        colour = np.array(GOAL_COLOUR, np.float32)
         self._mujoco.mjv_initGeom(ball, sphere, radii, seen.goal, np.eye(3).ravel(), colour)
         scene.ngeom += 1
         return self._renderer.render().transpose(2, 0, 1).copy()

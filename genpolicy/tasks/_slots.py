@@ -52,7 +52,8 @@ class Slots:
         self._frames: list[deque[Frame]] = [deque(maxlen=history) for _ in range(count)]
         self._left = [0] * count  # environment steps until the limit; 0 once the episode has ended
         self._success = [False] * count
-        self._history, self._limit = history, limit
+        self._history = history
+        self._limit = limit
         space = self._simulations[0].action_space
         self._low, self._high = space.low, space.high
 
@@ -60,7 +61,8 @@ class Slots:
         for slot, seed in zip(slots, seeds, strict=True):
             frame, _ = self._simulations[slot].reset(seed=seed)
             self._frames[slot].extend([frame] * self._history)
-            self._left[slot], self._success[slot] = self._limit, False
+            self._left[slot] = self._limit
+            self._success[slot] = False
         return self._seen(slots)
 
     def step(self, slots: Sequence[int], actions: np.ndarray) -> Taken:
@@ -71,7 +73,8 @@ class Slots:
             )
         actions = actions.clip(self._low, self._high)
         rewards, executed = np.zeros((n, length), np.float32), np.zeros(n, np.int64)
-        terminated, truncated = np.zeros(n, bool), np.zeros(n, bool)
+        terminated = np.zeros(n, bool)
+        truncated = np.zeros(n, bool)
         for row, slot in enumerate(slots):
             if not self._left[slot]:
                 raise ValueError(
@@ -86,7 +89,8 @@ class Slots:
                 rewards[row, place] = reward
                 executed[row] += 1
                 if ended or cut or not self._left[slot]:
-                    terminated[row], truncated[row] = ended, not ended
+                    terminated[row] = ended
+                    truncated[row] = not ended
                     self._left[slot] = 0
                     break
         success = np.array([self._success[slot] for slot in slots])

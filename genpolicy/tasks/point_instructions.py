@@ -107,7 +107,9 @@ class Plane:
 
     def __init__(self, count: int, history: int, goals: int, limit: int) -> None:
         self.count = count
-        self._goals, self._limit, self._history = goals, limit, history
+        self._goals = goals
+        self._limit = limit
+        self._history = history
         self._scenes: list[Scene | None] = [None] * count
         self._ground = np.zeros((count, 3, PIXELS, PIXELS), np.float32)
         self._places = np.zeros((count, goals, 2))
@@ -120,17 +122,18 @@ class Plane:
     def reset(self, slots: Sequence[int], seeds: Sequence[int]) -> Context:
         for slot, seed in zip(slots, seeds, strict=True):
             begun = scene(seed, self._goals)
-            self._scenes[slot], self._ground[slot] = begun, paint(begun, PIXELS)
-            self._places[slot], self._asked[slot], self._trace[slot] = (
-                begun.places,
-                begun.asked,
-                begun.point,
-            )
-            self._left[slot], self._success[slot] = self._limit, False
+            self._scenes[slot] = begun
+            self._ground[slot] = paint(begun, PIXELS)
+            self._places[slot] = begun.places
+            self._asked[slot] = begun.asked
+            self._trace[slot] = begun.point
+            self._left[slot] = self._limit
+            self._success[slot] = False
         return self._seen(np.asarray(slots))
 
     def step(self, slots: Sequence[int], actions: Tensor) -> TaskStep:
-        where, wanted = np.asarray(slots), actions.detach().to("cpu", torch.float64).numpy()
+        where = np.asarray(slots)
+        wanted = actions.detach().to("cpu", torch.float64).numpy()
         if not np.isfinite(wanted).all():
             raise ValueError("an action is not a finite number: the policy has diverged")
         if not self._left[where].all():
@@ -139,7 +142,8 @@ class Plane:
             )
         n, length = wanted.shape[:2]
         rewards, executed = torch.zeros(n, length), torch.zeros(n, dtype=torch.long)
-        terminated, going = np.zeros(n, bool), np.ones(n, bool)
+        terminated = np.zeros(n, bool)
+        going = np.ones(n, bool)
         for h in range(length):
             rows = going.nonzero()[0]
             if not len(rows):
@@ -149,10 +153,12 @@ class Plane:
             self._trace[moved, :-1] = self._trace[moved, 1:]
             self._trace[moved, -1] = point.clip(-1, 1)
             away = np.linalg.norm(self._places[moved] - self._trace[moved, -1:], axis=-1)
-            arrived, right = away.min(1) < REACH, away.argmin(1) == self._asked[moved]
+            arrived = away.min(1) < REACH
+            right = away.argmin(1) == self._asked[moved]
             self._left[moved] = np.where(arrived, 0, self._left[moved] - 1)
             self._success[moved] |= arrived & right
-            terminated[rows], going[rows] = arrived, self._left[moved] > 0
+            terminated[rows] = arrived
+            going[rows] = self._left[moved] > 0
             rewards[rows, h] = torch.from_numpy((arrived & right).astype(np.float32))
             executed[rows] = h + 1
         truncated = torch.from_numpy(~going & ~terminated)
@@ -225,12 +231,17 @@ class PointInstructions:
     def demonstrate(self, seed: int, noise: float) -> Demonstration:
         """Goes straight to the goal at full speed; in a share ``mistaken`` of seeds to another."""
         draw = np.random.Generator(np.random.Philox(key=[seed, 1]))
-        world, plane = scene(seed, self.goals), self.environments(1, 1)
+        world = scene(seed, self.goals)
+        plane = self.environments(1, 1)
         aim = world.asked
         if draw.random() < self.mistaken and self.goals > 1:
             aim = (aim + draw.integers(1, self.goals)) % self.goals
-        seen, over = plane.reset([0], [seed]), False
-        frames, actions, rewards, success = [], [], [], False
+        seen = plane.reset([0], [seed])
+        over = False
+        frames = []
+        actions = []
+        rewards = []
+        success = False
         while not over:
             way = world.places[aim] - seen.observation[STATE][0, -1].numpy()
             action = way / np.linalg.norm(way) + noise * draw.standard_normal(2)
@@ -238,7 +249,8 @@ class PointInstructions:
             actions.append(torch.from_numpy(action.clip(-1, 1)).float())
             step = plane.step([0], actions[-1][None, None])
             rewards.append(step.rewards[0, 0])
-            seen, success = step.context, bool(step.success)
+            seen = step.context
+            success = bool(step.success)
             over = bool(step.terminated | step.truncated)
         observation = {
             name: torch.cat([frame[name][:, 0] for frame in frames]) for name in frames[0]

@@ -21,7 +21,8 @@ from genpolicy.chain.noise import PRIOR
 from genpolicy.contracts.task import Context
 from genpolicy.models._diffusers_lora import WEIGHTS
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
-from genpolicy.policy.policy import ChainPolicy, swapped
+from genpolicy.policy.policy import ChainPolicy
+from genpolicy.policy.weights import swapped
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -157,9 +158,7 @@ def test_decode_in_chunks(monkeypatch):
     model = learner("sd3")
     latents = torch.randn(5, *model.event_shape)
     whole = model.decode(latents)
-    monkeypatch.setattr(
-        "genpolicy.models.diffusers_pipeline.DECODED_ELEMENTS", 2 * latents[0].numel()
-    )
+    monkeypatch.setattr("genpolicy.models._diffusers_vae.DECODED_ELEMENTS", 2 * latents[0].numel())
     torch.testing.assert_close(model.decode(latents), whole, rtol=0, atol=5e-6)
 
 
@@ -680,7 +679,7 @@ def test_everything_is_in_eval_mode(tmp_path):
         pipeline.text_encoder_3.training
     )  # what diffusers does with models from config, dropout and all
     model = load("sd3", train="full")
-    assert not any(m.training for part in model._parts().values() for m in part.modules())
+    assert not any(m.training for part in model._parts.modules().values() for m in part.modules())
 
 
 # Errors

@@ -137,17 +137,17 @@ def test_frames_follow_one_another_oldest_first() -> None:
     model = made(inputs=[PICTURE], history=2)
     context = seen(model)
     condition = model.encode(context).view(6, 2, FEATURES)
-    alone = model._eyes[0](context.observation[PICTURE][:, 0])
+    alone = model._sight.eyes[0](context.observation[PICTURE][:, 0])
     assert (condition[:, 0] - alone).abs().max() < 1e-6
 
 
 def test_a_cloud_is_standardised_as_a_whole() -> None:
     """All its points alike, so that their order still does not matter."""
     model, all_points = made(inputs=[POINTS]), Recorded().values[POINTS]
-    standard = model._standardised(Recorded().context(torch.arange(64), 1))[POINTS]
+    standard = model._sight.standardised(Recorded().context(torch.arange(64), 1))[POINTS]
     assert standard.mean((0, 1, 2)).abs().max() < 1e-5
     assert (standard.std((0, 1, 2), correction=0) - 1).abs().max() < 1e-4
-    assert model._stats[f"{POINTS}.mean"].shape == (3,)
+    assert model._scaling.tensors[f"{POINTS}.mean"].shape == (3,)
     shuffled = Context([""] * 64, {POINTS: all_points[:, None, torch.randperm(40)]})
     plain = Context([""] * 64, {POINTS: all_points[:, None]})
     assert (model.encode(shuffled) - model.encode(plain)).abs().max() < 1e-5
@@ -232,7 +232,7 @@ def test_a_shift_of_nothing_is_nothing() -> None:
     assert torch.equal(model.supervised(seen(model), middle)[0], model.encode(seen(model)))
     edge = torch.zeros(6, model.draws, dtype=torch.float64)
     moved = shifted(seen(model).observation[PICTURE][:, 0], torch.full((6, 2), -3))
-    assert torch.equal(model.supervised(seen(model), edge)[0], model._eyes[0](moved))
+    assert torch.equal(model.supervised(seen(model), edge)[0], model._sight.eyes[0](moved))
 
 
 @pytest.mark.parametrize("settings", [{}, REGULARISED])
@@ -254,7 +254,7 @@ def test_many_rows_are_encoded_part_by_part(monkeypatch: pytest.MonkeyPatch) -> 
     model = made()
     with torch.no_grad():
         whole = model.encode(seen(model, 20))
-        monkeypatch.setattr("genpolicy.models.mlp.AT_ONCE", 7)
+        monkeypatch.setattr("genpolicy.models._mlp_condition.AT_ONCE", 7)
         assert (model.encode(seen(model, 20)) - whole).abs().max() < 1e-5
 
 

@@ -76,7 +76,9 @@ def test_the_vae_decodes_an_events_own_latents(family: str) -> None:
     with torch.no_grad():
         pixels = made if made.ndim == 4 else made.transpose(1, 2)
         latents = model.pipeline.vae.encode(2 * pixels - 1).latent_dist.mode()
-        torch.testing.assert_close(model._tail(model.event(made)), latents, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model._vae.tail(model.event(made)), latents, rtol=1e-4, atol=1e-5
+        )
     decoded = model.decode(torch.zeros(1, *model.event_shape))  # its VAE decodes again
     assert decoded.shape[1:] == made.shape[1:]
 
@@ -128,9 +130,7 @@ def test_events_are_encoded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         model.pipeline.vae, "encode", lambda x: (rows.append(len(x)), own(x))[1], raising=False
     )
-    monkeypatch.setattr(
-        "genpolicy.models.diffusers_pipeline.DECODED_ELEMENTS", 2 * whole[0].numel()
-    )
+    monkeypatch.setattr("genpolicy.models._diffusers_vae.DECODED_ELEMENTS", 2 * whole[0].numel())
     torch.testing.assert_close(model.event(made), whole, rtol=0, atol=1e-5)
     assert rows == [2, 2, 1]
 
@@ -142,8 +142,8 @@ def test_pictures_of_another_size_are_refused() -> None:
 
 def test_a_tail_that_mixes_elements_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pipelines.load("sd3")
-    own = model._tail
-    monkeypatch.setattr(model, "_tail", lambda x0: own(x0) + own(x0).roll(1, -1))
+    own = model._vae.tail
+    monkeypatch.setattr(model._vae, "tail", lambda x0: own(x0) + own(x0).roll(1, -1))
     with pytest.raises(ValueError, match="can't be encoded as its samples"):
         model.event(outputs("sd3"))
 

@@ -207,7 +207,7 @@ def test_a_flow_students_head_is_carried_by_its_policy_section(tmp_path: Path) -
     with torch.no_grad():
         said = student.denoise(x, t, condition)
         assert torch.equal(
-            student.scored(said.x0), student.scored(student._velocity(x, t, condition))
+            student.scored(said.x0), student.scored(student._networks.velocity(x, t, condition))
         )
         assert torch.equal(said.eps[..., student.action_dim :], x[..., student.action_dim :])
     stripped = LeRobotFlow(str(tmp_path), device="cpu")

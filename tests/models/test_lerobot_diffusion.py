@@ -12,6 +12,7 @@ from genpolicy.chain import DDIM, Chain, ClipX0, Noise
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.task import Context
 from genpolicy.models import _lerobot as theirs
+from genpolicy.models._lerobot_processors import steady
 from genpolicy.models.lerobot_diffusion import LeRobotDiffusion, Seen
 from genpolicy.policy.policy import ChainPolicy
 from tests.lerobot_tiny import FRONT, STATE, TOP, WORLD, Recorded, diffusion, saved
@@ -230,9 +231,7 @@ def test_what_stood_still_in_the_data_is_only_shifted() -> None:
         model.encode(Context(context.prompts, o)) for o in (context.observation, moved)
     )
     assert (first - second).abs().max() < 2e-3
-    fixed = theirs.steady(
-        "action", {"min": torch.tensor([1.0, 2.0]), "max": torch.tensor([1.0, 5.0])}
-    )
+    fixed = steady("action", {"min": torch.tensor([1.0, 2.0]), "max": torch.tensor([1.0, 5.0])})
     assert fixed["max"] - fixed["min"] == pytest.approx(torch.tensor([2e-3, 3.0]), rel=1e-3)
 
 

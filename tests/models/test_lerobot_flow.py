@@ -238,16 +238,16 @@ def test_rows_of_different_times_are_one_call(family):
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every run of the vision-language model."""
-    from genpolicy.models import lerobot_flow
+    from genpolicy.models import _lerobot_flow_networks as networks
 
     rows: list[int] = []
-    real = lerobot_flow.encode_prefix
+    real = networks.encode_prefix
 
     def counted(policy: Any, family: Any, batch: Any) -> Any:
         rows.append(len(next(iter(batch.values()))))
         return real(policy, family, batch)
 
-    monkeypatch.setattr(lerobot_flow, "encode_prefix", counted)
+    monkeypatch.setattr(networks, "encode_prefix", counted)
     return rows
 
 
@@ -322,7 +322,7 @@ def test_one_evaluations_graph_does_not_live_on_in_the_next():
     x, t = torch.randn(ROWS, *model.event_shape), torch.full((ROWS,), 0.5)
     for _ in range(2):
         model.denoise(x, t, seen).x0.sum().backward()
-    prefix = model._prefix(seen)
+    prefix = model._networks.prefix(seen)
     assert not any(value.requires_grad for value in prefix.tensors())
 
     reused = DynamicCache(prefix.layers)  # as LeRobot's sampler does, which takes no gradients

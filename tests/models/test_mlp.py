@@ -8,7 +8,8 @@ from torch import Tensor
 
 from genpolicy.chain import DDIM, Chain, Noise
 from genpolicy.contracts.task import Context
-from genpolicy.models.mlp import LEVELS, MLP, REACH_FLOOR, squared_cosine
+from genpolicy.models._mlp_scaling import REACH_FLOOR
+from genpolicy.models.mlp import LEVELS, MLP, squared_cosine
 from genpolicy.policy.policy import ChainPolicy
 
 STATE, WORLD = "observation.state", "observation.environment_state"

@@ -41,7 +41,7 @@ def test_an_embedding_does_not_depend_on_its_company(family: str, precision: str
     turned.encode(Context(MANY[5:] + MANY[:5]))
     for prompt in MANY:
         single.encode(Context([prompt]))
-        alone = [value for value in single._encode([prompt]) if value is not None]
+        alone = [value for value in single._text._encode([prompt]) if value is not None]
         for value, other, one, by_itself in zip(
             *(embedded(model, prompt) for model in (once, turned, single)), alone, strict=True
         ):

@@ -1,0 +1,106 @@
+"""A pipeline's VAE: its samples decoded to pictures, and pictures encoded as its samples."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genpolicy.models._diffusers_call import PipelineCall, handing
+from genpolicy.models._diffusers_latents import Layout, VaeReachedError, mode
+from genpolicy.models._diffusers_parts import Parts
+from genpolicy.models._diffusers_prompts import Embeddings, Prompts
+
+DECODED_ELEMENTS = 2**17
+"""Latent elements decoded, or encoded, at once: one 1024 x 1024 image of SD3, 512 images of 32 x
+32.
+"""
+
+
+@dataclass(eq=False)
+class Vae:
+    """The VAE behind a pipeline's own tail.
+
+    blank: the one prompt whose embeddings the call gets while it decodes.
+    event_shape: *E of one sample.
+    """
+
+    call: PipelineCall
+    parts: Parts
+    embeddings: Embeddings
+    blank: Prompts
+    event_shape: tuple[int, ...]
+
+    @torch.no_grad()
+    def decode(self, samples: Tensor) -> Tensor:
+        """Decodes samples [B,*E]: images Float[B,3,H,W], videos Float[B,F,3,H,W], in [0,1] fp32."""
+        chunks = samples.split(max(1, DECODED_ELEMENTS // samples[0].numel()))
+        with self.parts.visiting("vae", "safety_checker"):
+            return torch.cat([self._decode(chunk) for chunk in chunks])
+
+    @torch.no_grad()
+    def encode(self, outputs: Tensor) -> Tensor:
+        """Encodes pictures or videos in [0,1] as the samples [B,*E] that `decode` turns into them
+        up to the VAE's own loss. Raises `ValueError` where their size is not that of the samples.
+        """
+        chunks = outputs.split(max(1, DECODED_ELEMENTS // math.prod(self.event_shape)))
+        with self.parts.visiting("vae"):
+            return torch.cat([self._encode(chunk.to(self.parts.device)) for chunk in chunks])
+
+    def _encode(self, outputs: Tensor) -> Tensor:
+        latents = mode(self.call.pipeline.vae, outputs)
+        if latents.shape[1:] != self._layout.shape:
+            raise ValueError(
+                f"outputs of shape {list(outputs.shape[1:])} are latents"
+                f" {list(latents.shape[1:])} of the VAE; those of this policy are"
+                f" {list(self._layout.shape)}: set policy.call to their height, width and"
+                " num_frames"
+            )
+        return self._layout.event(latents)
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return Layout.probe(self.tail, self.event_shape, self.parts.device)
+
+    def tail(self, samples: Tensor) -> Tensor:
+        """Returns the latents [B,*L] that the pipeline would have its VAE decode. A VAE that is
+        told a noise level (LTX) is shown latents without noise.
+        """
+
+        def reached(latents: Tensor, *_: Any, **__: Any) -> None:
+            raise VaeReachedError(latents)
+
+        noiseless = {"decode_noise_scale": 0.0}
+        settings = {n: value for n, value in noiseless.items() if n in self.call.arguments}
+        own = vars(self.call.pipeline.vae)
+        try:
+            own["decode"] = reached
+            self._decode(samples, **settings)
+        except VaeReachedError as found:
+            return found.latents
+        finally:
+            del own["decode"]
+        raise ValueError(f"{type(self.call.pipeline).__name__} decodes without its VAE")
+
+    def _decode(self, samples: Tensor, **settings: Any) -> Tensor:
+        # pipelines decode in the dtype of the embeddings; the VAE is fp32
+        rows = self.embeddings.rows(Prompts(self.blank.prompts * len(samples)))
+        rows = tuple(
+            value.float() if value is not None and value.is_floating_point() else value
+            for value in rows
+        )
+        # a VAE that is told a noise level (LTX) draws noise: the same for every row, so that no
+        # split of rows matters
+        draws = {"generator": [torch.Generator().manual_seed(0) for _ in samples]}
+        arguments = draws if "generator" in self.call.arguments else {}
+        return self.call(
+            self.call.stand_in(),
+            handing(rows),
+            prompt=[""] * len(samples),
+            latents=samples,
+            output_type="pt",
+            **arguments,
+            **settings,
+        ).float()
