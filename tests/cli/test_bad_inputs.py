@@ -399,6 +399,6 @@ def test_arms_that_can_not_be_compared(
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch):
     """The negative control: only bad input is put into one sentence."""
-    monkeypatch.setattr("genpolicy.models.toy.Toy.grid", lambda self, steps: 1 / 0)
+    monkeypatch.setattr("genpolicy.models.toy.Toy.grid", lambda self, steps, start=None: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["train", write(tmp_path, experiment(tmp_path))])
