@@ -95,8 +95,8 @@ def test_the_floor_goes_by_a_lower_bound(run, monkeypatch):
 
 def test_a_hopeless_policy_plays_one_episode_in_each_process(tmp_path, monkeypatch):
     accelerators = peers(2)
-    runs = [prepared(tmp_path, each, **CLONING)[0] for each in accelerators]
     for share, expected in ((1.0, 2), (0.8, 6)):  # .2 of 33 are 6.6: six, three to each
+        runs = [prepared(tmp_path, each, **CLONING)[0] for each in accelerators]
         for each in runs:
             floor = floored(each, share, 0.5, monkeypatch)[0]
             floor.lower = 0.0
