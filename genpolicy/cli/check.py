@@ -445,8 +445,8 @@ def _captioned(folder: Path) -> dict[str, Any]:
 
 
 def _fitting(section: dict[str, Any], toys: list[Toy], folder: Path) -> Tried:
-    """The run on the first toy that the method does not refuse. Raises the first `ConfigError` where
-    it refuses all.
+    """The run on the first toy that the method does not refuse. Raises the first `ConfigError`
+    where it refuses all.
     """
     refused = []
     for number, toy in enumerate(toys):

@@ -1,4 +1,4 @@
-"""Captioned pictures: read in order, cut around the middle, and what is wrong is told with its line or file."""
+"""Captioned pictures: read in order, cut around the middle, and bad input is told with its place."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def test_grey_pictures_and_those_with_alpha_become_red_green_and_blue(tmp_path):
 
 @pytest.mark.parametrize("upright", [False, True])
 def test_a_picture_of_another_shape_is_cut_around_its_middle(tmp_path, upright):
-    """Of three bands of colour side by side (or one above the other), a square keeps the middle one."""
+    """Of three bands of colour side by side, or one above the other, the middle one is kept."""
     wide = np.concatenate([np.full((8, 8, 3), COLOURS[c]) for c in COLOURS], 1)
     save(tmp_path, "bands.png", wide.swapaxes(0, 1) if upright else wide)
     (tmp_path / METADATA).write_text(entry("bands.png", "bands"))
@@ -97,7 +97,7 @@ def test_a_smaller_picture_is_scaled_to_cover_the_whole(tmp_path):
     assert torch.equal(picture, torch.tensor([1.0, 0, 0]).view(3, 1, 1).expand(3, 16, 8))
 
 
-# -- bad input ----------------------------------------------------------------------------------------------------
+# -- bad input ------------------------------------------------------------------------------------
 
 
 def test_a_folder_without_metadata_is_refused(tmp_path):

@@ -288,15 +288,15 @@ def test_any_seed_trains(tmp_path, seed):
     assert train(parse.parse(raw)).summary["iterations"] == 1
 
 
-# -- pictures with captions ---------------------------------------------------------------------------------------
+# -- pictures with captions -----------------------------------------------------------------------
 
 CAPTIONED = {"bright": 204, "dark": 51}
 """Captions and the grey of their pictures, of 255."""
 
 
 def captioned(folder, shuffled=False):
-    """The data section of a new folder of pictures of 8 x 8 pixels, 12 of each caption; shuffled: half of each caption's
-    pictures are the other's.
+    """The data section of a new folder of pictures of 8 x 8 pixels, 12 of each caption; shuffled:
+    half of each caption's pictures are the other's.
     """
     folder.mkdir()
     lines = []
@@ -311,7 +311,9 @@ def captioned(folder, shuffled=False):
 
 
 def draws(folder, data):
-    """A run on pictures; the mean brightness of its own ones of each caption before and after it."""
+    """A run on pictures, and the mean brightness of what it draws for each caption before and
+    after it.
+    """
     raw = toy.experiment(
         folder,
         data=data,

@@ -1,4 +1,6 @@
-"""Laws of every method, parametrised over the files in methods/: its ``needs`` say which of them apply, and in which world."""
+"""Laws of every method, parametrised over the files in methods/: its ``needs`` say which of them
+apply, and in which world.
+"""
 
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
@@ -34,8 +36,8 @@ SHARED = ("flow_grpo", "grpo_guard")
 
 @dataclass
 class Descends:
-    """A method without likelihoods: it imitates the better ones of its own samples. A field called ``group`` promises
-    nothing.
+    """A method without likelihoods: it imitates the better ones of its own samples. A field called
+    ``group`` promises nothing.
     """
 
     group: int = 4
@@ -105,8 +107,8 @@ def needs_of(method):
 
 
 def compares(needs):
-    """True where the ratio laws apply: its noisy steps are trained from the first iteration. A method that also learns from
-    data begins with those; it has tests of its own.
+    """True where the ratio laws apply: its noisy steps are trained from the first iteration. A
+    method that also learns from data begins with those; it has tests of its own.
     """
     return (needs.likelihoods or needs.window) and not needs.data
 
@@ -150,7 +152,7 @@ SMALL = {
 
 
 def prepared(tmp_path, method, world=None, **sections):
-    """A run of the method at iteration 1, in the first of its worlds if not in another, and the method."""
+    """A run at iteration 1 in the method's first world, or in ``world``, and the method."""
     needs = needs_of(method)
     world = world or needs.worlds[0]
     raw = WORLDS[world](tmp_path, method=section(method, **SMALL), **sections)
@@ -282,8 +284,8 @@ LONG = 60
 
 
 def solved(tmp_path, method, kernel, right=True):
-    """Train on the toy of the method's first world: bright prompts want white and dark ones black; a slow point wants to
-    reach its goal. Not ``right``: the reward's sign is turned.
+    """Trains on the toy of the method's first world: bright prompts want white and dark ones black;
+    a slow point wants to reach its goal. Not ``right``: the reward's sign is turned.
     """
     noisy = NEEDS[method].likelihoods
     own_noise = {} if noisy else {"window": [0, 4]}
@@ -315,7 +317,7 @@ def solved(tmp_path, method, kernel, right=True):
 
 @pytest.mark.parametrize(("method", "kernel"), KERNELLED)
 def test_a_toy_with_one_right_answer_is_solved(tmp_path, method, kernel):
-    """The mean of the reward must rise from 0 to at least a third of its maximum; success by a fifth."""
+    """The mean reward must rise from 0 to at least a third of its maximum; success by a fifth."""
     result, metric = solved(tmp_path, method, kernel)
     if metric == "success_rate":
         assert result.after[metric] > result.before[metric] + 0.2
@@ -334,7 +336,7 @@ def test_wrong_sign_fails_where_the_method_succeeds(tmp_path, method):
         assert result.after[metric] < -0.1
 
 
-# -- methods that only descend ------------------------------------------------------------------------------------
+# -- methods that only descend --------------------------------------------------------------------
 
 
 def moved(tmp_path, method, world):
