@@ -281,7 +281,7 @@ def test_minibatches_without_a_chosen_row_are_left_out_on_all_processes_alike(
         rollout = run.collect(4, 4)
         chosen = torch.isin(rollout.decisions.place, torch.tensor([3, 10, 12]))
         plain = getattr(minibatch, "rows" if kind == "minibatches" else kind)
-        order = run.generator(kind, 0)
+        order = run.generator(plain.__name__, 0)
         unfiltered = [len(b) for b in plain(rollout, 8, order, chosen)]
         batches = list(PASSES[kind](run, rollout, 8, 0, chosen))
         return [held(rollout, b) for b in batches], unfiltered
