@@ -212,7 +212,7 @@ def test_contexts_of_captioned_pictures_are_drawn_captions_and_nothing_is_judged
     assert captions == [f"caption {row}" for row in rows.tolist()]
     run.begin(2)
     assert run.contexts(7)[0].prompts != captions
-    with pytest.raises(RewardError):  # control: a rollout asks the task's prompts, and is judged
+    with pytest.raises(RewardError):  # control: a rollout is judged
         run.collect(4, 1)
 
 
@@ -524,7 +524,7 @@ def test_a_process_without_rows_takes_the_step_of_all(tmp_path, count, micro):
 
 
 def scaled_step(accelerator, rows):
-    """The norm of an fp16 optimiser's step on 4 rows of all processes, its scale, and the weights."""
+    """The norm of an fp16 step on 4 rows of all processes, the scale, and the weights."""
     network, processes = torch.nn.Linear(2, 1), Processes(accelerator)
     for parameter in network.parameters():
         parameter.data.fill_(0.5)
