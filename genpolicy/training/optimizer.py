@@ -73,6 +73,8 @@ class Optimizer:
         scaler skips the step).
         """
         if self.reduce is not None:
+            # a process without rows has scaled no loss, and the scaler begins with its first one
+            self.scaler.scale(torch.zeros((), device=self.parameters[0].device))
             # what nobody reached keeps no gradient, as in one process: weight decay then leaves it
             # alone
             there = (

@@ -310,7 +310,8 @@ class Run:
         chosen: Tensor | None,
     ) -> Iterator[Batch]:
         """The minibatches of a pass that have a row in some process."""
-        batches = kind(rollout, updates, self.generator(kind.__name__, epoch), chosen)
+        order = self.generator(f"pass over {kind.__name__}", epoch)
+        batches = kind(rollout, updates, order, chosen)
         return (batch for batch in batches if self.processes.sum(float(len(batch))))
 
     def normalised(self, values: Tensor) -> Tensor:

@@ -103,9 +103,10 @@ class Updates:
 
         terms(part): ``each`` losses of a stretch of rows, every one of which is differentiated
         before the next is asked for, so that one graph is alive at a time. A process may have no
-        row; where nobody has one, nothing is done. pace: of the learning rates. model: its evaluations are counted once, also where
-        memory ran out. whole: consecutive rows that no micro-batch divides. Returns the means of
-        the loss and its metrics, and the gradient's norm of the first optimiser.
+        row; where nobody has one, nothing is done. pace: of the learning rates. model: its
+        evaluations are counted once, also where memory ran out. whole: consecutive rows that no
+        micro-batch divides. Returns the means of the loss and its metrics, and the gradient's norm
+        of the first optimiser.
         """
         alone = self.processes.count == 1
         count = rows * each if alone else int(self.processes.sum(float(rows * each)))

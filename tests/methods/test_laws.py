@@ -288,25 +288,25 @@ def solved(tmp_path, method, kernel, right=True):
     """Trains on the toy of the method's first world: bright prompts want white and dark ones black;
     a slow point wants to reach its goal. Not ``right``: the reward's sign is turned.
     """
+    noisy = NEEDS[method].likelihoods
+    own_noise = {} if noisy else {"window": [0, 4]}
     common = {
+        "chain": {"steps": 4, "kernel": KERNELS[kernel] if noisy else ODE, **own_noise},
         "method": section(method, **LEARNING),
         "budget": {"iterations": PATIENCE.get(method, LONG)},
     }
     if NEEDS[method].worlds[0] == "prompts":
         raw = toy.experiment(
             tmp_path,
-            chain={"steps": 4, "kernel": KERNELS[kernel]},
             optimizer={"lr": 1e-2},
             eval={"every": 0, "samples": 64},
             reward={"tests.toy:brightness": 1.0 if right else -1.0},
             **common,
         )
         return train(parse.parse(raw)), "reward/brightness"
-    noisy = {"kernel": KERNELS[kernel]} if NEEDS[method].likelihoods else {"kernel": ODE}
     raw = toy_control.experiment(
         tmp_path,
         policy={"name": "mlp", "pretrained": toy_control.cloned(tmp_path, family="flow")},
-        chain={"steps": 4, "window": [0, 4], **noisy},
         task={"name": "tests.toy_control:Point" if right else f"{__name__}:Turned"},
         optimizer={"lr": 1e-3},
         eval={"every": 0, "episodes": 40},
@@ -378,7 +378,9 @@ def test_a_field_called_group_brings_no_law_of_ratios():
     assert not compares(needs)
     assert kernels(needs) == ["ode"]
     assert compares(Needs(likelihoods=True))  # control: with likelihoods they do apply
-    assert METHODS == ["dppo", "flow_grpo", "grpo_guard", "reinflow"]
+    assert {"dppo", "flow_grpo", "grpo_guard", "reinflow"} <= set(METHODS)
+    assert "bc" in DESCENDING
+    assert set(METHODS).isdisjoint(DESCENDING)
 
 
 @pytest.mark.parametrize(("method", "weight"), [("flow_grpo", "std/dt"), ("grpo_guard", "1/dt")])

@@ -1,6 +1,6 @@
 """The verbs of a run, each by itself: what is drawn, shared, passed over, redrawn and learned."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
@@ -13,6 +13,7 @@ from genpolicy.chain.noise import PRIOR
 from genpolicy.config import parse
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.contracts.reward import RewardError
+from genpolicy.contracts.task import Context
 from genpolicy.learning.objective import log_ratio
 from genpolicy.methods.parts.offline_data import Experience
 from genpolicy.models.toy import Toy
@@ -20,6 +21,7 @@ from genpolicy.policy.parts.base import Base
 from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch
 from genpolicy.rollout.minibatch import Batch
+from genpolicy.training.optimizer import Optimizer
 from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
 from tests import toy, toy_control
@@ -171,6 +173,49 @@ def test_contexts_of_recorded_frames_are_rows_of_the_data(tmp_path):
     assert not torch.equal(run.contexts(5)[0].observation[toy_control.STATE][:, -1], seen)
 
 
+@dataclass
+class Captions:
+    """Nine captioned pictures in memory; no caption is a prompt of the task."""
+
+    def __len__(self):
+        return 9
+
+    def pictures(self, index):
+        captions = [f"caption {row}" for row in index.tolist()]
+        return Context(captions), torch.full((len(index), 3, 8, 8), 0.5)
+
+
+PICTURES = {
+    "data": {"name": f"{__name__}:Captions"},
+    "reward": {"tests.toy:nan": 1.0},
+    "eval": {"every": 0, "samples": 4},
+}
+"""An experiment on captioned pictures; whoever judges anything is refused."""
+
+
+def test_contexts_of_captioned_pictures_are_drawn_captions_and_nothing_is_judged(tmp_path):
+    def work(run):
+        context, place = run.contexts(7)
+        assert run.policy.model.evaluations == 0
+        return list(context.prompts), place
+
+    ((captions, place),) = on_processes(tmp_path, 1, work, **PICTURES)
+    assert torch.equal(place, torch.arange(7))
+    assert len(set(captions)) > 1
+    two = on_processes(tmp_path, 2, work, **PICTURES)
+    assert sorted(torch.cat([mine for _, mine in two]).tolist()) == list(range(7))
+    for seen, mine in two:
+        assert seen == [captions[p] for p in mine.tolist()]
+    (tmp_path / "again").mkdir()
+    run = prepared(tmp_path / "again", **PICTURES)
+    rows = run.rows(len(run.data), 7, "contexts")
+    assert captions == [f"caption {row}" for row in rows.tolist()]
+    run.begin(2)
+    assert run.contexts(7)[0].prompts != captions
+    with pytest.raises(RewardError):  # control: a rollout is judged
+        run.collect(4, 1)
+
+
 # Passes over chosen rows
 
 PASSES = {
@@ -236,7 +281,7 @@ def test_minibatches_without_a_chosen_row_are_left_out_on_all_processes_alike(
         rollout = run.collect(4, 4)
         chosen = torch.isin(rollout.decisions.place, torch.tensor([3, 10, 12]))
         name = "rows" if kind == "minibatches" else kind
-        plain, order = getattr(minibatch, name), run.generator(name, 0)
+        plain, order = getattr(minibatch, name), run.generator(f"pass over {name}", 0)
         unfiltered = [len(b) for b in plain(rollout, 8, order, chosen)]
         batches = list(PASSES[kind](run, rollout, 8, 0, chosen))
         return [held(rollout, b) for b in batches], unfiltered
@@ -476,6 +521,35 @@ def test_a_process_without_rows_takes_the_step_of_all(tmp_path, count, micro):
     shares = SHARES[3]
     apart = [float(share.float().mean()) for share in shares if len(share)]
     assert np.mean(apart) != pytest.approx(2.5), "control: the mean of the processes' means"
+
+
+def scaled_step(accelerator, rows):
+    """The norm of an fp16 step on 4 rows of all processes, the scale, and the weights."""
+    network, processes = torch.nn.Linear(2, 1), Processes(accelerator)
+    for parameter in network.parameters():
+        parameter.data.fill_(0.5)
+    reduce = processes.reduce if processes.count > 1 else None
+    settings = OptimizerConfig(lr=0.1, max_grad_norm=1e9)
+    optimizer = Optimizer(settings, list(network.parameters()), True, reduce)
+    optimizer.zero_grad()
+    if rows:
+        optimizer.backward((network(torch.ones(rows, 2)) ** 2).sum() / 4)
+    norm = optimizer.step(0.0)
+    return norm, optimizer.scaler.get_scale(), [p.detach() for p in network.parameters()]
+
+
+@pytest.mark.parametrize("shares", [(4, 0), (0, 4)])
+def test_a_process_without_rows_takes_the_step_of_all_in_fp16_too(shares):
+    """It has scaled no loss yet, and scales its gradients like the others."""
+    norm, scale, weights = scaled_step(Accelerator(cpu=True), 4)
+    assert norm > 1
+    assert largest_difference(weights, [torch.full_like(w, 0.5) for w in weights]) > 0.05
+    accelerators = peers(2)
+    works = [partial(scaled_step, *each) for each in zip(accelerators, shares, strict=True)]
+    for other_norm, other_scale, other in together(works, accelerators):
+        assert other_norm == pytest.approx(norm, rel=1e-6)
+        assert other_scale == scale
+        assert largest_difference(other, weights) < 1e-6
 
 
 def test_where_nobody_has_a_row_nothing_is_learned(tmp_path):
