@@ -19,7 +19,8 @@ from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate
 from genpolicy.methods.parts.offline_data import Experience
 from genpolicy.policy.weights import Weights
 from genpolicy.rollout.rollout import Rollout
-from genpolicy.training.experiment import prepare, train
+from genpolicy.training.experiment import train
+from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
 from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run
