@@ -1,7 +1,7 @@
 """Pictures with captions: a folder of image files and one metadata.jsonl, as the hub's tools write.
 
-Each line of metadata.jsonl is {"file_name": "0001.png", "text": "a red circle"}, file names relative
-to the folder.
+Each line of metadata.jsonl is {"file_name": "0001.png", "text": "a red circle"}, file names
+relative to the folder.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Where a model lives if nobody says."""
+"""The device of a model whose settings name none."""
 
 import os
 

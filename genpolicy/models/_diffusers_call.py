@@ -52,7 +52,7 @@ class PipelineCall:
         return inspect.signature(self.run).parameters
 
     def stand_in(self, timesteps: Tensor | None = None) -> OneStep:
-        """Returns a scheduler that shows the loop ``timesteps``; with None the loop does not run."""
+        """Returns a scheduler that shows the loop ``timesteps``; None: the loop does not run."""
         return OneStep(self.scheduler, torch.empty(0) if timesteps is None else timesteps)
 
     def __call__(self, scheduler: OneStep, encode: Callable[..., Any], **arguments: Any) -> Tensor:

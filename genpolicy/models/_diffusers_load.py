@@ -12,7 +12,7 @@ import torch
 import transformers
 
 DENOISERS = ("transformer", "transformer_2", "unet")
-"""What pipelines call the networks that they denoise with."""
+"""The names that pipelines give the networks that they denoise with."""
 OURS = {
     "prompt": "task.prompts",
     "negative_prompt": "policy.negative_prompt",
@@ -39,10 +39,8 @@ def load_pipeline(
         raise FileNotFoundError(
             f"policy.pretrained {pretrained}: no such folder, and no hub id (owner/name) either"
         )
-    for library in (
-        diffusers,
-        transformers,
-    ):  # bars of loading and writing parts; those of downloads are the hub's
+    # bars of loading and writing parts; those of downloads are the hub's
+    for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     dtypes = {"default": frozen, "vae": torch.float32, **dict.fromkeys(DENOISERS, learning)}
     try:
@@ -55,8 +53,9 @@ def load_pipeline(
                 f"policy.pretrained {pretrained} can't be loaded: {first_line(error)}"
             ) from error
         raise OSError(
-            f"policy.pretrained {pretrained}: no such folder, and the hub repository can't be read (it is"
-            " unreachable, gated or misspelt); log in with a token (hf auth login) or give a local folder"
+            f"policy.pretrained {pretrained}: no such folder, and the hub repository can't be read"
+            " (it is unreachable, gated or misspelt); log in with a token (hf auth login) or give"
+            " a local folder"
         ) from error
 
 

@@ -59,19 +59,18 @@ def add(pipeline: Any, denoiser: torch.nn.Module, lora: Lora) -> None:
         )
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(
-                    0
-                )  # the same start on every process, whatever was drawn before
+                # the same start on every process, whatever was drawn before
+                torch.default_generator.manual_seed(0)
                 denoiser.add_adapter(config, adapter_name=ADAPTER)
         except ValueError as error:
             linear = {
-                n.split(".")[-1]
-                for n, m in denoiser.named_modules()
-                if isinstance(m, torch.nn.Linear)
+                name.split(".")[-1]
+                for name, module in denoiser.named_modules()
+                if isinstance(module, torch.nn.Linear)
             }
             raise ValueError(
-                f"lora.targets {targets} match no layer of {type(denoiser).__name__}; its linear layers are"
-                f" {', '.join(sorted(linear))}"
+                f"lora.targets {targets} match no layer of {type(denoiser).__name__}; its linear"
+                f" layers are {', '.join(sorted(linear))}"
             ) from error
     for name, parameter in denoiser.named_parameters():
         parameter.requires_grad_(f".{ADAPTER}." in name)
@@ -102,7 +101,8 @@ def _start(pipeline: Any, denoiser: torch.nn.Module, start: Path) -> None:
     others = [name for name in changed if getattr(pipeline, name) is not denoiser]
     if others or not changed:
         raise ValueError(
-            f"lora.start {start} changes {', '.join(others) or 'nothing here'}; only {kind} may change"
+            f"lora.start {start} changes {', '.join(others) or 'nothing here'}; only {kind} may"
+            " change"
         )
 
 

@@ -12,7 +12,7 @@ from genpolicy.models._diffusers_load import DENOISERS
 
 @dataclass(frozen=True)
 class Parts:
-    """The networks of ``pipeline`` on ``device``; with ``offload`` the denoisers alone are there."""
+    """The networks of ``pipeline`` on ``device``; with ``offload`` the denoisers alone."""
 
     pipeline: Any
     device: torch.device

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 CACHED_BYTES = 4 * 2**30
-"""Embeddings kept, oldest dropped first and encoded again if asked for. SD3: 2.7 MB a prompt in
-bf16.
+"""Embeddings kept, oldest dropped first and encoded again if asked for. SD3: 2.7 MB per prompt
+in bf16.
 """
 STACKED_BATCHES = 4
 """Batches of rows kept stacked: a chain asks for the same rows (and their negatives) at every step.
@@ -31,7 +31,7 @@ OTHER = "a word"
 """Company in the trial: longer than a blank prompt, and short enough for any pipeline."""
 
 Entry = tuple[Tensor | None, ...]
-"""What ``encode_prompt`` returned for one prompt or for several, in its order; None for what only
+"""The answer of ``encode_prompt`` for one prompt or for several, in its order; None for what only
 guidance needs.
 """
 
@@ -123,7 +123,7 @@ class Embeddings:
         return have if same else None
 
     def rows(self, condition: Prompts) -> Entry:
-        """What ``encode_prompt`` returns for these B rows."""
+        """The answer of ``encode_prompt`` for these B rows."""
         if condition not in self._stacked:
             asked = [None if condition.negative else prompt for prompt in condition.prompts]
             places = {prompt: i for i, prompt in enumerate(dict.fromkeys(asked))}
@@ -158,7 +158,7 @@ def _row(entry: Entry, place: int, have_rows: tuple[bool, ...]) -> Entry:
 
 
 def _equal(one: Entry, other: Entry) -> bool:
-    """Whether two entries are the same bit for bit."""
+    """Returns whether two entries are the same bit for bit."""
     return all(
         (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
         for a, b in zip(one, other, strict=True)

@@ -85,7 +85,7 @@ class OneStep:
 
 @cache
 def _signature(kind: type) -> inspect.Signature:
-    """What diffusers' retrieve_timesteps looks at to see whether ``sigmas`` may be passed."""
+    """The signature in which diffusers' retrieve_timesteps looks for ``sigmas``."""
     return inspect.signature(kind.set_timesteps)  # type: ignore[attr-defined]
 
 
@@ -100,7 +100,8 @@ def markov(scheduler: Any) -> Any:
     config = scheduler.config
     if config.get("thresholding"):
         raise ValueError(
-            f"scheduler {name}: dynamic thresholding can't be scored; set thresholding false in its config"
+            f"scheduler {name}: dynamic thresholding can't be scored; set thresholding false in its"
+            " config"
         )
     if config.get("invert_sigmas"):
         raise ValueError(
@@ -121,7 +122,8 @@ def markov(scheduler: Any) -> Any:
         )
     else:
         raise ValueError(
-            f"scheduler {name} is neither a flow nor variance preserving; valid are {', '.join(MARKOV)}"
+            f"scheduler {name} is neither a flow nor variance preserving; valid are"
+            f" {', '.join(MARKOV)}"
         )
     log.warning(
         "the steps of scheduler %s can't be scored; %s takes its place", name, type(chosen).__name__
@@ -142,7 +144,7 @@ class Times:
 
     @property
     def flow(self) -> bool:
-        """Whether the family is a flow (else variance preserving)."""
+        """True of a flow, false of a variance-preserving family."""
         return not hasattr(self.scheduler, "alphas_cumprod")
 
     @property
@@ -152,7 +154,7 @@ class Times:
 
     @property
     def parametrisation(self) -> Parametrisation:
-        """What the network's output is."""
+        """The meaning of the network's output."""
         return "velocity" if self.flow else self.scheduler.config.prediction_type
 
     @property
@@ -192,7 +194,7 @@ class Times:
         return self.scheduler.shift
 
     def network_time(self, t: Tensor) -> Tensor:
-        """t [B] as the network is told it: fp32 t T for flows, else the int64 level round(t T) - 1."""
+        """t [B] as the network is told it: fp32 t T for flows, else int64 levels round(t T) - 1."""
         if self.flow:
             return t.float() * self.levels
         return (t * self.levels).round().long() - 1

@@ -13,7 +13,7 @@ from torch.nn import functional
 FEATURES = 64
 """F of one frame."""
 CHANNELS = (16, 32, 64)
-"""Of the convolutions, each of which halves the picture."""
+"""Channels of the convolutions, each of which halves the picture."""
 SMALL = 16
 """Height and width of the picture that a decoder has to find."""
 SPREAD = 4.0
@@ -113,8 +113,8 @@ class Eye(nn.Module):
         return mean + log_std.exp() * normal, divergence.sum(-1)
 
     def missed(self, features: Tensor, seen: Tensor, own: Tensor | None) -> Tensor:
-        """How far what is decoded from features [n,F] is from what was seen and from the robot's
-        own state [n,q]: [n].
+        """The error [n] of decoding, from features [n,F], what was seen and the robot's own state
+        [n,q].
 
         Pictures: mean squared error of the picture shrunk to 16 x 16; clouds: `chamfer`; the state:
         squared distance.

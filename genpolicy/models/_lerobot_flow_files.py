@@ -77,7 +77,7 @@ class Files:
         return self._named(processors)
 
     def new_processors(self, config: Any, dataset: Dataset) -> Processors:
-        """The processors beside the policy, with the statistics of a data set in place of their own."""
+        """The processors beside the policy, with a data set's statistics in place of their own."""
         with theirs.lerobot(), self._explained():
             from lerobot.policies.factory import make_pre_post_processors
 

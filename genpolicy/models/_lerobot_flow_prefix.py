@@ -1,5 +1,5 @@
-"""What B rows see and are asked, and its encoding, computed where and when it is needed and kept
-for the next time.
+"""The observations and instructions of B rows, and their encoding, computed where and when it is
+needed and kept for the next time.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +14,11 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the expert attends to, B rows: keys and values of each layer [B,heads,S,dim]; valid,
-    bool [B,S]; and the mean of the last hidden states over the valid tokens [B,width].
+    """The encoding that the expert attends to, of B rows.
+
+    layers: keys and values of each layer [B,heads,S,dim].
+    valid: bool [B,S].
+    summary: the mean of the last hidden states over the valid tokens [B,width].
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]

@@ -18,7 +18,7 @@ GROUPS = 8
 
 
 def embed(position: Tensor) -> Tensor:
-    """Sines and cosines of ``position`` [B] at angular frequencies from 1 down to 1/1000, [B,TIME]."""
+    """Sines and cosines of ``position`` [B] at angular frequencies 1 down to 1/1000, [B,TIME]."""
     exponents = torch.linspace(0, 1, FREQUENCIES, dtype=position.dtype, device=position.device)
     angles = position[:, None] * 1000.0**-exponents
     return torch.cat([angles.sin(), angles.cos()], -1)

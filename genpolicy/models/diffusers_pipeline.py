@@ -159,7 +159,7 @@ class DiffusersPipeline:
     # Prompts
 
     def supervised(self, context: Context, uniform: Tensor) -> tuple[Prompts, Tensor]:
-        """`encode`, and 0 for every row: frozen encoders have no chance and no losses of their own."""
+        """`encode`, and 0 for every row: frozen encoders draw nothing and have no losses."""
         return self.encode(context), torch.zeros(len(context), device=self.device)
 
     def encode(self, context: Context) -> Prompts:
@@ -191,15 +191,15 @@ class DiffusersPipeline:
         output = self._network(x, t, condition)
         if output.shape != x.shape:
             raise ValueError(
-                f"{type(self.denoiser).__name__} gives {tuple(output.shape[1:])} for {tuple(x.shape[1:])};"
-                " networks that also predict a variance are not supported"
+                f"{type(self.denoiser).__name__} gives {tuple(output.shape[1:])} for"
+                f" {tuple(x.shape[1:])}; networks that also predict a variance are not supported"
             )
         return Prediction.of(
             self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t)
         )
 
     def _network(self, x: Tensor, t: Tensor, condition: Prompts) -> Tensor:
-        """Rows of different t in one call where the family reads a time per row, else grouped by t."""
+        """Rows of different t in one call where the family reads a time per row, else by t."""
         times = self._times.network_time(t).to(x.device)
         if t.stride(0) == 0 or bool((times == times[0]).all()):
             return self._evaluate(x, times[:1], condition)
@@ -213,8 +213,8 @@ class DiffusersPipeline:
 
     @torch.no_grad()
     def _try_mixed(self, x: Tensor, times: Tensor, condition: Prompts) -> bool:
-        """Whether one call with a time per row equals a call for each row at its own (asked once a
-        model).
+        """Returns whether one call with a time per row equals a call for each row at its own
+        (asked once per model).
         """
         rows = torch.stack([times.argmin(), times.argmax()])
         counted = self.evaluations
@@ -224,7 +224,8 @@ class DiffusersPipeline:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError):
-            return False  # the loop reads its time as one number (Wan 2.2 chooses between two experts by it)
+            # the loop reads its time as one number (Wan 2.2 chooses between two experts by it)
+            return False
         finally:
             self.evaluations = counted
         return bool((together - alone).abs().max() <= 1e-2 * alone.abs().max())
@@ -266,7 +267,7 @@ class DiffusersPipeline:
         )
 
     def decode(self, x0: Tensor) -> Tensor:
-        """The pipeline's own tail: images Float[B,3,H,W], videos Float[B,F,3,H,W], in [0,1] fp32."""
+        """The pipeline's tail: images Float[B,3,H,W], videos Float[B,F,3,H,W], in [0,1] fp32."""
         return self._vae.decode(x0)
 
     def event(self, outputs: Tensor) -> Tensor:

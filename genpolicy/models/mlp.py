@@ -51,7 +51,7 @@ class MLP:
     pretrained: folder of a saved one, whose settings then replace the ones here (all but shift and
         prediction_type); None draws weights from torch's global generator in `initialise`.
     history: observation frames it sees.
-    chunk: T actions an event, all executed.
+    chunk: T actions per event, all executed.
     network: "residual" (everything is one vector) or "unet" (convolutions over the chunk's time
         axis).
     hidden: width; of a unet four times that of its first level.
@@ -109,7 +109,7 @@ class MLP:
     # Shapes, weights and statistics
 
     def _settle(self) -> None:
-        """What follows from the settings alone."""
+        """Checks the settings and sets everything that follows from them alone."""
         for name in ("history", "chunk", "hidden", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"policy.{name} is {getattr(self, name)}; it must be at least 1")
@@ -119,8 +119,8 @@ class MLP:
         halvings = 2 ** (self.blocks - 1)
         if self.network == "unet" and self.chunk % halvings:
             raise ValueError(
-                f"policy.chunk {self.chunk} can't be halved {self.blocks - 1} times by a unet of {self.blocks} levels;"
-                f" choose a multiple of {halvings}"
+                f"policy.chunk {self.chunk} can't be halved {self.blocks - 1} times by a unet of"
+                f" {self.blocks} levels; choose a multiple of {halvings}"
             )
         if self.network == "unet" and self.hidden % (4 * networks.GROUPS):
             raise ValueError(
@@ -146,8 +146,8 @@ class MLP:
         wrong = [name for name in names if name not in there]
         if wrong or not names:
             raise ValueError(
-                f"policy.inputs: {wrong[0] if wrong else 'the data set'} is no observation [q], [C,H,W] or [P,3] of the"
-                f" data set; it has {', '.join(there) or 'none'}"
+                f"policy.inputs: {wrong[0] if wrong else 'the data set'} is no observation [q],"
+                f" [C,H,W] or [P,3] of the data set; it has {', '.join(there) or 'none'}"
             )
         self._build(
             {name: tuple(dataset.shapes[name]) for name in names},
@@ -293,7 +293,7 @@ class MLP:
         return value
 
     def features(self, condition: Tensor) -> Tensor:
-        """What was seen: the condition, through which no critic's gradient reaches an encoder."""
+        """The condition, through which no critic's gradient reaches an encoder."""
         return condition.detach()
 
     def event(self, actions: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ MIX = ((0.2, 0.0), (0.0, 0.2), (0.1, 0.1))
 
 @dataclass(eq=False)
 class Toy:
-    """A network of two layers on 2 x 4 x 4 latents as a `genpolicy.contracts.model.Model`; pictures are 3 x
-    8 x 8.
+    """A network of two layers on 2 x 4 x 4 latents as a `genpolicy.contracts.model.Model`; pictures
+    are 3 x 8 x 8.
 
     pretrained: folder of a saved one; None draws the weights from ``seed``.
     family: "flow" (linear schedule) or "vp" (variance preserving with 1000 levels).

@@ -30,7 +30,8 @@ def kilobytes(outputs: Tensor) -> Tensor:
         outputs: pictures [B, 3, H, W] or videos [B, F, 3, H, W], in [0, 1], on any device.
 
     Returns:
-        Decimal kilobytes, float32 [B], on the device of `outputs`. No gradient flows through a file size.
+        Decimal kilobytes, float32 [B], on the device of `outputs`. No gradient flows through a
+        file size.
     """
     if outputs.ndim not in (4, 5) or outputs.shape[-3] != 3:
         raise ValueError(

@@ -1,5 +1,5 @@
-"""Pictures prepared for a CLIP encoder as float tensors, so that gradients pass: resized, cropped and
-normalised as the encoder's own transform of 8-bit pictures does it.
+"""Pictures prepared for a CLIP encoder as float tensors, so that gradients pass: resized, cropped
+and normalised as the encoder's own transform of 8-bit pictures does it.
 """
 
 from collections.abc import Callable, Sequence

@@ -70,11 +70,12 @@ circles 2/3 (.57 to .78 over true pictures). Moments average over all pixels, so
 a border do not matter; bounding boxes and corner counts lost 12 % of pictures that went through a
 small autoencoder, these lose none.
 """
-MIN_FILL, MAX_ASPECT = 0.72, 1.8
-"""A blob with area / (12 sqrt(E[x^2] E[y^2])) under the first (true triangles have .84 to .93,
-squares 1, circles pi/3 = 1.05), or a bounding box longer than the second times its width, is none
-of the three shapes.
+MIN_FILL = 0.72
+"""A blob with area / (12 sqrt(E[x^2] E[y^2])) under this is none of the three shapes: true
+triangles have .84 to .93, squares 1, circles pi/3 = 1.05.
 """
+MAX_ASPECT = 1.8
+"""A blob whose bounding box is longer than this times its width is none of the three shapes."""
 
 _PALETTE = np.array([BACKGROUND, *COLOURS.values()], np.float32)
 _NAMES = ("background", *COLOURS)
@@ -112,7 +113,7 @@ class Found(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Captions by what they may be used for. No scene occurs in two parts, not even in other words."""
+    """Captions by their uses. No scene occurs in two parts, not even in other words."""
 
     pictured: tuple[str, ...]
     train: tuple[str, ...]
@@ -149,9 +150,9 @@ def parse(text: str) -> Scene:
     scene = _scene_of().get(" ".join(text.lower().split()).rstrip(" ."))
     if scene is None:
         raise ValueError(
-            f"{text!r} is not a shapes caption: say 'a COLOUR SHAPE RELATION a COLOUR SHAPE' with two "
-            f"different objects, colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; relations "
-            f"{', '.join(RELATIONS)}."
+            f"{text!r} is not a shapes caption: say 'a COLOUR SHAPE RELATION a COLOUR SHAPE' with"
+            f" two different objects, colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)};"
+            f" relations {', '.join(RELATIONS)}."
         )
     return scene
 
@@ -262,7 +263,8 @@ def detect_all(images: np.ndarray) -> list[list[Found]]:
     labels = np.zeros(colour.shape, np.int32)
     total = 0
     for index in range(1, len(_NAMES)):
-        part, found = ndimage.label(colour == index, _IN_PLANE)  # type: ignore[misc]  (scipy says int here)
+        # scipy's annotation says int here
+        part, found = ndimage.label(colour == index, _IN_PLANE)  # type: ignore[misc]
         labels += np.where(part > 0, part + total, 0)
         total += found
     objects: list[list[Found]] = [[] for _ in range(count)]
@@ -286,7 +288,7 @@ def detect_all(images: np.ndarray) -> list[list[Found]]:
 
 
 def _shape(ys: np.ndarray, xs: np.ndarray) -> str:
-    """Name the shape of a blob, or say "other", from its pixels' rows and columns; E is their mean."""
+    """Names the shape of a blob, or "other", from its pixels' rows and columns; E is their mean."""
     height, width = np.ptp(ys) + 1, np.ptp(xs) + 1
     y, x = ys - ys.mean(), xs - xs.mean()
     y2, x2 = y * y, x * x
@@ -339,7 +341,7 @@ def scores(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     """(strict, dense) of each picture of uint8 [B, H, W, 3] under its caption: float32 [B, 2]."""
     if len(images) != len(texts):
         raise ValueError(
-            f"{len(images)} pictures but {len(texts)} captions: one caption a picture is needed."
+            f"{len(images)} pictures but {len(texts)} captions: one caption per picture is needed."
         )
     scenes = [parse(text) for text in texts]
     pairs = zip(detect_all(images), scenes, strict=True)

@@ -64,7 +64,8 @@ class PickScore:
                 require_repo(source, "pickscore")
         try:
             processor = CLIPProcessor.from_pretrained(self.processor)
-            clip, report = CLIPModel.from_pretrained(  # type: ignore[misc]  (two values when asked for the report)
+            # two values, because the report is asked for
+            clip, report = CLIPModel.from_pretrained(  # type: ignore[misc]
                 self.model, dtype=torch.float32, output_loading_info=True
             )
         except Exception as error:
@@ -74,7 +75,8 @@ class PickScore:
         if report["missing_keys"]:  # transformers only warns, and leaves them random
             missing = sorted(report["missing_keys"])
             raise ConfigError(
-                f"{self.model} is no CLIPModel: it lacks {len(missing)} weights, such as {missing[0]}."
+                f"{self.model} is no CLIPModel: it lacks {len(missing)} weights, such as"
+                f" {missing[0]}."
             )
         self._images = processor.image_processor
         self._tokenize = processor.tokenizer
@@ -105,7 +107,8 @@ class PickScore:
 
         Args:
             outputs: pictures [B, 3, H, W] or videos [B, F, 3, H, W], in [0, 1], on any device.
-            context: `context.prompts`, B texts; those longer than the model's context (77 tokens) are cut.
+            context: `context.prompts`, B texts; those longer than the model's context (77 tokens)
+                are cut.
 
         Returns:
             Float [B], in logits, on the device of `outputs`; differentiable in `outputs`.

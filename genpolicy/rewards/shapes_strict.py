@@ -1,4 +1,6 @@
-"""Strict score of the shapes world: 1 if a picture shows just the caption's two objects so related."""
+"""Strict score of the shapes world: 1 if a picture shows just the caption's two objects so
+related.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ import numpy as np
 from genpolicy.config.errors import ConfigError, RenderError, nearest
 from genpolicy.tasks._simulators import library, quiet
 
-WORLD, IMAGES = "observation.environment_state", "observation.images."
+WORLD = "observation.environment_state"
+IMAGES = "observation.images."
 NAMES = {"agent_pos": "observation.state", "environment_state": WORLD}
 GOAL = ("observation", "achieved_goal", "desired_goal")
 SUCCESS = ("is_success", "success", "goal_achieved")

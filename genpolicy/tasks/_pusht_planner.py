@@ -21,8 +21,14 @@ import numpy as np
 import shapely
 from scipy.sparse.csgraph import shortest_path
 
-SAMPLES, ROUNDS, PARENTS, CHILDREN = 150, 2, 6, 6
-"""Random pushes per plan; rounds of refinement, pushes refined in each, and changes to each."""
+SAMPLES = 150
+"""Random pushes per plan."""
+ROUNDS = 2
+"""Rounds of refinement per plan."""
+PARENTS = 6
+"""Pushes refined per round."""
+CHILDREN = 6
+"""Changes to each of them."""
 FINALISTS = 20
 """Pushes for which the way to their start is priced."""
 TURN = 0.3
@@ -33,18 +39,24 @@ in radians.
 """
 PRICE = 0.4
 """Pixels of error that a step is worth."""
-GAP, MARGIN = 6.0, 8.0
-"""Pixels between disc and T where a push starts; and what the way there keeps on top, as the disc
-cuts corners.
-"""
-WALKS, PUSH = (25.0, 12.0, 6.0), 10.0
-"""Pixels per step: on the way, from bold to careful, and while pushing."""
+GAP = 6.0
+"""Pixels between disc and T where a push starts."""
+MARGIN = 8.0
+"""Pixels that the way there keeps on top, as the disc cuts corners."""
+WALKS = (25.0, 12.0, 6.0)
+"""Pixels per step on the way, from bold to careful."""
+PUSH = 10.0
+"""Pixels per step while pushing."""
 SETTLE = 3
 """Steps in which the disc comes to rest: it follows its target like a critically damped spring of
 10/s.
 """
-REACH, ERRORS, LONGEST = 30.0, 2.5, 150.0
-"""Pixels of the longest push tried: REACH + ERRORS * the present error, at most LONGEST."""
+REACH = 30.0
+"""Pixels of the longest push tried where there is no error."""
+ERRORS = 2.5
+"""Pixels by which it grows per pixel of the present error."""
+LONGEST = 150.0
+"""Pixels that no push tried exceeds."""
 
 
 class Push(NamedTuple):

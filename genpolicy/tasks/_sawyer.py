@@ -14,12 +14,14 @@ from genpolicy.tasks._sawyer_pictures import BEHIND, GOAL_RADIUS, WAYS, Moment, 
 from genpolicy.tasks._simulators import library
 from genpolicy.tasks._slots import Frame
 
-STATE, WORLD = "observation.state", "observation.environment_state"
-PICTURES, POINTS = "observation.images.top", "observation.points"
+STATE = "observation.state"
+WORLD = "observation.environment_state"
+PICTURES = "observation.images.top"
+POINTS = "observation.points"
 See = Literal["state", "pixels", "points"]
 HAND = 4
-"""Of the 39 numbers that MetaWorld shows, the first are the hand (x, y, z) and how far the gripper
-is open.
+"""Numbers about the hand, the first of the 39 that MetaWorld shows: its x, y, z and how far the
+gripper is open.
 """
 PICTURE = 240
 """Height and width of what `render` draws, in pixels."""
@@ -43,8 +45,10 @@ ELSEWHERE = BEHIND | {
 """Bodies of which a cloud shows nothing: the room, the table, the arm above its hand."""
 WORKSPACE = np.array([-0.45, 0.35, -0.05]), np.array([0.45, 1.0, 0.45])
 """Corners of the box that a cloud shows, metres."""
-GRIPPER_SHARE, GOAL_SHARE = 4, 16
-"""One point of 4 is the gripper's, one of 16 the goal's; the rest are the objects'."""
+GRIPPER_SHARE = 4
+"""One point of so many is the gripper's."""
+GOAL_SHARE = 16
+"""One point of so many is the goal's; the rest are the objects'."""
 
 
 def catalogue() -> dict[str, Any]:

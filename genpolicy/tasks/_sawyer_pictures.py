@@ -23,7 +23,8 @@ UNSEEN = 5
 _ARM = "right_arm_base_link right_l0 right_l1 right_l2 right_l3 right_l4 right_arm_itb"
 BEHIND = frozenset(f"base controller_box pedestal_feet torso pedestal head screen {_ARM}".split())
 """The arm's parts that are not in the picture, or at its edge: two thirds of all triangles."""
-GOAL_RADIUS, GOAL_COLOUR = 0.02, (0.0, 1.0, 0.0, 1.0)
+GOAL_RADIUS = 0.02
+GOAL_COLOUR = (0.0, 1.0, 0.0, 1.0)
 WAYS = "set MUJOCO_GL to egl, glfw or osmesa"
 FLAT = ("mjRND_SHADOW", "mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_FOG", "mjRND_HAZE")
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from genpolicy.config.errors import ConfigError, at_least, share
 from genpolicy.contracts.task import Context, Demonstration, TaskStep
 
-STATE, CAMERA = "observation.state", "observation.images.top"
+STATE = "observation.state"
+CAMERA = "observation.images.top"
 COLOURS = {
     "red": (1.0, 0.1, 0.1),
     "green": (0.1, 0.8, 0.1),
@@ -27,14 +28,24 @@ COLOURS = {
     "yellow": (1.0, 0.9, 0.1),
 }
 SHAPES = ("circle", "square", "triangle")
-PIXELS, RENDERED = 32, 256
-"""Sides of the picture that policies see, and of the one for people."""
+PIXELS = 32
+"""Side of the picture that policies see."""
+RENDERED = 256
+"""Side of the picture for people."""
 SPEED = 0.06
 """Way of one environment step at full action; the plane is [-1, 1] x [-1, 1]."""
-SIZE, REACH, POINT = 0.2, 0.2, 0.08
-"""Radius of a goal, distance at which it is reached, radius of the point as drawn."""
-NEAR, FAR, START = 0.55, 0.75, 0.1
-"""Distances of goals from the middle, and of the point at the start."""
+SIZE = 0.2
+"""Radius of a goal."""
+REACH = 0.2
+"""Distance at which a goal is reached."""
+POINT = 0.08
+"""Radius of the point as drawn."""
+NEAR = 0.55
+"""Least distance of a goal from the middle."""
+FAR = 0.75
+"""Largest distance of a goal from the middle."""
+START = 0.1
+"""Largest distance of the point from the middle at the start, along each axis."""
 BACKGROUND = 0.15
 
 
