@@ -49,6 +49,14 @@ def step(schedule: Schedule, t: Tensor, s: Tensor) -> Step:
     return Step(t, s, schedule.alpha(t), schedule.sigma(t), schedule.alpha(s), schedule.sigma(s))
 
 
+def _check_start(start: float | None, top: float) -> None:
+    if start is not None and not 0 < start <= top:
+        raise ValueError(
+            f"it starts at noise time {start}; start must lie above 0 and not above the schedule's"
+            f" noisiest time {top:g}"
+        )
+
+
 def _check_steps(steps: int) -> None:
     if steps < 1:
         raise ValueError(f"a chain needs at least 1 step, got {steps}")
@@ -73,6 +81,7 @@ class Linear:
 
     def grid(self, steps: int, start: float | None = None) -> Tensor:
         _check_steps(steps)
+        _check_start(start, 1.0)
         u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         if start is not None:
             u = (
@@ -128,10 +137,12 @@ class VariancePreserving:
         real step.
         """
         _check_steps(steps)
+        _check_start(start, 1.0)
         levels = len(self.alpha_bar)
         top = levels if start is None else max(1, round(start * levels))
         if steps > top:
-            raise ValueError(f"{steps} steps do not fit into the schedule's {top} levels")
+            below = "" if start is None else f" below its start {start}"
+            raise ValueError(f"{steps} steps do not fit into the schedule's {top} levels{below}")
         return (
             torch.linspace(top, 0, steps + 1, dtype=torch.float64).round() / levels
         )  # half to even at ties
@@ -155,6 +166,7 @@ class EDM:
 
     def grid(self, steps: int, start: float | None = None) -> Tensor:
         _check_steps(steps)
+        _check_start(start, self.sigma_max)
         top = (self.sigma_max if start is None else start) ** (1 / self.rho)
         ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
         sigmas = (top + ramp * (self.sigma_min ** (1 / self.rho) - top)) ** self.rho

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from genpolicy.cli.law_toys import ITERATIONS, Toy, small, toys
@@ -17,6 +16,7 @@ from genpolicy.cli.reward_laws import Verdict
 from genpolicy.config import leaves, parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.evaluation import metrics_file
+from genpolicy.training import checkpoint
 from genpolicy.training.prepare import prepare, required
 from genpolicy.training.processes import start_processes
 from genpolicy.training.requirements import Needs, World
@@ -26,9 +26,10 @@ from genpolicy.training.requirements import Needs, World
 class Tried:
     """A run on a toy, and what came of it.
 
-    toy: the one that the method trains on. metrics: of each iteration. moved: an iteration changed
-    the weights. differs: by how much they do where the last iteration was run again from its
-    checkpoint; refused: why it could not be.
+    toy: the one that the method trains on. metrics: of each iteration. moved: the last iteration
+    changed the weights or a part of the policy. differs: the largest difference of everything that
+    the run saves, where the last iteration was run again from its checkpoint; refused: why it could
+    not be.
     """
 
     toy: Toy
@@ -60,7 +61,7 @@ def _world_laws(
     yield Verdict("trains on the toy", bool(learned.metrics), f"{cost:.1f} evaluations per sample")
     lost = sorted({name for line in learned.metrics for name in line if line[name] is None})
     yield Verdict("what it logs is finite", not lost, ", ".join(lost))
-    yield Verdict("the weights move", learned.moved, f"{len(learned.metrics)} iterations")
+    yield Verdict("the weights or parts move", learned.moved, f"{len(learned.metrics)} iterations")
     same = not learned.refused and learned.differs == 0
     seen = learned.refused or f"largest difference {learned.differs:.2g}"
     yield Verdict("a resumed run is the uninterrupted one", same, seen)
@@ -109,18 +110,44 @@ def _fitting(section: dict[str, Any], toys: list[Toy], folder: Path) -> Tried:
 
 def _tried(section: dict[str, Any], toy: Toy, folder: Path) -> Tried:
     """Trains on a toy, and the last iteration once more from its checkpoint."""
-    start, end = _train(section, toy, folder, ITERATIONS)
+    _train(section, toy, folder, ITERATIONS)
     metrics = _iterations(folder)
     if not metrics:
         return Tried(toy, metrics, False, float("nan"), "it ran no iteration")
-    moved = any(not torch.equal(a, b) for a, b in zip(start, end, strict=True))
+    whole = checkpoint.latest(folder)
     shutil.rmtree(folder / "checkpoints" / str(len(metrics)))
+    moved = _difference(_acting(whole), _acting(checkpoint.latest(folder))) != 0
     try:
-        _, again = _train(section, toy, folder, ITERATIONS)
+        _train(section, toy, folder, ITERATIONS)
     except ConfigError as error:
         return Tried(toy, metrics, moved, float("nan"), str(error))
-    differs = max(float((a - b).abs().max()) for a, b in zip(end, again, strict=True))
+    differs = _difference(_tensors(whole), _tensors(checkpoint.latest(folder)))
     return Tried(toy, metrics, moved, differs, "")
+
+
+def _acting(state: dict[str, Any] | None) -> list[Tensor]:
+    """The tensors of a checkpoint that act: the policy's weights and its parts."""
+    return (
+        [] if state is None else _tensors({name: state[name] for name in ("parameters", "parts")})
+    )
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    """All tensors in nested lists and mappings, in order."""
+    if isinstance(state, Tensor):
+        return [state.detach().double()]
+    values = state.values() if isinstance(state, dict) else state
+    if not isinstance(state, dict | list | tuple):
+        return []
+    return [tensor for value in values for tensor in _tensors(value)]
+
+
+def _difference(one: list[Tensor], other: list[Tensor]) -> float:
+    """The largest difference of two lists of tensors; infinity where they do not match."""
+    if [a.shape for a in one] != [b.shape for b in other]:
+        return float("inf")
+    pairs = zip(one, other, strict=True)
+    return max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0)
 
 
 def _iterations(folder: Path) -> list[dict[str, Any]]:
@@ -133,10 +160,8 @@ def _first(metrics: list[dict[str, Any]], name: str) -> float | None:
     return next((line[name] for line in metrics if name in line), None)
 
 
-def _train(
-    section: dict[str, Any], toy: Toy, folder: Path, iterations: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The policy's weights before and after a run in a folder, which goes on where it has one."""
+def _train(section: dict[str, Any], toy: Toy, folder: Path, iterations: int) -> None:
+    """Trains in a folder, and goes on where it has a run."""
     experiment = parse.parse(
         {
             **toy.sections,
@@ -150,7 +175,5 @@ def _train(
     folder.mkdir(exist_ok=True)
     with contextlib.redirect_stderr(io.StringIO()):  # no progress bar: nobody asked for this run
         run, method = prepare(experiment, folder, start_processes(experiment, folder))
-        start = [parameter.detach().clone() for parameter in run.trainable]
         with run:
             method.train(run)
-    return start, [parameter.detach().clone() for parameter in run.trainable]

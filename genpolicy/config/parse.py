@@ -142,6 +142,8 @@ def _called(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_called(arg) for arg in args)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, args))}"
     if origin is tuple:
         return f"a list of {len(args)}, each {_called(args[0])}"
     if origin is list:

@@ -31,6 +31,11 @@ def iterations(run: Run) -> Iterator[int]:
             evaluations = run.policy.model.evaluations - counted
             _account(run, time.perf_counter() - started, evaluations)
             _finish(run, evaluations)
+        if stop.asked:
+            run.say(
+                f"stopped at iteration {run.iteration}; go on with"
+                f" genpolicy train {run.folder / 'config.yaml'}"
+            )
         if run.iteration > begun:  # what was resumed and went no further is saved already
             resume.save(run)
 

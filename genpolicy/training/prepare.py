@@ -35,6 +35,7 @@ from genpolicy.training.requirements import (
     require_chain,
     require_kind,
     require_sections,
+    require_shape,
     world_of,
 )
 from genpolicy.training.run import Method, Run
@@ -106,6 +107,7 @@ def prepare(
     choice("eval: select", settings.select or evaluator.measured[0], evaluator.measured)
     policy = make_policy(model, experiment.chain, load_parts(experiment.policy, model))
     require_chain(name, needs, policy)
+    require_shape(model, data)
     run = Run(
         experiment,
         policy,

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.dataset import Dataset, Pictures
+from genpolicy.contracts.model import Model
 from genpolicy.contracts.task import is_control
 from genpolicy.policy.parts.base import Base
 from genpolicy.policy.policy import ChainPolicy
@@ -51,6 +54,25 @@ def require_kind(world: World, data: Dataset | Pictures | None) -> None:
     if data is not None and isinstance(data, Pictures) != (world == "prompts"):
         found = "pictures" if isinstance(data, Pictures) else "recorded episodes"
         raise ConfigError(f"the data section names {found}, and the task is one of {world}")
+
+
+def require_shape(model: Model, data: Dataset | Pictures | None) -> None:
+    """Raise `ConfigError` where the pictures of the data section are no events of the model."""
+    if not isinstance(data, Pictures):
+        return
+    _, pictures = data.pictures(torch.tensor([0]))
+    size, drawn = list(pictures.shape[2:]), tuple(model.event_shape)
+    try:
+        shape = tuple(model.event(pictures).shape[1:])
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"pictures of {size[0]} x {size[1]} pixels do not fit the policy: {error}"
+        ) from None
+    if shape != drawn:
+        raise ConfigError(
+            f"pictures of {size[0]} x {size[1]} pixels are events of shape {list(shape)}, and the"
+            f" policy's have {list(drawn)}: set data.height and data.width to its own size"
+        )
 
 
 def require_chain(name: str, needs: Needs, policy: ChainPolicy) -> None:

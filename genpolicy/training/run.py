@@ -431,6 +431,8 @@ class Run:
             if self.policy.parts.get(name) is not part:
                 require_savable(name, part, self.policy.model)
             policy = self.policy.attach(name, part)
+            if name in self.policy.parts and name not in self.state.parts:
+                self.say(f"the part {name} that the policy came with is replaced by the method's")
             self.state.own_part(name, part)
             self.policy = policy
             self.deployment.attach(name, part)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from genpolicy.chain import EDM, Linear, VariancePreserving
-from genpolicy.chain.schedule import dynamic_shift, step
+from genpolicy.chain.schedule import Schedule, dynamic_shift, step
 from tests.chain.exact import SCHEDULES
 
 SD = DDIMScheduler(
@@ -184,3 +184,11 @@ def test_step_looks_up_both_ends() -> None:
         0.75,
         0.25,
     )
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Linear(3.0), EDM()])
+@pytest.mark.parametrize("start", [0.0, -0.5, 1000.0, float("nan")])
+def test_a_start_outside_of_the_schedule_is_refused(schedule: Schedule, start: float) -> None:
+    with pytest.raises(ValueError, match="noisiest time"):
+        schedule.grid(4, start)
+    assert len(schedule.grid(4, 0.5)) == 5, "control"

@@ -402,3 +402,19 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("genpolicy.models.toy.Toy.grid", lambda self, steps, start=None: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["train", write(tmp_path, experiment(tmp_path))])
+
+
+def test_a_start_above_the_noisiest_time_is_told_before_any_work(tmp_path, capsys):
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(experiment(tmp_path, policy={"name": "toy"})))
+    for start in ("1.01", "-1", ".nan"):
+        assert main(["train", str(path), f"--chain.start={start}"]) == 2
+        assert "start" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_head_names_the_valid_ones(tmp_path, capsys):
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(experiment(tmp_path, policy={"name": "toy"})))
+    assert main(["train", str(path), "--policy.prediction_type=epsilo"]) == 2
+    assert "one of epsilon, sample, v_prediction, velocity" in capsys.readouterr().err

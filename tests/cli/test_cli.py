@@ -598,7 +598,7 @@ def leaves(tmp_path: Path, monkeypatch) -> Path:
         ("endless", "finite"),
         ("pulled:Pulled", "no advantage, no gradient"),
         ("descends:Descends", None),
-        ("still:Still", "the weights move"),
+        ("still:Still", "the weights or parts move"),
         ("forgetful:Forgetful", "a resumed run is the uninterrupted one"),
         ("endless_loss:EndlessLoss", "what it logs is finite"),
         ("idle:Idle", "trains on the toy"),

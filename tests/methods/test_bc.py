@@ -385,3 +385,10 @@ def test_bad_pictures_are_told_before_any_work_starts(tmp_path):
     (tmp_path / "pictures" / "bright-0.png").unlink()
     with pytest.raises(ConfigError, match=r"metadata\.jsonl, line 1: there is no file"):
         train(parse.parse(toy.experiment(tmp_path, method=SMALL, data=data)))
+
+
+def test_pictures_of_another_size_are_told_before_any_work(tmp_path):
+    data = captioned(tmp_path / "pictures")
+    with pytest.raises(ConfigError, match="pictures of 9 x 8 pixels"):
+        draws(tmp_path, {**data, "height": 9})
+    assert not (tmp_path / "run").exists()
