@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import Condition, Noise
+from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import Experiment, OptimizerConfig
 from genpolicy.contracts.dataset import Dataset, Pictures
 from genpolicy.contracts.task import Context, ControlTask, Task
@@ -425,15 +426,19 @@ class Run:
         """Give the policy that collects and the one that is deployed a part, saved with them and
         resumed with the run; a part of the same name is replaced.
 
-        Raises `ConfigError` where it can't be saved, `ValueError` where it does not fit.
+        Raises `ConfigError` where it can't be saved or does not fit.
         """
         for name, part in parts.items():
             if self.policy.parts.get(name) is not part:
                 require_savable(name, part, self.policy.model)
-            policy = self.policy.attach(name, part)
-            if name in self.policy.parts and name not in self.state.parts:
+            try:
+                policy = self.policy.attach(name, part)
+                came = name in self.policy.parts and name not in self.state.parts
+                self.state.own_part(name, part)
+            except ValueError as error:
+                raise ConfigError(f"the policy's part {name!r}: {error}") from None
+            if came:
                 self.say(f"the part {name} that the policy came with is replaced by the method's")
-            self.state.own_part(name, part)
             self.policy = policy
             self.deployment.attach(name, part)
 
