@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import yaml
 
-from genpolicy.chain import DDIM, SDE, ClipStd, Heun
+from genpolicy.chain import DDIM, EDM, SDE, ClipStd, Heun, Mean
 from genpolicy.config import leaves, parse, shipped
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import ChainConfig, Experiment
 from genpolicy.contracts.task import is_control
 from genpolicy.methods.flow_grpo import FlowGRPO
 from genpolicy.models.toy import Toy
-from genpolicy.policy.sampler import kernels, make_kernel
+from genpolicy.policy.sampler import kernels, make_kernel, make_policy
 from genpolicy.training.build import make_rewards, prompt_lines
 from tests import toy
 
@@ -129,7 +129,48 @@ def test_every_shipped_config_is_short_and_explained(name: str):
     assert lines[0].startswith("# ")
 
 
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        ({"name": "ddim", "eta": "a"}, "eta is 'a'; it must be a number"),
+        ({"name": "ddim", "eta": None}, "eta is None; it must be a number"),
+        ({"name": "mean", "kernel": "heun"}, "kernel mean can't go around heun"),
+        ({"name": "clipstd", "kernel": {"name": "sde"}}, "kernel clipstd can't go around sde"),
+        ({"name": "mean", "kernel": None}, "kernel needs a name"),
+        ({"name": "chain"}, "there is no kernel 'chain'"),
+    ],
+)
+def test_a_kernel_that_does_not_fit_is_one_sentence(kernel, said):
+    with pytest.raises(ConfigError, match=said):
+        make_kernel(kernel)
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler", "said"),
+    [
+        ("flow", {"start": 1.5}, "the model's noisiest time is 1"),
+        ("vp", {"start": 1.5}, "the model's noisiest time is 1"),
+        ("flow", {"kernel": {"name": "ddim", "eta": -1.0}}, "it must be at least 0"),
+        ("flow", {"kernel": {"name": "ddim", "eta": float("nan")}}, "it must be at least 0"),
+    ],
+)
+def test_a_sampler_that_would_draw_nonsense_is_one_sentence(family, sampler, said):
+    model = Toy(family=family)
+    with pytest.raises(ConfigError, match=said):
+        make_policy(model, ChainConfig(steps=4, **sampler))
+    make_policy(model, ChainConfig(steps=4, start=1.0))  # control
+
+
+def test_a_grid_that_does_not_fall_is_one_sentence():
+    model = Toy()
+    model.schedule = EDM()
+    with pytest.raises(ConfigError, match="5 steps do not fit below noise time"):
+        make_policy(model, ChainConfig(steps=5, start=0.001))
+    make_policy(model, ChainConfig(steps=5, start=0.5))  # control
+
+
 def test_kernels_by_name_and_nested():
+    assert make_kernel({"name": "mean", "kernel": "ddim"}) == Mean(DDIM())
     assert make_kernel({"name": "sde", "a": 1.0}) == SDE(1.0)
     assert make_kernel({"name": "heun"}) == Heun()
     assert make_kernel({"name": "clipstd", "kernel": {"name": "ddim"}, "high": 0.1}) == ClipStd(
