@@ -82,7 +82,7 @@ def make_policy(
         if sampler.grid == "native":
             grid = model.native_grid(sampler.steps)
         else:
-            grid = model.grid(sampler.steps, _start(model, sampler.start))
+            grid = model.grid(sampler.steps, sampler.start)
         built = Chain(model.schedule, grid, make_kernel(sampler.kernel), window=sampler.window)
         interval = sampler.guidance_interval or (0.0, float("inf"))
         policy = ChainPolicy(model, built, sampler.guidance, interval, sampler.negative_gradient)
@@ -114,14 +114,6 @@ def make_policy(
             " its policies"
         )
     return replace(policy, best_of=sampler.best_of)
-
-
-def _start(model: Model, start: float | None) -> float | None:
-    """The noise time at which a chain starts; `ConfigError` above the model's noisiest."""
-    noisiest = float(model.schedule.grid(1).max())
-    if start is not None and start > noisiest:
-        raise ConfigError(f"chain: start is {start}; the model's noisiest time is {noisiest:g}")
-    return start
 
 
 def deployed_sampler(
