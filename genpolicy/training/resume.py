@@ -55,9 +55,6 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
         run.optimizer = run.fresh_optimizer()
         run.optimizer.load_state_dict(state["optimizer"])
     Weights(run.trainable, state["parameters"]).restore()
-    lost = state["kept"].keys() - run.state.registered.keys()
-    if lost:
-        raise ValueError(f"{', '.join(sorted(lost))} was registered, and is no more")
     for name, value in run.state.registered.items():
         value.load_state_dict(state["kept"][name])
     run.state.load_parts(state["parts"])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from genpolicy.config import parse
+from genpolicy.config.schema import OptimizerConfig
 from genpolicy.learning.critic import STILL, Critic, StateValue, Support, pessimistic, subset_min
 from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.training.experiment import train
@@ -408,7 +409,11 @@ def test_two_processes_learn_as_one(tmp_path, minibatch):
             folder.mkdir()
             run, _ = prepared(folder, accelerator, method=METHOD)
             torch.manual_seed(0)
-            built.append((run, DecisionValue(run, GAMMA, LAM, 1e-2, 3, minibatch)))
+            value = DecisionValue(run, GAMMA, LAM, 1e-2, 3, minibatch)
+            # Adam's own eps makes steps of rounding errors, where a gradient is nearly none
+            settings = OptimizerConfig(lr=1e-2, weight_decay=0.0, eps=1e-3)
+            value.optimizer = run.learner(value.value.parameters(), settings)
+            built.append((run, value))
 
         def learn(run, value):
             rollout = run.collect(6, 1)
@@ -423,7 +428,7 @@ def test_two_processes_learn_as_one(tmp_path, minibatch):
         found.append(together([partial(learn, *pair) for pair in built], accelerators))
     (one, advantage, _), *_ = found[0]
     for weights, own, place in found[1]:
-        assert max(float((a - b).abs().max()) for a, b in zip(one, weights, strict=True)) < 1e-4
+        assert max(float((a - b).abs().max()) for a, b in zip(one, weights, strict=True)) < 1e-5
         assert torch.allclose(own, advantage[place], atol=1e-4)
 
 
