@@ -154,7 +154,7 @@ def _load_part(name: str, entry: Mapping[str, Any], folder: Path, model: Model) 
             f" genpolicy does not know; it knows {', '.join(names('policy.parts'))}"
         )
     found = leaf("policy.parts", str(kind))
-    if not isinstance(version, int) or version > found.version:
+    if not isinstance(version, int) or not 1 <= version <= found.version:
         raise ConfigError(
             f"{folder}: the policy's part {name!r} ({kind}) has version {version}; this version of"
             f" genpolicy reads up to {found.version}"
@@ -192,10 +192,11 @@ def _origin(section: Mapping[str, Any]) -> Path | None:
     """The folder of the saved policy of ours that a policy section goes on from: its adapter's, or
     the one that it takes its weights from; None where neither is one.
     """
-    lora = section.get("lora") or {}
-    adapter = lora.get("start") if section.get("train") == "lora" else None
+    lora = section.get("lora")
+    trained = section.get("train") == "lora" and isinstance(lora, Mapping)
+    adapter = lora["start"] if trained and "start" in lora else None
     asked = settings({"adapter": adapter, "whole": section.get("pretrained")})
-    folders = [Path(where) for where in asked.values() if where is not None]
+    folders = [Path(where) for where in asked.values() if isinstance(where, str | Path)]
     return next((folder for folder in folders if (folder / SAMPLER).is_file()), None)
 
 

@@ -83,8 +83,20 @@ class ChainPolicy:
     def attach(self, name: str, part: Part) -> "ChainPolicy":
         """The same policy with a part, in the place of the one that had its name.
 
-        Raises `ValueError` where the part does not fit, or another one fills its slot.
+        Raises `ValueError` where the part does not fit, another one fills its slot, one of another
+        kind has its name, or the name is no folder's.
         """
+        if not name.isidentifier():
+            raise ValueError(
+                f"a part of the policy can't be called {name!r}: its name is that of its folder, of"
+                " letters, digits and underscores"
+            )
+        before = self.parts.get(name)
+        if before is not None and before.kind != part.kind:
+            raise ValueError(
+                f"the policy's part {name!r} is of kind {before.kind}, and one of kind {part.kind}"
+                " can't take its place: attach it under another name"
+            )
         for other, there in self.parts.items():
             if other != name and there.kind == part.kind:
                 raise ValueError(

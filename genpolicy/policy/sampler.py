@@ -7,6 +7,7 @@ from typing import Any
 
 from genpolicy import chain
 from genpolicy.chain import Chain
+from genpolicy.chain.kernel import StdKernel
 from genpolicy.config.errors import ConfigError, nearest
 from genpolicy.config.leaves import leaf, settings
 from genpolicy.config.parse import decode
@@ -23,6 +24,7 @@ def kernels() -> dict[str, Callable[..., Any]]:
         attribute.lower(): entry
         for attribute, entry in vars(chain).items()
         if isinstance(entry, type)
+        and entry is not Chain
         and any(hasattr(entry, method) for method in ("coefficients", "integrate"))
     }
 
@@ -37,18 +39,27 @@ def make_kernel(raw: Mapping[str, Any]) -> Any:
     valid = kernels()
     if name not in valid:
         raise ConfigError(f"there is no kernel {name!r}{nearest(name, list(valid))}")
-    inner = {
-        key: make_kernel(value) if key == "kernel" else value
-        for key, value in settings(raw).items()
-    }
-    known = [f.name for f in dataclasses.fields(valid[name])]  # type: ignore[arg-type]
-    for key in inner:
+    known = {f.name: f.type for f in dataclasses.fields(valid[name])}  # type: ignore[arg-type]
+    inner: dict[str, Any] = {}
+    for key, value in settings(raw).items():
         if key not in known:
-            raise ConfigError(f"kernel {name} has no key {key!r}{nearest(key, known)}")
+            raise ConfigError(f"kernel {name} has no key {key!r}{nearest(key, list(known))}")
+        if known[key] in (int, float) and not isinstance(value, int | float):
+            raise ConfigError(f"kernel {name}: {key} is {value!r}; it must be a number")
+        inner[key] = _wrapped(name, known[key], value) if key == "kernel" else value
     try:
         return valid[name](**inner)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"kernel {name} does not fit: {error}") from None
+
+
+def _wrapped(name: str, kind: Any, value: Any) -> Any:
+    """The kernel inside of a kernel, by its section or bare name."""
+    made = make_kernel(value if isinstance(value, Mapping) else {"name": value})
+    asked = "std" if kind is StdKernel else "coefficients"
+    if not callable(getattr(made, asked, None)):
+        raise ConfigError(f"kernel {name} can't go around {type(made).__name__.lower()}")
+    return made
 
 
 def require_trainable(chain: ChainConfig) -> None:
@@ -75,8 +86,16 @@ def make_policy(
         built = Chain(model.schedule, grid, make_kernel(sampler.kernel), window=sampler.window)
         interval = sampler.guidance_interval or (0.0, float("inf"))
         policy = ChainPolicy(model, built, sampler.guidance, interval, sampler.negative_gradient)
+        if bool((grid.diff(dim=0) > 0).any()):
+            raise ConfigError(
+                f"chain: {sampler.steps} steps do not fit below noise time {float(grid.max()):g}"
+            )
         for k in built.stochastic:
-            policy.std(k)
+            if not bool((policy.std(k) >= 0).all()):
+                raise ConfigError(
+                    f"chain: kernel {sampler.kernel} has std {float(policy.std(k).min()):g} at step"
+                    f" {k}; it must be at least 0"
+                )
         for name, part in (parts or {}).items():
             policy = policy.attach(name, part)
     except ConfigError:
@@ -128,11 +147,7 @@ def without_last_noise(sampler: ChainConfig) -> ChainConfig:
 
 def resampled(own: Mapping[str, Any], overrides: Mapping[str, Any]) -> ChainConfig:
     """A sampler with some keys replaced; a window that was the whole chain stays the whole chain."""
-    merged = {**own, **overrides}
-    if (
-        "window" not in overrides
-        and own.get("window") is not None
-        and [*own["window"]] == [0, own.get("steps")]
-    ):
-        merged["window"] = [0, merged["steps"]]
-    return decode(ChainConfig, merged, "the sampler")
+    merged = decode(ChainConfig, {**own, **overrides}, "the sampler")
+    if "window" not in overrides and merged.window == (0, own.get("steps")):
+        return replace(merged, window=(0, merged.steps))
+    return merged

@@ -50,6 +50,9 @@ def make_data(raw: Mapping[str, Any] | Sequence[Any] | None) -> Dataset | Pictur
     sections = [
         {"name": "lerobot_dataset", "root": one} if isinstance(one, str) else one for one in raw
     ]
+    for section in sections:
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"data: {section!r} is neither a folder nor a data set's section")
     if not sections:
         raise ConfigError("the data section is an empty list: name a folder, or leave it out")
     made = [make("datasets", section) for section in sections]

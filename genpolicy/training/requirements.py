@@ -31,6 +31,12 @@ class Needs:
     window: bool = False
     likelihoods: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.worlds, str) or not self.worlds or set(self.worlds) - set(WORLDS):
+            raise ConfigError(
+                f"needs: worlds is {self.worlds!r}; it must be a tuple of {' and '.join(WORLDS)}"
+            )
+
 
 def world_of(task: Any) -> World:
     """The world of a task: robots where it has environments, else prompts."""
@@ -87,13 +93,14 @@ def require_chain(name: str, needs: Needs, policy: ChainPolicy) -> None:
         )
     if needs.likelihoods:
         _require_density(name, policy)
-    base = policy.parts.get("base")
     first = float(policy.chain.grid[window.start])
-    if isinstance(base, Base) and first > base.above:
-        raise ConfigError(
-            f"the policy's base denoises above noise time {base.above:.3f}, and chain.window begins"
-            f" at {first:.3f}: its frozen steps can't be trained, so begin the window later"
-        )
+    for part in policy.parts.values():
+        if isinstance(part, Base) and first > part.above:
+            raise ConfigError(
+                f"the policy's base denoises above noise time {part.above:.3f}, and chain.window"
+                f" begins at {first:.3f}: its frozen steps can't be trained, so begin the window"
+                " later"
+            )
 
 
 def _require_density(name: str, policy: ChainPolicy) -> None:

@@ -221,8 +221,17 @@ class Run:
         place [B]: the rows' numbers among the ``total`` of all processes, group-major with
         ``members`` = N to a group; they name the noise. number: of this redrawing in its iteration.
         branch_at: the members of a group share their first ``branch_at`` steps, which are drawn as
-        the others are, and only the steps after them are kept; `ValueError` where there are none.
+        the others are, and only the steps after them are kept; `ValueError` where there are none,
+        and for rows that are no whole groups.
         """
+        first = place[::members, None]
+        if members > 1 and not torch.equal(
+            place, ((first - first % members) + torch.arange(members)).flatten()
+        ):
+            raise ValueError(
+                f"place must hold whole groups of {members} consecutive numbers each, the first of"
+                f" them a multiple of {members}"
+            )
         low, high = self._draw_window()
         if branch_at is not None and not 0 <= branch_at < high:
             raise ValueError(
@@ -319,6 +328,8 @@ class Run:
         """(values - mean) / std over the rows [R] of all processes."""
         sums = torch.stack([torch.ones_like(values), values, values**2]).double().sum(1)
         count, first, second = self.processes.reduce(sums).tolist()
+        if not count:
+            return values
         mean = first / count
         return (values - mean) / (max(second / count - mean**2, 0.0) ** 0.5 + 1e-8)
 

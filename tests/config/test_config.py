@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 import yaml
 
-from genpolicy.chain import DDIM, SDE, ClipStd, Heun
+from genpolicy.chain import DDIM, EDM, SDE, ClipStd, Heun, Mean
 from genpolicy.config import leaves, parse, shipped
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import ChainConfig, Experiment
 from genpolicy.contracts.task import is_control
 from genpolicy.methods.flow_grpo import FlowGRPO
 from genpolicy.models.toy import Toy
-from genpolicy.policy.sampler import kernels, make_kernel
-from genpolicy.training.build import make_rewards, prompt_lines
+from genpolicy.policy.files import completed
+from genpolicy.policy.sampler import kernels, make_kernel, make_policy, resampled
+from genpolicy.training.build import make_data, make_rewards, prompt_lines
+from genpolicy.training.requirements import Needs
 from tests import toy
 
 
@@ -129,7 +131,41 @@ def test_every_shipped_config_is_short_and_explained(name: str):
     assert lines[0].startswith("# ")
 
 
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        ({"name": "ddim", "eta": "a"}, "eta is 'a'; it must be a number"),
+        ({"name": "ddim", "eta": None}, "eta is None; it must be a number"),
+        ({"name": "mean", "kernel": "heun"}, "kernel mean can't go around heun"),
+        ({"name": "clipstd", "kernel": {"name": "sde"}}, "kernel clipstd can't go around sde"),
+        ({"name": "mean", "kernel": None}, "kernel needs a name"),
+        ({"name": "chain"}, "there is no kernel 'chain'"),
+    ],
+)
+def test_a_kernel_that_does_not_fit_is_one_sentence(kernel, said):
+    with pytest.raises(ConfigError, match=said):
+        make_kernel(kernel)
+
+
+@pytest.mark.parametrize(
+    "kernel", [{"name": "ddim", "eta": -1.0}, {"name": "ddim", "eta": float("nan")}]
+)
+def test_a_kernel_without_a_std_is_one_sentence(kernel):
+    with pytest.raises(ConfigError, match="at step 0; it must be at least 0"):
+        make_policy(Toy(), ChainConfig(steps=4, kernel=kernel))
+    make_policy(Toy(), ChainConfig(steps=4))  # control
+
+
+def test_a_grid_that_does_not_fall_is_one_sentence():
+    model = Toy()
+    model.schedule = EDM()
+    with pytest.raises(ConfigError, match="5 steps do not fit below noise time"):
+        make_policy(model, ChainConfig(steps=5, start=0.001))
+    make_policy(model, ChainConfig(steps=5, start=0.5))  # control
+
+
 def test_kernels_by_name_and_nested():
+    assert make_kernel({"name": "mean", "kernel": "ddim"}) == Mean(DDIM())
     assert make_kernel({"name": "sde", "a": 1.0}) == SDE(1.0)
     assert make_kernel({"name": "heun"}) == Heun()
     assert make_kernel({"name": "clipstd", "kernel": {"name": "ddim"}, "high": 0.1}) == ClipStd(
@@ -169,3 +205,30 @@ def test_defaults_are_valid_and_survive_yaml():
     assert (
         parse.decode(ChainConfig, yaml.safe_load(yaml.safe_dump(asdict(chain))), "chain") == chain
     )
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"pretrained": 3}, {"train": "lora", "lora": "x"}, {"train": "lora", "lora": {"start": 3}}],
+)
+def test_a_section_that_names_no_folder_goes_on_from_no_policy(section):
+    assert completed({"name": "toy", **section}) == {"name": "toy", **section}
+
+
+@pytest.mark.parametrize("entry", [3, None, ["a"]])
+def test_an_entry_of_the_data_section_that_is_no_data_set_is_one_sentence(entry):
+    with pytest.raises(ConfigError, match="neither a folder nor a data set's section"):
+        make_data([entry])
+
+
+def test_a_saved_window_that_is_no_window_is_one_sentence():
+    with pytest.raises(ConfigError, match="window is 3"):
+        resampled({"window": 3}, {})
+    assert resampled({"steps": 4, "window": [0, 4]}, {"steps": 2}).window == (0, 2)
+    assert resampled({"steps": 4, "window": [0, 2]}, {"steps": 3}).window == (0, 2)
+
+
+@pytest.mark.parametrize("worlds", ["prompts", (), ("pictures",)])
+def test_needs_of_worlds_that_there_are_not_are_one_sentence(worlds):
+    with pytest.raises(ConfigError, match="a tuple of prompts and robots"):
+        Needs(worlds)

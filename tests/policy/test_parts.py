@@ -456,6 +456,23 @@ def test_two_parts_of_one_kind_are_refused(run: Run):
     run.attach(start=start(run))  # control: in its place
 
 
+def test_a_part_of_another_kind_does_not_take_the_place_of_one(run: Run):
+    """...which would go on to act in its own slot, and be saved no more."""
+    run.attach(extra=start(run))
+    with pytest.raises(ValueError, match="one of kind best_of can't take its place"):
+        run.attach(extra=part("best_of", run.policy, run.features))
+    assert run.policy.parts["extra"].kind == "learned_start"
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", "/a", "..", ".", "", "a b"])
+def test_a_part_is_called_like_the_folder_that_it_is_saved_in(run: Run, name: str):
+    """...and a name that leads out of the policy's folder would write elsewhere."""
+    with pytest.raises(ValueError, match="can't be called"):
+        run.attach(**{name: start(run)})
+    assert not run.policy.parts
+    run.attach(start_1=start(run))  # control
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_saved_part_is_refused_or_loaded_but_never_skipped(runs: Runs, tmp_path: Path, name: str):
     home, last = runs.run(name).folder, ROWS[name].parts[-1]

@@ -337,6 +337,18 @@ def spread(states, members):
     return (grouped - grouped[:, :1]).abs().flatten(1).amax(1)
 
 
+def test_groups_that_are_divided_among_processes_are_not_redrawn(tmp_path):
+    """The shares of `contexts` are single rows: their members would meet others in a group."""
+
+    def work(run):
+        context, place = run.contexts(8)
+        with pytest.raises(ValueError, match="whole groups of 2 consecutive numbers"):
+            run.redraw(run.policy.model.encode(context), place, 8, members=2)
+        return len(run.redraw(run.policy.model.encode(context), place, 8).trajectory)  # control
+
+    assert on_processes(tmp_path, 2, work) == [4, 4]
+
+
 @pytest.mark.parametrize("k", [0, 1, 2])
 def test_the_members_of_a_group_share_exactly_their_first_steps(tmp_path, k):
     """K = 4 steps, the first three of which draw noise."""
