@@ -193,8 +193,9 @@ def _origin(section: Mapping[str, Any]) -> Path | None:
     the one that it takes its weights from; None where neither is one.
     """
     lora = section.get("lora")
-    trained = section.get("train") == "lora" and isinstance(lora, Mapping)
-    adapter = lora["start"] if trained and "start" in lora else None
+    if section.get("train") != "lora" or not isinstance(lora, Mapping):
+        lora = {}
+    adapter = lora.get("start")
     asked = settings({"adapter": adapter, "whole": section.get("pretrained")})
     folders = [Path(where) for where in asked.values() if isinstance(where, str | Path)]
     return next((folder for folder in folders if (folder / SAMPLER).is_file()), None)
