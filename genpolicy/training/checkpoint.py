@@ -35,6 +35,8 @@ class RunState:
 
     def __init__(self) -> None:
         self.registered: dict[str, Stateful] = {}
+        # states of what a resumed run has not registered again
+        self.waiting: dict[str, Any] = {}
         self.parts: dict[str, Stateful] = {}
         self.unclaimed: dict[str, Any] = {}
 
@@ -46,6 +48,8 @@ class RunState:
             self._require_new(name, value, self.parts)
             if self.registered.get(name, value) is not value:
                 raise ValueError(f"another object is registered as {name}: choose another name")
+            if name in self.waiting:
+                value.load_state_dict(self.waiting.pop(name))
             self.registered[name] = value
 
     def own_part(self, name: str, part: Stateful) -> None:

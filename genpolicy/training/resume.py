@@ -17,7 +17,7 @@ def save(run: Run) -> None:
             "parameters": [p.detach() for p in run.trainable],
             "stages": run.stages.state_dict(),
             "optimizer": run.optimizer.state_dict(),
-            "kept": {name: value.state_dict() for name, value in kept.items()},
+            "kept": run.state.waiting | {name: value.state_dict() for name, value in kept.items()},
             "parts": run.state.parts_state(),
         }
         # the policy first: a run that is killed in between resumes from before and saves it again;
@@ -57,4 +57,6 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
     Weights(run.trainable, state["parameters"]).restore()
     for name, value in run.state.registered.items():
         value.load_state_dict(state["kept"][name])
+    known = run.state.registered
+    run.state.waiting = {n: value for n, value in state["kept"].items() if n not in known}
     run.state.load_parts(state["parts"])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from genpolicy.config import parse
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.contracts.reward import RewardError
 from genpolicy.contracts.task import Context
+from genpolicy.evaluation import metrics_file
 from genpolicy.learning.objective import log_ratio
 from genpolicy.methods.parts.offline_data import Experience
 from genpolicy.models.toy import Toy
@@ -21,9 +23,11 @@ from genpolicy.policy.parts.base import Base
 from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch
 from genpolicy.rollout.minibatch import Batch
+from genpolicy.training.experiment import train
 from genpolicy.training.optimizer import Optimizer
 from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
+from genpolicy.training.requirements import Needs
 from tests import toy, toy_control
 from tests.peers import peers, together
 
@@ -774,3 +778,41 @@ def test_a_registered_name_has_one_object(tmp_path):
         run.register(spent=run.weights())
     assert run.state.registered["old"] is old
     assert run.state.registered["spent"] is run.spent
+
+
+class Counter:
+    """Counts iterations."""
+
+    def __init__(self):
+        self.count = 0
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+@dataclass
+class Late:
+    """``method: {name: "tests.training.test_verbs:Late"}``: it registers inside of its loop."""
+
+    needs: ClassVar[Needs] = Needs()
+
+    def train(self, run):
+        counter = Counter()
+        for _ in run.iterations():
+            run.register(counter=counter)
+            counter.count += 1
+            run.log("count", counter.count)
+
+
+def test_what_is_registered_inside_of_the_loop_is_resumed_too(tmp_path):
+    method, evaluation = {"name": "tests.training.test_verbs:Late"}, {"every": 0, "samples": 4}
+    raw = toy.experiment(tmp_path, method=method, eval=evaluation, budget={"iterations": 2})
+    folder = train(parse.parse(raw)).folder
+    resumed = folder / "config.yaml"
+    resumed.write_text(resumed.read_text().replace("iterations: 2\n", "iterations: 4\n"))
+    train(resumed)
+    counts = [row["count"] for row in metrics_file.read(folder) if "count" in row]
+    assert counts == [1, 2, 3, 4]
