@@ -128,7 +128,7 @@ def updates() -> None:
     advantage, returns = torch.randn(len(rollout.trajectory)), torch.randn(PAIRS)
     model, chains = run.policy.model, rollout.trajectory
     value = StateValue(11)
-    critic = run.learner(value.parameters(), schema.OptimizerConfig(lr=1e-3))
+    critic = run.new_optimizer(value.parameters(), schema.OptimizerConfig(lr=1e-3))
     seen = chains.condition[rows]
     network = list(model.trainable().values())
 

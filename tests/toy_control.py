@@ -211,7 +211,7 @@ def enter(run: Run, stage: str) -> None:
     """Put a run at the beginning of its first stage of this name, with that stage's optimiser."""
     run.stages.at = [each.name for each in run.stages.all].index(stage)
     run.stages.done = 0
-    run.optimizer = run.fresh_optimizer()
+    run.learner.begin_stage()
 
 
 def cloned(folder: Path, **policy: Any) -> str:

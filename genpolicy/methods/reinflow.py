@@ -100,7 +100,7 @@ class ReinFlow:
                 "method reinflow is derived for flow policies: this one does not predict a velocity"
             )
         noise = self._noise(run)
-        noise_optimizer = run.learner(
+        noise_optimizer = run.new_optimizer(
             noise.parameters(), OptimizerConfig(lr=self.noise_lr, weight_decay=0.0)
         )
         run.attach(std=noise)

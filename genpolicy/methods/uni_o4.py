@@ -198,7 +198,7 @@ class _Pipeline:
         run = self.run
         members = self.members
         settings = self.settings.offline
-        loss = partial(ppo_loss, clip=settings.clip * (1 - run.pace))
+        loss = partial(ppo_loss, clip=settings.clip * (1 - run.learner.pace))
         for member in range(len(members)):
             for update in range(settings.updates):
                 number = update * len(members) + member

@@ -30,13 +30,19 @@ class Batch:
         return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
 
 
-Pass = Callable[[Rollout, int, np.random.Generator, Tensor | None], Iterator[Batch]]
+Batches = Iterator[Batch]
+"""The minibatches of a pass."""
+
+Chosen = Tensor | None
+"""The rows to pass over, bool [R]; None: all of them."""
+
+Pass = Callable[[Rollout, int, np.random.Generator, Chosen], Batches]
 """(rollout, updates, order, chosen rows) -> the minibatches of a pass: one of those below."""
 
 
 def rows(
-    rollout: Rollout, updates: int, order: np.random.Generator, chosen: Tensor | None = None
-) -> Iterator[Batch]:
+    rollout: Rollout, updates: int, order: np.random.Generator, chosen: Chosen = None
+) -> Batches:
     """A pass over the rows in ``updates`` minibatches, all kept steps of each row together: whole
     groups of prompts in their own order, decisions of episodes in a drawn ``order``.
 
@@ -55,8 +61,8 @@ def rows(
 
 
 def pairs(
-    rollout: Rollout, updates: int, order: np.random.Generator, chosen: Tensor | None = None
-) -> Iterator[Batch]:
+    rollout: Rollout, updates: int, order: np.random.Generator, chosen: Chosen = None
+) -> Batches:
     """A pass over the (row, kept step) pairs in ``updates`` minibatches."""
     steps = len(rollout.trajectory.steps)
     for drawn in _shuffled(rollout, steps, updates, order, chosen):
@@ -64,8 +70,8 @@ def pairs(
 
 
 def chains(
-    rollout: Rollout, updates: int, order: np.random.Generator, chosen: Tensor | None = None
-) -> Iterator[Batch]:
+    rollout: Rollout, updates: int, order: np.random.Generator, chosen: Chosen = None
+) -> Batches:
     """A pass over the rows in ``updates`` minibatches; a row's kept steps stand one after the other
     and are scored in one evaluation, for a loss that needs the likelihood of whole chains.
     """
@@ -75,7 +81,7 @@ def chains(
 
 
 def _shuffled(
-    rollout: Rollout, each: int, updates: int, order: np.random.Generator, chosen: Tensor | None
+    rollout: Rollout, each: int, updates: int, order: np.random.Generator, chosen: Chosen
 ) -> Iterator[Tensor]:
     """This process's share of minibatches of all processes' rows times ``each``.
 

@@ -83,6 +83,15 @@ class Processes:
         mine = torch.tensor([values.get(name, 0.0) for name in names], dtype=torch.float64)
         return dict(zip(names, self.reduce(mine).tolist(), strict=True))
 
+    def normalised(self, values: Tensor) -> Tensor:
+        """(values - mean) / std over the rows [R] of all processes."""
+        sums = torch.stack([torch.ones_like(values), values, values**2]).double().sum(1)
+        count, first, second = self.reduce(sums).tolist()
+        if not count:
+            return values
+        mean = first / count
+        return (values - mean) / (max(second / count - mean**2, 0.0) ** 0.5 + 1e-8)
+
     def log(self, metrics: Mapping[str, float], iteration: int) -> None:
         """Hand an iteration's metrics to the trackers."""
         self.accelerator.log(dict(metrics), step=iteration)

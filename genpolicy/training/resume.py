@@ -4,7 +4,6 @@ from typing import Any
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.evaluation import metrics_file
-from genpolicy.policy.weights import Weights
 from genpolicy.training import checkpoint
 from genpolicy.training.run import Run
 
@@ -14,9 +13,7 @@ def save(run: Run) -> None:
     if run.processes.main:
         kept = run.state.registered
         state = {
-            "parameters": [p.detach() for p in run.trainable],
-            "stages": run.stages.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
+            **run.learner.state_dict(),
             "kept": run.state.waiting | {name: value.state_dict() for name, value in kept.items()},
             "parts": run.state.parts_state(),
         }
@@ -50,11 +47,7 @@ def resume(run: Run) -> None:
 
 
 def _restore(run: Run, state: dict[str, Any]) -> None:
-    run.stages.load_state_dict(state["stages"])
-    if not run.stages.over:
-        run.optimizer = run.fresh_optimizer()
-        run.optimizer.load_state_dict(state["optimizer"])
-    Weights(run.trainable, state["parameters"]).restore()
+    run.learner.load_state_dict(state)
     for name, value in run.state.registered.items():
         value.load_state_dict(state["kept"][name])
     known = run.state.registered

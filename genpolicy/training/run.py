@@ -5,9 +5,8 @@ There is no wrapper around the network: gradients are summed over processes by h
 pipeline's own code keeps running.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol, Self
 
@@ -26,7 +25,7 @@ from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch
 from genpolicy.rollout.episodes import reset_seed
 from genpolicy.rollout.examples import shown
-from genpolicy.rollout.minibatch import Batch
+from genpolicy.rollout.minibatch import Batch, Batches, Chosen, Pass
 from genpolicy.rollout.rollout import Rollout, unjudged
 from genpolicy.training.budget import Spent
 from genpolicy.training.checkpoint import RunState, Stateful
@@ -34,7 +33,9 @@ from genpolicy.training.collector import Collector
 from genpolicy.training.deployment import Deployment
 from genpolicy.training.draws import Draws
 from genpolicy.training.evaluator import EpisodeEvaluator, Evaluator
+from genpolicy.training.learner import Learner
 from genpolicy.training.optimizer import Optimizer
+from genpolicy.training.redraw import redrawn, require_groups
 from genpolicy.training.replay_check import LogRatio, ReplayCheck
 from genpolicy.training.requirements import Needs
 from genpolicy.training.stages import Stage, Stages
@@ -57,7 +58,8 @@ class Run:
     experiment, task, folder, processes: what runs, on what, where, and who runs it.
     policy: the one that learns and collects. deployment: the one that is evaluated and saved.
     data: the recorded episodes or pictures, if the experiment names some.
-    spent: counters. stages: of the method. metrics: of the iteration that is running.
+    learner: the weights that learn, the method's stages and their optimisers.
+    spent: counters. metrics: of the iteration that is running.
     """
 
     def __init__(
@@ -78,10 +80,8 @@ class Run:
         self.folder, self.processes = workspace.folder, workspace.processes
         self.metrics, self.display = workspace.metrics, workspace.display
         self.spent = Spent()
-        self.trainable = list(policy.model.trainable().values())
-        self.stages = Stages([Stage("whole", None, experiment.optimizer)])
-        self.pace, self.optimizer = 0.0, self.fresh_optimizer()
-        averaged = lambda: self.optimizer.averaged()  # noqa: E731  # of the stage's own optimiser
+        self.learner = Learner(policy.model, experiment.optimizer, workspace.processes)
+        averaged = self.learner.averaged
         self.deployment = Deployment(experiment, policy, evaluator, workspace, averaged)
         self.replay_check = ReplayCheck(workspace)
         self.updates = Updates(workspace)
@@ -116,17 +116,22 @@ class Run:
         """The steps that are trained."""
         return self.policy.chain.stochastic
 
+    @property
+    def stages(self) -> Stages:
+        """The method's stages, and the place among them."""
+        return self.learner.stages
+
+    @property
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The parameters of the policy's network that learn."""
+        return self.learner.parameters
+
     # The loop
 
     def begin(self, iteration: int) -> None:
-        """Begin an iteration; called by what stands around the method's loop.
-
-        ``pace``, what learning rates go by, is the share of the stage that is done, or of the
-        budget where the stage has no end.
-        """
+        """Begin an iteration; called by what stands around the method's loop."""
         self.spent.iteration = iteration
-        done = self.stages.progress
-        self.pace = self.progress if done is None else done
+        self.learner.begin_iteration(self.progress)
 
     def iterations(self) -> Iterator[int]:
         """Yield 1, 2, ... until the budget is spent or a signal asks to stop; resume, evaluate,
@@ -136,8 +141,7 @@ class Run:
 
     def plan(self, stages: Sequence[Stage]) -> None:
         """Give the method stages, each with an optimiser of its own. Call it before `iterations`."""
-        self.stages = Stages(stages)
-        self.optimizer = self.fresh_optimizer()
+        self.learner.plan(stages)
 
     def advance(
         self, through: bool = False, leave: Callable[[str], None] = lambda stage: None
@@ -148,17 +152,8 @@ class Run:
         Where the stage averaged its weights, the averages are what goes on: they are what was
         evaluated and saved.
         """
-        stage = self.stages.now.name
-        if not self.stages.advance(through):
-            return
-        if self.stages.over:
-            leave(stage)
-            self.spent.over = True
-        elif self.stages.now.name != stage:
-            leave(stage)
-            if self.optimizer.ema is not None:
-                Weights(self.trainable, self.optimizer.ema).restore()
-            self.optimizer = self.fresh_optimizer()
+        self.learner.advance(through, leave)
+        self.spent.over = self.stages.over
 
     # Collecting
 
@@ -221,31 +216,17 @@ class Run:
         place [B]: the rows' numbers among the ``total`` of all processes, group-major with
         ``members`` = N to a group; they name the noise. number: of this redrawing in its iteration.
         branch_at: the members of a group share their first ``branch_at`` steps, which are drawn as
-        the others are, and only the steps after them are kept; `ValueError` where there are none,
-        and for rows that are no whole groups.
+        the others are, and only the steps after them are kept, in the whole window and not in the
+        iteration's own; `ValueError` where there are none, and for rows that are no whole groups.
         """
-        first = place[::members, None]
-        if members > 1 and not torch.equal(
-            place, ((first - first % members) + torch.arange(members)).flatten()
-        ):
-            raise ValueError(
-                f"place must hold whole groups of {members} consecutive numbers each, the first of"
-                f" them a multiple of {members}"
-            )
-        low, high = self._draw_window()
-        if branch_at is not None and not 0 <= branch_at < high:
-            raise ValueError(
-                f"branch_at is {branch_at}; it must be a step from 0 to {high - 1}, where the"
-                " window's last noise is drawn"
-            )
+        require_groups(place, members)
+        policy = self.policy
+        if branch_at is None:
+            policy = policy.with_window(self._draw_window())
+        noise = self.noise("redraw", place // members, number)
+        noise = replace(noise, member=place % members)
         self.metrics.phase("sample")
-        policy = self.policy.with_window((low, high))
-        groups = self.noise("redraw", place // members, number)
-        noise = replace(groups, member=place % members)
-        keep = None if branch_at is None else (max(branch_at, low), high)
-        trajectory = policy.sample(
-            condition, noise, members=members, branch_at=branch_at, keep=keep
-        )
+        trajectory = redrawn(policy, condition, noise, members, branch_at)
         self.metrics.phase(None)
         return unjudged(trajectory, place, total)
 
@@ -293,32 +274,23 @@ class Run:
     # Learning
 
     def minibatches(
-        self, rollout: Rollout, updates: int, epochs: int = 1, chosen: Tensor | None = None
-    ) -> Iterator[Batch]:
+        self, rollout: Rollout, updates: int, epochs: int = 1, chosen: Chosen = None
+    ) -> Batches:
         """`minibatch.rows`, ``epochs`` times; only of the ``chosen`` rows, bool [R]."""
         for epoch in range(epochs):
-            yield from self._filled(minibatch.rows, rollout, updates, epoch, chosen)
+            yield from self._pass(minibatch.rows, rollout, updates, epoch, chosen)
 
-    def pairs(
-        self, rollout: Rollout, updates: int, epoch: int, chosen: Tensor | None = None
-    ) -> Iterator[Batch]:
+    def pairs(self, rollout: Rollout, updates: int, epoch: int, chosen: Chosen = None) -> Batches:
         """`minibatch.pairs` in an order that is the epoch's own."""
-        return self._filled(minibatch.pairs, rollout, updates, epoch, chosen)
+        return self._pass(minibatch.pairs, rollout, updates, epoch, chosen)
 
-    def chains(
-        self, rollout: Rollout, updates: int, epoch: int, chosen: Tensor | None = None
-    ) -> Iterator[Batch]:
+    def chains(self, rollout: Rollout, updates: int, epoch: int, chosen: Chosen = None) -> Batches:
         """`minibatch.chains` in an order that is the epoch's own."""
-        return self._filled(minibatch.chains, rollout, updates, epoch, chosen)
+        return self._pass(minibatch.chains, rollout, updates, epoch, chosen)
 
-    def _filled(
-        self,
-        kind: minibatch.Pass,
-        rollout: Rollout,
-        updates: int,
-        epoch: int,
-        chosen: Tensor | None,
-    ) -> Iterator[Batch]:
+    def _pass(
+        self, kind: Pass, rollout: Rollout, updates: int, epoch: int, chosen: Chosen
+    ) -> Batches:
         """The minibatches of a pass that have a row in some process."""
         order = self.generator(f"pass over {kind.__name__}", epoch)
         batches = kind(rollout, updates, order, chosen)
@@ -326,12 +298,7 @@ class Run:
 
     def normalised(self, values: Tensor) -> Tensor:
         """(values - mean) / std over the rows [R] of all processes."""
-        sums = torch.stack([torch.ones_like(values), values, values**2]).double().sum(1)
-        count, first, second = self.processes.reduce(sums).tolist()
-        if not count:
-            return values
-        mean = first / count
-        return (values - mean) / (max(second / count - mean**2, 0.0) ** 0.5 + 1e-8)
+        return self.processes.normalised(values)
 
     def verified(self, rollout: Rollout, log_ratio: LogRatio, tolerance: float) -> Rollout:
         """A rollout that the training forward replays to within a log-ratio of ``tolerance``."""
@@ -359,16 +326,9 @@ class Run:
         every step is scored too, without gradients. also: optimisers of other parts that the loss
         reaches, stepped together.
         """
-        optimizers = [self.optimizer, *also]
+        optimizers, policy = [self.learner.optimizer, *also], self._acting(rollout)
         return self.updates.on_rollout(
-            self._acting(rollout),
-            rollout,
-            batch,
-            advantage,
-            loss,
-            reference,
-            optimizers,
-            self.pace,
+            policy, rollout, batch, advantage, loss, reference, optimizers, self.learner.pace
         )
 
     def descend(
@@ -379,13 +339,8 @@ class Run:
         means of the loss and its metrics, and logs them, lr and grad_norm as NAME/....
         """
         phase = f"update {name}" if optimizer else "update"
-        chosen, model = optimizer or self.optimizer, self.policy.model
-        return self.updates.on_rows(losses, rows, name, phase, chosen, self.pace, model)
-
-    def fresh_optimizer(self) -> Optimizer:
-        """The optimiser that the stage begins with."""
-        fp16 = self.policy.model.precision == "fp16"
-        return self.learner(self.trainable, self.stages.now.optimizer, fp16)
+        chosen, model = optimizer or self.learner.optimizer, self.policy.model
+        return self.updates.on_rows(losses, rows, name, phase, chosen, self.learner.pace, model)
 
     def pin(self, iteration: int) -> None:
         """Keep the episodes of an iteration (of `collect` with ``keep``) as long as the run."""
@@ -395,26 +350,15 @@ class Run:
         """The episodes that were kept of an iteration, of all processes."""
         return self.collector.kept(iteration)
 
-    def learner(
-        self,
-        parameters: Iterable[torch.nn.Parameter],
-        settings: OptimizerConfig,
-        fp16: bool = False,
+    def new_optimizer(
+        self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerConfig
     ) -> Optimizer:
         """An optimiser of its own for a critic or another part beside the policy; `register` it."""
-        reduce = self.processes.reduce if self.processes.count > 1 else None
-        return Optimizer(settings, list(parameters), fp16, reduce)
+        return self.learner.new_optimizer(parameters, settings)
 
-    @contextmanager
-    def learning(self, weights: Weights, optimizer: Optimizer) -> Iterator[None]:
+    def learning(self, weights: Weights, optimizer: Optimizer) -> AbstractContextManager[None]:
         """Learn with other weights and another optimiser in the policy's place."""
-        own = self.optimizer
-        with weights.using():
-            self.optimizer = optimizer
-            try:
-                yield
-            finally:
-                self.optimizer = own
+        return self.learner.using(weights, optimizer)
 
     # The policy's weights and parts, and the state of the run
 
@@ -460,16 +404,12 @@ class Run:
         return name in self.state.unclaimed
 
     def save_point(self) -> tuple[Weights, Any]:
-        """Everything that an update of the policy changes: its weights, its optimiser, their
-        averages.
-        """
-        return self.weights(), copy.deepcopy(self.optimizer.state_dict())
+        """Everything that an update of the policy changes: weights, optimiser, averages."""
+        return self.learner.save_point()
 
     def rewind(self, point: tuple[Weights, Any]) -> None:
         """Undo every update since a `save_point`, to the bit."""
-        weights, optimizer = point
-        weights.restore()
-        self.optimizer.load_state_dict(copy.deepcopy(optimizer))
+        self.learner.rewind(point)
 
     # Evaluating and telling
 

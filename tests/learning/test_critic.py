@@ -412,7 +412,7 @@ def test_two_processes_learn_as_one(tmp_path, minibatch):
             value = DecisionValue(run, GAMMA, LAM, 1e-2, 3, minibatch)
             # Adam's own eps makes steps of rounding errors, where a gradient is nearly none
             settings = OptimizerConfig(lr=1e-2, weight_decay=0.0, eps=1e-3)
-            value.optimizer = run.learner(value.value.parameters(), settings)
+            value.optimizer = run.new_optimizer(value.value.parameters(), settings)
             built.append((run, value))
 
         def learn(run, value):

@@ -96,7 +96,7 @@ def test_every_update_draws_anew(tmp_path):
     for update, uniform in enumerate(seen):
         assert torch.equal(uniform, drawn(0, 1, update, 12, len(run.data), (4, 2))[1])
     assert run.metrics.collected == 3 * 12
-    assert run.optimizer.updates == 3
+    assert run.learner.optimizer.updates == 3
 
 
 def test_frames_and_times_are_uniform(tmp_path):

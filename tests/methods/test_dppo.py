@@ -275,7 +275,7 @@ def test_the_gradient_of_pairs_is_the_mean_over_all_pairs(tmp_path, micro_batch)
 
 def test_the_minibatches_of_an_epoch_add_up_to_the_whole(tmp_path):
     run, method, rollout = first_rollout(tmp_path)
-    run.optimizer.step = lambda progress: 0.0  # look at gradients of unchanged weights
+    run.learner.optimizer.step = lambda progress: 0.0  # look at gradients of unchanged weights
     advantage, total, sums = torch.randn(len(rollout.trajectory)), 0, None
     for batch in run.pairs(rollout, 5, 0):
         run.update(rollout, batch, advantage, method.loss)

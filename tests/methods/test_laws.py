@@ -177,7 +177,9 @@ def once(run, method, advantage=lambda value: value):
         return found[-1]
 
     run.update, run.iterations = update, lambda: iter([1])
-    run.optimizer.settings = replace(run.optimizer.settings, lr=1e-12, weight_decay=0.0)
+    run.learner.optimizer.settings = replace(
+        run.learner.optimizer.settings, lr=1e-12, weight_decay=0.0
+    )
     method.train(run)
     assert found, "an iteration updates the policy"
     return found

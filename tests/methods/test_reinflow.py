@@ -254,7 +254,7 @@ def test_the_gradient_is_the_mean_over_chains(tmp_path, slow):
     objective = (surrogate - method.entropy * std.flatten(1).log().mean(1)).mean()
     parameters = [*run.trainable, *noise.parameters()]
     expected = torch.autograd.grad(objective, parameters)
-    also = run.learner(noise.parameters(), OptimizerConfig(lr=1e-3, max_grad_norm=1e9))
+    also = run.new_optimizer(noise.parameters(), OptimizerConfig(lr=1e-3, max_grad_norm=1e9))
     (batch,) = run.chains(rollout, 1, 0)
     run.update(rollout, batch, advantage, method.loss, also=[also])
     for parameter, gradient in zip(parameters, expected, strict=True):
@@ -268,7 +268,7 @@ def test_the_entropy_term_widens_the_noise(tmp_path, slow, entropy, sign):
     method.entropy = entropy
     rollout = run.collect(6, 1)
     before = transitions(run, rollout.trajectory)[1].detach().log().mean()
-    also = run.learner(noise.parameters(), OptimizerConfig(lr=1e-2, weight_decay=0.0))
+    also = run.new_optimizer(noise.parameters(), OptimizerConfig(lr=1e-2, weight_decay=0.0))
     weights = [p.detach().clone() for p in noise.parameters()]
     (batch,) = run.chains(rollout, 1, 0)
     run.update(rollout, batch, torch.zeros(len(rollout.trajectory)), method.loss, also=[also])

@@ -50,7 +50,7 @@ def improving(folder, verdict=BETTER, **offline):
 
 def state(run):
     """Everything that an update changes, flat."""
-    optimizer = run.optimizer.state_dict()
+    optimizer = run.learner.optimizer.state_dict()
     moments = [value for each in optimizer["adamw"]["state"].values() for value in each.values()]
     return [*run.weights().values, *moments, *(optimizer["ema"] or [])], optimizer["updates"]
 
@@ -331,7 +331,7 @@ def test_without_advantage_and_without_kl_nothing_changes(tmp_path):
             float((a - b).abs().max()) for a, b in zip(before, run.weights().values, strict=True)
         )
         assert (moved == 0) == (scale == 0)
-        assert run.optimizer.updates > 0
+        assert run.learner.optimizer.updates > 0
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -658,7 +658,7 @@ def test_every_decision_and_step_once_a_pass(tmp_path, update, minibatch):
 def test_a_pass_is_made_so_many_times(tmp_path):
     run, pipeline = improving(tmp_path, sweeps=3, epochs=2, states=10, samples=2, minibatch=10)
     pipeline.improve()
-    assert run.optimizer.updates == 3 * 2 * math.ceil(10 * 2 * 3 / 10)
+    assert run.learner.optimizer.updates == 3 * 2 * math.ceil(10 * 2 * 3 / 10)
 
 
 # -- from stage to stage --------------------------------------------------------------------------------------------------
@@ -733,7 +733,7 @@ def test_recloning_imitates_what_succeeded(tmp_path):
     before = run.weights().values
     toy_control.enter(run, "reclone")
     pipeline.reclone()
-    assert run.optimizer.updates == rl100.AT_ONCE
+    assert run.learner.optimizer.updates == rl100.AT_ONCE
     asked.clear()
     assert len(pipeline.offline.experience.conditions) == sum(asked) == len(replay.views)
     assert not all(torch.equal(a, b) for a, b in zip(before, run.weights().values, strict=True))

@@ -330,7 +330,7 @@ def two_iterations(run, method):
 
     run.iterations, run.descend = iterations, watched
     method.train(run)
-    return run.weights().values, run.optimizer.updates, rows
+    return run.weights().values, run.learner.optimizer.updates, rows
 
 
 @pytest.mark.parametrize("method", METHODS)

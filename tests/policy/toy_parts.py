@@ -68,7 +68,9 @@ class Learning:
             if isinstance(value, BestOf | torch.nn.Module):
                 module = value.critic if isinstance(value, BestOf) else value
                 settings = run.experiment.optimizer
-                learners[name] = run.learner(module.requires_grad_(True).parameters(), settings)
+                learners[name] = run.new_optimizer(
+                    module.requires_grad_(True).parameters(), settings
+                )
         run.register(**{f"{name}_optimizer": value for name, value in learners.items()})
         if not self.late:
             run.attach(**made)

@@ -403,7 +403,7 @@ def test_a_critic_learns_with_empty_shares_too(tmp_path):
         rollout = run.collect(4, 1)
         head = torch.nn.Linear(4, 1)
         torch.nn.init.ones_(head.weight), torch.nn.init.zeros_(head.bias)
-        optimizer = run.learner(head.parameters(), schema.OptimizerConfig(lr=0.1))
+        optimizer = run.new_optimizer(head.parameters(), schema.OptimizerConfig(lr=0.1))
         for batch in KINDS["minibatches"](run, rollout, 6, 0):
             x = rollout.trajectory.condition[batch.rows]
             run.descend(lambda part, x=x: head(x[part])[:, 0] ** 2, len(x), "critic", optimizer)
@@ -461,7 +461,10 @@ def test_methods_learn_the_same_with_empty_shares(tmp_path, monkeypatch, name):
         run.policy.model.denoise, run.iterations = denoise, lambda: iter([1])
         method.train(run)
         evaluations = torch.tensor([run.policy.model.evaluations], dtype=torch.float64)
-        return run.weights(), (run.optimizer.updates, float(run.processes.reduce(evaluations)))
+        return run.weights(), (
+            run.learner.optimizer.updates,
+            float(run.processes.reduce(evaluations)),
+        )
 
     flow = {"name": "mlp", "hidden": 32, "blocks": 1, "chunk": 4, "family": "flow"}
     sections = {"policy": flow, "optimizer": {"lr": 1e-3, "eps": 1e-4}, **SPARSE[name]}

@@ -412,6 +412,45 @@ def test_a_branch_outside_of_the_window_is_refused(tmp_path, k):
         redrawn(prepared(tmp_path), branch_at=k)
 
 
+def test_a_branch_keeps_the_whole_window_whatever_window_the_iteration_draws(tmp_path):
+    """Windows of one step: those that end before the branch have no noise after it."""
+    run = prepared(
+        tmp_path,
+        chain={"steps": 4, "kernel": {"name": "ddim", "eta": 1.0}, "window_size": 1},
+    )
+    ends = set()
+    for iteration in range(1, 9):
+        run.spent.iteration = iteration
+        ends.add(redrawn(run)[0].trajectory.steps.stop)
+        assert redrawn(run, branch_at=1)[0].trajectory.steps == range(1, 3)
+    assert ends == {1, 2, 3}, "control: the iterations draw all windows"
+
+
+def likelihood(step):
+    return -step.new.log_prob(step.x, reduce="sum"), {}
+
+
+@pytest.mark.parametrize("k", [None, 1])
+def test_a_process_without_rows_redraws_nothing_and_learns_with_the_others(tmp_path, k):
+    def work(run):
+        empty = run.processes.index == 1
+        groups = 0 if empty else 2
+        context, group = run.contexts(4)
+        place = (torch.arange(groups)[:, None] * 3 + torch.arange(3)).flatten()
+        condition = run.policy.model.encode(context)[group[:groups] * 0]
+        before = run.policy.model.evaluations
+        rollout = run.redraw(condition.repeat_interleave(3, 0), place, 6, members=3, branch_at=k)
+        asked = run.policy.model.evaluations - before
+        for batch in run.minibatches(rollout, 1):
+            run.update(rollout, batch, torch.ones(len(rollout.trajectory)), likelihood)
+        return len(rollout.trajectory), asked, run.weights().values
+
+    (rows, asked, one), (none, nothing, other) = on_processes(tmp_path, 2, work)
+    assert (rows, none, nothing) == (6, 0, 0)
+    assert asked > 0
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 @pytest.mark.parametrize("k", [None, 1])
 def test_two_processes_redraw_what_one_redraws(tmp_path, k):
     def work(run):
@@ -582,13 +621,13 @@ def test_where_nobody_has_a_row_nothing_is_learned(tmp_path):
 def test_an_optimiser_of_its_own_leaves_the_policy_alone(tmp_path):
     run = prepared(tmp_path)
     head = torch.nn.Linear(2, 1)
-    optimizer = run.learner(head.parameters(), OptimizerConfig(lr=0.1))
+    optimizer = run.new_optimizer(head.parameters(), OptimizerConfig(lr=0.1))
     before, first = run.weights(), head.weight.detach().clone()
     x = torch.ones(3, 2)
     run.descend(lambda part: head(x[part])[:, 0] ** 2, 3, "critic", optimizer)
     assert largest_difference(run.weights().values, before.values) == 0
     assert not torch.equal(head.weight, first)
-    assert (run.optimizer.updates, optimizer.updates) == (0, 1)
+    assert (run.learner.optimizer.updates, optimizer.updates) == (0, 1)
     logged = run.metrics.close()
     assert logged["critic/lr"] == pytest.approx(0.1)
     assert "time/update critic" in logged

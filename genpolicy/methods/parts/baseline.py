@@ -28,7 +28,7 @@ class DecisionValue:
         self.epochs = epochs
         self.minibatch = minibatch
         self.value = StateValue(run.features).to(run.policy.model.device)
-        self.optimizer = run.learner(
+        self.optimizer = run.new_optimizer(
             self.value.parameters(), OptimizerConfig(lr=lr, weight_decay=0.0)
         )
         run.register(value=self.value, value_optimizer=self.optimizer)

@@ -65,7 +65,7 @@ class OfflineEvaluation:
         # the logit of a decision's success
         self.end = Critic(run.features, event).to(model.device)
         settings = OptimizerConfig(lr=1e-3, weight_decay=1e-5, max_grad_norm=10.0)
-        self.optimizer = run.learner([*self.model.parameters(), *self.end.parameters()], settings)
+        self.optimizer = run.new_optimizer([*self.model.parameters(), *self.end.parameters()], settings)
         run.register(world=self.model, end=self.end, world_optimizer=self.optimizer)
 
     def learn(self, replay: Replay, features: Tensor, updates: int) -> None:

@@ -74,7 +74,7 @@ class ActionValue:
         self.target = copy.deepcopy(self.q).requires_grad_(False)
         self.v = StateValue(run.features).to(model.device)
         parameters = [*self.q.parameters(), *self.v.parameters()]
-        self.optimizer = run.learner(
+        self.optimizer = run.new_optimizer(
             parameters, OptimizerConfig(lr=lr, weight_decay=0.0, max_grad_norm=10.0)
         )
         run.register(q=self.q, q_target=self.target, v=self.v, q_optimizer=self.optimizer)
