@@ -34,9 +34,8 @@ class MicroBatches:
         When memory runs out the slices are halved, ``restart`` is called and everything begins
         again.
         """
-        if (
-            rows == 0
-        ):  # this process's share of a minibatch may be nothing: names and graphs are still needed
+        # this process's share of a minibatch may be nothing: names and graphs are still needed
+        if rows == 0:
             return [work(slice(0, 0))]
         while True:
             size = rows if self.size is None else max(self.size // whole, 1) * whole
@@ -52,20 +51,22 @@ class MicroBatches:
                     raise
                 if min(size, rows) <= whole:
                     raise ConfigError(
-                        f"out of memory with {whole} rows at a time, the smallest micro-batch: lower the group size or the "
-                        "resolution, or set policy.gradient_checkpointing and policy.offload"
+                        f"out of memory with {whole} rows at a time, the smallest micro-batch:"
+                        " lower the group size or the resolution, or set"
+                        " policy.gradient_checkpointing and policy.offload"
                     ) from error
                 self.size = max(min(size, rows) // 2 // whole, 1) * whole
                 self.say(
-                    f"out of memory: micro_batch is now {self.size} rows; global sizes are unchanged"
+                    f"out of memory: micro_batch is now {self.size} rows; global sizes are"
+                    " unchanged"
                 )
                 restart()
                 torch.cuda.empty_cache()
 
 
 def recount(policy: ChainPolicy) -> Callable[[], None]:
-    """Returns a function to call before work begins again: it forgets the evaluations since now, because aborted
-    work does not count.
+    """Returns a function to call before work begins again: it forgets the evaluations since now,
+    because aborted work does not count.
     """
     counted = policy.model.evaluations
 
