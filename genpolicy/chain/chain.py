@@ -148,6 +148,11 @@ class Chain:
             return range(0)
         return range(*self.window) if self.window is not None else range(self.K - 1)
 
+    @cached_property
+    def noisy(self) -> bool:
+        """True where the kernel draws noise of its own at some step at which it acts."""
+        return any(self.acting[k].noisy for k in self.stochastic)
+
     def step(self, k: int | Tensor, rows: int) -> Step:
         """The coefficients of step k (of each row's own, if k is [rows]) for a batch, from grid[k]
         to grid[k+1]: fp64 on the CPU, whatever device x is on.

@@ -104,6 +104,11 @@ class ReinFlow:
             noise.parameters(), OptimizerConfig(lr=self.noise_lr, weight_decay=0.0)
         )
         run.attach(std=noise)
+        if run.policy.noise is None:
+            raise ConfigError(
+                f"method reinflow: kernel {run.policy.chain.kernel} draws no noise of its own, so"
+                " chain.window must name the steps that explore, and it must not be a mean"
+            )
         run.register(noise_optimizer=noise_optimizer)
         value = DecisionValue(
             run, self.gamma, self.lam, self.critic_lr, self.critic_epochs, self.critic_minibatch
