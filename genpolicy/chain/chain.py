@@ -205,7 +205,11 @@ class Chain:
     ) -> Gaussian:
         """The one place that acting and scoring both go through."""
         t = self.grid[k].expand(len(x), *self.grid.shape[1:]).clone()
-        return self.coefficients(k).gaussian(x, denoiser(x, t, condition))
+        prediction = denoiser(x, t, condition)
+        if prediction.std is not None and self.kernel_at(k) is ODE:
+            # outside the window nothing is drawn
+            prediction = replace(prediction, std=torch.zeros_like(prediction.std))
+        return self.coefficients(k).gaussian(x, prediction)
 
     def transition(self, denoiser: Denoiser, trajectory: Trajectory, k: int | Tensor) -> Gaussian:
         """Re-score stored step k: the Gaussian over x after it under ``denoiser``, with gradients

@@ -106,8 +106,8 @@ class ReinFlow:
         run.attach(std=noise)
         if run.policy.noise is None:
             raise ConfigError(
-                f"method reinflow: kernel {run.policy.chain.kernel} draws no noise of its own, so"
-                " chain.window must name the steps that explore, and it must not be a mean"
+                f"method reinflow explores nowhere under kernel {run.policy.chain.kernel}: take"
+                " {name: ddim, eta: 0.0}, and name the steps that explore in chain.window"
             )
         run.register(noise_optimizer=noise_optimizer)
         value = DecisionValue(

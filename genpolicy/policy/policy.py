@@ -178,7 +178,9 @@ class ChainPolicy:
         return tuple(gain.float() for gain in gains)
 
     def std(self, k: int | Tensor) -> Tensor:
-        """The total std of step k, [1], or of each of steps k, [b]."""
+        """The total std of the kernel at step k, [1], or at each of steps k, [b]; a std that the
+        network says, or a learned one, acts in its place (see `Scored.std`).
+        """
         return self.chain.coefficients(k).std.float()
 
     def score(
@@ -198,13 +200,14 @@ class ChainPolicy:
             with torch.no_grad(), reference.using():
                 anchor = self.scored(self.transition(trajectory, k))
         grid, device = self.chain.grid, trajectory.x0.device
+        old = self.scored(trajectory.acted(k))
         return Scored(
             new=self.scored(self.transition(trajectory, k)),
-            old=self.scored(trajectory.acted(k)),
+            old=old,
             reference=anchor,
             x=self.model.scored(trajectory.after(k)),
             advantage=advantage,
-            std=self.std(k).to(device),
+            std=old.std.flatten(1).mean(1),
             dt=(grid[k] - grid[k + 1]).float().to(device),
             gain=self.gain(k).to(device),
             index=k - trajectory.first,

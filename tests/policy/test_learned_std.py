@@ -9,12 +9,12 @@ from torch import Tensor
 from genpolicy.chain import Noise
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.task import Context
-from genpolicy.policy.files import load
+from genpolicy.methods.flow_grpo import FlowGRPO
 from genpolicy.policy.policy import ChainPolicy
-from genpolicy.policy.sampler import make_policy
+from genpolicy.training.requirements import Needs, require_chain
 from genpolicy.training.run import Run
 from tests import toy
-from tests.policy.toy_parts import acted, apart, part, prepared, reloaded, same
+from tests.policy.toy_parts import apart, part, prepared, reloaded, same
 
 ODE = {"name": "ddim", "eta": 0.0}
 EVAL = {"every": 0, "samples": 4}
@@ -86,5 +86,63 @@ def test_reinflow_is_refused_a_kernel_without_noise_whose_window_is_not_named(tm
         chain={"steps": 4, "kernel": ODE},
         method={"name": "reinflow", "episodes": 4},
     )
-    with run, pytest.raises(ConfigError, match="chain.window must name the steps that explore"):
+    with run, pytest.raises(ConfigError, match="name the steps that explore"):
         method.train(run)
+
+
+# What is scored with it
+
+
+def drawn(run: Run, keep: tuple[int, int] | None = None):
+    """Six chains of the policy that is trained."""
+    policy = run.policy
+    context = Context([toy.PROMPTS[row % 4] for row in range(6)])
+    noise = Noise.rows(0, 1, torch.arange(6), 1)
+    return policy.sample(policy.model.encode(context), noise, keep=keep)
+
+
+@pytest.mark.parametrize("k", [1, torch.tensor([0, 1, 2, 2, 1, 0])])
+def test_the_std_of_a_scored_step_is_the_one_that_acted(tmp_path, k):
+    run = learned("prompts", tmp_path, eval=EVAL)
+    trajectory = drawn(run)
+    step = run.policy.score(trajectory, k, torch.zeros(6))
+    acting: Tensor = trajectory.acted(k).std.flatten(1).mean(1)
+    assert torch.equal(torch.as_tensor(step.std), acting)
+    assert not torch.allclose(acting, run.policy.std(k).expand(6), rtol=0.1), (
+        "control: the kernel's"
+    )
+
+
+@pytest.mark.parametrize("k", [1, torch.tensor([0, 1, 2, 2, 1, 0])])
+def test_without_a_learned_std_it_is_the_kernels_to_the_bit(tmp_path, k):
+    run, _ = prepared("prompts", "std", tmp_path, eval=EVAL)
+    step = run.policy.score(drawn(run), k, torch.zeros(6))
+    assert torch.equal(torch.as_tensor(step.std), run.policy.std(k).expand(6))
+
+
+def test_the_weight_of_flow_grpo_is_that_of_the_std_that_acted(tmp_path):
+    run = learned("prompts", tmp_path, eval=EVAL)
+    trajectory = drawn(run)
+    step = run.policy.score(trajectory, 1, torch.linspace(-1, 1, 6))
+    plain, weighted = (FlowGRPO(weight=weight) for weight in ("none", "std/dt"))
+    grid = run.policy.chain.grid
+    ratio = trajectory.acted(1).std.flatten(1).mean(1) / float(grid[1] - grid[2])
+    assert torch.allclose(weighted.loss(step)[0], plain.loss(step)[0] * ratio, rtol=1e-5)
+
+
+def test_a_step_outside_the_window_is_kept_as_the_point_that_it_was(tmp_path):
+    run = learned("prompts", tmp_path, eval=EVAL)
+    trajectory = drawn(run, keep=(0, 4))
+    assert torch.equal(trajectory.after(3), trajectory.acted(3).mean)
+    assert not bool(trajectory.acted(3).std.any())
+    assert bool((trajectory.acted(2).std > 0).all()), "control: the last step that draws"
+
+
+def test_a_deterministic_kernel_with_a_learned_std_has_likelihoods(tmp_path):
+    chain = {"steps": 4, "kernel": ODE, "window": [0, 3]}
+    run = learned("robots", tmp_path, chain=chain)
+    needs = Needs(likelihoods=True)
+    require_chain("any", needs, run.policy)
+    with pytest.raises(ConfigError, match="is deterministic"):
+        require_chain("any", needs, bare(run.policy))
+    run.evaluator.close()
