@@ -27,7 +27,8 @@ class Trajectory:
     says that the N consecutive rows of each group have the same x[:, 0]: it is evaluated once per
     group. ``start`` [B,*E] is x before the chain's first step, in fp32, as the prior drew it or as
     it was handed in; it is there whatever steps are kept, and None where whoever made the
-    trajectory did not keep it.
+    trajectory did not keep it. ``chain`` is the one that drew it, whose times and kernel its steps
+    are scored with (`ChainPolicy.along`); None where whoever made the trajectory did not say.
     """
 
     condition: Condition
@@ -38,6 +39,7 @@ class Trajectory:
     first: int
     shared: int = 1
     start: Tensor | None = None
+    chain: "Chain | None" = None
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -310,6 +312,7 @@ class Chain:
             first=low,
             shared=shared if branch_at == low else 1,
             start=begun.float(),
+            chain=self,
         )
 
     def unroll(
@@ -369,4 +372,4 @@ class Chain:
             lambda x, t: denoiser(x, t, condition), x, self.schedule, self.grid[first:]
         )
         empty = x0[:, None][:, :0]
-        return Trajectory(condition, empty, empty, empty, x0, first=0, start=x.float())
+        return Trajectory(condition, empty, empty, empty, x0, first=0, start=x.float(), chain=self)
