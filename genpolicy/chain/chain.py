@@ -27,7 +27,8 @@ class Trajectory:
     says that the N consecutive rows of each group have the same x[:, 0]: it is evaluated once per
     group. ``start`` [B,*E] is x before the chain's first step, in fp32, as the prior drew it or as
     it was handed in; it is there whatever steps are kept, and None where whoever made the
-    trajectory did not keep it.
+    trajectory did not keep it. ``chain`` is the one that drew it, whose times and kernel its steps
+    are scored with (`ChainPolicy.along`); None where whoever made the trajectory did not say.
     """
 
     condition: Condition
@@ -38,6 +39,7 @@ class Trajectory:
     first: int
     shared: int = 1
     start: Tensor | None = None
+    chain: "Chain | None" = None
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -148,6 +150,11 @@ class Chain:
             return range(0)
         return range(*self.window) if self.window is not None else range(self.K - 1)
 
+    @cached_property
+    def noisy(self) -> bool:
+        """True where the kernel draws noise of its own at some step at which it acts."""
+        return any(self.acting[k].noisy for k in self.stochastic)
+
     def step(self, k: int | Tensor, rows: int) -> Step:
         """The coefficients of step k (of each row's own, if k is [rows]) for a batch, from grid[k]
         to grid[k+1]: fp64 on the CPU, whatever device x is on.
@@ -200,7 +207,11 @@ class Chain:
     ) -> Gaussian:
         """The one place that acting and scoring both go through."""
         t = self.grid[k].expand(len(x), *self.grid.shape[1:]).clone()
-        return self.coefficients(k).gaussian(x, denoiser(x, t, condition))
+        prediction = denoiser(x, t, condition)
+        if prediction.std is not None and self.kernel_at(k) is ODE:
+            # outside the window nothing is drawn
+            prediction = replace(prediction, std=torch.zeros_like(prediction.std))
+        return self.coefficients(k).gaussian(x, prediction)
 
     def transition(self, denoiser: Denoiser, trajectory: Trajectory, k: int | Tensor) -> Gaussian:
         """Re-score stored step k: the Gaussian over x after it under ``denoiser``, with gradients
@@ -301,6 +312,7 @@ class Chain:
             first=low,
             shared=shared if branch_at == low else 1,
             start=begun.float(),
+            chain=self,
         )
 
     def unroll(
@@ -360,4 +372,4 @@ class Chain:
             lambda x, t: denoiser(x, t, condition), x, self.schedule, self.grid[first:]
         )
         empty = x0[:, None][:, :0]
-        return Trajectory(condition, empty, empty, empty, x0, first=0, start=x.float())
+        return Trajectory(condition, empty, empty, empty, x0, first=0, start=x.float(), chain=self)

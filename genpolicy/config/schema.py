@@ -30,7 +30,7 @@ class ChainConfig:
     # saves its backward
     negative_gradient: bool = False
     # denoising steps [low, high) at which the kernel acts, the ODE elsewhere; None is all but the
-    # last
+    # last. A learned std draws under a kernel without noise only where a window is named
     window: tuple[int, int] | None = None
     # consecutive steps that are drawn from the window anew for every iteration; None is the whole
     # window
@@ -109,7 +109,9 @@ class EvalConfig:
     episodes: int = 100  # episodes per evaluation, in environments
     select: str | None = None  # metric that decides policy_best; None takes the first one measured
     # keys of `ChainConfig` that the deployed sampler replaces; without any it has the same steps
-    # and guidance, on prompts with the ODE, in environments with the mean of the kernel (`Mean`)
+    # and guidance, on prompts with the ODE, in environments with the mean of the kernel (`Mean`); a
+    # kernel without noise (ddim with eta 0) stays without a learned std too, unless a window is
+    # named beside it
     sampler: dict[str, Any] = field(default_factory=dict)
     # seed of the evaluation noise and first reset seed of the environments, the same for every run
     # that is to be compared

@@ -130,9 +130,10 @@ class Scored:
 
     new: the transition now (with its graph); old: the one that acted; reference: the one of the
     policy at step 0, if asked; x [b,*E] the sample all three are scored on, restricted to the dims
-    that likelihoods count; advantage [b]; std: the step's total std; dt = t - s > 0; gain: kappa =
-    d mean / d output. index: the step's place 0 .. steps - 1 among the kept steps. std, dt, gain
-    and index are [b] where rows are at steps of their own.
+    that likelihoods count; advantage [b]; std [b]: the total std that acted, its mean over the
+    event's dims where they have their own; dt = t - s > 0; gain: kappa = d mean / d output. index:
+    the step's place 0 .. steps - 1 among the kept steps. dt, gain and index are [b] where rows are
+    at steps of their own.
     """
 
     new: Gaussian
@@ -140,7 +141,7 @@ class Scored:
     reference: Gaussian | None
     x: Tensor
     advantage: Tensor
-    std: float | Tensor
+    std: Tensor
     dt: float | Tensor
     gain: float | Tensor
     index: int | Tensor

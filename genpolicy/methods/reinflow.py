@@ -104,6 +104,11 @@ class ReinFlow:
             noise.parameters(), OptimizerConfig(lr=self.noise_lr, weight_decay=0.0)
         )
         run.attach(std=noise)
+        if run.policy.noise is None:
+            raise ConfigError(
+                f"method reinflow explores nowhere under kernel {run.policy.chain.kernel}: take"
+                " {name: ddim, eta: 0.0}, and name the steps that explore in chain.window"
+            )
         run.register(noise_optimizer=noise_optimizer)
         value = DecisionValue(
             run, self.gamma, self.lam, self.critic_lr, self.critic_epochs, self.critic_minibatch

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import Chain, ClipX0, Condition, Guidance, Noise, Trajectory
+from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Denoiser, Gaussian, expand, output_gain, reduce_event
 from genpolicy.contracts.model import Model
 from genpolicy.learning.objective import Scored
@@ -156,6 +157,25 @@ class ChainPolicy:
         best = worth.view(-1, self.best_of).argmax(1).cpu()
         return drawn[best + self.best_of * torch.arange(len(noise))]
 
+    def along(self, trajectory: Trajectory) -> "ChainPolicy":
+        """The policy on the chain that drew a trajectory: the one to score its steps with, whoever
+        collected it.
+
+        It is this policy itself where the two chains differ in their windows alone. Raises
+        `ValueError` where the noise schedule of the trajectory is not the model's.
+        """
+        drew, own = trajectory.chain, self.chain
+        if drew is None or (
+            drew.grid is own.grid and drew.kernel is own.kernel and drew.schedule is own.schedule
+        ):
+            return self
+        if not _same_schedule(self.model.schedule, drew):
+            raise ValueError(
+                "the trajectory was drawn on another noise schedule than this policy's model has:"
+                " it can't be scored; collect with a policy whose model has the same schedule"
+            )
+        return replace(self, chain=drew)
+
     def transition(self, trajectory: Trajectory, k: int | Tensor) -> Gaussian:
         """`Chain.transition` with this policy's denoiser."""
         return self.chain.transition(self.denoiser, trajectory, k)
@@ -178,7 +198,9 @@ class ChainPolicy:
         return tuple(gain.float() for gain in gains)
 
     def std(self, k: int | Tensor) -> Tensor:
-        """The total std of step k, [1], or of each of steps k, [b]."""
+        """The total std of the kernel at step k, [1], or at each of steps k, [b]; a std that the
+        network says, or a learned one, acts in its place (see `Scored.std`).
+        """
         return self.chain.coefficients(k).std.float()
 
     def score(
@@ -191,22 +213,25 @@ class ChainPolicy:
         """Stored step k of every row (or each row's own, [b]) under the weights as they are: all
         that a loss on transitions needs.
 
+        The step is the one that the trajectory's own chain took, whoever collected it (`along`).
         advantage [b]. reference: weights under which the step is scored too, without gradients.
         """
+        policy = self.along(trajectory)
         anchor = None
         if reference is not None:
             with torch.no_grad(), reference.using():
-                anchor = self.scored(self.transition(trajectory, k))
-        grid, device = self.chain.grid, trajectory.x0.device
+                anchor = self.scored(policy.transition(trajectory, k))
+        grid, device = policy.chain.grid, trajectory.x0.device
+        old = self.scored(trajectory.acted(k))
         return Scored(
-            new=self.scored(self.transition(trajectory, k)),
-            old=self.scored(trajectory.acted(k)),
+            new=self.scored(policy.transition(trajectory, k)),
+            old=old,
             reference=anchor,
             x=self.model.scored(trajectory.after(k)),
             advantage=advantage,
-            std=self.std(k).to(device),
+            std=old.std.flatten(1).mean(1),
             dt=(grid[k] - grid[k + 1]).float().to(device),
-            gain=self.gain(k).to(device),
+            gain=policy.gain(k).to(device),
             index=k - trajectory.first,
             steps=len(trajectory.steps),
         )
@@ -239,3 +264,15 @@ class ChainPolicy:
         else:
             error = (prediction.x0 - event) / expand(d_x0, event)
         return reduce_event(error**2, "mean", mask)
+
+
+def _same_schedule(schedule: Schedule, chain: Chain) -> bool:
+    """True where a schedule has the coefficients of a chain's own at all times of its grid."""
+    other, grid = chain.schedule, chain.grid
+    return type(schedule) is type(other) and all(
+        torch.equal(*pair)
+        for pair in (
+            (schedule.alpha(grid), other.alpha(grid)),
+            (schedule.sigma(grid), other.sigma(grid)),
+        )
+    )

@@ -139,6 +139,17 @@ def deployed_sampler(
     return sampler if "window" in overrides else without_last_noise(sampler)
 
 
+def without_idle_window(model: Model, sampler: ChainConfig) -> ChainConfig:
+    """The same sampler, naming no window where its kernel draws no noise.
+
+    Such a window changes nothing but where a learned std would draw. A kernel ``mean`` keeps its
+    window: its steps outside are the ODE's.
+    """
+    made = make_policy(model, replace(sampler, best_of=1)).chain
+    idle = not made.noisy and not isinstance(made.kernel, chain.Mean)
+    return replace(sampler, window=None) if idle else sampler
+
+
 def without_last_noise(sampler: ChainConfig) -> ChainConfig:
     """The same sampler, whose kernel does not act at the last step."""
     low, high = sampler.window or (0, sampler.steps)

@@ -197,7 +197,9 @@ def _lived(episodes: Sequence[dict[str, Any]], policy: ChainPolicy) -> Lived:
         condition = policy.model.encode(context)
     start, x, mean, std, x0 = (joined(name).to(policy.model.device) for name in CHAIN)
     first = policy.chain.stochastic.start
-    trajectory = Trajectory(condition, x, mean, std, x0, first=first, start=start)
+    trajectory = Trajectory(
+        condition, x, mean, std, x0, first=first, start=start, chain=policy.chain
+    )
     terminated, truncated, rewards = (
         joined("terminated"),
         joined("truncated"),

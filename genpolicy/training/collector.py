@@ -1,13 +1,16 @@
 """The contract of a collector: an iteration's rollout, by however many processes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from genpolicy.contracts.model import Model
 from genpolicy.contracts.task import Context
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.rollout import Rollout
+from genpolicy.training.iteration_metrics import IterationMetrics
 
 
 class Collector(Protocol):
@@ -53,3 +56,14 @@ class Collector(Protocol):
     def kept(self, iteration: int) -> Any:
         """Return the episodes that were kept of an iteration."""
         ...
+
+
+@contextmanager
+def acting(policy: ChainPolicy, learns: Model, metrics: IterationMetrics) -> Iterator[None]:
+    """Count the network evaluations of a policy that acts while the block runs, where its model is
+    another than the one that learns, whose own are counted anyhow.
+    """
+    counted = policy.model.evaluations
+    yield
+    if policy.model is not learns:
+        metrics.evaluations += policy.model.evaluations - counted

@@ -11,7 +11,12 @@ from genpolicy.config.schema import ChainConfig, Experiment
 from genpolicy.evaluation import metrics_file
 from genpolicy.policy.files import save_policy
 from genpolicy.policy.policy import ChainPolicy, Part
-from genpolicy.policy.sampler import deployed_sampler, make_policy, without_last_noise
+from genpolicy.policy.sampler import (
+    deployed_sampler,
+    make_policy,
+    without_idle_window,
+    without_last_noise,
+)
 from genpolicy.training.evaluator import Evaluator
 from genpolicy.training.workspace import Workspace
 
@@ -39,7 +44,11 @@ class Deployment:
         self.processes, self.micro_batches = workspace.processes, workspace.micro_batches
         self.averaged, self.say = averaged, workspace.display.say
         overrides = experiment.eval.sampler
-        self.sampler = deployed_sampler(experiment.chain, overrides, evaluator.of_actions)
+        sampler = deployed_sampler(experiment.chain, overrides, evaluator.of_actions)
+        if "kernel" in overrides and "window" not in overrides:
+            # the window was that of another kernel: a deterministic one stays deterministic
+            sampler = without_idle_window(policy.model, sampler)
+        self.sampler = sampler
         self.policy = make_policy(policy.model, self.sampler, policy.parts)
         self.before: dict[str, Any] = {}
         self.last: dict[str, Any] = {}

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from genpolicy.chain import Noise
 from genpolicy.config.errors import ConfigError
+from genpolicy.contracts.model import Model
 from genpolicy.contracts.task import Context, Environments
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.episodes import reset_seed
 from genpolicy.rollout.recorder import Lived, live
 from genpolicy.rollout.rollout import Decisions, Rollout
 from genpolicy.rollout.store import EpisodeStore
+from genpolicy.training.collector import acting
 from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.processes import Processes
 
@@ -24,11 +26,12 @@ from genpolicy.training.processes import Processes
 class EpisodeCollector:
     """Collects episodes in environments; see `genpolicy.training.collector.Collector`.
 
-    circumstances: all that an episode depends on beside weights and start, in words. store: where
-    episodes that are kept are written.
+    model: the one that learns. circumstances: all that an episode depends on beside weights and
+    start, in words. store: where episodes that are kept are written.
     """
 
     seed: int
+    model: Model
     circumstances: str
     environments: Environments
     processes: Processes
@@ -57,9 +60,9 @@ class EpisodeCollector:
         # play this process's episodes; the members of a group begin in the same state
         seeds = [starts[group] for group in local.tolist() for _ in range(members)]
         ledger = _Page(self.store, iteration, noise, self._origin(policy, starts)) if keep else None
-        lived = live(
-            policy, self.environments, seeds, noise, ledger=ledger, on_phase=self.metrics.phase
-        )
+        phase = self.metrics.phase
+        with acting(policy, self.model, self.metrics):
+            lived = live(policy, self.environments, seeds, noise, ledger=ledger, on_phase=phase)
         self.metrics.phase(None)
         self.metrics.collected += len(lived.trajectory)
         self.metrics.env_steps += float(lived.parts["length"].sum())

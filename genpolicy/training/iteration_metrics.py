@@ -22,6 +22,7 @@ class IterationMetrics:
         self.clock: dict[str, float] = defaultdict(float)
         self.memory: dict[str, float] = defaultdict(float)
         self.collected, self.env_steps = 0, 0.0
+        self.evaluations = 0.0  # of networks that act and do not learn, in rows
 
     def log(self, name: str, value: float) -> None:
         """Add a number; several of one name are averaged."""

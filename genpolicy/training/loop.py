@@ -28,7 +28,7 @@ def iterations(run: Run) -> Iterator[int]:
             run.begin(run.iteration + 1)
             yield run.iteration
             run.state.require_claimed()
-            evaluations = run.policy.model.evaluations - counted
+            evaluations = run.policy.model.evaluations - counted + run.metrics.evaluations
             _account(run, time.perf_counter() - started, evaluations)
             _finish(run, evaluations)
         if stop.asked:

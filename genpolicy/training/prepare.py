@@ -97,13 +97,15 @@ def prepare(
         evaluator = EpisodeEvaluator(environments, task.has_success, settings)
         circumstances = repr((experiment.task, experiment.chain, experiment.environments))
         store = EpisodeStore(folder)
-        collector = EpisodeCollector(seed, circumstances, environments, processes, metrics, store)
+        collector = EpisodeCollector(
+            seed, model, circumstances, environments, processes, metrics, store
+        )
     else:
         reward = make_rewards(experiment.reward)
         evaluator = PromptEvaluator(reward, evaluation_prompts(experiment, task), settings)
         load_rewards(reward)
         model = make("models", experiment.policy)
-        collector = PromptCollector(seed, task, reward, processes, metrics, micro_batches)
+        collector = PromptCollector(seed, model, task, reward, processes, metrics, micro_batches)
     choice("eval: select", settings.select or evaluator.measured[0], evaluator.measured)
     policy = make_policy(model, experiment.chain, load_parts(experiment.policy, model))
     require_chain(name, needs, policy)

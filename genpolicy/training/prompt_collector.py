@@ -9,21 +9,27 @@ from torch import Tensor
 
 from genpolicy.chain import Noise
 from genpolicy.config.errors import ConfigError
+from genpolicy.contracts.model import Model
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import Context, Task
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches, recount
 from genpolicy.rollout.prompts import Judged, collect, concatenate
 from genpolicy.rollout.rollout import Rollout, single
+from genpolicy.training.collector import acting
 from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.processes import Processes
 
 
 @dataclass(frozen=True)
 class PromptCollector:
-    """Collects samples of the task's prompts; see `genpolicy.training.collector.Collector`."""
+    """Collects samples of the task's prompts; see `genpolicy.training.collector.Collector`.
+
+    model: the one that learns.
+    """
 
     seed: int
+    model: Model
     task: Task
     reward: WeightedRewards
     processes: Processes
@@ -58,7 +64,8 @@ class PromptCollector:
                 on_phase=self.metrics.phase,
             )
 
-        chunks = self.micro_batches(chunk, len(asked), members, recount(policy))
+        with acting(policy, self.model, self.metrics):
+            chunks = self.micro_batches(chunk, len(asked), members, recount(policy))
         judged = concatenate(chunks, policy)
         self.metrics.phase(None)
         self.metrics.collected += len(asked)

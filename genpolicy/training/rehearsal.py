@@ -81,7 +81,7 @@ class Rehearsal:
             yield run.iteration
             run.metrics.phase(None)
             seconds = time.perf_counter() - started
-            evaluations = run.policy.model.evaluations - evaluations
+            evaluations = run.policy.model.evaluations - evaluations + run.metrics.evaluations
             whole = len(stages.all) == 1
             name = str(run.experiment.method["name"]) if whole else stage.name
             self.stages.append(self._cost(run, name, stage.iterations, seconds, evaluations))

@@ -96,7 +96,7 @@ def replay_gap(
     """The largest |log-ratio| of the same weights over all rows and kept steps, and the step it is
     found at.
     """
-    gaps = {}
+    policy, gaps = policy.along(trajectory), {}
     for k in trajectory.steps:
 
         def gap(rows: slice, k: int = k) -> float:
@@ -120,7 +120,7 @@ def scored_again(
     """The trajectory with the means that the training forward gives: one more evaluation per row
     and kept step.
     """
-    means = []
+    policy, means = policy.along(trajectory), []
     for k in trajectory.steps:
 
         def mean(rows: slice, k: int = k) -> Tensor:

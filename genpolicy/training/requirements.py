@@ -105,7 +105,7 @@ def require_chain(name: str, needs: Needs, policy: ChainPolicy) -> None:
 
 def _require_density(name: str, policy: ChainPolicy) -> None:
     for k in policy.chain.stochastic:
-        if float(policy.std(k)) == 0:
+        if policy.noise is None and float(policy.std(k)) == 0:
             raise ConfigError(
                 f"step {k} of the window is deterministic (std 0) under kernel"
                 f" {policy.chain.kernel}: method {name} needs likelihoods and can't train it; use"

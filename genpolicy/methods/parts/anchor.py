@@ -35,7 +35,7 @@ class Anchor:
         """KL of chains that the policy as it stands has drawn from those of the anchor: the sum
         over steps and the chunk, the mean over the decisions of all processes, nats per decision.
         """
-        policy = self.run.policy
+        policy = self.run.policy.along(trajectory)
         steps = trajectory.steps
         with self.weights.using():
             then = [policy.scored(policy.transition(trajectory, k)) for k in steps]

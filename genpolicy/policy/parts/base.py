@@ -75,15 +75,37 @@ class Base:
 
 @dataclass(frozen=True)
 class _Handover:
-    """The base at noise times above its own, the learning network below."""
+    """The base for rows at noise times above its own, the learning network for the others."""
 
     denoiser: Denoiser
     parameters: Sequence[torch.nn.Parameter]
     base: Base
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        if not bool((t > self.base.above).any()):
+        # tokens have times of their own, a row one network: the base's where any lies above
+        above = t > self.base.above
+        if above.ndim > 1:
+            above = above.any(1)
+        if not bool(above.any()):
             return self.denoiser(x, t, condition)
+        if bool(above.all()):
+            return self._frozen(x, t, condition)
+        # rows on both sides: each by its own network, then in their order again
+        noisier, others = above.nonzero().flatten(), (~above).nonzero().flatten()
+        frozen = self._frozen(x[noisier], t[noisier], condition[noisier])
+        learned = self.denoiser(x[others], t[others], condition[others])
+        order = torch.cat([noisier, others]).argsort()
+        std = None
+        if frozen.std is not None and learned.std is not None:
+            std = torch.cat([frozen.std, learned.std])[order]
+        return Prediction(
+            torch.cat([frozen.x0, learned.x0])[order],
+            torch.cat([frozen.eps, learned.eps])[order],
+            std,
+        )
+
+    def _frozen(self, x: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """The prediction of the base's weights, without gradients."""
         values = [value.to(x.device) for value in self.base.weights.values()]
         with torch.no_grad(), swapped(self.parameters, values):
             return self.denoiser(x, t, condition)

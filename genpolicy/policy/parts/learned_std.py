@@ -24,8 +24,10 @@ class LearnedStd(nn.Module):
 
     log std^2 = log low^2 + (log high^2 - log low^2) (1 + tanh(network)) / 2
 
-    (ReinFlow, arXiv 2505.22094.) It replaces the std of the kernel wherever the chain draws noise; a
-    sampler of means (kernel ``mean``) draws none.
+    (ReinFlow, arXiv 2505.22094.) It replaces the std of the kernel at the steps at which the kernel
+    acts. A sampler without noise stays without: it acts neither in a sampler of means (kernel
+    ``mean``) nor under a kernel that draws no noise (``ddim`` with eta 0), unless the sampler names
+    the window of steps that shall draw.
     """
 
     kind: ClassVar[str] = "learned_std"
@@ -54,8 +56,9 @@ class LearnedStd(nn.Module):
         return ((self.low + (self.high - self.low) * place) / 2).exp()
 
     def attach(self, policy: ChainPolicy) -> ChainPolicy:
-        """The policy whose noise has this std; the same policy where its sampler takes means."""
-        if isinstance(policy.chain.kernel, Mean):
+        """The policy whose noise has this std; the same policy where its sampler draws no noise."""
+        chain = policy.chain
+        if isinstance(chain.kernel, Mean) or (chain.window is None and not chain.noisy):
             return replace(policy, noise=None)
         return replace(policy, noise=lambda denoise: _Noisy(denoise, policy.model, self))
 
