@@ -305,9 +305,9 @@ class Run:
         return self.replay_check(self._acting(rollout), rollout, log_ratio, tolerance)
 
     def _acting(self, rollout: Rollout) -> ChainPolicy:
-        """The policy with the window in which a rollout was drawn."""
+        """The policy on the chain, and with the window, that a rollout was drawn with."""
         steps = rollout.trajectory.steps
-        return self.policy.with_window((steps.start, steps.stop))
+        return self.policy.along(rollout.trajectory).with_window((steps.start, steps.stop))
 
     def update(
         self,

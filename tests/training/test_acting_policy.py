@@ -146,3 +146,11 @@ def test_the_evaluations_of_another_model_count(tmp_path, teacher):
     assert result.summary["evaluations"] == 2 * 2 * 8 * 4, "two iterations of two rollouts"
     found = [row for row in metrics_file.read(result.folder) if "nfe_per_sample" in row]
     assert [row["nfe_per_sample"] for row in found] == [4, 4]
+
+
+def test_a_window_beyond_the_steps_of_the_run_is_scored_too(tmp_path):
+    """Eight steps, of which the run's own four have no sixth."""
+    run = prepared(tmp_path, "prompts")
+    rollout = run.collect(4, 2, policy=others(run.policy)["more steps"], window=(5, 7))
+    assert rollout.trajectory.steps == range(5, 7)
+    assert replayed(run, rollout) < 1e-4
