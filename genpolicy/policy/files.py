@@ -33,8 +33,9 @@ def save_policy(
 ) -> None:
     """Write the policy in its ecosystem's format, with its sampler and parts beside it.
 
-    section: the experiment's policy section. The folder is replaced in one move. ``best_of`` is the
-    policy's, whatever the sampler's.
+    section: the experiment's policy section. The folder that was there is set aside until the new
+    one is in its place, so that a process that is killed leaves one of them for `whole`.
+    ``best_of`` is the policy's, whatever the sampler's.
     """
     staged = folder.with_name(folder.name + ".staged")
     shutil.rmtree(staged, ignore_errors=True)
@@ -52,14 +53,23 @@ def save_policy(
         },
     }
     (staged / SAMPLER).write_text(json.dumps(description, indent=1) + "\n")
+    aside = _set_aside(folder)
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-        os.rename(staged, folder)
-        shutil.rmtree(old)
-    else:
-        os.rename(staged, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+    os.rename(staged, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def whole(folder: Path) -> Path:
+    """A saved policy's folder; where its replacement was cut short, the one that was set aside."""
+    aside = _set_aside(folder)
+    return aside if not folder.exists() and aside.is_dir() else folder
+
+
+def _set_aside(folder: Path) -> Path:
+    """The name under which a policy's folder waits for the one that replaces it."""
+    return folder.parent / f"{folder.name}.old"
 
 
 @dataclass(frozen=True)
@@ -89,15 +99,28 @@ class Saved:
 
 
 def completed(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A policy section with the head of the saved policy that it goes on from, where it names none:
-    some folders' own format can't say it.
+    """A policy section that names folders that are there (`whole`), and the head of the saved
+    policy that it goes on from, where it names none: some folders' own format can't say it.
     """
-    folder, own = _origin(section), dict(section)
+    own = dict(section)
+    own |= _found(own, "pretrained")
+    if isinstance(own.get("lora"), Mapping):
+        own["lora"] = {**own["lora"], **_found(own["lora"], "start")}
+    folder = _origin(own)
     if folder is not None:
         head = _described(folder)["policy"].get("prediction_type")
         if head is not None and own.get("prediction_type") is None:
             own["prediction_type"] = head
     return own
+
+
+def _found(section: Mapping[str, Any], key: str) -> dict[str, str]:
+    """The key with the folder that it names; nothing where it names no path."""
+    where = section.get(key)
+    if not isinstance(where, str | Path):
+        return {}
+    folder = whole(Path(where))
+    return {} if folder == Path(where) else {key: str(folder)}
 
 
 def load_parts(section: Mapping[str, Any], model: Model) -> dict[str, Part]:
@@ -235,13 +258,13 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
     overrides: keys of `ChainConfig` that replace the saved sampler's (steps, guidance, kernel,
     ...). What is no policy of ours comes with the sampler that `foreign` says.
     """
-    folder = Path(settings({"path": str(path)})["path"])
+    folder = whole(Path(settings({"path": str(path)})["path"]))
     if not folder.is_dir() and (folder.is_absolute() or str(path).count("/") != 1):
         raise ConfigError(f"{path}: no such folder, and no hub id (owner/name) either")
     homes = (folder, folder.parent, folder.parent.parent)  # RUN, RUN/policy, RUN/stages/NAME
     run = next((home for home in homes if (home / "config.yaml").is_file()), None)
     if run == folder:
-        folder = folder / "policy"
+        folder = whole(folder / "policy")
         if not folder.is_dir():
             raise ConfigError(
                 f"run {run} has saved no policy yet: it does so at its first checkpoint after iteration 0"
