@@ -101,11 +101,13 @@ class Saved:
 def completed(section: Mapping[str, Any]) -> dict[str, Any]:
     """A policy section that names folders that are there (`whole`), and the head of the saved
     policy that it goes on from, where it names none: some folders' own format can't say it.
+
+    Raises `ConfigError` where it names the folder of a run.
     """
     own = dict(section)
-    own |= _found(own, "pretrained")
+    own |= _found(own, "pretrained", "policy.pretrained")
     if isinstance(own.get("lora"), Mapping):
-        own["lora"] = {**own["lora"], **_found(own["lora"], "start")}
+        own["lora"] = {**own["lora"], **_found(own["lora"], "start", "policy.lora.start")}
     folder = _origin(own)
     if folder is not None:
         head = _described(folder)["policy"].get("prediction_type")
@@ -114,12 +116,20 @@ def completed(section: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def _found(section: Mapping[str, Any], key: str) -> dict[str, str]:
-    """The key with the folder that it names; nothing where it names no path."""
+def _found(section: Mapping[str, Any], key: str, called: str) -> dict[str, str]:
+    """The key with the folder to read in the place of the one that it names; nothing where that is
+    the same. Raises `ConfigError` for the folder of a run; ``called`` is the key's whole name.
+    """
     where = section.get(key)
     if not isinstance(where, str | Path):
         return {}
     folder = whole(Path(where))
+    if (folder / "config.yaml").is_file() and not (folder / SAMPLER).is_file():
+        policy = folder / "policy"
+        which = (
+            f"its policy is {policy}" if whole(policy).is_dir() else "it has saved no policy yet"
+        )
+        raise ConfigError(f"{called} is {where}, the folder of a run: {which}")
     return {} if folder == Path(where) else {key: str(folder)}
 
 
@@ -144,7 +154,8 @@ def load_parts(section: Mapping[str, Any], model: Model) -> dict[str, Part]:
 def require_savable(name: str, part: Part, model: Model) -> None:
     """Raise `ConfigError` unless a part comes back from a folder as it is now.
 
-    It is saved and loaded once, before any work starts, so that nothing is lost at the end.
+    It is saved and loaded once, before any work starts, so that nothing is lost at the end: neither
+    weights nor settings.
     """
     kind = getattr(part, "kind", None)
     if kind not in names("policy.parts") or leaf("policy.parts", str(kind)) is not type(part):
@@ -156,7 +167,7 @@ def require_savable(name: str, part: Part, model: Model) -> None:
         try:
             part.save(Path(folder))
             again = type(part).load(Path(folder), model)
-            same = _equal(part.state_dict(), again.state_dict())
+            same = _equal(_contents(part), _contents(again))
         except Exception as error:
             raise ConfigError(
                 f"the policy's part {name!r} can't be saved and loaded again:"
@@ -241,14 +252,29 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Equality of two state_dicts, to the bit."""
+    """Equality of two parts' contents, to the bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, torch.nn.Module) or dataclasses.is_dataclass(one):
+        return type(one) is type(other) and _equal(_contents(one), _contents(other))
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(_equal, one, other))
     return one == other
+
+
+def _contents(value: Any) -> dict[str, Any]:
+    """The attributes of a part; of a module its state_dict and the settings of every module in it."""
+    if not isinstance(value, torch.nn.Module):
+        return vars(value)
+    attributes = {
+        f"{where}.{key}": attribute
+        for where, inner in value.named_modules()
+        for key, attribute in vars(inner).items()
+        if not key.startswith("_") and key != "training"
+    }
+    return {"state": value.state_dict(), **attributes}
 
 
 def saved(path: str | Path, **overrides: Any) -> Saved:
