@@ -8,11 +8,17 @@ from collections.abc import Mapping
 
 import torch
 
+from genpolicy.training.processes import Processes
+
 
 class IterationMetrics:
-    """Numbers of the iteration that is running; `close` returns them and begins the next page."""
+    """Numbers of the iteration that is running; `close` returns them and begins the next page.
 
-    def __init__(self) -> None:
+    processes: all that run the experiment; each logs what it sees, and everybody's count alike.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
         self._phase: str | None = None
         self._since = 0.0
         self._begin()
@@ -25,7 +31,7 @@ class IterationMetrics:
         self.evaluations = 0.0  # of networks that act and do not learn, in rows
 
     def log(self, name: str, value: float) -> None:
-        """Add a number; several of one name are averaged."""
+        """Add a number; all of one name are averaged, those of other processes among them."""
         self.numbers[name].append(value)
 
     def log_all(self, values: Mapping[str, float]) -> None:
@@ -42,8 +48,12 @@ class IterationMetrics:
         self._phase, self._since = name, now
 
     def close(self) -> dict[str, float]:
-        """The averages, time/PHASE in seconds, memory/peak_gb; and a new page."""
-        metrics = {name: sum(values) / len(values) for name, values in self.numbers.items()}
+        """The mean of everything that any process logged under a name, this process's time/PHASE
+        in seconds and memory/peak_gb; and a new page. All processes call it together.
+        """
+        totals = self.processes.sums({name: sum(values) for name, values in self.numbers.items()})
+        counts = self.processes.sums({name: len(values) for name, values in self.numbers.items()})
+        metrics = {name: total / counts[name] for name, total in totals.items()}
         metrics |= {f"time/{phase}": spent for phase, spent in self.clock.items()}
         metrics["memory/peak_gb"] = max(self.memory.values(), default=0.0)
         self._begin()

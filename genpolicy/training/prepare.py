@@ -80,7 +80,7 @@ def prepare(
     data = make_data(experiment.data)
     require_kind(world, data)
     # what every run has, and what the two worlds have each
-    metrics, display = IterationMetrics(), Display(experiment, folder, processes.main)
+    metrics, display = IterationMetrics(processes), Display(experiment, folder, processes.main)
     micro_batches = MicroBatches(experiment.micro_batch, display.say)
     workspace = Workspace(folder, processes, metrics, micro_batches, display)
     seed, settings = experiment.seed, experiment.eval

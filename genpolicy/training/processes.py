@@ -69,17 +69,17 @@ class Processes:
         return float(self.reduce(torch.tensor([value], dtype=torch.float64)))
 
     def sums(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The sums by name over all processes, of which some may have no name at all."""
+        """The sums by name over all processes; a process has nothing under a name that it lacks."""
         if self.count == 1:
             return dict(values)
-        # everybody learns the names from the process that has the most of them
+        # everybody learns the names of all
         written = "\n".join(values).encode()
         longest = int(self.gather(torch.tensor([len(written)])).max())
         if not longest:
             return {}
         padded = torch.tensor(list(written.ljust(longest)), dtype=torch.uint8)[None]
-        longest_row = max(bytes(row.tolist()).decode().rstrip() for row in self.gather(padded))
-        names = longest_row.split("\n")
+        rows = [bytes(row.tolist()).decode().rstrip() for row in self.gather(padded)]
+        names = list(dict.fromkeys(name for row in rows if row for name in row.split("\n")))
         mine = torch.tensor([values.get(name, 0.0) for name in names], dtype=torch.float64)
         return dict(zip(names, self.reduce(mine).tolist(), strict=True))
 

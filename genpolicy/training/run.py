@@ -32,7 +32,7 @@ from genpolicy.training.checkpoint import RunState, Stateful
 from genpolicy.training.collector import Collector
 from genpolicy.training.deployment import Deployment
 from genpolicy.training.draws import Draws
-from genpolicy.training.evaluator import EpisodeEvaluator, Evaluator
+from genpolicy.training.evaluator import Evaluator
 from genpolicy.training.learner import Learner
 from genpolicy.training.optimizer import Optimizer
 from genpolicy.training.redraw import redrawn, require_groups
@@ -429,7 +429,6 @@ class Run:
         any others that the run collects; of one ``name`` they always begin from the same starts.
         """
         seed = reset_seed(self.experiment.seed, name, -1 % 2**32)
-        assert isinstance(self.evaluator, EpisodeEvaluator)
         return self.evaluator.try_out(self.deployed, self.processes, self.metrics, episodes, seed)
 
     def show(self, rollout: Rollout, advantage: Tensor) -> None:

@@ -43,6 +43,8 @@ class ActionValue:
         towards the policy that acted (docs/rl100.md).
     lr: learning rate of Q and V. batch: decisions per update, of all processes together.
     support: see `Critic`.
+    acts: True where Q becomes a part of the policy once it has learned; the part then has its state,
+        and what it begins with follows from the run's seed.
 
     Networks and optimiser are saved and resumed with the run.
     """
@@ -60,6 +62,7 @@ class ActionValue:
         lr: float = 3e-4,
         batch: int = 256,
         support: Support | None = None,
+        acts: bool = False,
     ) -> None:
         self.run = run
         self.gamma = gamma
@@ -77,7 +80,9 @@ class ActionValue:
         self.optimizer = run.new_optimizer(
             parameters, OptimizerConfig(lr=lr, weight_decay=0.0, max_grad_norm=10.0)
         )
-        run.register(q=self.q, q_target=self.target, v=self.v, q_optimizer=self.optimizer)
+        run.register(q_target=self.target, v=self.v, q_optimizer=self.optimizer)
+        if not acts:
+            run.register(q=self.q)
 
     def lower(self, critic: Critic, features: Tensor, event: Tensor) -> Tensor:
         """The pessimistic value of decisions, [B]: features [B,D], event [B,*E]."""

@@ -113,6 +113,7 @@ class Offline:
             monte_carlo=self.monte_carlo,
             members=self.members,
             pessimism=self.pessimism,
+            acts=True,
         )
         evaluation = OfflineEvaluation(
             run, value, horizon=self.horizon, starts=self.starts, caution=self.caution
