@@ -114,7 +114,7 @@ def weights(module: torch.nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Statistics:
-    """As much of a data set as a fresh model asks for: shapes, and values of unit spread."""
+    """The part of a data set that a fresh model asks for: shapes, and values of unit spread."""
 
     shapes: dict[str, tuple[int, ...]]
 
@@ -180,8 +180,8 @@ def require_same_steps(
 
 
 def sampling(repeats: int) -> Iterator[Comparison]:
-    """From the normalised observation to the chunk and the kept steps, noise drawn on both sides:
-    ours row by row from a counter, DPPO's from torch's stream.
+    """Times the way from the normalised observation to the chunk and the kept steps. Both sides
+    draw their noise: ours row by row from a counter, DPPO's from torch's stream.
     """
     for hidden, blocks in ((512, 1), (256, 2)):
         policy = small_policy(hidden, blocks)

@@ -47,8 +47,8 @@ SMALL = {
     "critic_epochs": 1,
     "model_updates": 2,
 }
-"""What whole numbers of these names become, in a method's settings and in the settings of its
-stages: little to do, and one update per rollout.
+"""The values that whole numbers of these names take, in a method's settings and in the settings of
+its stages: little to do, and one update per rollout.
 """
 
 

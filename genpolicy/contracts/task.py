@@ -18,7 +18,9 @@ the oldest frame first; images are [C,H,W] in [0,1].
 
 @dataclass(frozen=True)
 class Context:
-    """The questions to B rows: their prompts (for robots: instructions), and what the robot sees."""
+    """The questions to B rows: their prompts (for robots: instructions),
+    and what the robot sees.
+    """
 
     prompts: Sequence[str]
     observation: Observation = field(default_factory=dict)
@@ -83,7 +85,9 @@ class Environments(Protocol):
         ...
 
     def step(self, slots: Sequence[int], actions: Tensor) -> TaskStep:
-        """Take the actions Float[n,T,D] of the n slots, each until its chunk or its episode ends."""
+        """Take the actions Float[n,T,D] of the n slots,
+        each until its chunk or its episode ends.
+        """
         ...
 
     def render(self, slot: int) -> Any:
@@ -147,7 +151,9 @@ def is_control(task: Task | ControlTask) -> TypeGuard[ControlTask]:
 
 
 def read_prompts(path: str) -> tuple[str, ...]:
-    """The non-empty lines of a prompt file. Raises with one sentence if it is missing or has none."""
+    """The non-empty lines of a prompt file.
+    Raises with one sentence if it is missing or has none.
+    """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"prompt file {path} does not exist")

@@ -66,7 +66,8 @@ def require_trainable(chain: ChainConfig) -> None:
     """Raise `ConfigError` for a sampler that acts but can't be trained."""
     if chain.best_of > 1:
         raise ConfigError(
-            f"chain: best_of is {chain.best_of}, and what is picked from several samples has no likelihood to train on:"
+            f"chain: best_of is {chain.best_of}, and what is picked from several samples has no"
+            " likelihood to train on:"
             " leave it at 1, and set eval.sampler.best_of for the sampler that is deployed"
         )
 
@@ -146,7 +147,9 @@ def without_last_noise(sampler: ChainConfig) -> ChainConfig:
 
 
 def resampled(own: Mapping[str, Any], overrides: Mapping[str, Any]) -> ChainConfig:
-    """A sampler with some keys replaced; a window that was the whole chain stays the whole chain."""
+    """A sampler with some keys replaced;
+    a window that was the whole chain stays the whole chain.
+    """
     merged = decode(ChainConfig, {**own, **overrides}, "the sampler")
     if "window" not in overrides and merged.window == (0, own.get("steps")):
         return replace(merged, window=(0, merged.steps))
