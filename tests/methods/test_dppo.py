@@ -36,6 +36,12 @@ SHORT = {"name": "tests.toy_control:Point", "limit": 4}
 SMALL = {"name": "dppo", "episodes": 8, "warm_up": 0, "minibatch": 32, "epochs": 2}
 
 
+def small_run(folder, pretrained, chain):
+    """A run of DPPO with little to do, from a policy's folder."""
+    policy = {"name": "mlp", "pretrained": pretrained}
+    return prepared(folder, policy=policy, chain=chain, method=SMALL, task=SHORT)
+
+
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
     """Folders of policies, by family, that walk slowly."""
@@ -405,13 +411,7 @@ def test_steps_before_the_window_stay_the_old_policys(tmp_path, slow):
 
 
 def test_a_saved_policy_with_a_base_acts_as_the_one_that_was_saved(tmp_path, slow):
-    run, method = prepared(
-        tmp_path,
-        policy={"name": "mlp", "pretrained": slow["vp"]},
-        chain=TEN,
-        method=SMALL,
-        task=SHORT,
-    )
+    run, method = small_run(tmp_path, slow["vp"], TEN)
     require_chain("dppo", Needs(likelihoods=True), run.policy)
     freeze_base(run)
     base = run.policy.parts["base"]
@@ -436,13 +436,7 @@ def test_a_saved_policy_with_a_base_acts_as_the_one_that_was_saved(tmp_path, slo
 
 
 def test_the_base_acts_in_the_rollout_and_its_steps_are_not_trained(tmp_path, slow):
-    run, method = prepared(
-        tmp_path,
-        policy={"name": "mlp", "pretrained": slow["vp"]},
-        chain=TEN,
-        method=SMALL,
-        task=SHORT,
-    )
+    run, method = small_run(tmp_path, slow["vp"], TEN)
     freeze_base(run)
     for parameter in run.trainable:
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -470,13 +464,7 @@ def test_without_a_window_there_is_no_base(tmp_path):
 
 def test_only_the_steps_of_the_window_have_gradients(tmp_path, slow):
     """The base is outside the graph: at its steps the learning network gets nothing."""
-    run, _ = prepared(
-        tmp_path,
-        policy={"name": "mlp", "pretrained": slow["vp"]},
-        chain=TEN,
-        method=SMALL,
-        task=SHORT,
-    )
+    run, _ = small_run(tmp_path, slow["vp"], TEN)
     freeze_base(run)
     rollout = run.collect(8, 1)
     chains, grid = rollout.trajectory, run.policy.chain.grid
@@ -492,13 +480,7 @@ ONE = {"steps": 6, "kernel": {"name": "sde", "a": 0.7}, "window": [0, 5], "windo
 
 
 def test_one_random_step_of_a_flow_is_drawn_scored_and_replayed(tmp_path, slow):
-    run, method = prepared(
-        tmp_path,
-        policy={"name": "mlp", "pretrained": slow["flow"]},
-        chain=ONE,
-        method=SMALL,
-        task=SHORT,
-    )
+    run, method = small_run(tmp_path, slow["flow"], ONE)
     require_chain("dppo", Needs(likelihoods=True), run.policy)
     drawn = []
     for iteration in range(1, 25):
@@ -529,13 +511,7 @@ def test_only_the_drawn_step_is_noisy(tmp_path, slow):
     """Every other step is the ODE:
     from the state after it the rest of the chain is a function of that state.
     """
-    run, _ = prepared(
-        tmp_path,
-        policy={"name": "mlp", "pretrained": slow["flow"]},
-        chain=ONE,
-        method=SMALL,
-        task=SHORT,
-    )
+    run, _ = small_run(tmp_path, slow["flow"], ONE)
     policy = run.policy.with_window((2, 3))
     context, _, _ = Recorded(episodes=4).rows(torch.arange(5), 1, range(2))
     condition = policy.model.encode(context)
