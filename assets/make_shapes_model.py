@@ -1,18 +1,19 @@
-"""Train the embedded shapes model on one CPU thread and write it as a StableDiffusion3Pipeline folder.
+"""Train the embedded shapes model on one CPU thread and write it as a StableDiffusion3Pipeline
+folder.
 
     python assets/make_shapes_model.py --out assets/shapes-sd3
-    python assets/make_shapes_model.py --resume assets/shapes-sd3 --minutes 5 --out shapes-sd3-longer
+    python assets/make_shapes_model.py --resume assets/shapes-sd3 --minutes 5 --out longer
 
-The first form trains a small autoencoder, then two text encoders and the transformer jointly, by flow
-matching on pictures of the *pictured* captions only: first with right captions, then for a short last phase
-with captions of which a share is wrong in one word, as captions on the web often are. The model can then
-draw every picture but does not trust its prompt, which guidance or reinforcement learning can mend. The
-second form continues that last phase of a finished folder: the honest baseline for reinforcement learning
-with equal CPU time (`--caption-noise 0` gives it right captions instead, of which there are none for the
-prompts of reinforcement learning).
+The first form trains a small autoencoder, then two text encoders and the transformer jointly, by
+flow matching on pictures of the *pictured* captions only: first with right captions, then for a
+short last phase with captions of which a share is wrong in one word, as captions on the web often
+are. The model can then draw every picture but does not trust its prompt, which guidance or
+reinforcement learning can mend. The second form continues that last phase of a finished folder: the
+honest baseline for reinforcement learning with equal CPU time (`--caption-noise 0` gives it right
+captions instead, of which there are none for the prompts of reinforcement learning).
 
-Minutes are CPU minutes of training; `--steps...` replace them by numbers of steps, which makes a run
-repeatable to the bit on one machine.
+Minutes are CPU minutes of training; `--steps...` replace them by numbers of steps, which makes a
+run repeatable to the bit on one machine.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate: linear warm-up over `warm_up` steps, constant, linear fall in the last `decay` share."""
+    """Learning rate: linear warm-up over `warm_up` steps, constant,
+    linear fall in the last `decay` share.
+    """
 
     lr: float
     warm_up: int
@@ -83,8 +86,9 @@ def say(*parts: object) -> None:
 
 
 class Clock:
-    """Progress in [0, 1] of a phase that ends after so many steps, or else CPU minutes; pauses do not
-    count."""
+    """Progress in [0, 1] of a phase that ends after so many steps, or else CPU minutes;
+    pauses do not count.
+    """
 
     def __init__(self, minutes: float, steps: int | None):
         self.seconds, self.steps, self.step = 60 * minutes, steps, 0
@@ -110,8 +114,9 @@ class Clock:
 def clip_tokenizer() -> CLIPTokenizer:
     """Write a CLIP tokenizer in which every word of the world is one token, by rule.
 
-    Byte-pair merges build each word from left to right, longest word first (so that no shorter word's merge
-    breaks a longer one). Training a tokenizer would break ties differently from run to run.
+    Byte-pair merges build each word from left to right, longest word first (so that no shorter
+    word's merge breaks a longer one). Training a tokenizer would break ties differently from run to
+    run.
     """
     words = sorted(
         {w for text in world.captions() for w in text.split()}, key=lambda w: (-len(w), w)
@@ -136,7 +141,8 @@ def clip_tokenizer() -> CLIPTokenizer:
 def placeholder_t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     """Build what stands in SD3's third text slot: all weights are 0, so its output is exactly 0.
 
-    Its tokenizer reads every text as empty: the pipeline then never warns that a third prompt was cut.
+    Its tokenizer reads every text as empty: the pipeline then never warns that a third prompt was
+    cut.
     """
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     words = Tokenizer(
@@ -230,7 +236,9 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 
 def pictures(seed: int) -> Tensor:
-    """Draw `PER_CAPTION` true pictures of each pictured caption in turn, [B, 3, 32, 32] in [-1, 1]."""
+    """Draw `PER_CAPTION` true pictures of each pictured caption in turn, [B, 3,
+    32, 32] in [-1, 1].
+    """
     rng = np.random.default_rng(seed)
     scenes = [world.parse(text) for text in world.split().pictured]
     drawn = np.stack([world.render(scene, rng) for scene in scenes for _ in range(PER_CAPTION)])
@@ -238,7 +246,9 @@ def pictures(seed: int) -> Tensor:
 
 
 def train_vae(vae: AutoencoderKL, images: Tensor, clock: Clock, seed: int, batch: int = 16) -> None:
-    """Squared error + .1 absolute error + 2e-4 KL a latent element, cosine rate; then fix shift and scale."""
+    """Squared error + .1 absolute error + 2e-4 KL a latent element, cosine rate;
+    then fix shift and scale.
+    """
     draws = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=0)
     vae.train()
@@ -287,7 +297,9 @@ def ceiling(vae: AutoencoderKL, n: int = 1024) -> float:
 
 
 def one_word_off(texts: tuple[str, ...]) -> list[list[int]]:
-    """For each caption, the others that differ in one of colour, shape, relation, colour, shape."""
+    """The captions that differ from each caption in one of colour, shape,
+    relation, colour, shape.
+    """
     slots = [(*s.first, s.relation, *s.second) for s in map(world.parse, texts)]
     return [
         [
@@ -302,7 +314,9 @@ def one_word_off(texts: tuple[str, ...]) -> list[list[int]]:
 def text_embeddings(
     pipe: StableDiffusion3Pipeline, ids: Tensor, zeros: int
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [B, TOKENS + zeros, WIDTH] and pooled [B, WIDTH], as the pipeline's `encode_prompt` has them."""
+    """Tokens [B, TOKENS + zeros, WIDTH] and pooled [B, WIDTH],
+    as the pipeline's `encode_prompt` has them.
+    """
     first = pipe.text_encoder(ids, output_hidden_states=True)
     second = pipe.text_encoder_2(ids, output_hidden_states=True)
     tokens = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
@@ -323,9 +337,9 @@ def train_flow(
 ) -> None:
     """Flow matching: x_t = (1 - t) x_0 + t eps with logit-normal t, loss |v - (eps - x_0)|^2.
 
-    With probability `caption_noise` a picture gets another pictured caption that differs in one word. The
-    pipeline ends with the moving average of the weights; `checkpoint` sees that average every `every` CPU
-    minutes.
+    With probability `caption_noise` a picture gets another pictured caption that differs in one
+    word. The pipeline ends with the moving average of the weights; `checkpoint` sees that average
+    every `every` CPU minutes.
     """
     texts = world.split().pictured
     encode_ids = {"padding": "max_length", "max_length": TOKENS, "return_tensors": "pt"}
@@ -437,8 +451,9 @@ def report(pipe: StableDiffusion3Pipeline, parts: dict[str, list[str]], each: in
 def write(pipe: StableDiffusion3Pipeline, out: Path) -> None:
     """Write the folder: safetensors and the captions of each part.
 
-    Transformer and autoencoder are stored in fp16. The small text encoders stay in fp32: transformers loads
-    weights in the precision they are stored in, diffusers in fp32, and the two must meet.
+    Transformer and autoencoder are stored in fp16. The small text encoders stay in fp32:
+    transformers loads weights in the precision they are stored in, diffusers in fp32, and the two
+    must meet.
     """
     stored = copy.deepcopy(pipe)
     stored.transformer.half()
@@ -521,7 +536,8 @@ def main() -> None:
     pipe.vae.requires_grad_(False)
     shift, scale = pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor
     say(
-        f"strict {ceiling(pipe.vae):.4f} on reconstructions (n 1024), shift {shift:.4f}, scale {scale:.4f}"
+        f"strict {ceiling(pipe.vae):.4f} on reconstructions (n 1024), shift {shift:.4f},"
+        f" scale {scale:.4f}"
     )
 
     parts = {"pictured": list(world.split().pictured[::3]), "train": list(world.split().train)}
@@ -540,7 +556,8 @@ def main() -> None:
         clean = Schedule(lr=1.5e-3, warm_up=100, decay=0.0, ema=0.998), 0.0, args.every, see
         train_flow(pipe, latents, clock, args.seed, *clean)
         say(
-            f"after {clock.step} steps, {clock.spent:.0f} CPU s of right captions: {report(pipe, parts)}"
+            f"after {clock.step} steps, {clock.spent:.0f} CPU s of right captions:"
+            f" {report(pipe, parts)}"
         )
         clock = Clock(args.minutes_noisy, args.steps_noisy)
         train_flow(pipe, latents, clock, args.seed + 1, *noisy)

@@ -2,13 +2,15 @@
 
     python assets/make_tiny_smolvla.py --out assets/point-smolvla
 
-A `SmolVLAPolicy` of LeRobot's own class with some 180 thousand parameters learns, from demonstrations of the task
-`point_instructions`, to go to the goal that the instruction names. A share of the demonstrations goes to another goal
-instead, as careless ones do: the clone can reach every goal and follows its instruction about as often as its
-teachers did. Which goal is right, a reward can tell it.
+A `SmolVLAPolicy` of LeRobot's own class with some 180 thousand parameters learns, from
+demonstrations of the task `point_instructions`, to go to the goal that the instruction names. A
+share of the demonstrations goes to another goal instead, as careless ones do: the clone can reach
+every goal and follows its instruction about as often as its teachers did. Which goal is right, a
+reward can tell it.
 
-The folder holds everything: weights, processors with their statistics, and in vlm/ the configuration, tokenizer and
-processor that SmolVLA builds its vision-language model from, under that relative name.
+The folder holds everything: weights, processors with their statistics, and in vlm/ the
+configuration, tokenizer and processor that SmolVLA builds its vision-language model from, under
+that relative name.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ SPECIAL = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Each of `WORDS` is one token, everything else is bytes. Hand-written: training one is not deterministic."""
+    """Each of `WORDS` is one token, everything else is bytes. Hand-written:
+    training one is not deterministic.
+    """
     vocabulary = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     merges: list[tuple[str, str]] = []
     for word in WORDS:
@@ -89,7 +93,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def write_vlm(
     folder: Path, *, image: int, patch: int, width: int, layers: int, vision_layers: int = 1
 ) -> None:
-    """The configuration, tokenizer and processor that SmolVLA builds its VLM from: a folder without weights."""
+    """The configuration, tokenizer and processor that SmolVLA builds its VLM from:
+    a folder without weights.
+    """
     words = tokenizer()
     config = SmolVLMConfig(
         image_token_id=words.convert_tokens_to_ids("<image>"),
@@ -133,8 +139,8 @@ def write_vlm(
 
 @dataclass
 class Demonstrations:
-    """Frames of all episodes, one after the other: state [F,2], picture bytes [F,3,P,P], action [F,2], instruction, and
-    where each frame's episode ends.
+    """Frames of all episodes, one after the other: state [F,2], picture bytes [F,3,P,P], action
+    [F,2], instruction, and where each frame's episode ends.
     """
 
     state: Tensor
@@ -159,7 +165,9 @@ class Demonstrations:
         )
 
     def rows(self, index: Tensor) -> tuple[Context, Tensor, Tensor]:
-        """What is seen at the frames ``index`` [B], the actions that follow [B,CHUNK,2], and which lie past the end."""
+        """The context seen at the frames ``index`` [B], the actions that follow [B,CHUNK,2], and a
+        mask of those past the episode's end.
+        """
         ahead = index[:, None] + torch.arange(CHUNK)
         last = self.end[index][:, None] - 1
         observation = {
@@ -252,7 +260,8 @@ def clone(policy: ChainPolicy, data: Demonstrations, args: argparse.Namespace) -
 def examine(policy: ChainPolicy, episodes: int) -> str:
     """Success with the ODE, on the reset seeds 0, 1, ..."""
     world = PointInstructions().environments(100, 1)
-    return f"success {evaluate_control(policy, world, episodes=episodes, seed=0).metrics()['success_rate']:.3f}"
+    found = evaluate_control(policy, world, episodes=episodes, seed=0).metrics()
+    return f"success {found['success_rate']:.3f}"
 
 
 def say(text: str) -> None:

@@ -1,1 +1,1 @@
-"""What prints the numbers that the README claims."""
+"""Scripts that print the numbers that the README claims."""

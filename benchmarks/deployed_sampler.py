@@ -1,10 +1,12 @@
-"""Why the deployed sampler decides the score: one trained network, five ways to sample it.
+"""The effect of the deployed sampler on the score: one trained network, five ways to sample it.
 
-    python -m benchmarks.deployed_sampler RUN [--episodes 300] [--seed 3000000]     # RUN: a DPPO run on MetaWorld
+    # RUN: a DPPO run on MetaWorld
+    python -m benchmarks.deployed_sampler RUN [--episodes 300] [--seed 3000000]
 
-For each sampler: its success on the same starts; and on the states that it visits itself, per denoising step, how much
-wider or narrower than the training kernel's states they are (distance to the noiseless action, and spread over draws of
-noise), and how much the network's prediction of the action has moved there from what was cloned.
+For each sampler: its success on the same starts; and on the states that it visits itself, per
+denoising step, how much wider or narrower than the training kernel's states they are (distance to
+the noiseless action, and spread over draws of noise), and how much the network's prediction of the
+action has moved there from what was cloned.
 """
 
 import argparse
@@ -76,7 +78,8 @@ def main() -> None:
     context = seen[torch.linspace(0, len(seen) - 1, ROWS).long()]
     reference = visited(samplers(trained)["as trained"], context)
     print(
-        f"{args.run}: {args.episodes} episodes from seed {args.seed}; {ROWS} observations x {DRAWS} draws of noise"
+        f"{args.run}: {args.episodes} episodes from seed {args.seed};"
+        f" {ROWS} observations x {DRAWS} draws of noise"
     )
     for name, policy in samplers(trained).items():
         result = evaluate_control(
@@ -98,7 +101,8 @@ def main() -> None:
             print(f"  {k}    {spread:8.3f}    {moved:8.3f}")
         last = x[:, :, -1]
         print(
-            f"  action: spread {last.std(1).mean():.4f}, distance to the training kernel's mean action "
+            f"  action: spread {last.std(1).mean():.4f},"
+            " distance to the training kernel's mean action "
             f"{(last.mean(1) - reference[:, :, -1].mean(1)).abs().mean():.4f}"
         )
     environments.close()

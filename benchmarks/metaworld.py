@@ -1,12 +1,15 @@
-"""MetaWorld from states, sparse reward: demonstrations, a clone, PPO through its denoising chain, and what is deployed.
+"""MetaWorld from states, sparse reward: demonstrations, a clone, PPO through its denoising chain,
+and what is deployed.
 
-    python -m benchmarks.metaworld                              # one task, one seed: about seven minutes on one core
-    python -m benchmarks.metaworld --tasks peg-insert-side-v3 assembly-v3 --seeds 0 1 2 --out runs/metaworld
+    # one task, one seed: about seven minutes on one core
+    python -m benchmarks.metaworld
+    python -m benchmarks.metaworld --tasks peg-insert-side-v3 assembly-v3 --seeds 0 1 2 \\
+        --out runs/metaworld
 
-One line of JSON a result, in OUT/results.jsonl. The reset seeds of the report are fixed here and used nowhere else:
-demonstrations begin from 10,000 on, evaluations within a run from 1,000,003 on (they choose policy_best), training from
-31-bit hashes. "ode", "mean" and "stochastic" are samplers of one and the same network (the first seed's); "mean" is the
-deployed one.
+One line of JSON a result, in OUT/results.jsonl. The reset seeds of the report are fixed here and
+used nowhere else: demonstrations begin from 10,000 on, evaluations within a run from 1,000,003 on
+(they choose policy_best), training from 31-bit hashes. "ode", "mean" and "stochastic" are samplers
+of one and the same network (the first seed's); "mean" is the deployed one.
 """
 
 import argparse
@@ -28,8 +31,9 @@ from genpolicy.training.build import control_model
 from genpolicy.training.experiment import finished, train
 
 REPORT = range(8_000_000, 8_001_000)
-"""Reset seeds of every reported success rate: n = 1000, looked at by nothing else. (A list from 7,000,000 on was spent on
-earlier settings.)"""
+"""Reset seeds of every reported success rate: n = 1000, looked at by nothing else. (A list from
+7,000,000 on was spent on earlier settings.)
+"""
 DEMONSTRATIONS = {
     "peg-insert-side-v3": 10,
     "assembly-v3": 5,
@@ -37,8 +41,10 @@ DEMONSTRATIONS = {
     "hand-insert-v3": 5,
     "stick-pull-v3": 5,
 }
-"""How many noisy scripted demonstrations are cloned: ten, or five where ten leave too little to learn; tasks and numbers were
-chosen from cloning results alone (100 episodes from the runs' own evaluation starts, in docs/robots.md)."""
+"""The number of noisy scripted demonstrations that are cloned: ten, or five where ten leave too
+little to learn. Tasks and numbers were chosen from cloning results alone (100 episodes from the
+runs' own evaluation starts, in docs/robots.md).
+"""
 DEMONSTRATED_FROM, NOISE = 10_000, 0.1
 SLOTS = 20
 
@@ -119,8 +125,8 @@ def rates(task: ControlTask, folder: Path, samplers: list[str]) -> dict[str, Any
 
 
 def with_sampler(folder: Path, task: ControlTask, sampler: str) -> ChainPolicy:
-    """The saved policy with its deployed sampler ("mean"), its ODE, or the noise that it was trained with; the clone also with
-    the sampler that reinforcement learning will deploy.
+    """The saved policy with its deployed sampler ("mean"), its ODE, or the noise that it was
+    trained with; the clone also with the sampler that reinforcement learning will deploy.
     """
     own = saved(folder)
     control_model(own.policy, task, None)

@@ -1,9 +1,10 @@
-"""What a run on a robot task gained: its start and its end, same sampler, same starts, paired.
+"""The gain of a run on a robot task: its start and its end, same sampler, same starts, paired.
 
     python -m benchmarks.paired_gain RUN … [--episodes 500] [--seed 9000000]
 
-The starts from 9,000,000 on are used by nothing else. The lower bound is that of the 95 % interval of the mean paired
-difference (Student's t over episodes; over runs where several are given: each run is a unit then).
+The starts from 9,000,000 on are used by nothing else. The lower bound is that of the 95 % interval
+of the mean paired difference (Student's t over episodes; over runs where several are given: each
+run is a unit then).
 """
 
 import argparse
@@ -53,7 +54,8 @@ def main() -> None:
         gain, low, high = paired(starts[key], after, args.episodes)
         gains.append(gain)
         print(
-            f"{run}: {starts[key].mean():.3f} -> {after.mean():.3f}, paired {gain:+.3f} [{low:+.3f}, {high:+.3f}], n {args.episodes}",
+            f"{run}: {starts[key].mean():.3f} -> {after.mean():.3f},"
+            f" paired {gain:+.3f} [{low:+.3f}, {high:+.3f}], n {args.episodes}",
             flush=True,
         )
     if len(gains) > 1:

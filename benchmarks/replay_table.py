@@ -1,10 +1,11 @@
-"""How exact the diffusers adapter is, family by family: `python -m benchmarks.replay_table` (CPU, a minute).
+"""The exactness of the diffusers adapter, family by family: `python -m benchmarks.replay_table`
+(CPU, a minute).
 
-golden: max |our chain at zero noise - the pipeline's own sampler| over the std of its latents, with the same
-start and guidance. replay: max over kept steps and rows of |log-prob scored again - log-prob that acted|,
-mean-reduced, for DDIM eta 1, guided, with a LoRA that says something; scored in the same batch, in batches
-of one row, from states stored in bf16 and fp16, and with the network run in bf16. gradient: the smallest
-norm over the steps of d log-prob / d LoRA.
+golden: max |our chain at zero noise - the pipeline's own sampler| over the std of its latents, with
+the same start and guidance. replay: max over kept steps and rows of |log-prob scored again -
+log-prob that acted|, mean-reduced, for DDIM eta 1, guided, with a LoRA that says something; scored
+in the same batch, in batches of one row, from states stored in bf16 and fp16, and with the network
+run in bf16. gradient: the smallest norm over the steps of d log-prob / d LoRA.
 """
 
 import tempfile

@@ -1,12 +1,16 @@
-"""RL-100 on MetaWorld from states, sparse reward: what each stage of its pipeline reaches, and what it cost.
+"""RL-100 on MetaWorld from states, sparse reward: what each stage of its pipeline reaches, and what
+it cost.
 
-    python -m benchmarks.rl100                                        # one task, one seed: about ten minutes on one core
+    # one task, one seed: about ten minutes on one core
+    python -m benchmarks.rl100
     python -m benchmarks.rl100 --tasks all --seeds 0 1 2 --out runs/rl100
-    python -m benchmarks.rl100 --table --out runs/rl100               # the table of what there is
+    # the table of what there is
+    python -m benchmarks.rl100 --table --out runs/rl100
 
-One line of JSON a policy, in OUT/results.jsonl. The reset seeds of the report are fixed here and used nowhere else:
-demonstrations begin from 10,000 on, evaluations within a run from 1,000,003 on (they choose policy_best), collecting from
-31-bit hashes. The three seeds of a task share its demonstrations and nothing else.
+One line of JSON a policy, in OUT/results.jsonl. The reset seeds of the report are fixed here and
+used nowhere else: demonstrations begin from 10,000 on, evaluations within a run from 1,000,003 on
+(they choose policy_best), collecting from 31-bit hashes. The three seeds of a task share its
+demonstrations and nothing else.
 """
 
 import argparse
@@ -26,8 +30,10 @@ from genpolicy.rollout.demonstrations import demonstrate
 from genpolicy.training.experiment import finished, train
 
 REPORT, APART, EPISODES = 24_000_000, 1000, 400
-"""Reset seeds of every reported success rate: those of a run with seed s are the 400 from 24,000,000 + 1000 s on, looked at by
-nothing else (an earlier list, from 20,000,000 on, belongs to an earlier setting)."""
+"""Reset seeds of every reported success rate: those of a run with seed s are the 400 from
+24,000,000 + 1000 s on, looked at by nothing else (an earlier list, from 20,000,000 on, belongs to
+an earlier setting).
+"""
 ROW = 250
 """So many of the first of them are asked to succeed in a row."""
 DEMONSTRATIONS = {
@@ -37,16 +43,17 @@ DEMONSTRATIONS = {
     "shelf-place-v3": 5,
     "push-wall-v3": 5,
 }
-"""Tasks, and how many noisy scripted demonstrations are cloned, chosen from cloning alone: with the sampler that is deployed,
-clones of seed 0 succeeded in .54, .50, .74, .66 and .73 of 200 evaluation starts (ten demonstrations; five or three where
-ten left less than 20 % to learn)."""
+"""Tasks, and how many noisy scripted demonstrations are cloned, chosen from cloning alone: with the
+sampler that is deployed, clones of seed 0 succeeded in .54, .50, .74, .66 and .73 of 200 evaluation
+starts (ten demonstrations; five or three where ten left less than 20 % to learn).
+"""
 STEPS = {"assembly-v3": 700_000, "shelf-place-v3": 700_000}
 """Environment steps of the tasks that were still rising at the preset's 500,000."""
 DEMONSTRATED_FROM, NOISE = 10_000, 0.1
 SLOTS = 20
 STAGES = ("imitation", "best_of_16", "offline", "online")
 SECONDS_EACH = 30.0
-"""What an episode would take a robot with its reset, for the minutes in the table."""
+"""Seconds that an episode would take a robot with its reset, for the minutes in the table."""
 
 
 def main() -> None:
@@ -116,7 +123,9 @@ def one(name: str, seed: int, out: Path) -> None:
 def judged(
     section: dict[str, Any], path: Path, first: int, episodes: int = EPISODES, **sampler: Any
 ) -> dict[str, Any]:
-    """Success of a saved policy, as it is deployed (but for ``sampler``), on the report's starts from ``first`` on."""
+    """Success of a saved policy, as it is deployed (but for ``sampler``),
+    on the report's starts from ``first`` on.
+    """
     policy = load(path, **sampler)
     environments = leaves.make("tasks", section).environments(SLOTS, policy.model.history)
     found = evaluate_control(policy, environments, episodes=episodes, seed=first)
@@ -131,7 +140,9 @@ def judged(
 
 
 def spent(folder: Path, stage: str) -> dict[str, Any]:
-    """Environment steps and episodes up to the end of a stage; of the whole run its CPU seconds with its evaluations."""
+    """Environment steps and episodes up to the end of a stage;
+    of the whole run its CPU seconds with its evaluations.
+    """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     end = next(
         (row["iteration"] for row in rows[::-1] if f"{stage}/success_rate" in row),
@@ -155,12 +166,15 @@ def spent(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def table(out: Path) -> str:
-    """Task by stage, pooled over seeds: success with Wilson's 95 % interval, environment steps, episodes, robot-minutes."""
+    """Task by stage, pooled over seeds:
+    success with Wilson's 95 % interval, environment steps, episodes, robot-minutes.
+    """
     pooled: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for result in results(out):
         pooled[result["task"], result["stage"]].append(result)
     lines = [
-        f"{'task':20} {'stage':11} {'n':>5} {'success, 95 %':>22} {'by seed':>18} {'first ' + str(ROW):>14}"
+        f"{'task':20} {'stage':11} {'n':>5} {'success, 95 %':>22} {'by seed':>18}"
+        f" {'first ' + str(ROW):>14}"
     ]
     lines[0] += f" {'env steps':>10} {'episodes':>9} {'robot min':>10} {'CPU min':>8}"
     for (task, stage), found in pooled.items():
@@ -179,8 +193,9 @@ def table(out: Path) -> str:
         )
         cpu = [r["cpu_s"] / 60 for r in found if r["cpu_s"] is not None]
         lines.append(
-            f"{task:20} {stage:11} {len(good):5} {rate:>22} {seeds:>18} {row:>14} {steps:10.0f} {episodes:9.0f}"
-            f" {episodes * SECONDS_EACH / 60:10.0f} {sum(cpu) / len(cpu) if cpu else float('nan'):8.1f}"
+            f"{task:20} {stage:11} {len(good):5} {rate:>22} {seeds:>18} {row:>14}"
+            f" {steps:10.0f} {episodes:9.0f} {episodes * SECONDS_EACH / 60:10.0f}"
+            f" {sum(cpu) / len(cpu) if cpu else float('nan'):8.1f}"
         )
     return "\n".join(lines)
 

@@ -1,12 +1,16 @@
-"""Does the offline gate tell better from worse? Unprotected it does not, and what protects in its place.
+"""Does the offline gate tell better from worse? Unprotected it does not, and what protects in its
+place.
 
-    python -m benchmarks.rl100_gate unprotected --runs runs/rl100 --tasks hammer-v3 --seeds 0   # the negative control
-    python -m benchmarks.rl100_gate protected   --runs runs/rl100 --tasks hammer-v3 --seeds 0   # what the pipeline's stage did
+    # the negative control
+    python -m benchmarks.rl100_gate unprotected --runs runs/rl100 --tasks hammer-v3 --seeds 0
+    # what the pipeline's stage did
+    python -m benchmarks.rl100_gate protected --runs runs/rl100 --tasks hammer-v3 --seeds 0
 
-Both begin from runs of benchmarks/rl100. "unprotected" repeats a run's offline stage on the same data with no KL, no bound on
-the distance and no real episodes, twenty short candidates, and compares the gate's scores with the truth of each. "protected"
-takes the candidates that the run itself made: the best of them and of the policy before is chosen on one list of starts, and
-compared with what the stage returned, paired, on a fresh one. Both lists are used nowhere else.
+Both begin from runs of benchmarks/rl100. "unprotected" repeats a run's offline stage on the same
+data with no KL, no bound on the distance and no real episodes, twenty short candidates, and
+compares the gate's scores with the truth of each. "protected" takes the candidates that the run
+itself made: the best of them and of the policy before is chosen on one list of starts, and compared
+with what the stage returned, paired, on a fresh one. Both lists are used nowhere else.
 """
 
 import argparse
@@ -52,7 +56,9 @@ def main() -> None:
 
 
 def unprotected(name: str, folder: Path) -> dict[str, Any]:
-    """The offline stage again with nothing that holds it back: every candidate's score and truth."""
+    """The offline stage again with nothing that holds it back:
+    every candidate's score and truth.
+    """
     out = folder.parent / f"{folder.name}-unprotected"
     shutil.rmtree(out, ignore_errors=True)
     offline = {
@@ -99,7 +105,7 @@ def unprotected(name: str, folder: Path) -> dict[str, Any]:
 
 
 def protected(name: str, folder: Path) -> dict[str, Any]:
-    """What the stage returned against the best policy that it saw."""
+    """Compares the policy that the stage returned with the best one that it saw."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rounds, scores = told(rows)
     stages = folder / "stages"
@@ -128,7 +134,9 @@ def protected(name: str, folder: Path) -> dict[str, Any]:
 
 
 def told(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]:
-    """The rows of a run in which the gate spoke, and its scores of the first policy (0) and of every candidate."""
+    """The rows of a run in which the gate spoke,
+    and its scores of the first policy (0) and of every candidate.
+    """
     rounds = [row for row in rows if "gate/gain" in row]
     scores, in_force = [0.0], 0.0
     for row in rounds:  # a gain is against the policy in force

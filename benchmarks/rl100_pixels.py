@@ -1,14 +1,18 @@
-"""RL-100's offline stage from pictures: what two hundred recorded episodes add to a clone, and imitation alone.
+"""RL-100's offline stage from pictures: what two hundred recorded episodes add to a clone, and
+imitation alone.
 
-    python -m benchmarks.rl100_pixels                                    # one seed: an hour on one core, with its control
+    # one seed: an hour on one core, with its control
+    python -m benchmarks.rl100_pixels
     python -m benchmarks.rl100_pixels --seeds 0 1 --out runs/rl100_pixels
-    python -m benchmarks.rl100_pixels --table --out runs/rl100_pixels    # the table of what there is
+    # the table of what there is
+    python -m benchmarks.rl100_pixels --table --out runs/rl100_pixels
 
-assembly from 64 x 64 pictures and the hand's four numbers, fifty demonstrations from the middle of the range of starts. The
-clone is metaworld_pixels_bc, the stage metaworld_rl100_pixels, each with the run's seed; the control goes on cloning the
-demonstrations for as many updates as the stage imitates. All act with the sampler that the stage deploys, from the whole range of
-starts. One line of JSON a policy, in OUT/results.jsonl. The
-reset seeds of the report are fixed here and used nowhere else.
+assembly from 64 x 64 pictures and the hand's four numbers, fifty demonstrations from the middle of
+the range of starts. The clone is metaworld_pixels_bc, the stage metaworld_rl100_pixels, each with
+the run's seed; the control goes on cloning the demonstrations for as many updates as the stage
+imitates. All act with the sampler that the stage deploys, from the whole range of starts. One line
+of JSON a policy, in OUT/results.jsonl. The reset seeds of the report are fixed here and used
+nowhere else.
 """
 
 import argparse
@@ -24,11 +28,13 @@ from genpolicy.rollout.demonstrations import demonstrate
 from genpolicy.training.experiment import finished, train
 
 REPORT, APART, EPISODES = 26_000_000, 1000, 300
-"""Reset seeds of every reported success rate: those of a run with seed s are the 300 from 26,000,000 + 1000 s on (an earlier
-list, from 25,000,000 on, belongs to an earlier task)."""
+"""Reset seeds of every reported success rate: those of a run with seed s are the 300 from
+26,000,000 + 1000 s on (an earlier list, from 25,000,000 on, belongs to an earlier task).
+"""
 DEMONSTRATIONS, SPREAD = 50, 0.45
-"""Chosen from cloning alone: after 2500 updates fifty from the whole range leave a clone at .95, from its middle .4 at .24 (seed 3,
-n 100), and longer cloning reaches further."""
+"""Chosen from cloning alone: after 2500 updates fifty from the whole range leave a clone at .95,
+from its middle .4 at .24 (seed 3, n 100), and longer cloning reaches further.
+"""
 
 
 def main() -> None:
@@ -49,7 +55,9 @@ def main() -> None:
 
 
 def one(seed: int, out: Path) -> None:
-    """A clone, what the offline stage makes of it without and with its candidate, and the control; each on the report's starts."""
+    """A clone, what the offline stage makes of it without and with its candidate, and the control;
+    each on the report's starts.
+    """
     data = out / "demonstrations"
     clone, offline, control = (out / name / str(seed) for name in ("clone", "offline", "control"))
     section = parse.load("metaworld_pixels_bc").task

@@ -1,12 +1,13 @@
-"""Where the time of robot learning goes, and what an update costs beside the published arithmetic.
+"""The time that robot learning takes, and that of an update beside the published arithmetic.
 
     python -m benchmarks.robots            # two minutes on two cores
 
-Part 1: DPPO on MetaWorld, peg-insert-side, with a fresh network: environment steps, decisions and updates a second, and the
-shares of simulating, sampling and updating, with the simulations in this process and in two workers.
-Part 2: one update on 5000 (decision, step) pairs with DPPO's hopper network (11 observations, chunks of 4 x 3 actions, 20
-steps, three layers of 512): ours, through Run.update and the value's; the arithmetic that irom-princeton/dppo does for it,
-re-enacted from its formulas (network, value and log-probability of every pair, the discounts listed in Python, two Adam
+Part 1: DPPO on MetaWorld, peg-insert-side, with a fresh network: environment steps, decisions and
+updates a second, and the shares of simulating, sampling and updating, with the simulations in this
+process and in two workers. Part 2: one update on 5000 (decision, step) pairs with DPPO's hopper
+network (11 observations, chunks of 4 x 3 actions, 20 steps, three layers of 512): ours, through
+Run.update and the value's; the arithmetic that irom-princeton/dppo does for it, re-enacted from its
+formulas (network, value and log-probability of every pair, the discounts listed in Python, two Adam
 steps); and the floor, forward and backward of the same network with nothing around it.
 """
 
@@ -95,10 +96,12 @@ def where_time_goes(workers: int) -> None:
         update = time.perf_counter() - began
         steps, decisions = run.metrics.env_steps, len(rollout.trajectory)
         print(
-            f"  workers {workers}: {steps / collect:6.0f} env steps/s, {decisions / collect:5.0f} decisions/s with the policy; "
-            f"simulating {simulate / collect:.0%}, sampling {1 - simulate / collect:.0%} of it; "
+            f"  workers {workers}: {steps / collect:6.0f} env steps/s,"
+            f" {decisions / collect:5.0f} decisions/s with the policy;"
+            f" simulating {simulate / collect:.0%}, sampling {1 - simulate / collect:.0%} of it; "
             f"{updates / update:4.0f} updates/s of 1024 pairs\n"
-            f"             an iteration of {steps:.0f} steps and 5 epochs: collect {collect:.2f} s, update {5 * update:.2f} s"
+            f"             an iteration of {steps:.0f} steps and 5 epochs: collect {collect:.2f} s,"
+            f" update {5 * update:.2f} s"
         )
 
 
@@ -176,7 +179,8 @@ def updates() -> None:
     print(f"  {weights / 1e3:.0f} thousand weights, one thread, fastest of {REPEATS}:")
     for name, spent in found.items():
         print(
-            f"  {name:<10} {spent:7.1f} ms   {spent / found['published']:5.2f} x the published arithmetic"
+            f"  {name:<10} {spent:7.1f} ms   {spent / found['published']:5.2f} x the published"
+            " arithmetic"
         )
 
 

@@ -3,11 +3,12 @@
     python -m benchmarks.shapes assets/shapes-sd3 --guidance 1 1.5 2 3 4 --captions train
     python -m benchmarks.shapes assets/shapes-sd3 runs/quickstart --captions held_out --seed 99
 
-A line a policy and guidance scale: strict accuracy with its Wilson interval, dense score, network evaluations per
-image, and how different the pictures of one caption are. ``spread``: std, in pixels of 32, of the place of the pair
-along the axis that the relation leaves free, over the strictly correct pictures of a caption, averaged over captions
-with at least 3 of them; wrong pictures can't inflate it. ``pixels``: the within-prompt diversity that every evaluation
-reports, over all pictures.
+A line a policy and guidance scale: strict accuracy with its Wilson interval, dense score, network
+evaluations per image, and how different the pictures of one caption are. ``spread``: std, in pixels
+of 32, of the place of the pair along the axis that the relation leaves free, over the strictly
+correct pictures of a caption, averaged over captions with at least 3 of them; wrong pictures can't
+inflate it. ``pixels``: the within-prompt diversity that every evaluation reports, over all
+pictures.
 """
 
 import argparse
@@ -99,14 +100,16 @@ def main() -> None:
     torch.set_num_threads(1)
     captions = read_prompts(str(path(f"assets/shapes-sd3/captions_{arguments.captions}.txt")))
     print(
-        "| policy | guidance | n | strict [95 %] | dense | evaluations/image | spread | pixels |\n|---|---|---|---|---|---|---|---|"
+        "| policy | guidance | n | strict [95 %] | dense | evaluations/image | spread | pixels |"
+        "\n|---|---|---|---|---|---|---|---|"
     )
     for source in arguments.policies:
         for guidance in arguments.guidance:
             m = measure(load(source, guidance), captions, arguments.per_caption, arguments.seed)
             print(
-                f"| {source} | {guidance:g} | {m['n']} | {m['strict']:.3f} [{m['low']:.3f}, {m['high']:.3f}] | {m['dense']:.3f} "
-                f"| {m['evaluations']:g} | {m['spread']:.2f} | {m['pixels']:.4f} |",
+                f"| {source} | {guidance:g} | {m['n']}"
+                f" | {m['strict']:.3f} [{m['low']:.3f}, {m['high']:.3f}] | {m['dense']:.3f}"
+                f" | {m['evaluations']:g} | {m['spread']:.2f} | {m['pixels']:.4f} |",
                 flush=True,
             )
 

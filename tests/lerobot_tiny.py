@@ -1,4 +1,6 @@
-"""Tiny LeRobot DiffusionPolicies, their data set, and what they see: real classes, no hub, built in milliseconds."""
+"""Tiny LeRobot DiffusionPolicies, their data set, and what they see:
+real classes, no hub, built in milliseconds.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ SMALL = {
 
 
 class Recorded:
-    """Sixty frames whose values lie far from the unit box; the last dim of the world stood still."""
+    """Sixty frames whose values lie far from the unit box;
+    the last dim of the world stood still.
+    """
 
     fps = 10
 

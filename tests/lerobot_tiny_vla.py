@@ -1,8 +1,10 @@
-"""SmolVLA, pi0 and pi0.5 of LeRobot's own classes, tiny: offline, deterministic, under a second each.
+"""SmolVLA, pi0 and pi0.5 of LeRobot's own classes, tiny: offline, deterministic, under a second
+each.
 
-pi0 and pi0.5 take their sizes from two named variants of 300 million and 2 billion parameters and nothing else, so inside
-`sizes` those names mean something small. Their processor names a gated tokenizer of the hub; `build` saves exactly
-what a hub folder has, and whoever loads it says which tokenizer to use instead.
+pi0 and pi0.5 take their sizes from two named variants of 300 million and 2 billion parameters and
+nothing else, so inside `sizes` those names mean something small. Their processor names a gated
+tokenizer of the hub; `build` saves exactly what a hub folder has, and whoever loads it says which
+tokenizer to use instead.
 """
 
 import functools
@@ -21,7 +23,9 @@ from assets.make_tiny_smolvla import tokenizer, write_vlm
 
 FAMILIES = ("smolvla", "pi0", "pi05")
 STATE, ACTION, CHUNK, EXECUTED = 3, 2, 4, 3
-"""Dims of the state, dims of an action (both padded by the networks, to 4 and 5), actions of a chunk, executed ones."""
+"""Dims of the state, dims of an action (both padded by the networks, to 4 and 5),
+actions of a chunk, executed ones.
+"""
 MAX_STATE, MAX_ACTION = 4, 5
 CAMERAS = ("observation.images.top", "observation.images.wrist")
 IMAGE = 32
@@ -55,7 +59,7 @@ def stats() -> dict[str, dict[str, torch.Tensor]]:
 
 @contextmanager
 def sizes() -> Iterator[None]:
-    """In here pi0 and pi0.5 are tiny, and 512 tokens are all they know."""
+    """Makes pi0 and pi0.5 tiny for the block; 512 tokens are all they know."""
     with pytest.MonkeyPatch.context() as patch:
         for family in ("pi0", "pi05"):
             _shrink(importlib.import_module(f"lerobot.policies.{family}.modeling_{family}"), patch)
@@ -118,7 +122,9 @@ def features() -> dict[str, Any]:
 
 
 def build(family: str, folder: Path, **settings: Any) -> Path:
-    """A policy of the family with random weights and its processors, saved as LeRobot saves them. Needs `sizes`."""
+    """A policy of the family with random weights and its processors,
+    saved as LeRobot saves them. Needs `sizes`.
+    """
     from lerobot.policies.factory import (
         get_policy_class,
         make_policy_config,

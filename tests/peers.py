@@ -12,7 +12,7 @@ PATIENCE = 20.0
 
 
 class Meeting:
-    """Where ``count`` peers exchange values, all at once."""
+    """The place where ``count`` peers exchange values, all at once."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -32,7 +32,7 @@ class Meeting:
 
 
 class Peer:
-    """What `genpolicy.training.processes.Processes` needs of accelerate's Accelerator."""
+    """The part of accelerate's Accelerator that `genpolicy.training.processes.Processes` needs."""
 
     trackers: Sequence[Any] = ()
     device = torch.device("cpu")
@@ -62,7 +62,9 @@ def peers(count: int) -> list[Peer]:
 
 
 def together[T](works: Sequence[Callable[[], T]], accelerators: Sequence[Peer]) -> list[T]:
-    """What the works of these peers return, done at the same time; the first exception of one of them is raised."""
+    """Returns the results of these peers' works, done at the same time;
+    raises the first exception of one of them.
+    """
     results: list[Any] = [None] * len(works)
     failures: list[tuple[bool, BaseException]] = []
 

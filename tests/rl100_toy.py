@@ -1,7 +1,8 @@
-"""What RL-100's tests add to the toy of control: data sets with outcomes, a small experiment, and a task that writes down what
-is played and kills its process when it is told to.
+"""The additions of RL-100's tests to the toy of control: data sets with outcomes, a small
+experiment, and a task that writes down what is played and kills its process when it is told to.
 
-``python -m tests.rl100_toy CONFIG...`` trains one after the other, each in a process of its own, and prints their exit codes.
+``python -m tests.rl100_toy CONFIG...`` trains one after the other, each in a process of its own,
+and prints their exit codes.
 """
 
 import json
@@ -54,12 +55,14 @@ SMALL: dict[str, Any] = {
         "warm_up": 0,
     },
 }
-"""Its course: imitate 1 and 2, collect 3, criticise 4, improve 5 and 6, online from 7 on."""
+"""The run's course: imitate 1 and 2, collect 3, criticise 4, improve 5 and 6, online from 7 on."""
 
 
 @dataclass
 class Outcomes(Recorded):
-    """Episodes with their rewards and whether they succeeded; those of a slow expert are cut before they get there."""
+    """Episodes with their rewards and whether they succeeded;
+    those of a slow expert are cut before they get there.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,8 +83,8 @@ class Outcomes(Recorded):
 
 
 class Frames:
-    """Episodes given by hand, of which frame i shows i and does i: lengths, and where there are some rewards [F] and
-    success [F]. numbers: what the episodes are called.
+    """Episodes given by hand, of which frame i shows i and does i: lengths, and where there are
+    some rewards [F] and success [F]. numbers: what the episodes are called.
     """
 
     fps = 10
@@ -123,8 +126,8 @@ class Frames:
 
 
 class WatchedWalk(Walk):
-    """A `Walk` that writes "begin SEED" and "end SEED" to ``log``; where log.kill lists the seed, it kills its process in
-    the place of beginning.
+    """A `Walk` that writes "begin SEED" and "end SEED" to ``log``; where log.kill lists the seed,
+    it kills its process in the place of beginning.
     """
 
     def __init__(self, ends: bool, limit: int, log: str) -> None:
@@ -164,7 +167,9 @@ class Watched(Point):
 
 
 def experiment(folder: Path, **sections: Any) -> dict[str, Any]:
-    """A raw experiment of RL-100 on the toy, of nine tiny iterations; a ``method`` given here changes `SMALL`."""
+    """A raw experiment of RL-100 on the toy, of nine tiny iterations;
+    a ``method`` given here changes `SMALL`.
+    """
     method = {**SMALL, **sections.pop("method", {})}
     for part in ("imitation", "offline", "online"):
         method[part] = {**SMALL[part], **method[part]}

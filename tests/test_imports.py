@@ -1,4 +1,4 @@
-"""What an import brings along, and the floors of the house."""
+"""The modules that an import brings along, and the floors of the house."""
 
 import json
 import shutil
@@ -13,7 +13,11 @@ import pytest
 import genpolicy
 
 ROOT = Path(__file__).parents[1]
-LINT = "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"
+LINT = """
+import sys
+from importlinter.cli import lint_imports_command
+sys.exit(lint_imports_command())
+"""
 CONTRACTS = [
     "Imports only go down the floors",
     "A method knows no model, no task and no reward",
@@ -36,7 +40,9 @@ TRESPASSES = {
 }
 
 CYCLES = {
-    "chain/zz_a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import genpolicy.chain.zz_b",
+    "chain/zz_a.py": (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import genpolicy.chain.zz_b"
+    ),
     "chain/zz_b.py": "from genpolicy.chain import zz_a",
     "config/zz_c.py": "def late():\n    from genpolicy.config import zz_d",
     "config/zz_d.py": "import genpolicy.config.zz_c",
@@ -45,14 +51,16 @@ SHELVES = {"models", "tasks", "rewards", "datasets"}
 GRAPH = """
 import json, grimp
 graph = grimp.build_graph("genpolicy", cache_dir=None)
-found = {module: sorted(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
+imported = graph.find_modules_directly_imported_by
+found = {module: sorted(imported(module)) for module in graph.modules}
 print(json.dumps(found))
 """
 
 
 def loaded_by(code: str) -> set[str]:
     """The top-level modules that a fresh interpreter holds after `code`."""
-    tell = "import json, sys; print(); print(json.dumps([name for name in sys.modules if '.' not in name]))"
+    names = "[name for name in sys.modules if '.' not in name]"
+    tell = f"import json, sys; print(); print(json.dumps({names}))"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\n{tell}"],
         cwd=ROOT,

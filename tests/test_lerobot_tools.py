@@ -1,4 +1,6 @@
-"""LeRobot's own commands and ours speak about the same policies: trained there and loaded here, saved here and run there."""
+"""LeRobot's own commands and ours speak about the same policies:
+trained there and loaded here, saved here and run there.
+"""
 
 import importlib.metadata
 import json
@@ -174,7 +176,9 @@ def plugin(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def by_lerobot(config: Any, folder: Path, seeds: list[int]) -> SimpleNamespace:
-    """LeRobot's evaluation loop on these reset seeds, and the noise [n,T,D] that each of its decisions began from."""
+    """LeRobot's evaluation loop on these reset seeds,
+    and the noise [n,T,D] that each of its decisions began from.
+    """
     from lerobot.envs.factory import make_env
     from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
     from lerobot.policies.factory import make_pre_post_processors
@@ -201,7 +205,9 @@ def by_lerobot(config: Any, folder: Path, seeds: list[int]) -> SimpleNamespace:
 def by_us(
     folder: Path, reward: Any, seeds: list[int], drawn: list[Tensor]
 ) -> list[SimpleNamespace]:
-    """The same episodes from the same noise in our environments, by our chain: each one's actions [L,D], return, success."""
+    """The same episodes from the same noise in our environments, by our chain:
+    each one's actions [L,D], return, success.
+    """
     policy = chain(LeRobotDiffusion(pretrained=str(folder), device="cpu"))
     model: Any = policy.model
     environments = MetaWorld(env=ENV, reward=reward, limit=LIMIT).environments(
@@ -231,7 +237,9 @@ def by_us(
 def test_an_episode_is_the_same_in_lerobots_loop_and_in_ours(
     plugin: Any, policy_folder: Path, reward: str
 ) -> None:
-    """Ten episodes: actions, lengths, returns and verdicts. One that has ended waits for the others in LeRobot's loop."""
+    """Ten episodes: actions, lengths, returns and verdicts.
+    One that has ended waits for the others in LeRobot's loop.
+    """
     seeds = list(range(50, 60))
     theirs = by_lerobot(plugin(task=ENV, episode_length=LIMIT, reward=reward), policy_folder, seeds)
     ours = by_us(policy_folder, reward, seeds, theirs.drawn)

@@ -1,4 +1,6 @@
-"""The wheel carries robots/, configs/ and assets/, and works in an empty environment outside the checkout."""
+"""The wheel carries robots/, configs/ and assets/,
+and works in an empty environment outside the checkout.
+"""
 
 import os
 import shutil

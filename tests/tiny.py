@@ -1,7 +1,9 @@
-"""Seven tiny diffusers pipelines of the real classes, from config alone: offline, deterministic, .2 s each.
+"""Seven tiny diffusers pipelines of the real classes, from config alone: offline, deterministic, .2
+s each.
 
-Everything is in eval mode (models built from config start in train mode, and T5's dropout would make calls
-differ). Tokenizers have hand-written vocabularies: training one is not deterministic between processes.
+Everything is in eval mode (models built from config start in train mode, and T5's dropout would
+make calls differ). Tokenizers have hand-written vocabularies: training one is not deterministic
+between processes.
 """
 
 from collections.abc import Callable
@@ -52,7 +54,9 @@ LENGTH = 16
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-pair merges that spell each word of `WORDS` from left to right; letters for everything else."""
+    """Byte-pair merges that spell each word of `WORDS` from left to right;
+    letters for everything else.
+    """
     vocabulary = [*LETTERS, *(letter + "</w>" for letter in LETTERS)]
     merges: list[tuple[str, str]] = []
     for word in WORDS:
@@ -81,7 +85,9 @@ def t5_tokenizer() -> T5TokenizerFast:
 
 
 def clip(tokenizer: CLIPTokenizer, projected: bool = False) -> Any:
-    """A 2-layer CLIP text encoder of width 32. Pooling finds the end of the text by the tokenizer's id."""
+    """A 2-layer CLIP text encoder of width 32.
+    Pooling finds the end of the text by the tokenizer's id.
+    """
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -132,7 +138,9 @@ def vae(**options: Any) -> AutoencoderKL:
 
 
 def flow_vae() -> AutoencoderKL:
-    """SD3's and Flux's: without quantisation convolutions; without a shift factor their decoding raises."""
+    """SD3's and Flux's: without quantisation convolutions;
+    without a shift factor their decoding raises.
+    """
     return vae(
         use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5
     )

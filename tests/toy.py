@@ -1,4 +1,6 @@
-"""The toy that the tests train: a model, rewards with one right answer, and experiments as raw YAML mappings."""
+"""The toy that the tests train:
+a model, rewards with one right answer, and experiments as raw YAML mappings.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ PROMPTS = ("bright", "dark", "bright picture", "dark picture")
 
 
 def brightness(outputs: Tensor, context: Context) -> Tensor:
-    """How bright a "bright" picture is, or how dark any other, in [-.5, .5]: all white or all black is right."""
+    """The brightness of a "bright" picture, or the darkness of any other, in [-.5, .5]:
+    all white or all black is right.
+    """
     sign = torch.tensor([1.0 if "bright" in prompt else -1.0 for prompt in context.prompts]).to(
         outputs
     )
@@ -34,7 +38,7 @@ def constant(outputs: Tensor, context: Context) -> Tensor:
 
 
 def nan(outputs: Tensor, context: Context) -> Tensor:
-    """What no run may learn from."""
+    """A reward that no run may learn from."""
     return torch.full((len(outputs),), float("nan"))
 
 
@@ -44,7 +48,9 @@ def wrong_shape(outputs: Tensor, context: Context) -> Tensor:
 
 
 def experiment(folder: Path, **sections: Any) -> dict[str, Any]:
-    """A raw experiment on the toy: prompt file in ``folder``, output folder/run; ``sections`` replace sections."""
+    """A raw experiment on the toy: prompt file in ``folder``, output folder/run;
+    ``sections`` replace sections.
+    """
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{p}\n" for p in PROMPTS))
     raw: dict[str, Any] = {

@@ -1,4 +1,6 @@
-"""A toy of control: a point that walks to a goal, demonstrations of it in memory, and experiments as raw YAML mappings."""
+"""A toy of control: a point that walks to a goal, demonstrations of it in memory,
+and experiments as raw YAML mappings.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from genpolicy.training.run import Run
 
 STATE, GOAL = "observation.state", "observation.environment_state"
 SPEED = 0.25
-"""How far an action of length 1 moves the point."""
+"""The distance that an action of length 1 moves the point."""
 NEAR = 0.2
 """Success: the point is so close to its goal."""
 
@@ -36,8 +38,8 @@ class Box(NamedTuple):
 
 
 class Walk:
-    """The point's world as a `Simulation`: place += SPEED * action; the reward is how much nearer it came, and 1 at the
-    goal. ``ends``: reaching it ends the episode.
+    """The point's world as a `Simulation`: place += SPEED * action; the reward is how much nearer
+    it came, and 1 at the goal. ``ends``: reaching it ends the episode.
     """
 
     action_space = Box(np.full(2, -1, np.float32), np.full(2, 1, np.float32))
@@ -86,8 +88,9 @@ class Walk:
 
 @dataclass
 class Point:
-    """``task: {name: "tests.toy_control:Point"}``. skill: of its expert, in (0, 1]. ends: reaching the goal ends an
-    episode (else all are cut at ``limit``). judged: whether it says what success is.
+    """``task: {name: "tests.toy_control:Point"}``. skill: of its expert, in (0, 1]. ends: reaching
+    the goal ends an episode (else all are cut at ``limit``). judged: whether it says what success
+    is.
     """
 
     limit: int = 10
@@ -114,7 +117,9 @@ class Point:
 
 @dataclass
 class Recorded:
-    """``data: {name: "tests.toy_control:Recorded"}``: episodes of `Point`'s expert, in memory, seeds 0, 1, ..."""
+    """``data: {name: "tests.toy_control:Recorded"}``:
+    episodes of `Point`'s expert, in memory, seeds 0, 1, ...
+    """
 
     episodes: int = 40
     noise: float = 0.1
@@ -200,7 +205,9 @@ def experiment(folder: Path, **sections: Any) -> dict[str, Any]:
 
 
 def prepared(folder: Path, accelerator: Any = None, **sections: Any) -> tuple[Run, Any]:
-    """A run of `experiment` that stands at iteration 1, and its method; ``accelerator``: see `tests.peers`."""
+    """A run of `experiment` that stands at iteration 1, and its method; ``accelerator``:
+    see `tests.peers`.
+    """
     processes = Processes(accelerator or Accelerator(cpu=True))
     run, method = prepare(parse.parse(experiment(folder, **sections)), folder / "run", processes)
     run.spent.iteration = 1
@@ -215,7 +222,9 @@ def enter(run: Run, stage: str) -> None:
 
 
 def cloned(folder: Path, **policy: Any) -> str:
-    """The folder of a policy that has learned from a slow expert in a second: it reaches the goal now and then."""
+    """The folder of a policy that has learned from a slow expert in a second:
+    it reaches the goal now and then.
+    """
     raw = experiment(
         folder,
         policy={"name": "mlp", "hidden": 32, "blocks": 1, "chunk": 2, **policy},

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from genpolicy.cli.reward_laws import PROMPTS, law_pictures
 from genpolicy.config import leaves
+from genpolicy.contracts.dataset import frames
 from genpolicy.contracts.task import Context
 from genpolicy.training.requirements import Needs, World
 
@@ -47,8 +48,8 @@ SMALL = {
     "critic_epochs": 1,
     "model_updates": 2,
 }
-"""What whole numbers of these names become, in a method's settings and in the settings of its
-stages: little to do, and one update per rollout.
+"""The values that whole numbers of these names take, in a method's settings and in the settings of
+its stages: little to do, and one update per rollout.
 """
 
 
@@ -109,12 +110,10 @@ class Walks:
 
     def rows(self, index: Tensor, history: int, actions: range) -> tuple[Context, Tensor, Tensor]:
         """See `genpolicy.contracts.dataset.Dataset`."""
-        first, last = self._first[index, None], self._last[index, None]
-        past = (index[:, None] + torch.arange(1 - history, 1)).clamp(first, last)
-        asked = index[:, None] + torch.tensor(actions)
+        first, last = self._first[index], self._last[index]
+        past, asked, outside = frames(index, first, last, history, actions)
         context = Context([self._instruction] * len(index), {STATE: self.columns[STATE][past]})
-        outside = (asked < first) | (asked > last)
-        return context, self.columns["action"][asked.clamp(first, last)], outside
+        return context, self.columns["action"][asked], outside
 
 
 def _statistics(value: Tensor) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ score: fp32 networks differ by about that.
 
 
 class Verdict(NamedTuple):
-    """What became of a law; ``holds`` is None where it does not apply."""
+    """The result of testing one law; ``holds`` is None where it does not apply."""
 
     law: str
     holds: bool | None

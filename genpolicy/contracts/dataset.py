@@ -39,6 +39,20 @@ class Dataset(Protocol):
         ...
 
 
+def frames(
+    index: Tensor, first: Tensor, last: Tensor, history: int, actions: range
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The frames that `Dataset.rows` looks up for ``index`` [B], whose episodes reach from
+    ``first`` to ``last`` [B]: those of the observations [B,history], those of the actions [B,T],
+    and True for each action outside the episode, bool [B,T].
+    """
+    first, last = first[:, None], last[:, None]
+    seen = index[:, None] + torch.arange(1 - history, 1)
+    asked = index[:, None] + torch.tensor(actions)
+    outside = (asked < first) | (asked > last)
+    return seen.clamp(first, last), asked.clamp(first, last), outside
+
+
 @runtime_checkable
 class Pictures(Protocol):
     """Pictures with captions, one per row."""

@@ -136,7 +136,9 @@ class ControlModel(Model, Protocol):
     horizon: range
 
     def initialise(self, dataset: Dataset) -> None:
-        """Draw fresh weights for the dataset's shapes, and take its statistics for normalisation."""
+        """Draw fresh weights for the dataset's shapes,
+        and take its statistics for normalisation.
+        """
         ...
 
 

@@ -44,12 +44,14 @@ class WeightedRewards:
                 ) from error
             if value.shape != (len(context),):
                 raise RewardError(
-                    f"reward {name} returned shape {tuple(value.shape)} for {len(context)} outputs, not ({len(context)},)"
+                    f"reward {name} returned shape {tuple(value.shape)} for {len(context)} outputs,"
+                    f" not ({len(context)},)"
                 )
             if not bool(value.isfinite().all()):
                 row = int((~value.isfinite()).nonzero()[0])
                 raise RewardError(
-                    f"reward {name} is {float(value[row])} for {context.prompts[row]!r}; rewards must be finite"
+                    f"reward {name} is {float(value[row])} for {context.prompts[row]!r};"
+                    " rewards must be finite"
                 )
             parts[name] = value
         return parts

@@ -5,10 +5,12 @@ many decisions.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from genpolicy.config.errors import ConfigError
 
 Observation = Mapping[str, Tensor]
 """LeRobot's names ("observation.state", "observation.images.top", ...) -> Float[B,history,*shape],
@@ -18,7 +20,9 @@ the oldest frame first; images are [C,H,W] in [0,1].
 
 @dataclass(frozen=True)
 class Context:
-    """The questions to B rows: their prompts (for robots: instructions), and what the robot sees."""
+    """The questions to B rows: their prompts (for robots: instructions),
+    and what the robot sees.
+    """
 
     prompts: Sequence[str]
     observation: Observation = field(default_factory=dict)
@@ -43,6 +47,7 @@ class Context:
         )
 
 
+@runtime_checkable
 class Task(Protocol):
     """Episodes by number. The same number is the same episode on any machine and any number of
     processes.
@@ -83,7 +88,9 @@ class Environments(Protocol):
         ...
 
     def step(self, slots: Sequence[int], actions: Tensor) -> TaskStep:
-        """Take the actions Float[n,T,D] of the n slots, each until its chunk or its episode ends."""
+        """Take the actions Float[n,T,D] of the n slots,
+        each until its chunk or its episode ends.
+        """
         ...
 
     def render(self, slot: int) -> Any:
@@ -110,6 +117,7 @@ class Demonstration:
     success: bool
 
 
+@runtime_checkable
 class ControlTask(Protocol):
     """A task of many decisions: environments that a policy acts in.
 
@@ -141,13 +149,22 @@ class ControlTask(Protocol):
 
 def is_control(task: Task | ControlTask) -> TypeGuard[ControlTask]:
     """True where a task has environments to act in; otherwise it is prompts, judged by the run's
-    reward.
+    reward. Raises `ConfigError` where it lacks a part of both.
     """
-    return hasattr(task, "environments")
+    if isinstance(task, ControlTask):
+        return True
+    if not isinstance(task, Task):
+        raise ConfigError(
+            f"task {type(task).__name__} is neither one of prompts (it has no reset) nor whole as"
+            " one of environments, which has all that genpolicy.contracts.task.ControlTask names"
+        )
+    return False
 
 
 def read_prompts(path: str) -> tuple[str, ...]:
-    """The non-empty lines of a prompt file. Raises with one sentence if it is missing or has none."""
+    """The non-empty lines of a prompt file.
+    Raises with one sentence if it is missing or has none.
+    """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"prompt file {path} does not exist")

@@ -81,8 +81,10 @@ def read_table(folder: Path, columns: Sequence[str]) -> Any:
 def column_tensor(column: Any, shape: Iterable[int], rows: np.ndarray) -> Tensor:
     """Converts a column of numbers, or of (nested) lists of them, to fp32 [len(rows),*shape]."""
     array = column.combine_chunks()
-    # an extension type (a matrix) has a storage, a list is flattened
-    while hasattr(array, "storage") or hasattr(array, "flatten"):
-        array = array.storage if hasattr(array, "storage") else array.flatten()
+    library = arrow()
+    lists = (library.ListArray, library.LargeListArray, library.FixedSizeListArray)
+    # a matrix is an extension type, whose storage is a list of lists
+    while isinstance(array, (library.ExtensionArray, *lists)):
+        array = array.flatten() if isinstance(array, lists) else array.storage
     values = array.to_numpy(zero_copy_only=False).astype(np.float32)
     return torch.from_numpy(values.reshape(len(column), *shape)[rows])

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genpolicy.contracts.dataset import frames
 from genpolicy.contracts.task import Context, ControlTask, Demonstration
 from genpolicy.datasets import _lerobot_files as files
 from genpolicy.datasets._lerobot_import import quiet
@@ -102,15 +103,13 @@ class LeRobotDataset:
 
     def rows(self, index: Tensor, history: int, actions: range) -> tuple[Context, Tensor, Tensor]:
         """See `genpolicy.contracts.dataset.Dataset`; pictures are [B,history,C,H,W] in [0,1]."""
-        first, last = self._first[index, None], self._last[index, None]
-        past = (index[:, None] + torch.arange(1 - history, 1)).clamp(first, last)
-        asked = index[:, None] + torch.tensor(actions)
+        first, last = self._first[index], self._last[index]
+        past, asked, outside = frames(index, first, last, history, actions)
         observation = {name: self.columns[name][past] for name in self._vectors}
         if self.cameras:
             observation |= self._pictures(past)
         prompts = [self._tasks[int(task)] for task in self._task[index.numpy()]]
-        pad = (asked < first) | (asked > last)
-        return Context(prompts, observation), self.columns["action"][asked.clamp(first, last)], pad
+        return Context(prompts, observation), self.columns["action"][asked], outside
 
     def _find(self) -> Path:
         if self.root is None and self.repo_id is None:

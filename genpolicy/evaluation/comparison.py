@@ -29,7 +29,7 @@ COSTS = (
     "training_s",
     "wall_time_s",
 )
-"""What a run cost, by its summary's or its metrics' names."""
+"""The costs of a run, by its summary's or its metrics' names."""
 
 
 @dataclass(frozen=True)

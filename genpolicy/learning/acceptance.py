@@ -34,7 +34,8 @@ def compare(new: Tensor, old: Tensor) -> Comparison:
     """
     if new.shape != old.shape or new.dim() != 1 or len(new) < 2:
         raise ValueError(
-            f"scores have shapes {list(new.shape)} and {list(old.shape)}; valid is one per start, 2 starts or more"
+            f"scores have shapes {list(new.shape)} and {list(old.shape)}; valid is one per start,"
+            " 2 starts or more"
         )
     paired = new.double() - old.double()
     error = float(paired.std()) / math.sqrt(len(paired))

@@ -141,7 +141,9 @@ class Advantage:
     def __call__(
         self, parts: Mapping[str, Tensor], weights: Mapping[str, float], prompts: Sequence[str]
     ) -> Tensor:
-        """parts: name -> [M,N] rewards; weights by the same names; the M groups' prompts -> [M,N]."""
+        """parts: name -> [M,N] rewards; weights by the same names;
+        the M groups' prompts -> [M,N].
+        """
         if self.combine == "sum":
             total = torch.stack([weights[name] * part for name, part in parts.items()]).sum(0)
             advantage = self._score("total", total, prompts)

@@ -50,12 +50,14 @@ class Support:
             )
         if self.sigma <= 0 or self.margin < 0:
             raise ValueError(
-                f"support's sigma {self.sigma} must be above 0 and its margin {self.margin} at least 0"
+                f"support's sigma {self.sigma} must be above 0 and its margin {self.margin} at"
+                " least 0"
             )
         if self.bins <= 2 * self.margin * self.sigma + 1:
             need = math.floor(2 * self.margin * self.sigma + 1) + 1
             raise ValueError(
-                f"support has {self.bins} bins, its margins alone take more; valid are {need} and up"
+                f"support has {self.bins} bins, its margins alone take more;"
+                f" valid are {need} and up"
             )
 
     @property
@@ -99,8 +101,8 @@ class Standard(nn.Module):
         self.register_buffer("spread", torch.ones(size))
 
     def fit(self, features: Tensor) -> None:
-        """By the mean and std of features [B,F], the first F of the n; the others, an event's, come
-        scaled.
+        """Standardises from now on by the mean and std of features [B,F], the first F of the n
+        numbers; the others, an event's, come scaled.
         """
         size = features.shape[1]
         self.centre[:size] = features.mean(0)
@@ -165,8 +167,8 @@ class Critic(nn.Module):
         )
 
     def loss(self, features: Tensor, event: Tensor | None, target: Tensor) -> Tensor:
-        """The distance of each member from ``target`` [B] or [M,B], constants: [M,B]. (Q - y)^2, with a
-        support - sum_i p_i(y) log softmax(logits)_i.
+        """The distance of each member from ``target`` [B] or [M,B], constants: [M,B]. (Q - y)^2,
+        with a support - sum_i p_i(y) log softmax(logits)_i.
         """
         outputs, target = self.outputs(features, event), target.detach()
         if self.support is None:

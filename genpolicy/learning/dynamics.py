@@ -52,8 +52,8 @@ class Dynamics(Protocol):
 
 
 class TransitionModel(nn.Module):
-    """A model of where a decision leads: M networks of f' = f + c * N(mean(x), exp(log_variance(x))), x = ((f
-    - centre)/std, event).
+    """A model of where a decision leads: M networks of f' = f + c * N(mean(x),
+    exp(log_variance(x))), x = ((f - centre)/std, event).
 
     c is the std of the change f' - f, std and centre those of f, all over the data, per feature. f
     [B,F], the event [B,*E] in the policy's units. ``features``: F; ``event``: the number of event
@@ -136,7 +136,8 @@ class TransitionModel(nn.Module):
         """Let the members of lowest ``errors`` [M] predict from now on."""
         if errors.shape != (self.members,):
             raise ValueError(
-                f"errors have shape {list(errors.shape)}; valid is one for each of {self.members} members"
+                f"errors have shape {list(errors.shape)}; valid is one for each of {self.members}"
+                " members"
             )
         self.elites.copy_(errors.argsort(stable=True)[: len(self.elites)])  # a nan comes last
 
@@ -160,8 +161,8 @@ class TransitionModel(nn.Module):
         return mean[elite, row] + std[elite, row] * noise
 
     def disagreement(self, features: Tensor, event: Tensor) -> Tensor:
-        """The disagreement about an event, large where the data said little: rms over F of the std over elites of
-        their mean changes, in units of ``change_std``, [B].
+        """The disagreement about an event, large where the data said little: rms over F of the std
+        over elites of their mean changes, in units of ``change_std``, [B].
         """
         mean, _ = self._change(features, event)
         return mean[self.elites].var(0, correction=0).mean(-1).sqrt()
@@ -191,7 +192,8 @@ def imagined(
         raise ValueError(f"the gate's horizon is {horizon}; valid is at least 1 decision")
     if len(noise) != len(starts):
         raise ValueError(
-            f"there are {len(starts)} starts and noise for {len(noise)}; each start needs its own row"
+            f"there are {len(starts)} starts and noise for {len(noise)};"
+            " each start needs its own row"
         )
     features, total, alive = starts, starts.new_zeros(len(starts)), starts.new_ones(len(starts))
     for h in range(horizon):

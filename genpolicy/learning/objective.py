@@ -21,7 +21,8 @@ from genpolicy.chain.values import Gaussian, Reduce, reduce_event
 def _equal_std(new: Gaussian, old: Gaussian) -> Tensor:
     if new.std.shape != old.std.shape or not torch.equal(new.std, old.std):
         raise ValueError(
-            "this log-ratio assumes that the std has not changed; a learned std needs log_ratio_unequal"
+            "this log-ratio assumes that the std has not changed;"
+            " a learned std needs log_ratio_unequal"
         )
     _check_no_point(old.std)
     return old.std
@@ -30,7 +31,8 @@ def _equal_std(new: Gaussian, old: Gaussian) -> Tensor:
 def _check_no_point(std: Tensor) -> None:
     if not bool((std > 0).all()):
         raise ValueError(
-            "a step with std 0 is a point and has no ratio: train only steps inside the stochastic window"
+            "a step with std 0 is a point and has no ratio:"
+            " train only steps inside the stochastic window"
         )
 
 
@@ -46,8 +48,8 @@ def log_ratio(new: Gaussian, old: Gaussian, x: Tensor, *, reduce: Reduce) -> Ten
 def log_ratio_unequal(new: Gaussian, old: Gaussian, x: Tensor, *, reduce: Reduce) -> Tensor:
     """log rho where the std may have changed (a learned one), from s_old to s_new, [B].
 
-    With z = (x - mean_old)/s_old, c = (s_new - s_old)/s_new < 1 and D = (mean_new - mean_old)/s_new,
-    (x - mean_new)/s_new = (1 - c) z - D, so that per event dim
+    With z = (x - mean_old)/s_old, c = (s_new - s_old)/s_new < 1 and D = (mean_new -
+    mean_old)/s_new, (x - mean_new)/s_new = (1 - c) z - D, so that per event dim
 
         log rho = (1 - c) z D - D^2 / 2 + z^2 c (2 - c) / 2 + log(1 - c),
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from genpolicy.chain.values import Gaussian, Reduce
 from genpolicy.config.errors import at_least, positive, share
 from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate, log_ratio
-from genpolicy.methods.parts.baseline import DecisionValue
+from genpolicy.methods.parts.baseline import LEAST, DecisionValue
 from genpolicy.methods.parts.frozen_base import freeze_base
 from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.requirements import Needs
@@ -70,15 +70,7 @@ class DPPO:
     needs: ClassVar[Needs] = Needs(likelihoods=True)
 
     def __post_init__(self) -> None:
-        least = {
-            "episodes": 1,
-            "epochs": 1,
-            "minibatch": 1,
-            "critic_epochs": 1,
-            "critic_minibatch": 1,
-            "warm_up": 0,
-        }
-        at_least("method dppo", self, **least)
+        at_least("method dppo", self, **LEAST)
         positive("method dppo", self, "clip", "clip_first", "clip_rate", "target_kl", "critic_lr")
         share("method dppo", self, "gamma", "lam", "gamma_den")
 

@@ -32,7 +32,7 @@ from genpolicy.learning.objective import (
     clipped_surrogate,
     log_ratio_unequal,
 )
-from genpolicy.methods.parts.baseline import DecisionValue
+from genpolicy.methods.parts.baseline import LEAST, DecisionValue
 from genpolicy.policy.parts.learned_std import LearnedStd
 from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.optimizer import Optimizer
@@ -69,15 +69,7 @@ class ReinFlow:
     needs: ClassVar[Needs] = Needs(("robots",), window=True)
 
     def __post_init__(self) -> None:
-        least = {
-            "episodes": 1,
-            "epochs": 1,
-            "minibatch": 1,
-            "critic_epochs": 1,
-            "critic_minibatch": 1,
-            "warm_up": 0,
-        }
-        at_least("method reinflow", self, entropy=0, **least)
+        at_least("method reinflow", self, entropy=0, **LEAST)
         positive(
             "method reinflow",
             self,

@@ -43,8 +43,8 @@ class Parts:
 
     @contextmanager
     def visiting(self, *prefixes: str) -> Iterator[None]:
-        """With ``offload``: parts whose names start so are on the device in here, and on the CPU
-        after.
+        """Moves the parts whose names start with one of ``prefixes`` to the device for the block,
+        and to the CPU after it. Without ``offload`` it moves nothing.
         """
         visitors = [
             part

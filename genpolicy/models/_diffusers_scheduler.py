@@ -67,7 +67,7 @@ class OneStep:
         return getattr(self.__dict__["_inner"], name)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Nothing to begin: there is one step."""
+        """Does nothing: there is only one step to begin at."""
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Flows and variance-preserving models see x_t as it is."""

@@ -141,8 +141,8 @@ class Files:
             ) from error
 
     def save(self, policy: Any, processors: Processors, directory: Path) -> None:
-        """As LeRobot saves it, with the names it came with, and what they name beside it if that
-        was a folder.
+        """Saves the policy as LeRobot does, with the names that it came with. What these name
+        beside it is copied along if it came from a folder.
         """
         policy.save_pretrained(directory)
         processors.save(directory)

@@ -78,7 +78,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Seen:
-    """Some rows of a store: the condition of a chain.
+    """Rows of a store: the condition of a chain.
 
     keep: picked rows look into the same store, so that a prefix that was computed once is found
     again; otherwise they begin a store of their own.

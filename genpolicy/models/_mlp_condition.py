@@ -38,7 +38,7 @@ def width(shapes: dict[str, tuple[int, ...]], history: int) -> int:
 
 @dataclass(eq=False)
 class Sight:
-    """From B rows of observations to the condition [B,C].
+    """The map from B rows of observations to the condition [B,C].
 
     shapes: what is seen, in the order of the condition, name -> shape.
     history: frames of each.

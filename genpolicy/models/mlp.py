@@ -233,7 +233,7 @@ class MLP:
         return self.grid(steps)
 
     def event_mask(self, pad: Tensor) -> None:
-        """Everything counts: after an episode's end its last action is held."""
+        """Returns None: every action counts; after an episode's end its last one is held."""
 
     def times(self, uniform: Tensor) -> Tensor:
         """vp: one of the levels, all alike. flow: uniform on (.001, 1]: at 0 there is nothing to

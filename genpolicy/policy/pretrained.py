@@ -63,7 +63,8 @@ def _settings(where: str) -> dict[str, Any] | None:
         return None
     if settings["type"] not in LEAVES:
         raise ConfigError(
-            f"{where} is a LeRobot policy of type {settings['type']}; those that denoise, and can be loaded, are"
+            f"{where} is a LeRobot policy of type {settings['type']}; those that denoise,"
+            " and can be loaded, are"
             f" {', '.join(LEAVES)}"
         )
     return settings
@@ -83,8 +84,8 @@ def _downloaded(where: str) -> Path | None:
 
 
 def _sampler(settings: dict[str, Any]) -> dict[str, Any]:
-    """Its DDPM is DDIM with eta 1, everything else the ODE; DiffusionPolicy takes all its levels
-    unless told otherwise.
+    """Returns the chain section of a LeRobot policy's own sampler: DDIM with eta 1 for its DDPM,
+    the ODE for everything else. DiffusionPolicy takes all its levels unless told otherwise.
     """
     if settings["type"] != "diffusion":
         steps, eta = settings.get("num_steps") or settings.get("num_inference_steps") or 10, 0.0

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from genpolicy import chain
-from genpolicy.chain import Chain
+from genpolicy.chain import Chain, kernel, solver
 from genpolicy.chain.kernel import StdKernel
 from genpolicy.config.errors import ConfigError, nearest
 from genpolicy.config.leaves import leaf, settings
@@ -17,15 +17,13 @@ from genpolicy.policy.policy import ChainPolicy, Part
 
 
 def kernels() -> dict[str, Callable[..., Any]]:
-    """The kernels and solvers of genpolicy.chain by name: ddim, sde, cps, consistency, heun,
-    dpmsolver, and the wrappers.
+    """The kernels and solvers that genpolicy.chain exports, by name: ddim, sde, cps, consistency,
+    heun, dpmsolver, and the wrappers.
     """
     return {
         attribute.lower(): entry
         for attribute, entry in vars(chain).items()
-        if isinstance(entry, type)
-        and entry is not Chain
-        and any(hasattr(entry, method) for method in ("coefficients", "integrate"))
+        if isinstance(entry, type) and entry.__module__ in (kernel.__name__, solver.__name__)
     }
 
 
@@ -159,7 +157,9 @@ def without_last_noise(sampler: ChainConfig) -> ChainConfig:
 
 
 def resampled(own: Mapping[str, Any], overrides: Mapping[str, Any]) -> ChainConfig:
-    """A sampler with some keys replaced; a window that was the whole chain stays the whole chain."""
+    """A sampler with some keys replaced;
+    a window that was the whole chain stays the whole chain.
+    """
     merged = decode(ChainConfig, {**own, **overrides}, "the sampler")
     if "window" not in overrides and merged.window == (0, own.get("steps")):
         return replace(merged, window=(0, merged.steps))

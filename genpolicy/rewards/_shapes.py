@@ -7,16 +7,15 @@ split is made over scenes, never over captions.
 
 The checker looks at pixels only. Its two scores are used as rewards:
 
-- strict, 0 or 1: exactly two objects, both of the right colour and shape, in the right relation; -
-dense, in [0, 1]: .2 for each right attribute of the best matching, .2 for the relation once all
-four
-  attributes are right, less .1 for every object beyond the second.
+- strict, 0 or 1: exactly two objects, both of the right colour and shape, in the right relation;
+- dense, in [0, 1]: .2 for each right attribute of the best matching, .2 for the relation once all
+  four attributes are right, less .1 for every object beyond the second.
 
 What it cannot see: a blob under `MIN_AREA`, and any pixel farther than `MAX_DISTANCE` from every
 colour of the palette. Look at the pictures of a policy that was trained on it; do not read its
 numbers alone.
 
-Only numpy and scipy are needed. Lengths are pixels of a 32 x 32 picture and scale with the
+Lengths are pixels of a 32 x 32 picture and scale with the
 picture's size.
 """
 
@@ -29,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
+from torch import Tensor
 
 SIZE = 32
 BACKGROUND = (245, 245, 245)
@@ -226,15 +226,13 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return draw(zip((scene.first, scene.second), xs, ys, radii, strict=True))
 
 
-def to_uint8(images) -> np.ndarray:
-    """Turn a torch or numpy batch [B, 3, H, W] in [0, 1] into uint8 [B, H, W, 3]; NaN becomes
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Turns a batch [B, 3, H, W] in [0, 1] into uint8 [B, H, W, 3]; what is not finite becomes
     black.
     """
-    images = np.asarray(
-        images.detach().float().cpu() if hasattr(images, "detach") else images, np.float32
-    )
-    images = np.nan_to_num(images, nan=0.0, posinf=0.0, neginf=0.0)
-    return np.rint(images.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    values = images.detach().float().cpu().numpy()
+    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    return np.rint(values.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def detect(image: np.ndarray) -> list[Found]:

@@ -135,7 +135,7 @@ class ClipScore:
     micro_batch: int = 64
 
     def __post_init__(self) -> None:
-        """Nothing is loaded yet."""
+        """Loads nothing yet."""
         at_least("clip_score", self, micro_batch=1)
         self._clip: torch.nn.Module | None = None
         self._device: torch.device | None = None

@@ -48,7 +48,7 @@ class PickScore:
     micro_batch: int = 32
 
     def __post_init__(self) -> None:
-        """Nothing is loaded yet."""
+        """Loads nothing yet."""
         at_least("pickscore", self, micro_batch=1)
         self._clip: torch.nn.Module | None = None
         self._device: torch.device | None = None

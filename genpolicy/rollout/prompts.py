@@ -14,7 +14,9 @@ from genpolicy.policy.policy import ChainPolicy
 
 @dataclass(frozen=True)
 class Judged:
-    """The result of `collect` for the groups it was given: B rows, and their rewards by name [B]."""
+    """The result of `collect` for the groups it was given:
+    B rows, and their rewards by name [B].
+    """
 
     trajectory: Trajectory
     context: Context

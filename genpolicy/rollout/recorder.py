@@ -33,8 +33,8 @@ class Lived:
 
 
 class Ledger(Protocol):
-    """The place where the episodes of a rollout are written down as they end, and read again after a run was
-    killed.
+    """The place where the episodes of a rollout are written down as they end,
+    and read again after a run was killed.
     """
 
     def read(self, episode: int) -> dict[str, Any] | None:

@@ -50,7 +50,7 @@ class Replay:
         return len(self.now)
 
     def __getitem__(self, rows: Tensor) -> "Replay":
-        """Some of the decisions, over the same views."""
+        """The decisions of these rows, over the same views."""
         kept = {name: getattr(self, name)[rows] for name in ROWS}
         return Replay(self.views, **kept)
 
@@ -76,8 +76,8 @@ class Replay:
     def of_episodes(
         cls, episodes: Sequence[Mapping[str, Any]], cut_fails: bool = False
     ) -> "Replay":
-        """Episodes as `genpolicy.rollout.recorder.live` writes them: a row is a decision of the policy.
-        cut_fails: nothing comes after an episode that was cut.
+        """Episodes as `genpolicy.rollout.recorder.live` writes them: a row is a decision of the
+        policy. cut_fails: nothing comes after an episode that was cut.
         """
         contexts, parts, begin = [], [], 0
         for number, e in enumerate(episodes):
@@ -160,7 +160,8 @@ class Replay:
     @torch.no_grad()
     def encoded(self, model: ControlModel) -> Condition:
         """The views as conditions of the policy, [F], by the encoder as it is now."""
-        return torch.cat([model.encode(self.views[rows]) for rows in _slices(len(self.views))])  # type: ignore[arg-type]
+        parts = [model.encode(self.views[rows]) for rows in _slices(len(self.views))]
+        return torch.cat(parts)  # type: ignore[arg-type]
 
 
 ROWS = ("now", "after", "event", "rewards", "executed", "terminated", "success", "episode", "first")

@@ -12,8 +12,8 @@ from genpolicy.contracts.task import Context
 
 @dataclass(frozen=True)
 class Decisions:
-    """The outcome of a rollout's R rows. A row is one decision; an episode's rows stand together, in
-    order.
+    """The outcome of a rollout's R rows. A row is one decision; an episode's rows stand together,
+    in order.
 
     episode [R]: whose it is, counted over this process's episodes (group-major). rewards [R,T]: of
     its environment steps. executed [R]: how many it took. terminated [R]: nothing comes after it.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 FOLDER = "episodes"
-"""In a run's folder: episodes/ITERATION/GROUP-MEMBER-ORIGIN.pt."""
+"""The folder of episodes in a run's folder: episodes/ITERATION/GROUP-MEMBER-ORIGIN.pt."""
 
 
 class EpisodeStore:

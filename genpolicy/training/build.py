@@ -1,4 +1,4 @@
-"""From an experiment to live objects, and a policy to its folder and back."""
+"""Builds live objects from an experiment; saves a policy to its folder and loads it back."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -80,7 +80,8 @@ def control_model(
     if model.pretrained is None:
         if data is None or isinstance(data, Pictures):
             raise ConfigError(
-                "policy.pretrained is not set: a new policy needs the data section, which gives it shapes"
+                "policy.pretrained is not set: a new policy needs the data section,"
+                " which gives it shapes"
             )
         model.initialise(data)
     require_fit(model, task)

@@ -18,7 +18,7 @@ LOCK = ".lock"
 
 
 class Stateful(Protocol):
-    """Anything that is saved and resumed with a run."""
+    """An object that is saved and resumed with a run."""
 
     def state_dict(self) -> Any: ...
 
@@ -28,9 +28,10 @@ class Stateful(Protocol):
 class RunState:
     """All that a run saves and resumes beside its own counters: objects by name, each owned once.
 
-    registered: counters, and what only trains. parts: those of the policy that the method attached; one that came
-    with a saved policy and that nobody attached does not change. unclaimed: states of parts that a
-    resumed run has not attached again; a method attaches them before it changes what they share.
+    registered: counters, and what only trains. parts: those of the policy that the method attached;
+    one that came with a saved policy and that nobody attached does not change. unclaimed: states of
+    parts that a resumed run has not attached again; a method attaches them before it changes what
+    they share.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,7 @@ def write(folder: Path, iteration: int, state: Any, keep: int = 2) -> None:
 
 
 def iterations(folder: Path) -> list[int]:
-    """Those that a run's folder has a checkpoint of, in order."""
+    """The iterations that a run's folder has a checkpoint of, in order."""
     found = (path.parent.name for path in (folder / "checkpoints").glob(f"[0-9]*/{STATE}"))
     return sorted(int(name) for name in found if name.isdigit())
 
@@ -126,7 +127,9 @@ def latest(folder: Path) -> Any | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder; a second run in it raises. However the process ends, the lock goes with it."""
+    """Hold the folder; a second run in it raises.
+    However the process ends, the lock goes with it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as file:
         try:

@@ -43,7 +43,10 @@ class Display:
             desc=str(self.experiment.method["name"]),
             unit="it" if self.experiment.budget.iterations else "%",
             disable=not self.main,
-            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n:.0f}/{total} [{elapsed}<{remaining}] {postfix}",
+            bar_format=(
+                "{desc} {percentage:3.0f}%|{bar:20}| {n:.0f}/{total}"
+                " [{elapsed}<{remaining}] {postfix}"
+            ),
             file=sys.stderr,
         ) as self._bar:
             yield

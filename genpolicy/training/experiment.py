@@ -115,7 +115,8 @@ def _folder(folder: Path, resume: bool) -> Iterator[None]:
     existed = folder.exists()
     if not resume and (folder / "config.yaml").exists():
         raise ConfigError(
-            f"folder {folder} holds a run already: resume it with genpolicy train {folder}/config.yaml, or choose another output"
+            f"folder {folder} holds a run already: resume it with genpolicy train"
+            f" {folder}/config.yaml, or choose another output"
         )
     if existed and not folder.is_dir():
         raise ConfigError(f"output {folder} is a file: choose another output")
@@ -146,7 +147,9 @@ def _is_run(path: Path) -> bool:
 
 
 def finished(folder: Path) -> bool:
-    """True where the run in a folder has spent its budget (one that was stopped has a summary too)."""
+    """True where the run in a folder has spent its budget
+    (one that was stopped has a summary too).
+    """
     file = folder / "summary.json"
     return file.is_file() and spent(json.loads(file.read_text(encoding="utf-8")))
 

@@ -92,7 +92,8 @@ class Optimizer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         if not self.scaler.is_enabled() and not bool(norm.isfinite()):
             raise FloatingPointError(
-                f"the gradient's norm is {float(norm)}: nothing was applied; the last checkpoint is intact"
+                f"the gradient's norm is {float(norm)}: nothing was applied;"
+                " the last checkpoint is intact"
             )
         for group in self.adamw.param_groups:
             group["lr"] = self.lr(progress)
@@ -109,7 +110,7 @@ class Optimizer:
         return contextlib.nullcontext() if self.ema is None else swapped(self.parameters, self.ema)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the parameters."""
+        """The whole state except the parameters."""
         return {
             "updates": self.updates,
             "adamw": self.adamw.state_dict(),

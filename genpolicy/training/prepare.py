@@ -1,4 +1,4 @@
-"""Everything that an experiment names, built and held against each other before any work starts."""
+"""Builds all objects of an experiment and checks them against each other before work starts."""
 
 import dataclasses
 from pathlib import Path

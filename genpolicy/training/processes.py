@@ -15,7 +15,9 @@ from genpolicy.config.schema import Experiment
 
 
 class Processes:
-    """The processes that run an experiment together; ``accelerator`` is accelerate's view of them."""
+    """The processes that run an experiment together;
+    ``accelerator`` is accelerate's view of them.
+    """
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
@@ -32,8 +34,8 @@ class Processes:
         """
         if groups % (updates * self.count):
             raise ConfigError(
-                f"{groups} groups can't be split evenly into {updates} updates on {self.count} processes: "
-                f"the number of groups must be a multiple of {updates * self.count}"
+                f"{groups} groups can't be split evenly into {updates} updates on {self.count}"
+                f" processes: the number of groups must be a multiple of {updates * self.count}"
             )
         return torch.arange(groups).view(updates, self.count, -1)[:, self.index].flatten()
 

@@ -41,7 +41,9 @@ class ReplayCheck:
     def __call__(
         self, policy: ChainPolicy, rollout: Rollout, log_ratio: LogRatio, tolerance: float
     ) -> Rollout:
-        """The rollout, whose old means are those of the training forward to within ``tolerance``."""
+        """The rollout, whose old means are those of the training forward
+        to within ``tolerance``.
+        """
         if self.again is None:
             self.metrics.phase(CHECK)
             counted = policy.model.evaluations
@@ -63,15 +65,18 @@ class ReplayCheck:
         if not self.again:
             return
         self.say(
-            f"replay: log-ratio {self.gap:.1e} at step {k} exceeds a tenth of the clip range ({tolerance:.1e}): log-probs are "
-            "scored again with the training forward (one more evaluation per trained step)"
+            f"replay: log-ratio {self.gap:.1e} at step {k} exceeds a tenth of the clip range"
+            f" ({tolerance:.1e}): log-probs are"
+            " scored again with the training forward (one more evaluation per trained step)"
         )
         again = scored_again(policy, trajectory, self.micro_batches)
         gap, k = self._worst(policy, again, log_ratio)
         if gap > tolerance:
             raise ConfigError(
-                f"replay is not exact: at step {k} two training forwards of the same state differ by a log-ratio of {gap:.1e}, "
-                f"more than a tenth of the clip range ({tolerance:.1e}); use precision fp32, a smaller window or a larger clip"
+                f"replay is not exact: at step {k} two training forwards of the same state differ"
+                f" by a log-ratio of {gap:.1e}, more than a tenth of the clip range"
+                f" ({tolerance:.1e}); use precision fp32,"
+                " a smaller window or a larger clip"
             )
 
     def _worst(

@@ -45,7 +45,9 @@ class Stages:
         return None if length is None else self.done / length
 
     def advance(self, through: bool = False) -> bool:
-        """Count an iteration (``through``: it ended the stage early); True where a stage is left."""
+        """Count an iteration (``through``: it ended the stage early);
+        True where a stage is left.
+        """
         self.done += 1
         length = self.now.iterations
         hurried = self.hurried and self.at + 1 < len(self.all)

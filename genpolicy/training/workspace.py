@@ -1,4 +1,6 @@
-"""The workspace of a run: its folder, its processes, and what counts, divides and shows its work."""
+"""The workspace of a run:
+its folder, its processes, and what counts, divides and shows its work.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Common pieces of the chain's tests: data with a known denoiser, its moments, a small condition and net."""
+"""Common pieces of the chain's tests:
+data with a known denoiser, its moments, a small condition and net.
+"""
 
 import math
 from collections.abc import Callable
@@ -30,13 +32,17 @@ class Rows:
 
 
 def batch(groups: int, members: int, seed: int = 0) -> tuple[Rows, Noise]:
-    """Conditions and noise of ``groups`` x ``members`` rows, group-major; a group has one condition."""
+    """Conditions and noise of ``groups`` x ``members`` rows, group-major;
+    a group has one condition.
+    """
     value = torch.linspace(-1, 1, groups).repeat_interleave(members)
     return Rows(value), Noise.rows(seed, 0, torch.arange(groups), members)
 
 
 def cosine(levels: int = 1024) -> VariancePreserving:
-    """alpha = cos(pi t/2), sigma = sin(pi t/2): smooth at both ends, pure noise at t = 1 (zero SNR)."""
+    """alpha = cos(pi t/2), sigma = sin(pi t/2):
+    smooth at both ends, pure noise at t = 1 (zero SNR).
+    """
     angle = torch.linspace(0, torch.pi / 2, levels + 1, dtype=torch.float64)[1:]
     return VariancePreserving(
         torch.cat([torch.cos(angle[:-1]) ** 2, torch.zeros(1, dtype=torch.float64)])
@@ -87,9 +93,11 @@ DATA = Data()
 def moments(
     kernel: Kernel, schedule: Schedule, grid: Tensor, data: Data = DATA
 ) -> list[tuple[float, float]]:
-    """Analytic (mean, std) at every time of ``grid``: exact denoiser, from the true marginal at grid[0] on.
+    """Analytic (mean, std) at every time of ``grid``: exact denoiser, from the true marginal at
+    grid[0] on.
 
-    A transition is affine in x with the kernel's coefficients (one row a step), so that no sampling is needed.
+    A transition is affine in x with the kernel's coefficients (one row a step), so that no sampling
+    is needed.
     """
     here = step(schedule, grid[:-1], grid[1:])
     c = kernel.coefficients(here)
@@ -106,7 +114,9 @@ def moments(
 def solved(
     solver: Solver, schedule: Schedule, grid: Tensor, data: Data = DATA
 ) -> tuple[float, float]:
-    """Analytic (mean, std) at the end of a solver: it is affine in where it starts, so two points do."""
+    """Analytic (mean, std) at the end of a solver:
+    it is affine in where it starts, so two points do.
+    """
     denoiser = data.denoiser(schedule)
     ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     zero, one = solver.integrate(lambda x, t: denoiser(x, t, Rows(x[:, 0])), ends, schedule, grid)[
@@ -117,7 +127,8 @@ def solved(
 
 
 class Network(torch.nn.Module):
-    """A small MLP over x, t and the condition that says a velocity on the linear schedule; counts its calls.
+    """A small MLP over x, t and the condition that says a velocity on the linear schedule; counts
+    its calls.
 
     ``rows`` are the batch sizes of its calls, ``times`` their t. In fp64 its Prediction stays fp64.
     """

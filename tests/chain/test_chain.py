@@ -182,7 +182,9 @@ def test_control_another_kernel_step_or_time_is_not_ratio_1() -> None:
 def test_control_rounding_after_scoring_moves_the_log_prob(
     kernel: Kernel, storage: torch.dtype, error: float
 ) -> None:
-    """Published code scores fp32 states and stores rounded ones; ours rounds first, and replays exactly."""
+    """Published code scores fp32 states and stores rounded ones;
+    ours rounds first, and replays exactly.
+    """
     case = Case(kernel)
     denoiser = case.denoiser()
     trajectory = case.sample(denoiser)
@@ -327,7 +329,9 @@ def seen(denoiser: Callable, record: list[Tensor]) -> Denoiser:
 def test_branches_share_what_lies_before(
     kernel: Kernel, branch_at: int, window: tuple[int, int] | None
 ) -> None:
-    """Network rows: one per group up to and at the branching step, all after; states differ only after it."""
+    """Network rows: one per group up to and at the branching step, all after;
+    states differ only after it.
+    """
     case = Case(kernel, window=window, branch_at=branch_at)
     network = case.denoiser()
     record: list[Tensor] = []
@@ -353,7 +357,9 @@ def test_without_a_branch_every_row_is_its_own() -> None:
 
 
 def test_the_trunk_may_be_stochastic() -> None:
-    """B2-DiffuRL: the trunk is sampled with the kernel too, once per group; only the branches are kept."""
+    """B2-DiffuRL: the trunk is sampled with the kernel too, once per group;
+    only the branches are kept.
+    """
     case = Case(window=(0, K - 1))
     denoiser = case.denoiser()
     condition, noise = batch(GROUPS, MEMBERS)
@@ -486,7 +492,7 @@ def test_partial_start_goes_on_as_the_whole_chain_did(kernel: Kernel, k: int) ->
 
 
 def begun(trajectory: Trajectory) -> Tensor:
-    """Its start, which every sampled trajectory has."""
+    """The start of a trajectory, which every sampled one has."""
     assert trajectory.start is not None
     return trajectory.start
 
@@ -565,7 +571,9 @@ PRIORS += [(EDM(), 6401**0.5)]
     ("schedule", "std"), PRIORS, ids=lambda v: type(v).__name__ if not isinstance(v, float) else ""
 )
 def test_prior_is_diffusers_init_noise_sigma(schedule: Schedule, std: float) -> None:
-    """1 on VP (whatever its last sigma is) and on flows, sqrt(sigma_max^2 + 1) for EDMEulerScheduler."""
+    """1 on VP (whatever its last sigma is) and on flows,
+    sqrt(sigma_max^2 + 1) for EDMEulerScheduler.
+    """
     condition, noise = batch(GROUPS, MEMBERS)
     chain = Chain(schedule, schedule.grid(2))
     x = chain.sample(DATA.denoiser(schedule), condition, noise, SHAPE, keep=(0, 1)).before(0)
@@ -675,7 +683,7 @@ def test_every_name_of_the_noise_changes_the_sample() -> None:
 
 
 def test_a_chain_of_one_step() -> None:
-    """By default it is its last step: one evaluation, taken at its mean, nothing kept."""
+    """The default window is the last step: one evaluation, taken at its mean, nothing kept."""
     condition, noise = batch(GROUPS, MEMBERS)
     network = Network(SHAPE)
     chain = Chain(Linear(), Linear().grid(1))
@@ -739,7 +747,9 @@ def test_solvers_start_where_they_are_told(solver: Heun | DPMSolver) -> None:
 
 @pytest.mark.parametrize("solver", [Heun(), DPMSolver()], ids=str)
 def test_solvers_never_ask_the_network_at_the_end(solver: Heun | DPMSolver) -> None:
-    """t = 0 of a VP family is its final alpha-bar, not a level a network knows, even where sigma(0) > 0."""
+    """t = 0 of a VP family is its final alpha-bar, not a level a network knows,
+    even where sigma(0) > 0.
+    """
     schedule = VariancePreserving(torch.linspace(0.999, 0.01, 100), final_alpha_bar=0.999)
     times: list[float] = []
 
@@ -828,7 +838,9 @@ def test_the_networks_own_std_is_the_transitions() -> None:
 def test_kernel_algebra_is_fp32_under_autocast(
     kernel: Kernel, wrap: Callable[[Denoiser], Denoiser]
 ) -> None:
-    """The network runs in bf16; the transition is what its outputs give outside autocast; replay is exact."""
+    """The network runs in bf16; the transition is what its outputs give outside autocast;
+    replay is exact.
+    """
     case = Case(kernel)
     network = case.denoiser()
     outputs: list[Prediction] = []

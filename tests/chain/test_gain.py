@@ -1,4 +1,6 @@
-"""gain == autograd's d mean / d network output, for every kernel x parametrisation x wrapper x step."""
+"""gain == autograd's d mean / d network output,
+for every kernel x parametrisation x wrapper x step.
+"""
 
 from itertools import product
 
@@ -71,7 +73,9 @@ def case(here: Step, scale: float = 1.0) -> tuple[Tensor, Tensor]:
 
 
 def slope(kernel: Kernel, denoiser: Denoiser, x: Tensor, output: Tensor, here: Step) -> Tensor:
-    """d mean / d output, [B,*E], by autograd: elementwise, so that the sum's gradient is the diagonal."""
+    """d mean / d output, [B,*E], by autograd:
+    elementwise, so that the sum's gradient is the diagonal.
+    """
     mean = transition(kernel, x, denoiser(x, here.t, Rows(x[:, 0])), here).mean
     (gradient,) = torch.autograd.grad(mean.sum(), output)
     return gradient
@@ -86,7 +90,9 @@ def closed_form(kernel: Kernel, kind: Parametrisation, here: Step) -> Tensor:
 
 
 def close(ours: Tensor, theirs: Tensor, kernel: Kernel, kind: Parametrisation, here: Step) -> bool:
-    """Equal to 2e-6 of the larger of the two terms: x0's and eps's shares cancel where a gain is small."""
+    """Equal to 2e-6 of the larger of the two terms:
+    x0's and eps's shares cancel where a gain is small.
+    """
     c, (d_x0, d_eps) = kernel.coefficients(here), output_gain(kind, here.alpha_t, here.sigma_t)
     scale = torch.maximum((c.x0 * d_x0).abs(), (c.eps * d_eps).abs())
     return bool(

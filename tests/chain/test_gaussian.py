@@ -90,7 +90,9 @@ def test_mean_of_log_prob_over_its_own_samples() -> None:
 @pytest.mark.parametrize("reduce", ["sum", "mean", "none"])
 @pytest.mark.parametrize("std", ["token", "element"])
 def test_points_may_be_masked_out(std: str, reduce: Reduce) -> None:
-    """std 0 (and a mean of inf) in the masked-out dims: value and gradient are the kept dims' alone."""
+    """std 0 (and a mean of inf) in the masked-out dims:
+    value and gradient are the kept dims' alone.
+    """
     kept = mask("token")
     full = gaussian(std)
     holes = torch.where(kept, full.std, 0.0).requires_grad_()

@@ -26,7 +26,9 @@ def velocity(p: Prediction) -> Tensor:
 
 
 def published(network: Network, scale: float, *, detach: bool) -> Prediction:
-    """Both branches in one batch and one graph, as the public scripts do; some detach the negative one."""
+    """Both branches in one batch and one graph, as the public scripts do;
+    some detach the negative one.
+    """
     x, t, condition = inputs()
     both = Rows(torch.cat([empty(condition).value, condition.value]))
     p = network(torch.cat([x, x]), torch.cat([t, t]), both)
@@ -133,7 +135,9 @@ def test_networks_own_std_passes_through() -> None:
     ids=str,
 )
 def test_evaluations_of_a_chain(interval: tuple[float, float], guided_steps: int) -> None:
-    """8 steps of 6 rows cost 8 + (guided steps) evaluations of 6 rows; replay of one guided step costs 2."""
+    """8 steps of 6 rows cost 8 + (guided steps) evaluations of 6 rows;
+    replay of one guided step costs 2.
+    """
     network = Network(SHAPE)
     chain = Chain(Linear(), Linear().grid(8), SDE(0.7))
     condition, noise = batch(groups=2, members=3)

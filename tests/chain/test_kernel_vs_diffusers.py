@@ -1,4 +1,5 @@
-"""Kernels and solvers against diffusers' own schedulers over whole grids, and against published formulas.
+"""Kernels and solvers against diffusers' own schedulers over whole grids, and against published
+formulas.
 
 Every deviation is max |ours - theirs| / max |theirs| of a step.
 """
@@ -72,7 +73,7 @@ def between(schedule: Schedule, t: float, s: float) -> Step:
 def predict(
     kind: Parametrisation, output: Tensor, x: Tensor, here: Step, clip: ClipX0 | None = None
 ) -> Prediction:
-    """What the network says at this step, through ``clip`` where the family clips."""
+    """The prediction of the network at this step, through ``clip`` where the family clips."""
     prediction = Prediction.of(kind, output, x, here.alpha_t, here.sigma_t)
     if clip is None:
         return prediction
@@ -121,7 +122,9 @@ def ddim_deviation(
 
 
 PRECISIONS = [(torch.float32, 1e-5), (torch.float64, 1e-6)]
-"""As shipped, diffusers rounds its coefficients to fp32; in fp64, on the same table, our rounding is left."""
+"""The precision of diffusers' coefficients, and the tolerance: as shipped, diffusers rounds them to
+fp32; in fp64, on the same table, our rounding is left.
+"""
 
 
 @pytest.mark.parametrize(("dtype", "error"), PRECISIONS, ids=str)

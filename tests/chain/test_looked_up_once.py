@@ -1,4 +1,6 @@
-"""The chain's coefficients are looked up once: equal to the bit to looking them up at every step, for every row."""
+"""The chain's coefficients are looked up once:
+equal to the bit to looking them up at every step, for every row.
+"""
 
 from dataclasses import dataclass, replace
 

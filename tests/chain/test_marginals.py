@@ -1,4 +1,6 @@
-"""Marginals on x_0 ~ N(1, .5^2) with the exact denoiser, propagated through the kernels' coefficients."""
+"""Marginals on x_0 ~ N(1, .5^2) with the exact denoiser,
+propagated through the kernels' coefficients.
+"""
 
 import math
 from collections.abc import Callable
@@ -41,7 +43,7 @@ def order(error: Callable[[int], float], steps: int) -> float:
     return math.log2(abs(error(steps)) / abs(error(2 * steps)))
 
 
-# ---- what papers/image_policy_gradients.md 7.8 measured: final std, truth .5, T = 10, 40, 200, 1000
+# ---- measured once: final std, truth .5, T = 10, 40, 200, 1000
 
 MEASURED = {
     DDIM(0.0): (0.359, 0.465, 0.493, 0.4985),
@@ -94,7 +96,9 @@ def test_sde_of_constant_noise_converges_at_first_order(shift: float) -> None:
 
 @pytest.mark.parametrize(("steps", "error"), [(200, 0.0025), (3200, 0.0015)])
 def test_flow_grpos_sde_converges_slowly(steps: int, error: float) -> None:
-    """7.8: +.2 % of std at T = 200 and still +.12 % at 3200, uniform grid: the first step keeps injecting."""
+    """7.8: +.2 % of std at T = 200 and still +.12 % at 3200, uniform grid:
+    the first step keeps injecting.
+    """
     relative = final_std(SDE(0.7), Linear(), steps) / 0.5 - 1
     assert 0 < relative < error
     assert abs(final_std(SDE(0.7), Linear(), 200) / 0.5 - 1) <= 0.005
@@ -129,7 +133,9 @@ def test_solvers_between_two_finite_times_are_of_second_order(solver: Solver, na
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("solver", [Heun(), DPMSolver()], ids=str)
 def test_solvers_converge_over_the_whole_grid(solver: Solver, name: str) -> None:
-    """DPM-Solver++ takes first-order steps at both infinite ends (as diffusers does), yet beats Euler's."""
+    """DPM-Solver++ takes first-order steps at both infinite ends (as diffusers does),
+    yet beats Euler's.
+    """
     schedule = SCHEDULES[name]
     mean, std = solved(solver, schedule, schedule.grid(128))
     assert mean == pytest.approx(1, abs=1e-9)
@@ -188,7 +194,7 @@ def along(kernel: Kernel, schedule: Schedule, steps: int = 10) -> list[tuple[Ste
     return [(h, kernel.coefficients(h)) for h in here]
 
 
-# ---- the first step from pure noise (ecosystem/shapes_kernels.md, kernel check: diffusers' 8 uniform sigmas)
+# ---- the first step from pure noise (diffusers' 8 uniform sigmas)
 
 
 def test_the_patched_first_step_inflates() -> None:
@@ -210,7 +216,9 @@ def test_inflation_and_ddim_free_of_it(grid: Tensor, data: Data) -> None:
 
 
 def test_more_steps_do_not_cure_the_first_one() -> None:
-    """7.5: the patch injects a variance a^2 whatever the number of steps; 4.6 % of std at a = .7."""
+    """7.5: the patch injects a variance a^2 whatever the number of steps;
+    4.6 % of std at a = .7.
+    """
     for steps in (100, 1000):
         assert max(inflation(SDE(0.7), Linear(3.0).grid(steps))) > 1.04
         assert max(abs(r - 1) for r in inflation(DDIM(1.0), Linear().grid(steps))) < 4 / steps**0.5
@@ -231,7 +239,9 @@ WRAPPED = [
 @pytest.mark.parametrize("kernel", WRAPPED, ids=str)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_wrapped_std_keeps_the_coefficients(kernel: ClipStd | FloorStd, name: str) -> None:
-    """eps^2 + std^2 = sigma_s^2; a floor over sigma_s is exploration noise on top (and eps is 0 then)."""
+    """eps^2 + std^2 = sigma_s^2;
+    a floor over sigma_s is exploration noise on top (and eps is 0 then).
+    """
     for here, c in along(kernel, SCHEDULES[name]):
         inside = torch.minimum(c.std, here.sigma_s)
         assert float(c.x0) == float(here.alpha_s)
@@ -277,7 +287,9 @@ def test_the_wrapped_std_is_the_clipped_or_floored_one() -> None:
 
 @pytest.mark.parametrize("high", [0.1, 0.2])
 def test_a_consistent_clip_keeps_the_marginals(high: float) -> None:
-    """Any std below DDIM(1)'s with its own direction converges; the published form is off for every K."""
+    """Any std below DDIM(1)'s with its own direction converges;
+    the published form is off for every K.
+    """
     right, wrong = (ClipStd(DDIM(1.0), 0.0, high, consistent=c) for c in (True, False))
     assert order(lambda K: final_std(right, Linear(), K) - 0.5, 128) > 0.8
     assert abs(final_std(right, Linear(), 256) - 0.5) < 0.01

@@ -106,7 +106,9 @@ def test_what_is_asked_of_the_deployed_sampler_wins(control):
 
 
 def test_the_deployed_means_are_those_that_training_scores():
-    """Step by step: the deployed sampler's transition has the training kernel's mean at the same state."""
+    """Step by step: the deployed sampler's transition has the training kernel's mean
+    at the same state.
+    """
     model = Toy()
     training = make_policy(model, TRAINED)
     deployed = make_policy(model, deployed_sampler(TRAINED, {}, control=True))

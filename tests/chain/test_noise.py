@@ -130,7 +130,9 @@ def test_neighbouring_names_are_independent(axis: str) -> None:
 
 @pytest.mark.parametrize("axis", range(5))
 def test_neighbouring_names_share_no_stretch_of_the_stream(axis: int) -> None:
-    """A counter that is counted up where the generator itself counts gives the same numbers, shifted."""
+    """A counter that is counted up where the generator itself counts
+    gives the same numbers, shifted.
+    """
     name = [1, 1, 1, 1, 1]
     neighbour = [v + (i == axis) for i, v in enumerate(name)]
     ours, theirs = (set(one(*n, size=1000).tolist()) for n in (name, neighbour))
@@ -155,7 +157,9 @@ def test_a_row_is_standard_normal() -> None:
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3, 4])
 def test_across_names_the_draws_are_standard_normal(axis: int) -> None:
-    """The first number of 2000 consecutive names along each axis: a counter must not show through."""
+    """The first number of 2000 consecutive names along each axis:
+    a counter must not show through.
+    """
     first = torch.cat(
         [one(*[i if a == axis else 0 for a in range(5)], size=1) for i in range(2000)]
     )

@@ -179,11 +179,13 @@ def test_a_frozen_base_denoises_above_its_time_and_only_there():
         assert torch.equal(mean, after.mean[:, k])
 
 
-# -- noise of a decision ---------------------------------------------------------------------------------------
+# -- noise of a decision ---------------------------------------------------------------------------
 
 
 def philox(seed, iteration, group, member, decision, k, size):
-    """By hand: key (seed, iteration), counter (0, member + 1, group, (decision << 32) + k + 1)."""
+    """Draws with key (seed, iteration),
+    counter (0, member + 1, group, (decision << 32) + k + 1).
+    """
     words = [0, member + 1, group, (decision << 32) + k + 1]
     generator = np.random.Generator(np.random.Philox(key=[seed, iteration], counter=words))
     return torch.from_numpy(generator.standard_normal(size, dtype=np.float32))

@@ -26,7 +26,9 @@ SD_TABLE = VariancePreserving(SD.alphas_cumprod, float(SD.final_alpha_cumprod))
 
 
 def library_function(path: str, name: str) -> Callable:
-    """A plain function of diffusers, from its source: its pipeline would import transformers (30 s)."""
+    """A plain function of diffusers, from its source:
+    its pipeline would import transformers (30 s).
+    """
     tree = ast.parse((Path(diffusers.__file__).parent / path).read_text())
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     space: dict = {}

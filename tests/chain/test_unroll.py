@@ -76,7 +76,9 @@ def test_a_learned_std_is_unrolled_too() -> None:
 
 
 def moved(schedule: Schedule, by: Tensor) -> Denoiser:
-    """The exact denoiser of Gaussian data, with ``by`` added to the x0 it says: in the dtype of ``by``."""
+    """The exact denoiser of Gaussian data, with ``by`` added to the x0 it says:
+    in the dtype of ``by``.
+    """
 
     def predict(x: Tensor, t: Tensor, condition: Rows) -> Prediction:
         x, (alpha, sigma) = (
@@ -91,7 +93,9 @@ def moved(schedule: Schedule, by: Tensor) -> Denoiser:
 
 
 def slopes(chain: Chain, last: int) -> tuple[float, float]:
-    """(d x0 / d by, d x0 / d x) of `moved`, by hand: x_s = a x_t + b (by + ...), over the last steps."""
+    """(d x0 / d by, d x0 / d x) of `moved`, by hand:
+    x_s = a x_t + b (by + ...), over the last steps.
+    """
     of_by, of_x = 0.0, 1.0
     for k in range(chain.K - last, chain.K):
         here = step(chain.schedule, chain.grid[k][None], chain.grid[k + 1][None])
@@ -146,7 +150,9 @@ def test_the_gradient_is_the_finite_difference(name: str) -> None:
 
 
 def test_no_gradient_flows_through_the_steps_before_the_last() -> None:
-    """The graph holds the last evaluations only; a network of its own before them gets no gradient."""
+    """The graph holds the last evaluations only;
+    a network of its own before them gets no gradient.
+    """
     early, late, (condition, noise) = Network(EVENT), Network(EVENT), batch(ROWS, 1)
     with torch.no_grad():
         early.body[0].weight.add_(0.1)

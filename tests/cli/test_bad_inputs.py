@@ -1,4 +1,4 @@
-"""What a person gets wrong: one sentence on stderr, exit code 2, nothing half-written."""
+"""Mistakes of users: one sentence on stderr, exit code 2, nothing half-written."""
 
 from pathlib import Path
 from typing import Any
@@ -264,7 +264,7 @@ def test_empty_prompt_file(tmp_path: Path, capsys, key: str):
     assert "has no prompts" in said
 
 
-# -- folders --------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +355,7 @@ def test_damaged_policy(finished: Path, capsys):
     file.write_text(whole)
 
 
-# -- other verbs ----------------------------------------------------------------------------------------------
+# -- other verbs -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-# -- help and list --------------------------------------------------------------------------------------------
+# -- help and list ---------------------------------------------------------------------------------
 
 
 def test_help_names_every_verb(capsys):
@@ -62,8 +62,8 @@ from genpolicy.cli.main import main
 assert main(["--help"]) == main(["train", "--help"]) == 0
 kinds = ("methods", "models", "rewards", "tasks", "datasets", "configs")
 assert [main(["list", kind]) for kind in kinds] == [0] * 6
-heavy = {"torch", "numpy", "diffusers", "transformers", "lerobot", "gymnasium", "matplotlib", "PIL"} & set(sys.modules)
-assert not heavy, heavy
+heavy = {"torch", "numpy", "diffusers", "transformers", "lerobot", "gymnasium", "matplotlib", "PIL"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -107,7 +107,7 @@ def test_version_and_interruption(capsys, monkeypatch):
     assert capsys.readouterr().err == "genpolicy: interrupted\n"
 
 
-# -- train ----------------------------------------------------------------------------------------------------
+# -- train -----------------------------------------------------------------------------------------
 
 
 def test_train_leaves_the_folder_of_the_design(run: Path):
@@ -170,7 +170,7 @@ def test_plan_measures_and_leaves_nothing(tmp_path: Path, capsys, monkeypatch):
     assert "the whole budget: 4 iterations, 512 network evaluations" in text
 
 
-# -- evaluate and sample --------------------------------------------------------------------------------------
+# -- evaluate and sample ---------------------------------------------------------------------------
 
 
 def test_evaluate_a_run_repeats_its_last_evaluation(run: Path, capsys):
@@ -322,7 +322,7 @@ def test_a_saved_policy_carries_its_sampler(run: Path, tmp_path: Path):
         moved.rename(run / "policy")
 
 
-# -- compare --------------------------------------------------------------------------------------------------
+# -- compare ---------------------------------------------------------------------------------------
 
 ARMS = ("flow_grpo", "grpo_guard")
 
@@ -468,7 +468,7 @@ def test_seeds_that_are_none(text: str):
         compare.seeds(text)
 
 
-# -- check ----------------------------------------------------------------------------------------------------
+# -- check -----------------------------------------------------------------------------------------
 
 LEAVES = {
     "good.py": "def good(outputs, context):\n    return outputs.flatten(1).mean(1)\n",
@@ -482,8 +482,16 @@ class Settled:
     def __call__(self, outputs, context):
         return self.scale * outputs.flatten(1).amax(1)
 """,
-    "batchy.py": "def batchy(outputs, context):\n    return outputs.flatten(1).mean(1) - outputs.mean()\n",
-    "noisy.py": "import torch\n\ndef noisy(outputs, context):\n    return torch.rand(len(outputs))\n",
+    "batchy.py": """
+def batchy(outputs, context):
+    return outputs.flatten(1).mean(1) - outputs.mean()
+""",
+    "noisy.py": """
+import torch
+
+def noisy(outputs, context):
+    return torch.rand(len(outputs))
+""",
     "single.py": "def single(outputs, context):\n    return outputs.mean()\n",
     "greedy.py": "def greedy(outputs, context):\n    return outputs.zero_().flatten(1).mean(1)\n",
     "endless.py": "def endless(outputs, context):\n    return outputs.flatten(1).sum(1) / 0\n",
@@ -630,7 +638,7 @@ def test_check_knows_what_a_leaf_is(capsys, leaf: str, kind: str):
 
 @pytest.mark.parametrize("method", names("methods"))
 def test_shipped_methods_keep_the_laws(capsys, method: str):
-    """In every world that they train."""
+    """Every shipped method keeps the laws in every world that it trains in."""
     needs = required(make("methods", {"name": method}))
     assert main(["check", f"genpolicy.methods.{method}"]) == 0
     text = capsys.readouterr().out

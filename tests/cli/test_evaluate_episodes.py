@@ -49,7 +49,7 @@ def evaluated(out: Path, *arguments: str) -> dict[str, Any]:
     return json.loads((out / "eval.json").read_text())
 
 
-# -- eval.json ------------------------------------------------------------------------------------------------
+# -- eval.json -------------------------------------------------------------------------------------
 
 
 def test_evaluate_a_run_repeats_its_last_evaluation(run: Path, capsys):
@@ -136,7 +136,7 @@ def test_a_task_without_a_verdict_has_returns_only(run: Path, tmp_path: Path, ca
     assert "return, 95 %" in capsys.readouterr().out
 
 
-# -- samplers -------------------------------------------------------------------------------------------------
+# -- samplers --------------------------------------------------------------------------------------
 
 
 def test_samplers_meet_the_same_episodes(run: Path, tmp_path: Path, capsys):
@@ -214,7 +214,7 @@ def test_a_moved_policy_knows_its_kernel_from_its_mean(run: Path, tmp_path: Path
         moved.rename(run / "policy")
 
 
-# -- LeRobot's policies ---------------------------------------------------------------------------------------
+# -- LeRobot's policies ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("scheduler", "eta"), [("DDIM", 0.0), ("DDPM", 1.0)])
@@ -260,7 +260,7 @@ def test_whose_policy_a_folder_is(tmp_path: Path, settings: dict, leaf: str, ste
     assert saved(tmp_path).policy["name"] == "diffusers_pipeline"
 
 
-# -- GIFs -----------------------------------------------------------------------------------------------------
+# -- GIFs ------------------------------------------------------------------------------------------
 
 
 def test_gifs_of_successes_and_failures(run: Path, tmp_path: Path, capsys):
@@ -290,7 +290,7 @@ def test_no_camera_no_gifs(run: Path, tmp_path: Path, capsys, monkeypatch):
     assert not (tmp_path / "episodes").exists()
 
 
-# -- bad input ------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_a_policy_that_acts_does_not_draw(run: Path, tmp_path: Path, capsys):
     assert "acts, it does not draw: genpolicy evaluate plays and films it" in said
 
 
-# -- train, demonstrate ---------------------------------------------------------------------------------------
+# -- train, demonstrate ----------------------------------------------------------------------------
 
 
 def test_plan_of_an_experiment_in_environments(tmp_path: Path, run: Path, capsys, monkeypatch):
@@ -391,7 +391,7 @@ def test_demonstrate_where_a_yaml_says(tmp_path: Path, run: Path, capsys):
     assert "does not say where its data set is: give --out DIR" in said
 
 
-# -- compare --------------------------------------------------------------------------------------------------
+# -- compare ---------------------------------------------------------------------------------------
 
 SMALL = {"episodes": 6, "critic_epochs": 1, "epochs": 1, "warm_up": 0}
 ARMS = {"first": {"name": "dppo", **SMALL}, "second": {"name": "dppo", "clip": 0.05, **SMALL}}
@@ -457,7 +457,9 @@ def test_arms_in_environments_that_can_not_be_compared(
 
 
 def test_kernels_of_arms_in_environments_may_differ(run: Path, tmp_path: Path):
-    """Each is deployed with the mean of its own; on pictures the deployed samplers must be equal."""
+    """Each is deployed with the mean of its own;
+    on pictures the deployed samplers must be equal.
+    """
     kernel = {"name": "ddim", "eta": 1.0}
     paths = arms(tmp_path, run / "policy", chain={"steps": 4, "kernel": kernel, "window": [0, 3]})
     compare._require_comparable([comparison.Arm(path, parse.load(path)) for path in paths])

@@ -17,7 +17,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch) -> Path:
-    """The shipped configuration with one small iteration, and one picture of each held-out caption."""
+    """The shipped configuration with one small iteration,
+    and one picture of each held-out caption.
+    """
     raw = yaml.safe_load(shipped.configs()["quickstart"].read_text())
     raw["method"] |= {"groups": 2, "group": 2}
     raw |= {"budget": {"iterations": 1}, "optimizer": {"lr": 1e-3}}
@@ -58,7 +60,9 @@ def test_quickstart(small: Path, capsys):
 
 
 def test_the_final_noise_is_fresh():
-    """Neither training (iterations from 1) nor its evaluations (their own seed) draw from it, for any seed in use."""
+    """Neither training (iterations from 1) nor its evaluations (their own seed) draw from it,
+    for any seed in use.
+    """
     config = yaml.safe_load(shipped.configs()["quickstart"].read_text())
     assert "seed" not in config["eval"]
     assert not set(range(1000)) & {
@@ -99,7 +103,9 @@ def test_robot_half(small_robot: Path, capsys):
 
 
 def test_the_robots_final_starts_are_fresh():
-    """No seed in use meets the starts of the runs' evaluations, of the demonstrations, or of another seed's."""
+    """No seed in use meets the starts of the runs' evaluations, of the demonstrations,
+    or of another seed's.
+    """
     first = {quickstart_robot.FRESH_STARTS + 1000 * seed for seed in range(1000)}
     assert min(first) > 1_000_003 + 10_000
     assert quickstart_robot.EPISODES <= 1000

@@ -108,9 +108,8 @@ def test_every_shipped_config_parses(name: str):
     """Strictly, down to its leaves; rewards and models are not built, some need weights."""
     experiment = parse.load(name)
     leaves.make("methods", experiment.method)
-    leaves.make("tasks", experiment.task)
+    task = leaves.make("tasks", experiment.task)
     make_kernel(experiment.chain.kernel)
-    task = leaves.leaf("tasks", experiment.task["name"])
     if is_control(task):
         assert not experiment.reward
     else:

@@ -15,7 +15,9 @@ STATE, CAMERA = "observation.state", "observation.images.top"
 
 @dataclass
 class Cart:
-    """The state is (place, steps so far); an action is a displacement, within .1. Success: |place| < .05."""
+    """The state is (place, steps so far); an action is a displacement, within .1.
+    Success: |place| < .05.
+    """
 
     camera: bool = False
     limit: int = 12

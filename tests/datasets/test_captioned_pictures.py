@@ -1,4 +1,6 @@
-"""Captioned pictures: read in order, cut around the middle, and bad input is told with its place."""
+"""Captioned pictures: read in order, cut around the middle,
+and bad input is told with its place.
+"""
 
 import json
 import re
@@ -79,7 +81,7 @@ def test_grey_pictures_and_those_with_alpha_become_red_green_and_blue(tmp_path):
 
 @pytest.mark.parametrize("upright", [False, True])
 def test_a_picture_of_another_shape_is_cut_around_its_middle(tmp_path, upright):
-    """Of three bands of colour side by side, or one above the other, the middle one is kept."""
+    """The middle one of three bands of colour, side by side or one above the other, is kept."""
     wide = np.concatenate([np.full((8, 8, 3), COLOURS[c]) for c in COLOURS], 1)
     save(tmp_path, "bands.png", wide.swapaxes(0, 1) if upright else wide)
     (tmp_path / METADATA).write_text(entry("bands.png", "bands"))

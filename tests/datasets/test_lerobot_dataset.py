@@ -1,4 +1,4 @@
-"""What is read equals what LeRobot's own reader gives, at every frame, with its padding; and what can't be read is said."""
+"""Reading equals LeRobot's own reader at every frame, with its padding; unreadable data is said."""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""GIFs show the episode that was played: its length, its time, its outcome, and small enough to look at."""
+"""GIFs show the episode that was played:
+its length, its time, its outcome, and small enough to look at.
+"""
 
 from pathlib import Path
 

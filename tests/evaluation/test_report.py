@@ -1,4 +1,4 @@
-"""What a run shows: lines that survive a kill, and figures with the right things in them."""
+"""The display of a run: lines that survive a kill, and figures with the right things in them."""
 
 import json
 import math
@@ -179,7 +179,7 @@ def test_evaluation_includes_the_one_before_training():
 
 
 def control_metrics(iterations: int, sparse: bool = True) -> list[dict]:
-    """Of a run in environments: each iteration takes 300 steps more than the one before."""
+    """The metrics of a run in environments: each iteration takes 300 steps more than the last."""
     found: list[dict] = []
     for i in range(iterations + 1):
         if i:

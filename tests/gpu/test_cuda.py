@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Written for one, not run on any machine without it."""
+"""Tests that need a CUDA device."""
 
 import pytest
 import torch

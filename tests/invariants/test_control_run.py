@@ -1,4 +1,6 @@
-"""A run in environments is one run, however it is run: killed and resumed, on one process or several."""
+"""A run in environments is one run, however it is run:
+killed and resumed, on one process or several.
+"""
 
 import random
 import signal
@@ -66,7 +68,7 @@ RUNS = {"dppo": DPPO, "reinflow": REINFLOW, "bc": BC, "grpo_guard": GRPO}
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch):
-    """They take longer than these runs, and are tested elsewhere."""
+    """Draws no curves: they take longer than these runs, and are tested elsewhere."""
     monkeypatch.setattr("genpolicy.evaluation.curves.figures", lambda folder: None)
 
 
@@ -78,7 +80,9 @@ def write(folder, sections):
 
 
 def same_state(a, b):
-    """Whether two checkpoints hold the same numbers: policy, optimisers, averages, everything registered."""
+    """Compares the numbers of two checkpoints:
+    policy, optimisers, averages, everything registered.
+    """
 
     def equal(x, y):
         if isinstance(x, torch.Tensor):
@@ -102,7 +106,9 @@ def same_state(a, b):
     ],
 )
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
-    """Stopped by a smaller budget after 7 of 12 iterations, between two evaluations; weights, optimisers and value alike."""
+    """Stopped by a smaller budget after 7 of 12 iterations, between two evaluations;
+    weights, optimisers and value alike.
+    """
     sections = {
         **RUNS[name],
         "optimizer": {"lr": 1e-3, "ema": 0.9, "warmup": 5},
@@ -137,7 +143,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
 
 
 def test_control_a_value_that_is_not_resumed_is_another_run(tmp_path):
-    """What the bit-for-bit equality says of the value: without its weights the next update differs."""
+    """The bit-for-bit equality covers the value: without its weights the next update differs."""
     sections = {**DPPO, "optimizer": {"lr": 1e-3}}
     train(write(tmp_path / "whole", sections))
     folder = tmp_path / "broken"
@@ -219,7 +225,7 @@ def test_another_seed_is_another_run(tmp_path):
     assert largest_difference(runs[0]["parameters"], runs[1]["parameters"]) > 1e-4
 
 
-# -- what a run counts, saves and refuses ----------------------------------------------------------------------------
+# -- what a run counts, saves and refuses ----------------------------------------------------------
 
 
 def test_a_budget_of_environment_steps_ends_the_run(tmp_path):
@@ -236,7 +242,9 @@ def test_a_budget_of_environment_steps_ends_the_run(tmp_path):
 
 
 def test_evaluations_are_counted_without_those_of_the_examination(tmp_path):
-    """K rows a decision to act; every trained pair twice (forward and backward), in each epoch, after the warm-up."""
+    """K rows a decision to act; every trained pair twice (forward and backward), in each epoch,
+    after the warm-up.
+    """
     sections = {
         **DPPO,
         "method": {**DPPO["method"], "warm_up": 0},
@@ -249,7 +257,9 @@ def test_evaluations_are_counted_without_those_of_the_examination(tmp_path):
 
 
 def test_the_saved_policy_acts_as_the_run_examined_it(tmp_path):
-    """Success, return and length of the last examination come out again of the saved policy alone, its base included."""
+    """Success, return and length of the last examination come out again of the saved policy alone,
+    its base included.
+    """
     result = train(write(tmp_path / "one", {**DPPO, "optimizer": {"lr": 1e-3}}))
     policy = genpolicy.load(result.folder)
     assert policy.base is not None

@@ -1,5 +1,5 @@
-"""RL-100 stopped anywhere is the run that was not: killed inside an episode of either collection, or between two stages; and
-no episode that was over is ever played again.
+"""RL-100 stopped anywhere is the run that was not: killed inside an episode of either collection,
+or between two stages; and no episode that was over is ever played again.
 """
 
 import os
@@ -63,7 +63,9 @@ def trained(paths):
 
 
 def played(folder):
-    """How often each start was begun, and how often an episode from it was over; those of examinations left out."""
+    """Counts how often each start was begun, and how often an episode from it was over;
+    the starts of examinations are left out.
+    """
     begun, over = Counter(), Counter()
     for line in (folder / "played.log").read_text().splitlines():
         what, seed = line.split()
@@ -76,8 +78,8 @@ def played(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One run in a piece, and one that is killed in the middle of the offline collection (iteration 3) and of the second
-    online iteration (8), each time as its fifth start begins.
+    """One run in a piece, and one that is killed in the middle of the offline collection (iteration
+    3) and of the second online iteration (8), each time as its fifth start begins.
     """
     root = tmp_path_factory.mktemp("runs")
     whole, broken = write(root / "whole"), write(root / "broken")
@@ -139,7 +141,9 @@ def test_what_the_robot_did_is_counted_once(runs):
 
 
 def test_only_what_is_still_learned_from_stays_on_disk(runs):
-    """The offline collection for as long as the run lives; of the others those after the oldest checkpoint."""
+    """The offline collection for as long as the run lives;
+    of the others those after the oldest checkpoint.
+    """
     for name in ("whole", "broken"):
         kept = sorted(int(path.name) for path in (runs / name / "run/episodes").iterdir())
         assert kept == [3, 9]
@@ -171,7 +175,9 @@ def test_stopped_at_every_boundary_equals_uninterrupted_bit_for_bit(tmp_path, ru
 
 @pytest.mark.parametrize("part", ["anchor", "q", "stages"])
 def test_control_what_is_not_resumed_makes_another_run(tmp_path, runs, part):
-    """Iteration 5 is the first candidate: without one of these the next is another, or another stage."""
+    """Iteration 5 is the first candidate:
+    without one of these the next is another, or another stage.
+    """
     train(write(tmp_path / "broken", budget={"iterations": 5}))
     file = tmp_path / "broken/run/checkpoints/5/state.pt"
     state = torch.load(file, weights_only=True)
@@ -199,7 +205,7 @@ def test_control_what_is_not_resumed_makes_another_run(tmp_path, runs, part):
     assert gains[0] != gains[1] or a["stages"] != b["stages"]
 
 
-# -- the critic that the policy is saved with ------------------------------------------------------------------------------
+# -- the critic that the policy is saved with ------------------------------------------------------
 
 
 def offline(folder, **sections):

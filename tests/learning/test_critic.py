@@ -19,7 +19,7 @@ METHOD = {"name": "dppo", "episodes": 6, "warm_up": 0}
 GAMMA, LAM = 0.9, 0.8
 
 
-# -- the network --------------------------------------------------------------------------------------------------
+# -- the network -----------------------------------------------------------------------------------
 
 
 def test_a_number_for_every_row():
@@ -68,7 +68,7 @@ def test_features_are_standardised_and_an_event_is_not():
     assert not torch.allclose(critic(features, event), before)
 
 
-# -- the ensemble -----------------------------------------------------------------------------------------------------
+# -- the ensemble ----------------------------------------------------------------------------------
 
 
 def member_by_hand(critic, member, features, event):
@@ -156,12 +156,14 @@ def test_an_ensemble_learns_a_function_of_both(support):
         )
 
 
-# -- values as histograms ----------------------------------------------------------------------------------------------
+# -- values as histograms --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-100.0, 0.0)])
 def test_a_histogram_says_its_value_up_to_the_ends(low, high):
-    """Within 1e-4 of a bin and 1e-3 of anything; with no margin (a cut Gaussian) the ends are .7 of a bin inside."""
+    """Within 1e-4 of a bin and 1e-3 of anything;
+    with no margin (a cut Gaussian) the ends are .7 of a bin inside.
+    """
     values = torch.linspace(low, high, 1001, dtype=torch.float64)
 
     def error(support):
@@ -178,7 +180,9 @@ def test_a_histogram_says_its_value_up_to_the_ends(low, high):
 
 
 def test_a_histogram_is_as_wide_as_it_should_be():
-    """Its std is that of N(y, s^2) and of a bin; with sqrt(2) s, as in public code, it is another."""
+    """The std of the histogram is that of N(y, s^2) and of a bin;
+    with sqrt(2) s, as in public code, it is another.
+    """
     support = Support(-100, 0, bins=128)
     centres = support.edges(torch.zeros(1, dtype=torch.float64))[:-1] + support.width / 2
     histogram = support.encode(torch.tensor(-50.0, dtype=torch.float64))
@@ -202,7 +206,7 @@ def test_a_support_that_is_none(wrong):
         Support(**{"low": 0, "high": 1, **wrong})
 
 
-# -- how an ensemble is read -----------------------------------------------------------------------------------------
+# -- how an ensemble is read -----------------------------------------------------------------------
 
 
 def test_the_least_of_a_subset():
@@ -225,7 +229,9 @@ def test_the_least_of_a_subset():
 
 
 def test_the_least_of_a_subset_on_average():
-    """Two of the members 1, 2, 4, without replacement: (1 + 1 + 2) / 3; with it, (5 * 1 + 3 * 2 + 4) / 9."""
+    """Two of the members 1, 2, 4, without replacement: (1 + 1 + 2) / 3;
+    with it, (5 * 1 + 3 * 2 + 4) / 9.
+    """
     values, draws = torch.tensor([[4.0], [1.0], [2.0]]), torch.Generator().manual_seed(0)
     found = float(torch.stack([subset_min(values, 2, draws) for _ in range(3000)]).mean())
     assert found == pytest.approx(4 / 3, abs=0.03)
@@ -254,7 +260,9 @@ def trained(actions, worth):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pessimism_prefers_what_was_tried(seed):
-    """The data moves one of two joints. Among moves of the other, the mean wants one that nobody tried."""
+    """The data moves one of two joints.
+    Among moves of the other, the mean wants one that nobody tried.
+    """
     torch.manual_seed(seed)
     values = trained(lambda rows: torch.rand(rows, 2) * torch.tensor([1.0, 0.0]), lambda a: a[:, 0])
     other = torch.linspace(-1, 1, 41)
@@ -275,7 +283,7 @@ def test_members_disagree_in_a_gap_of_the_data():
     assert inside > 2 * max(below, above)
 
 
-# -- advantages of a rollout ----------------------------------------------------------------------------------------
+# -- advantages of a rollout -----------------------------------------------------------------------
 
 
 class Known(nn.Module):
@@ -351,7 +359,9 @@ def test_a_final_observation_is_not_an_observation_to_act_on(tmp_path):
 
 
 def test_how_much_the_value_explains(tmp_path):
-    """1 - Var(A) / Var(A + V): 1 where nothing is unexpected, 0 or less where the value says nothing."""
+    """1 - Var(A) / Var(A + V): 1 where nothing is unexpected,
+    0 or less where the value says nothing.
+    """
     run, value, rollout = valued(tmp_path)
     advantage, returns = value.advantage(rollout)
     expected = 1 - float(advantage.var(correction=0) / returns.double().var(correction=0))
@@ -363,7 +373,7 @@ def test_how_much_the_value_explains(tmp_path):
     assert learned[-1] > max(learned[0], 0.5)
 
 
-# -- learning ---------------------------------------------------------------------------------------------------------
+# -- learning --------------------------------------------------------------------------------------
 
 
 def test_it_regresses_on_the_returns(tmp_path):

@@ -1,4 +1,6 @@
-"""Generalised advantage estimation over decisions, against numbers worked out by hand and known mistakes."""
+"""Generalised advantage estimation over decisions,
+against numbers worked out by hand and known mistakes.
+"""
 
 import pytest
 import torch
@@ -42,7 +44,8 @@ def wrong(mistake: str, rewards, executed, values, next_values, terminated, last
     return advantage
 
 
-# Five single steps to the end of an episode. delta_h = r_h + .9 V_{h+1} - V_h, A_h = delta_h + .72 A_{h+1}.
+# Five single steps to the end of an episode.
+# delta_h = r_h + .9 V_{h+1} - V_h, A_h = delta_h + .72 A_{h+1}.
 ONE = {
     "rewards": fp64(1, 0, 2, 0, 1)[:, None],
     "executed": torch.ones(5, dtype=torch.long),
@@ -144,7 +147,9 @@ def test_episodes_together_are_episodes_apart():
 
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_chunk_is_its_single_steps_when_the_trace_does_not_fade(ended):
-    """With lam 1 the values in between telescope away, whatever they are; the reward comes with the last step."""
+    """The values in between telescope away with lam 1, whatever they are;
+    the reward comes with the last step.
+    """
     n, values, final = 4, torch.randn(4).double(), fp64(0.6)
     rewards = fp64(0, 0, 0, 1.5)
     last = flags(0, 0, 0, 1)
@@ -175,7 +180,9 @@ def test_a_chunk_is_its_single_steps_when_the_trace_does_not_fade(ended):
 
 
 def test_the_ends_of_lambda():
-    """lam 0 is the one-step error; lam 1 with exact bootstraps is the discounted return minus the value."""
+    """lam 0 is the one-step error;
+    lam 1 with exact bootstraps is the discounted return minus the value.
+    """
     one_step = gae(**ONE, gamma=GAMMA, lam=0.0)
     assert torch.allclose(one_step, fp64(0.86, -0.13, 1.88, -0.11, 0.9), atol=1e-12)
     returns = fp64(1 + 0.81 * 2 + 0.6561, 0.9 * 2 + 0.729, 2 + 0.81, 0.9, 1)

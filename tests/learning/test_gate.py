@@ -1,7 +1,7 @@
 """The gate, on a linear-Gaussian world where every value has a closed form.
 
-f' = A f + B a + w, w ~ N(0, W); r = -(f'Cf + a'Ra); policies a = -G f + s noise, so that E f f' and every quadratic
-follow by matrix algebra in fp64.
+f' = A f + B a + w, w ~ N(0, W); r = -(f'Cf + a'Ra); policies a = -G f + s noise, so that E f f' and
+every quadratic follow by matrix algebra in fp64.
 """
 
 import math
@@ -60,7 +60,8 @@ def q_function(G: Tensor) -> tuple[Tensor, float]:
     )
 
 
-# The critic is that of the policy in force, as it is where a gate stands; the five policies lie around it.
+# The critic is that of the policy in force, as it is where a gate stands;
+# the five policies lie around it.
 BEST = best_gain()
 GAINS = [x * BEST for x in (0.55, 1.0, 0.25, 0.8, 0.4)]
 IN_FORCE = GAINS[4]
@@ -114,8 +115,9 @@ def closed_form(G: Tensor, f0: Tensor, horizon: int = HORIZON) -> float:
 
 
 def td_residual_score(G: Tensor, model, noise: Noise, f0: Tensor, lam: float = 0.95) -> Tensor:
-    """The released code's score (ensemble_dynamics_for_batch.py with use_gae, its default): the mean over the rollout
-    of GAE on gamma Q_{h+1} - Q_h, without reward (predict_r is off). It telescopes: what counts is that Q rises.
+    """The released code's score (ensemble_dynamics_for_batch.py with use_gae, its default): the
+    mean over the rollout of GAE on gamma Q_{h+1} - Q_h, without reward (predict_r is off). It
+    telescopes: what counts is that Q rises.
     """
     seen = []
 
@@ -131,7 +133,7 @@ def td_residual_score(G: Tensor, model, noise: Noise, f0: Tensor, lam: float = 0
     return torch.stack(advantages).mean(0)
 
 
-# -- the score, in the true world -----------------------------------------------------------------------------------
+# -- the score, in the true world ------------------------------------------------------------------
 
 
 def test_the_closed_forms_agree_with_playing():
@@ -145,7 +147,8 @@ def test_the_closed_forms_agree_with_playing():
             a = f @ -G.T + S * draw(E)
             total -= GAMMA**h * (((f @ C) * f).sum(1) + ((a @ R) * a).sum(1))
             f = f @ A.T + a @ B.T + W * draw(F)
-        # what is left after 150 decisions is < .1 % of V; the spread of starts is in `expected` already
+        # what is left after 150 decisions is < .1 % of V;
+        # the spread of starts is in `expected` already
         assert float(total.mean()) == pytest.approx(expected, rel=0.03)
     f, a = starts(1).expand(20_000, F), draw(E)[:1].expand(20_000, E)
     P, c = value(IN_FORCE)
@@ -182,7 +185,9 @@ class Listener(World):
 
 @pytest.mark.parametrize("k", [PRIOR, 0, 99, dynamics.MODEL])
 def test_a_policys_draws_are_not_the_models(k):
-    """A policy draws from the same rows by its own k; with the model's k (control) its action is the world's luck."""
+    """A policy draws from the same rows by its own k;
+    with the model's k (control) its action is the world's luck.
+    """
     world, noise = Listener(), rows()
     am_q(GAINS[0], world, noise, starts(), k=k)
     found = []
@@ -211,11 +216,13 @@ def test_control_the_released_codes_score_does_not():
     assert spearman <= 0.0
 
 
-# -- common random numbers --------------------------------------------------------------------------------------------
+# -- common random numbers -------------------------------------------------------------------------
 
 
 def test_common_random_numbers_shrink_the_error_of_the_difference():
-    """Variance over seeds of mean(new) - mean(old): same luck; own luck; own luck and own starts (the released code)."""
+    """Variance over seeds of mean(new) - mean(old): same luck; own luck;
+    own luck and own starts (the released code).
+    """
     old, new = GAINS[3], 1.05 * GAINS[3]
     common, own, fresh = [], [], []
     f0, count = starts(100), 100
@@ -230,7 +237,8 @@ def test_common_random_numbers_shrink_the_error_of_the_difference():
         )
     variance = [float(torch.tensor(x).var()) for x in (common, own, fresh)]
     print(
-        f"variance: own luck / common {variance[1] / variance[0]:.0f}, own starts too {variance[2] / variance[0]:.0f}"
+        f"variance: own luck / common {variance[1] / variance[0]:.0f},"
+        f" own starts too {variance[2] / variance[0]:.0f}"
     )
     assert variance[1] > 30 * variance[0]
     assert variance[2] > 300 * variance[0]
@@ -279,11 +287,13 @@ def test_bad_calls():
         rank_correlation([1, 2, 3], [1, 2])
 
 
-# -- the learned model --------------------------------------------------------------------------------------------------
+# -- the learned model -----------------------------------------------------------------------------
 
 
 def transitions(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Around the policy in force, with broad actions: features [n,F], events [n,E,1], after [n,F], fp32."""
+    """Around the policy in force, with broad actions:
+    features [n,F], events [n,E,1], after [n,F], fp32.
+    """
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randn(count, n, generator=generator, dtype=torch.float64)  # noqa: E731
     f = 1.3 * draw(F)
@@ -368,7 +378,7 @@ def test_disagreement_by_hand(fitted):
     assert torch.allclose(fitted.disagreement(f, a), by_hand, rtol=1e-3, atol=1e-6)
 
 
-# -- the model's parts ----------------------------------------------------------------------------------------------------
+# -- the model's parts -----------------------------------------------------------------------------
 
 
 def small(seed: int = 0, **sizes) -> TransitionModel:
@@ -492,7 +502,7 @@ def test_scales_of_features_that_do_not_move():
     assert torch.allclose(after[:, 1], f[:, 1], atol=1e-4)
 
 
-# -- accept or reject -----------------------------------------------------------------------------------------------------
+# -- accept or reject ------------------------------------------------------------------------------
 
 
 def test_comparison_by_hand():
@@ -520,7 +530,7 @@ def test_what_is_not_a_number_is_not_better():
     assert not compare(torch.tensor([1.0, 1.0]), torch.tensor([-math.inf, 0.0])).accepts(0.05, 1.0)
 
 
-# -- ranks ------------------------------------------------------------------------------------------------------------------
+# -- ranks -----------------------------------------------------------------------------------------
 
 
 def test_rank_correlation_is_scipys():

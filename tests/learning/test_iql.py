@@ -1,5 +1,5 @@
-"""What critics regress on: Bellman targets over chunks, expectiles, Cal-QL's bound; and IQL made of them, on a chain of
-states whose values are worked out by dynamic programming.
+"""Targets of critics: Bellman targets over chunks, expectiles, Cal-QL's bound; and IQL made of
+them, on a chain of states whose values are worked out by dynamic programming.
 """
 
 from copy import deepcopy
@@ -25,7 +25,7 @@ def flags(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.bool)
 
 
-# -- targets -----------------------------------------------------------------------------------------------------------
+# -- targets ---------------------------------------------------------------------------------------
 
 
 def test_a_chunk_is_the_n_steps_it_is_made_of():
@@ -64,7 +64,9 @@ def test_nothing_comes_after_the_end_and_something_after_a_cut():
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_ten_states_to_the_goal(chunk):
-    """V(s) = .9^(9-s) whatever the chunk; without (1 - terminated) it is more than the 1 that can be had."""
+    """V(s) = .9^(9-s) whatever the chunk;
+    without (1 - terminated) it is more than the 1 that can be had.
+    """
     states, goal = torch.arange(10), 10
     executed = (goal - states).clamp(max=chunk)
     after = states + executed
@@ -82,7 +84,7 @@ def test_ten_states_to_the_goal(chunk):
     assert float(value(torch.zeros(10, dtype=torch.bool)).max()) > 1.5
 
 
-# -- expectiles ----------------------------------------------------------------------------------------------------------
+# -- expectiles ------------------------------------------------------------------------------------
 
 
 def test_expectile_by_hand():
@@ -92,7 +94,9 @@ def test_expectile_by_hand():
 
 
 def expectile_of(one: Tensor, share: float, other: Tensor, level: float) -> Tensor:
-    """Of two values, the first with probability ``share``: m where sum p |level - 1{x < m}| (x - m) = 0."""
+    """The expectile of two values, the first with probability ``share``:
+    m where sum p |level - 1{x < m}| (x - m) = 0.
+    """
     under = (one < other).double()  # the first is the lesser one
     low = share * (under * (1 - level) + (1 - under) * level)
     high = (1 - share) * (under * level + (1 - under) * (1 - level))
@@ -108,10 +112,10 @@ def test_its_minimum_is_the_expectile():
     assert float(expectile_of(one, 0.25, other, 0.5)) == 2.5
 
 
-# -- IQL on a chain of states ----------------------------------------------------------------------------------------------
+# -- IQL on a chain of states ----------------------------------------------------------------------
 #
-# Five states, the goal behind the last. "left" goes back (or stays at 0), "right" goes on, and "leap" goes to the goal
-# at once but is in no data. The data goes right 3 of 4 times.
+# Five states, the goal behind the last. "left" goes back (or stays at 0), "right" goes on, and
+# "leap" goes to the goal at once but is in no data. The data goes right 3 of 4 times.
 
 STATES, LEFT, RIGHT, ACTIONS = 5, 0, 1, 3
 S = torch.arange(STATES).repeat_interleave(4)
@@ -177,7 +181,9 @@ OPTIMAL = GAMMA ** torch.arange(STATES - 1, -1, -1).double()
 
 
 def test_the_reference_itself():
-    """By linear algebra: V = P (r + gamma V) of the data's policy; and the best that its actions can do."""
+    """The reference follows from linear algebra: V = P (r + gamma V) of the data's policy;
+    and the best that its actions can do.
+    """
     move = torch.zeros(STATES, STATES).double()
     for s in range(STATES):
         move[s, max(s - 1, 0)] += 0.25
@@ -194,7 +200,9 @@ def test_the_reference_itself():
 
 @pytest.mark.parametrize("level", [0.5, 0.7, 0.99])
 def test_iql_finds_the_expectile_over_the_data(level):
-    """.5: what the data's policy gets; .99: nearly the best of its actions, and nothing of the leap's 1 from anywhere."""
+    """.5: what the data's policy gets; .99:
+    nearly the best of its actions, and nothing of the leap's 1 from anywhere.
+    """
     value, q = iql(level)
     assert torch.allclose(value, fixed_point(level), atol=0.01)
     with torch.no_grad():
@@ -207,7 +215,9 @@ def test_iql_finds_the_expectile_over_the_data(level):
 
 
 def test_the_expectile_has_a_side():
-    """Prediction - target instead of target - prediction finds nearly the worst of the data's actions."""
+    """Prediction - target instead of target - prediction finds nearly the worst
+    of the data's actions.
+    """
     value, _ = iql(0.9, sign=-1.0)
     assert torch.allclose(value, fixed_point(0.1), atol=0.05)
     assert float((OPTIMAL - value).min()) > 0.5
@@ -219,7 +229,7 @@ def test_iql_with_networks():
     assert not torch.allclose(value, fixed_point(0.5), atol=0.03)
 
 
-# -- conservatism ------------------------------------------------------------------------------------------------------------
+# -- conservatism ----------------------------------------------------------------------------------
 
 
 def test_the_bound_is_for_the_policys_actions_only():
@@ -257,7 +267,7 @@ def test_it_has_a_least_value():
     )
 
 
-# -- slow copies -------------------------------------------------------------------------------------------------------------
+# -- slow copies -----------------------------------------------------------------------------------
 
 
 def test_polyak_is_a_weighted_mean():

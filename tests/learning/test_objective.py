@@ -1,5 +1,6 @@
-"""Log-ratios, GRPO-Guard's identities, the clipped surrogate and the KL, each beside the variant that is known to be
-wrong."""
+"""Log-ratios, GRPO-Guard's identities, the clipped surrogate and the KL,
+each beside the variant that is known to be wrong.
+"""
 
 import math
 
@@ -26,7 +27,9 @@ SD3 = torch.tensor(
 
 
 def pair(rows=6, dims=64, s=0.3, shift=0.02, seed=0):
-    """old, new and a sample of old, in fp64; every row has its own shift, so that a batch mean is not a row's own."""
+    """old, new and a sample of old, in fp64;
+    every row has its own shift, so that a batch mean is not a row's own.
+    """
     g = torch.Generator().manual_seed(seed)
     old = Gaussian(
         torch.randn(rows, dims, dtype=F64, generator=g), torch.full((rows, 1), s, dtype=F64)
@@ -46,7 +49,8 @@ def test_log_ratio_is_the_difference_of_log_probs(reduce):
 def test_log_ratio_keeps_its_digits_in_fp32():
     new, old, x = pair(dims=16384, s=0.01, shift=1e-6)
     single = [Gaussian(g.mean.float(), g.std.float()) for g in (new, old)]
-    # the shift must survive the rounding of the means: give both fp32 means that are exactly the fp64 ones
+    # the shift must survive the rounding of the means: give both fp32 means that are exactly the
+    # fp64 ones
     exact = [Gaussian(g.mean.double(), g.std.double()) for g in single]
     truth = log_ratio(*exact, x.float().double(), reduce="mean")
     ours = log_ratio(*single, x.float(), reduce="mean")
@@ -66,7 +70,9 @@ def test_guard_identity():
 
 
 def test_guard_bias_is_each_rows_own():
-    """The published form averages the bias over the batch (flow_grpo#244): it must fail the identity."""
+    """The published form averages the bias over the batch (flow_grpo#244):
+    it must fail the identity.
+    """
     new, old, x = pair()
     s = old.std[:, 0]
     plain = new.log_prob(x, reduce="mean") - old.log_prob(x, reduce="mean")
@@ -142,7 +148,9 @@ def test_first_update_of_guard_is_the_plain_gradient_times_s_over_kappa(kernel, 
 
 @pytest.mark.parametrize("kernel", [SDE(0.7), SDE(0.3, "constant"), DDIM(1.0), CPS(0.8)], ids=repr)
 def test_gradients_are_flat_over_the_steps(kernel):
-    """|d rho_hat / d output| / |kappa| = rms(noise)/sqrt(D) at every step; the plain ratio's spread is wide."""
+    """|d rho_hat / d output| / |kappa| = rms(noise)/sqrt(D) at every step;
+    the plain ratio's spread is wide.
+    """
     flat, wide = [], []
     for k in range(9):
         guard, _, row = gradient(guard_log_ratio, kernel, k)
@@ -166,8 +174,9 @@ def test_plain_spread_on_the_sd3_table_is_the_published_problem():
 
 
 def test_guard_is_right_under_cps_where_the_published_form_is_not():
-    """The published form multiplies by std/sqrt(dt) * sqrt(dt) for the flow SDE; CPS's log-prob drops 1/(2 s^2)
-    there."""
+    """The published form multiplies by std/sqrt(dt) * sqrt(dt) for the flow SDE;
+    CPS's log-prob drops 1/(2 s^2) there.
+    """
     s, dt, dims, draws = 0.4, 0.1, 4096, 2000
     g = torch.Generator().manual_seed(3)
     shift = torch.randn(1, dims, dtype=F64, generator=g)
@@ -230,7 +239,9 @@ def test_points_and_changed_std_are_refused():
 
 
 def changed(by, shift=0.02, dims=64, single=False):
-    """new, old and a sample of old; every event dim's std changes by a factor of its own, up to 1 + ``by``."""
+    """new, old and a sample of old;
+    every event dim's std changes by a factor of its own, up to 1 + ``by``.
+    """
     new, old, x = pair(dims=dims, shift=shift)
     g = torch.Generator().manual_seed(5)
     factor = 1 + by * (2 * torch.rand(new.mean.shape, dtype=F64, generator=g) - 1)

@@ -1,4 +1,4 @@
-"""What methods learn is looked at in numbers: curves are drawn, and tested, elsewhere, and take longer than these runs."""
+"""Draws no curves in the tests of methods: they are tested elsewhere, and take longer than runs."""
 
 import pytest
 

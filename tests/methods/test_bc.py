@@ -1,4 +1,6 @@
-"""Behaviour cloning: the loss by hand, the same on any number of processes, padding, and that it learns to act."""
+"""Behaviour cloning: the loss by hand, the same on any number of processes, padding,
+and that it learns to act.
+"""
 
 import json
 import types
@@ -50,7 +52,9 @@ def drawn(seed, iteration, update, batch, frames, shape):
 
 @pytest.mark.parametrize("family", ["vp", "flow"])
 def test_the_loss_is_the_plain_mean_square_of_the_networks_output(tmp_path, family):
-    """epsilon: (out - eps)^2; velocity: (out - (eps - x0))^2; at alpha x0 + sigma eps; actions scaled to [-1, 1]."""
+    """epsilon: (out - eps)^2; velocity: (out - (eps - x0))^2; at alpha x0 + sigma eps;
+    actions scaled to [-1, 1].
+    """
     run, method = prepared(
         tmp_path,
         policy={"name": "mlp", "hidden": 32, "family": family},
@@ -173,7 +177,9 @@ def test_micro_batches_change_nothing(tmp_path):
 
 
 def test_actions_outside_the_episode_do_not_count_where_the_family_says_so(tmp_path):
-    """By hand: of every row the mean over the actions inside its episode. The network still sees the others."""
+    """The loss is, by hand, each row's mean over the actions inside its episode.
+    The network still sees the others.
+    """
     run, method = prepared(tmp_path, method={**SMALL, "updates": 1})
     model = run.policy.model
     model.event_mask = types.MethodType(lambda self, pad: ~pad[..., None], model)

@@ -1,4 +1,6 @@
-"""DPPO: schedules, the loss and its gradient by hand, the frozen base, one random step, and that it improves policies."""
+"""DPPO: schedules, the loss and its gradient by hand, the frozen base, one random step,
+and that it improves policies.
+"""
 
 import json
 import math
@@ -34,6 +36,12 @@ SHORT = {"name": "tests.toy_control:Point", "limit": 4}
 SMALL = {"name": "dppo", "episodes": 8, "warm_up": 0, "minibatch": 32, "epochs": 2}
 
 
+def small_run(folder, pretrained, chain):
+    """A run of DPPO with little to do, from a policy's folder."""
+    policy = {"name": "mlp", "pretrained": pretrained}
+    return prepared(folder, policy=policy, chain=chain, method=SMALL, task=SHORT)
+
+
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
     """Folders of policies, by family, that walk slowly."""
@@ -42,11 +50,11 @@ def slow(tmp_path_factory):
     }
 
 
-# -- the schedules ----------------------------------------------------------------------------------------------
+# -- the schedules ---------------------------------------------------------------------------------
 
 
 def published_clip(index: Tensor, steps: int, first: float, last: float, rate: float) -> Tensor:
-    """As in the public code: the place of a step is i / (K' - 1), which for K' = 1 is 0/0."""
+    """The clip range of the public code: a step's place is i / (K' - 1), for K' = 1 this is 0/0."""
     place = index.double() / torch.tensor(steps - 1.0).double()
     return first + (last - first) * torch.expm1(rate * place) / math.expm1(rate)
 
@@ -128,7 +136,7 @@ def test_one_step_is_finite_and_clipped_at_the_last_range():
     assert float(method.discount(0, 1)) == 1.0
 
 
-# -- the loss ---------------------------------------------------------------------------------------------------
+# -- the loss --------------------------------------------------------------------------------------
 
 
 def scored(rows=12, steps=5, shift=0.05, std=0.3):
@@ -189,7 +197,9 @@ def test_the_published_clamp_of_densities_is_not_there():
 
 
 class OneDevice(TorchFunctionMode):
-    """What CUDA asks of an operation: nothing but single numbers may come from the CPU, and to `clamp` not even those."""
+    """A mode that asks of operations what CUDA asks: nothing but single numbers may come from the
+    CPU, and to `clamp` not even those.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
@@ -239,7 +249,7 @@ def test_wrong_settings_are_told():
             DPPO(**wrong)
 
 
-# -- the update -------------------------------------------------------------------------------------------------
+# -- the update ------------------------------------------------------------------------------------
 
 
 def first_rollout(folder, **sections):
@@ -362,13 +372,15 @@ def test_the_replay_of_a_robot_policy_is_verified(tmp_path):
     assert torch.allclose(rescored.trajectory.mean, rollout.trajectory.mean, atol=1e-4)
 
 
-# -- the frozen base ----------------------------------------------------------------------------------------------
+# -- the frozen base -------------------------------------------------------------------------------
 
 TEN = {"steps": 10, "kernel": FLOOR, "window": [5, 10]}
 
 
 def test_steps_before_the_window_stay_the_old_policys(tmp_path, slow):
-    """Window [5, 10) of 10: the states up to step 5 of any noise are those before training, the ones after are not."""
+    """Window [5, 10) of 10: the states up to step 5 of any noise are those before training,
+    the ones after are not.
+    """
     raw = experiment(
         tmp_path,
         policy={"name": "mlp", "pretrained": slow["vp"]},
@@ -399,13 +411,7 @@ def test_steps_before_the_window_stay_the_old_policys(tmp_path, slow):
 
 
 def test_a_saved_policy_with_a_base_acts_as_the_one_that_was_saved(tmp_path, slow):
-    run, method = prepared(
-        tmp_path,
-        policy={"name": "mlp", "pretrained": slow["vp"]},
-        chain=TEN,
-        method=SMALL,
-        task=SHORT,
-    )
+    run, method = small_run(tmp_path, slow["vp"], TEN)
     require_chain("dppo", Needs(likelihoods=True), run.policy)
     freeze_base(run)
     base = run.policy.parts["base"]
@@ -430,13 +436,7 @@ def test_a_saved_policy_with_a_base_acts_as_the_one_that_was_saved(tmp_path, slo
 
 
 def test_the_base_acts_in_the_rollout_and_its_steps_are_not_trained(tmp_path, slow):
-    run, method = prepared(
-        tmp_path,
-        policy={"name": "mlp", "pretrained": slow["vp"]},
-        chain=TEN,
-        method=SMALL,
-        task=SHORT,
-    )
+    run, method = small_run(tmp_path, slow["vp"], TEN)
     freeze_base(run)
     for parameter in run.trainable:
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -464,13 +464,7 @@ def test_without_a_window_there_is_no_base(tmp_path):
 
 def test_only_the_steps_of_the_window_have_gradients(tmp_path, slow):
     """The base is outside the graph: at its steps the learning network gets nothing."""
-    run, _ = prepared(
-        tmp_path,
-        policy={"name": "mlp", "pretrained": slow["vp"]},
-        chain=TEN,
-        method=SMALL,
-        task=SHORT,
-    )
+    run, _ = small_run(tmp_path, slow["vp"], TEN)
     freeze_base(run)
     rollout = run.collect(8, 1)
     chains, grid = rollout.trajectory, run.policy.chain.grid
@@ -480,19 +474,13 @@ def test_only_the_steps_of_the_window_have_gradients(tmp_path, slow):
     assert not above.eps.requires_grad
 
 
-# -- one random step -----------------------------------------------------------------------------------------------
+# -- one random step -------------------------------------------------------------------------------
 
 ONE = {"steps": 6, "kernel": {"name": "sde", "a": 0.7}, "window": [0, 5], "window_size": 1}
 
 
 def test_one_random_step_of_a_flow_is_drawn_scored_and_replayed(tmp_path, slow):
-    run, method = prepared(
-        tmp_path,
-        policy={"name": "mlp", "pretrained": slow["flow"]},
-        chain=ONE,
-        method=SMALL,
-        task=SHORT,
-    )
+    run, method = small_run(tmp_path, slow["flow"], ONE)
     require_chain("dppo", Needs(likelihoods=True), run.policy)
     drawn = []
     for iteration in range(1, 25):
@@ -520,14 +508,10 @@ def test_one_random_step_of_a_flow_is_drawn_scored_and_replayed(tmp_path, slow):
 
 
 def test_only_the_drawn_step_is_noisy(tmp_path, slow):
-    """Every other step is the ODE: from the state after it the rest of the chain is a function of that state."""
-    run, _ = prepared(
-        tmp_path,
-        policy={"name": "mlp", "pretrained": slow["flow"]},
-        chain=ONE,
-        method=SMALL,
-        task=SHORT,
-    )
+    """Every other step is the ODE:
+    from the state after it the rest of the chain is a function of that state.
+    """
+    run, _ = small_run(tmp_path, slow["flow"], ONE)
     policy = run.policy.with_window((2, 3))
     context, _, _ = Recorded(episodes=4).rows(torch.arange(5), 1, range(2))
     condition = policy.model.encode(context)
@@ -563,7 +547,7 @@ def test_a_deterministic_kernel_is_refused(tmp_path):
         train(parse.parse(raw))
 
 
-# -- it improves policies ------------------------------------------------------------------------------------------
+# -- it improves policies --------------------------------------------------------------------------
 
 LEARNING = {
     "name": "dppo",
@@ -617,7 +601,9 @@ def test_control_a_turned_or_missing_advantage_does_not(tmp_path, slow, monkeypa
 
 
 def test_it_improves_pictures_of_prompts(tmp_path):
-    """An episode of one decision: PPO with a value of the prompt. Here the network says epsilon; the laws try a flow."""
+    """An episode of one decision: PPO with a value of the prompt. Here the network says epsilon;
+    the laws try a flow.
+    """
     raw = toy.experiment(
         tmp_path,
         policy={"name": "toy", "family": "vp"},
@@ -640,8 +626,8 @@ def test_it_improves_pictures_of_prompts(tmp_path):
 
 
 def test_the_value_of_a_prompt_is_learned(tmp_path):
-    """Rewards of bright prompts at their start differ from those of dark ones by nothing but chance; with an offset by
-    the prompt the value finds it, and the advantage is free of it.
+    """Rewards of bright prompts at their start differ from those of dark ones by nothing but
+    chance; with an offset by the prompt the value finds it, and the advantage is free of it.
     """
     raw = toy.experiment(
         tmp_path,

@@ -67,8 +67,10 @@ def test_guidance_free_window_of_two(tmp_path):
 
 @pytest.mark.parametrize("start", [0, 3, 5])
 def test_shared_prefix(tmp_path, start):
-    """Steps up to the window's first are evaluated once per group, in the rollout and (that first one) in the update:
-    (s + 1)/N + (T - s - 1) + (1 + 1/N) * 2; about 9 on average over s = 0..5 of T = 10."""
+    """Steps up to the window's first are evaluated once per group, in the rollout and (that first
+    one) in the update: (s + 1)/N + (T - s - 1) + (1 + 1/N) * 2; about 9 on average over s = 0..5 of
+    T = 10.
+    """
     counted = measured(tmp_path, {**SD3, "window": [start, start + 2]}, shared_prefix=True)
     expected = (start + 1) / GROUP + (10 - start - 1) + 2 * (1 + 1 / GROUP)
     assert counted == pytest.approx(expected)

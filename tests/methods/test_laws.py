@@ -32,7 +32,7 @@ ODE = {"name": "ddim", "eta": 0.0}
 CLIP = {"reduce": "sum", "clip": 0.2}
 WORLDS = {"prompts": toy.experiment, "robots": toy_control.experiment}
 SHARED = ("flow_grpo", "grpo_guard")
-"""Those whose groups share a prefix, and that keep near a reference: no need tells that."""
+"""The methods whose groups share a prefix and that keep near a reference: no need tells that."""
 
 
 @dataclass
@@ -167,8 +167,9 @@ def prepared(tmp_path, method, world=None, **sections):
 
 
 def once(run, method, advantage=lambda value: value):
-    """One iteration of a method, without what a run does around it: the means of its updates of the policy. Its advantages
-    are changed by ``advantage``; the gradients of the last update stay with the parameters.
+    """One iteration of a method, without what a run does around it: the means of its updates of the
+    policy. Its advantages are changed by ``advantage``; the gradients of the last update stay with
+    the parameters.
     """
     found, honest = [], run.update
 
@@ -331,7 +332,9 @@ def test_a_toy_with_one_right_answer_is_solved(tmp_path, method, kernel):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_wrong_sign_fails_where_the_method_succeeds(tmp_path, method):
-    """The negative control of the test above: with the reward's sign turned, the policy learns the opposite."""
+    """The negative control of the test above:
+    with the reward's sign turned, the policy learns the opposite.
+    """
     result, metric = solved(tmp_path, method, "ddim", right=False)
     if metric == "success_rate":
         assert result.after[metric] < result.before[metric] - 0.2
@@ -418,7 +421,9 @@ def test_micro_batches_do_not_change_the_update(tmp_path):
 
 
 def test_gradient_is_the_mean_over_rows_and_steps(tmp_path):
-    """By hand: the gradient that `update` applies is that of the mean loss over every row and every kept step."""
+    """The gradient that `update` applies is, by hand,
+    that of the mean loss over every row and every kept step.
+    """
     run, built = prepared(tmp_path, "flow_grpo")
     rollout, advantage = run.collect(4, 4), torch.arange(16.0).view(4, 4) - 7.5
     chains = rollout.trajectory
@@ -446,8 +451,9 @@ def test_published_kl_is_dt_times_the_true_one(tmp_path):
 
 
 def test_replay_check_rescoring_and_refusal(tmp_path):
-    """A network that does not repeat itself is rescored if its forwards agree, and refused, with the step named, if
-    not."""
+    """A network that does not repeat itself is rescored if its forwards agree, and refused,
+    with the step named, if not.
+    """
     run, built = prepared(tmp_path, "flow_grpo")
     rollout = run.collect(4, 4)
     shifted = replace(

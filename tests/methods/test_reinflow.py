@@ -1,4 +1,6 @@
-"""ReinFlow: the likelihood of whole chains, the noise that is learned and dropped, and that it improves policies."""
+"""ReinFlow: the likelihood of whole chains, the noise that is learned and dropped,
+and that it improves policies.
+"""
 
 import math
 
@@ -35,7 +37,9 @@ def slow(tmp_path_factory):
 
 
 def noisy(folder, pretrained, **sections):
-    """A run whose policy's noise is learned, as the method sets it up; the noise net has moved from its start."""
+    """A run whose policy's noise is learned, as the method sets it up;
+    the noise net has moved from its start.
+    """
     run, method = prepared(
         folder,
         **{
@@ -60,7 +64,7 @@ def moved(run, noise, by=0.02):
         parameter.data += by * torch.randn_like(parameter)
 
 
-# -- the noise --------------------------------------------------------------------------------------------------
+# -- the noise -------------------------------------------------------------------------------------
 
 
 def test_the_noise_begins_in_the_middle_and_stays_between_its_bounds():
@@ -108,11 +112,13 @@ def test_the_kernel_is_the_euler_step_with_the_learned_std(tmp_path, slow):
         assert abs(float(drawn.std()) - 1) < 4 / drawn.numel() ** 0.5
 
 
-# -- the likelihood ---------------------------------------------------------------------------------------------
+# -- the likelihood --------------------------------------------------------------------------------
 
 
 def chain_density(chains, mean, std, reduce):
-    """log of the whole chain's density, prior included, summed or averaged over its K + 1 draws and their dims."""
+    """log of the whole chain's density, prior included,
+    summed or averaged over its K + 1 draws and their dims.
+    """
     prior = Normal(0.0, 1.0).log_prob(chains.x[:, :1])
     density = torch.cat([prior, Normal(mean, std).log_prob(chains.x[:, 1:])], 1).flatten(1)
     return density.sum(1) if reduce == "sum" else density.mean(1)
@@ -174,8 +180,8 @@ def test_the_first_pass_has_ratio_one_and_clips_nothing(tmp_path, slow):
 
 
 def test_control_two_time_grids_do_not_replay(tmp_path, slow):
-    """The public code acts on linspace(0, 1, K) and scores on linspace(0, 1 - 1/K, K); unchanged weights must give ratio
-    1.
+    """The public code acts on linspace(0, 1, K) and scores on linspace(0, 1 - 1/K, K);
+    unchanged weights must give ratio 1.
     """
     run, method, _ = noisy(tmp_path, slow)
     model, K = run.policy.model, 4
@@ -279,7 +285,7 @@ def test_the_entropy_term_widens_the_noise(tmp_path, slow, entropy, sign):
         assert all(torch.equal(a, b) for a, b in zip(weights, noise.parameters(), strict=True))
 
 
-# -- training ---------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def test_both_networks_learn_and_are_resumable(tmp_path, slow):
@@ -305,7 +311,7 @@ def test_both_networks_learn_and_are_resumable(tmp_path, slow):
 
 
 def test_the_noise_is_saved_and_acts_only_where_the_sampler_draws(tmp_path, slow):
-    """What is deployed acts with the ODE; with the training kernel it acts as it did in training."""
+    """The deployed policy acts with the ODE; with the training kernel it acts as in training."""
     run, _, noise = noisy(tmp_path, slow)
     moved(run, noise)
     assert run.deployed.noise is None
@@ -426,7 +432,9 @@ def test_what_it_is_not_derived_for_is_refused(tmp_path, slow):
 
 
 def test_a_chain_that_explores_nowhere_is_refused(tmp_path, slow):
-    """Without a window a chain of one step has no step that is not the last: that must be said before any work."""
+    """Without a window a chain of one step has no step that is not the last:
+    that must be said before any work.
+    """
     raw = experiment(
         tmp_path,
         policy={"name": "mlp", "pretrained": slow},

@@ -1,4 +1,6 @@
-"""RL-100: its course, what a candidate is and what becomes of it, the loss by hand, and that it learns."""
+"""RL-100: its course, what a candidate is and what becomes of it, the loss by hand,
+and that it learns.
+"""
 
 import json
 import math
@@ -49,7 +51,7 @@ def improving(folder, verdict=BETTER, **offline):
 
 
 def state(run):
-    """Everything that an update changes, flat."""
+    """The numbers that an update changes, flat."""
     optimizer = run.learner.optimizer.state_dict()
     moments = [value for each in optimizer["adamw"]["state"].values() for value in each.values()]
     return [*run.weights().values, *moments, *(optimizer["ema"] or [])], optimizer["updates"]
@@ -67,11 +69,11 @@ def copied(found):
     return [value.clone() for value in found[0]], found[1]
 
 
-# -- the course -----------------------------------------------------------------------------------------------------------
+# -- the course ------------------------------------------------------------------------------------
 
 
 def stages(run):
-    """What `improve` and the others were called, in order."""
+    """The stages' names in order, one per iteration."""
     return [stage.name for stage in run.stages.all for _ in range(stage.iterations or 1)]
 
 
@@ -151,7 +153,9 @@ def test_three_stages_from_one_experiment(whole):
 
 
 def test_milestones_are_examined_and_load_again(whole):
-    """Each as it was deployed; the one that picks the best of several has its judge: the critic, as it was then."""
+    """Each as it was deployed; the one that picks the best of several has its judge:
+    the critic, as it was then.
+    """
     result, critics = whole
     found = {path.name for path in (result.folder / "stages").iterdir()}
     assert found == {"imitation", "best_of_3", "offline", "candidate-5", "candidate-6"}
@@ -268,7 +272,9 @@ def test_what_does_not_fit_is_told(tmp_path, whole):
 
 
 def test_a_rehearsal_goes_through_every_stage(tmp_path):
-    """Each once, online past its warm-up; the rest of the budget is online RL's; nothing is written."""
+    """Each once, online past its warm-up; the rest of the budget is online RL's;
+    nothing is written.
+    """
     raw = experiment(tmp_path, method={"online": {"warm_up": 2}}, budget={"iterations": 40})
     raw["output"] = str(tmp_path / "run")
     (tmp_path / "rl100.yaml").write_text(yaml.safe_dump(raw))
@@ -288,7 +294,9 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path):
 
 
 def test_without_demonstrations_the_critic_sees_the_runs_own_episodes(tmp_path):
-    """They are imitated all the same; with them, the control, they are what the replay begins with."""
+    """The run's own episodes are imitated all the same;
+    with demonstrations, the control, those are what the replay begins with.
+    """
     lengths = {}
     for demonstrations in (True, False):
         offline = {"demonstrations": demonstrations, "episodes": 4}
@@ -315,7 +323,7 @@ def test_without_demonstrations_the_critic_sees_the_runs_own_episodes(tmp_path):
     assert own == everything - recorded
 
 
-# -- a candidate ----------------------------------------------------------------------------------------------------------
+# -- a candidate -----------------------------------------------------------------------------------
 
 
 def test_without_advantage_and_without_kl_nothing_changes(tmp_path):
@@ -336,7 +344,9 @@ def test_without_advantage_and_without_kl_nothing_changes(tmp_path):
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_refused_candidate_is_undone_to_the_bit(tmp_path, ema):
-    """After one that was accepted, so that there are moments to restore; it was a candidate: it had moved."""
+    """After one that was accepted, so that there are moments to restore;
+    it was a candidate: it had moved.
+    """
     run, pipeline = improving(tmp_path, far=1e9)
     settings = schema.OptimizerConfig(lr=1e-2, weight_decay=0.01, ema=ema, warmup=5)
     run.plan([replace(run.stages.now, optimizer=settings)])
@@ -375,7 +385,7 @@ def test_the_next_candidate_is_what_it_would_have_been(tmp_path):
 
 
 def test_the_verdict_compares_the_candidate_with_what_it_came_from(tmp_path):
-    """On the same starts; the gain has the sign of the score's."""
+    """The comparison is on the same starts; the gain has the sign of the score's."""
     run, pipeline = improving(tmp_path)
     del pipeline.offline.verdict
     point = run.save_point()
@@ -421,7 +431,9 @@ def test_who_went_too_far_is_refused_whatever_the_gate_says(tmp_path):
 
 
 def test_distance_is_the_kl_of_whole_chains_in_nats(tmp_path):
-    """By hand: at the chains that the policy draws now, summed over steps and the chunk, the mean over decisions."""
+    """The distance is worked out by hand at the chains that the policy draws now, summed over steps
+    and the chunk, the mean over decisions.
+    """
     run, pipeline = improving(tmp_path, states=9)
     assert pipeline._distance() == 0
     anchor = run.weights()
@@ -492,7 +504,9 @@ def test_trying_out_is_paired_and_counted(tmp_path):
 
 
 def test_a_redraw_shows_what_was_encoded_once(tmp_path):
-    """Recorded views are encoded when they are first asked for, and not again while the encoder stands still."""
+    """Recorded views are encoded when they are first asked for,
+    and not again while the encoder stands still.
+    """
     run, pipeline = improving(tmp_path, states=20)
     e = pipeline.offline.experience
     conditions = e.conditions.clone()
@@ -519,7 +533,9 @@ def test_a_redraw_shows_what_was_encoded_once(tmp_path):
 
 @pytest.mark.parametrize("samples", [1, 4])
 def test_the_advantage_is_that_of_what_was_drawn(tmp_path, samples):
-    """Not of what was recorded: A(s, a) of the redrawn chunk, against V or the state's other samples, normalised over the sweep."""
+    """Not of what was recorded: A(s, a) of the redrawn chunk, against V or the state's other
+    samples, normalised over the sweep.
+    """
     run, pipeline = improving(tmp_path, sweeps=1, states=20, samples=samples)
     told, honest = [], pipeline._learn
     pipeline._learn = lambda rollout, advantage, *rest: (
@@ -543,7 +559,7 @@ def test_the_advantage_is_that_of_what_was_drawn(tmp_path, samples):
     assert torch.allclose(advantage.float(), (raw - raw.mean()) / raw.std(correction=0), atol=1e-4)
 
 
-# -- the loss -------------------------------------------------------------------------------------------------------------
+# -- the loss --------------------------------------------------------------------------------------
 
 
 def perturbed(folder, **offline):
@@ -557,7 +573,9 @@ def perturbed(folder, **offline):
 
 
 def test_the_gradient_of_the_kl_is_that_of_the_analytic_one(tmp_path):
-    """beta times the gradient of KL(N(mean, s) || N(mean at the stage's start, s)), summed over the chunk, mean over pairs."""
+    """beta times the gradient of KL(N(mean, s) || N(mean at the stage's start, s)),
+    summed over the chunk, mean over pairs.
+    """
     run, pipeline, rollout = perturbed(tmp_path)
     chains, beta = rollout.trajectory, 0.7
     with torch.no_grad(), pipeline.anchor.weights.using():
@@ -595,7 +613,9 @@ def test_a_policy_at_its_anchor_feels_no_kl(tmp_path):
 
 
 def test_the_loss_by_hand(tmp_path):
-    """max(-A rho, -A clip(rho)) + beta KL, rho the ratio of the chunk's whole density, one advantage for all steps."""
+    """max(-A rho, -A clip(rho)) + beta KL, rho the ratio of the chunk's whole density,
+    one advantage for all steps.
+    """
     run, pipeline, rollout = perturbed(tmp_path)
     chains, advantage, apart = rollout.trajectory, torch.randn(10), []
     for k in chains.steps:
@@ -661,7 +681,7 @@ def test_a_pass_is_made_so_many_times(tmp_path):
     assert run.learner.optimizer.updates == 3 * 2 * math.ceil(10 * 2 * 3 / 10)
 
 
-# -- from stage to stage --------------------------------------------------------------------------------------------------
+# -- from stage to stage ---------------------------------------------------------------------------
 
 
 def test_the_value_goes_on_from_the_offline_one(tmp_path):
@@ -712,7 +732,9 @@ def test_warming_up_trains_the_value_alone(tmp_path):
 
 
 def test_recloning_imitates_what_succeeded(tmp_path):
-    """Only decisions of episodes that succeeded; what was encoded before is encoded again when it is asked for."""
+    """Only decisions of episodes that succeeded;
+    what was encoded before is encoded again when it is asked for.
+    """
     data = {"name": "tests.rl100_toy:Outcomes", "episodes": 12, "skill": 0.15}
     run, pipeline = built(
         tmp_path,
@@ -774,7 +796,7 @@ def test_processes_redraw_what_one_does(tmp_path, samples):
         assert part.decisions.total == 10 * samples
 
 
-# -- that it learns -------------------------------------------------------------------------------------------------------
+# -- that it learns --------------------------------------------------------------------------------
 
 LEARNING = {
     "gamma": 0.97,

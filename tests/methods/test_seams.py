@@ -220,7 +220,7 @@ def trained(folder, method, iterations, **settings):
 
 
 def rise(result):
-    """What a run has gained: in the deployed policy's reward, or in the value of redrawn decisions."""
+    """The gain of a run: in the deployed policy's reward, or in the value of redrawn decisions."""
     if "reward/brightness" in result.after:
         return result.after["reward/brightness"] - result.before["reward/brightness"]
     lines = (result.folder / "metrics.jsonl").read_text().splitlines()
@@ -265,8 +265,9 @@ def test_what_is_better_comes_more_often(tmp_path, method):
 
 
 def resumed(folder, method, **settings):
-    """Whether each part of the last state of a run that was stopped after 3 of 8 iterations is that
-    of one that was not; whether its metrics are; and the state.
+    """Compares a run that was stopped after 3 of 8 iterations with one that was not. Returns, for
+    each part of the last state, True where they are equal; True where the metrics are; and the
+    state.
     """
     whole = trained(folder / "whole", method, 8, **settings).folder
     broken = trained(folder / "broken", method, 3, **settings).folder
@@ -304,7 +305,9 @@ def test_control_weights_that_are_not_registered_are_missed(tmp_path, method):
 
 
 def on_processes(folder, count, method, sections=None, **settings):
-    """The weights of so many processes after two iterations, the updates, and their rows of each."""
+    """The weights of so many processes after two iterations, the updates,
+    and their rows of each.
+    """
     accelerators, works = peers(count), []
     for index, accelerator in enumerate(accelerators):
         place = folder / f"{count}-{index}"

@@ -1,4 +1,6 @@
-"""Uni-O4: the Gaussian policy, the joint weights by hand, what becomes of a member that scores worse, and the whole course."""
+"""Uni-O4: the Gaussian policy, the joint weights by hand,
+what becomes of a member that scores worse, and the whole course.
+"""
 
 import json
 import math
@@ -56,7 +58,8 @@ SMALL = {
         "warm_up": 0,
     },
 }
-"""Its course: imitate 1 and 2, collect 3 to 5, criticise 6, improve 7 and 8, online from 9 on."""
+"""The run's course: imitate 1 and 2, collect 3 to 5, criticise 6, improve 7 and 8, online from 9.
+"""
 STAGES = ["imitate", "collect", "criticise", "improve", "online"]
 BOUNDARIES = {2: "collect", 5: "criticise", 6: "improve", 8: "online"}
 BETTER, WORSE = Comparison(1.0, 0.0, 1.0), Comparison(-1.0, 0.0, 1.0)
@@ -124,7 +127,7 @@ def mean(run, condition):
     return model._network(nothing, model._time(torch.ones(len(condition)).double()), condition)
 
 
-# -- the Gaussian policy --------------------------------------------------------------------------------------------------
+# -- the Gaussian policy ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("network", ["residual", "unet"])
@@ -209,7 +212,7 @@ def test_a_saved_gaussian_is_restored(tmp_path):
     assert torch.equal(*drawn)
 
 
-# -- joint cloning --------------------------------------------------------------------------------------------------------
+# -- joint cloning ---------------------------------------------------------------------------------
 
 
 def joint_loss(log_pi, member, alpha, detached=False):
@@ -219,7 +222,9 @@ def joint_loss(log_pi, member, alpha, detached=False):
 
 
 def test_joint_weights_by_hand():
-    """A row counts by d L_i / d(-log pi_i). With the maximum detached, as in the public code, all rows count alike."""
+    """A row counts by d L_i / d(-log pi_i).
+    With the maximum detached, as in the public code, all rows count alike.
+    """
     mu = torch.randn(4, 50, 3, dtype=torch.float64)
     log_pi = Normal(mu, STD).log_prob(torch.zeros_like(mu)).sum(-1).requires_grad_(True)
     errors = (mu**2).mean(-1)
@@ -292,7 +297,7 @@ def test_members_begin_and_draw_apart(tmp_path):
     assert all(same(a, b) for a, b in zip(averages, pipeline.members.weights, strict=True))
 
 
-# -- the gate -------------------------------------------------------------------------------------------------------------
+# -- the gate --------------------------------------------------------------------------------------
 
 
 def test_a_worse_target_does_not_replace_and_is_not_undone(tmp_path):
@@ -335,7 +340,7 @@ def test_the_old_policy_acts_and_the_target_learns(tmp_path):
 
 
 def test_the_gate_keeps_the_best(tmp_path):
-    """By the scores of two networks whose order is known, in both directions."""
+    """The gate decides by the scores of two networks whose order is known, in both directions."""
     run, pipeline = improving(tmp_path)
     pipeline.offline.evaluation = lambda replay, features: run.trainable[0].sum().detach().expand(8)
     members = pipeline.members
@@ -371,7 +376,9 @@ def test_without_advantage_nothing_changes(tmp_path):
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_members_follow_the_advantage(tmp_path, sign):
-    """Where an action's first number is worth what it is, means rise; where it costs that, they fall."""
+    """Means rise where an action's first number is worth what it is,
+    and fall where it costs that.
+    """
     run, pipeline = improving(tmp_path, BETTER, updates=10, states=64)
     pipeline.offline.value.advantage = lambda features, event: sign * event[:, 0, 0]
     condition, _ = seen(run, 30)
@@ -386,7 +393,7 @@ def test_members_follow_the_advantage(tmp_path, sign):
         assert sign * (first(each) - then) > 0.02
 
 
-# -- the course -----------------------------------------------------------------------------------------------------------
+# -- the course ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

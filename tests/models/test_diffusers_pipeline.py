@@ -1,4 +1,6 @@
-"""The diffusers adapter on seven families of real classes, tiny: golden, replay, LoRA files, settings."""
+"""The diffusers adapter on seven families of real classes, tiny:
+golden, replay, LoRA files, settings.
+"""
 
 import functools
 import logging
@@ -36,7 +38,9 @@ GROUPED = ["a red circle"] * 2 + ["a blue square"] * 2
 K = 4
 LORA = {"rank": 4, "alpha": 8.0}
 DEAD = {"sd3": ("transformer_blocks.1.attn.add_q_proj",)}
-"""Without influence: SD3 drops the text stream after its last block, and with it the text queries there."""
+"""Without influence: SD3 drops the text stream after its last block,
+and with it the text queries there.
+"""
 
 
 @functools.cache
@@ -48,7 +52,7 @@ def saved(family: str) -> Path:
 
 
 def plain(folder: Path) -> Any:
-    """What a user of diffusers has: the pipeline loaded from its folder, nothing of ours."""
+    """The pipeline as a user of diffusers has it: loaded from its folder, nothing of ours."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -105,7 +109,9 @@ def assert_same_latents(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -
 
 
 def deviation(policy: ChainPolicy, trajectory: Any) -> float:
-    """max over kept steps and rows of |log-prob scored again - log-prob that acted|, mean-reduced."""
+    """max over kept steps and rows of |log-prob scored again - log-prob
+    that acted|, mean- reduced.
+    """
     worst = 0.0
     for k in trajectory.steps:
         after = trajectory.after(k)

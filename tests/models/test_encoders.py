@@ -1,4 +1,6 @@
-"""Encoders: what they must not see (the points' order), what they must (where something is), what learns and when."""
+"""Encoders: what they must not see (the points' order), what they must (where something is),
+what learns and when.
+"""
 
 import math
 from pathlib import Path
@@ -19,7 +21,9 @@ SHAPES = {STATE: (4,), PICTURE: (3, 32, 32), POINTS: (40, 3)}
 
 
 class Recorded:
-    """Statistics of random frames of a state, a camera and a point cloud; what is seen decides what is done."""
+    """Statistics of random frames of a state, a camera and a point cloud;
+    what is seen decides what is done.
+    """
 
     fps = 10
 
@@ -79,7 +83,7 @@ def test_a_cloud_has_no_order() -> None:
 
 
 def test_a_picture_has() -> None:
-    """Where something is, and what colour it has, changes the features."""
+    """The features change with the place of a thing and with its colour."""
     encoder, pictures = PictureEncoder((3, 64, 64)), torch.zeros(3, 3, 64, 64)
     pictures[0, 0, 10:14, 10:14] = pictures[1, 0, 40:44, 50:54] = pictures[2, 1, 10:14, 10:14] = 1
     features = encoder(pictures)
@@ -260,7 +264,9 @@ def test_many_rows_are_encoded_part_by_part(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", [PICTURE, POINTS])
 def test_it_learns_to_see(name: str) -> None:
-    """Where a bright spot, or the highest point, is decides the action: after 150 updates most of it is explained."""
+    """The place of a bright spot, or of the highest point, decides the action:
+    after 150 updates most of it is explained.
+    """
     dataset, model = Recorded(), made(inputs=[name], chunk=1)
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(5), DDIM(0.0)))
     optimiser = torch.optim.AdamW(model.trainable().values(), 3e-3)

@@ -33,7 +33,7 @@ def seen(model: LeRobotDiffusion, rows: int, *names: str) -> tuple[Context, Tens
 
 
 def lerobots_conditioning(model: LeRobotDiffusion, context: Context) -> Tensor:
-    """What LeRobot's own forward hands to its U-Net, by its own preprocessor."""
+    """The condition that LeRobot's own forward hands to its U-Net, by its own preprocessor."""
     batch = model.processors.pre(dict(context.observation))
     if model.policy.config.image_features:
         batch["observation.images"] = torch.stack(
@@ -162,7 +162,7 @@ def test_what_learns(train: str, reached: bool) -> None:
 
 
 def test_an_encoder_that_learns_is_never_stale() -> None:
-    """What is scored without gradients after an update sees the new encoder; a frozen one is run once."""
+    """Scoring without gradients after an update sees the new encoder; a frozen one is run once."""
     learning, frozen = diffusion(STATE, TOP), diffusion(STATE, TOP, train="denoiser")
     x, t = torch.randn(2, *learning.event_shape), torch.tensor([0.5, 0.5], dtype=torch.float64)
     for model in (learning, frozen):

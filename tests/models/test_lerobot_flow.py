@@ -1,4 +1,6 @@
-"""SmolVLA, pi0 and pi0.5 of LeRobot's own classes, tiny: golden, replay, padding, prefixes, losses, files."""
+"""SmolVLA, pi0 and pi0.5 of LeRobot's own classes, tiny:
+golden, replay, padding, prefixes, losses, files.
+"""
 
 import functools
 import json
@@ -41,12 +43,14 @@ def load(family: str, folder: Path | None = None, **settings: Any) -> LeRobotFlo
 
 @functools.cache
 def shared(family: str, **settings: Any) -> LeRobotFlow:
-    """For the tests that change nothing."""
+    """The model of this family and these settings, made once, for the tests that change nothing."""
     return load(family, **settings)
 
 
 def theirs(family: str, folder: Path | None = None) -> tuple[Any, Any, Any]:
-    """What a user of LeRobot has: policy, preprocessor, postprocessor; nothing of ours."""
+    """The objects that a user of LeRobot has: policy, preprocessor, postprocessor;
+    nothing of ours.
+    """
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
     folder = folder or tiny.saved(family)

@@ -1,4 +1,6 @@
-"""A run that starts from a user's LoRA: that LoRA is the reference, and what is saved loads in plain diffusers."""
+"""A run that starts from a user's LoRA:
+that LoRA is the reference, and what is saved loads in plain diffusers.
+"""
 
 import json
 from dataclasses import replace
@@ -76,7 +78,9 @@ def test_kl_starts_at_zero_and_grows(trained):
 
 
 def test_reference_of_a_run_from_a_lora_is_that_lora(pipeline, trained, tmp_path):
-    """KL 0 at the first update from a non-zero LoRA; against the bare base (adapters off) it is not."""
+    """KL 0 at the first update from a non-zero LoRA;
+    against the bare base (adapters off) it is not.
+    """
     experiment = parse.parse(raw(pipeline, tmp_path, start=str(trained.folder / "policy")))
     run, method = prepare(experiment, tmp_path / "run", Processes(Accelerator(cpu=True)))
     run.spent.iteration = 1
@@ -130,7 +134,9 @@ def test_saved_lora_draws_our_images_in_plain_diffusers(pipeline, trained):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_networks_train_with_an_exact_replay(pipeline, tmp_path, precision):
-    """fp16 goes through the gradient scaler; what is scored is what acted, so that nothing needs to be scored again."""
+    """fp16 goes through the gradient scaler;
+    what is scored is what acted, so that nothing needs to be scored again.
+    """
     experiment = raw(pipeline, tmp_path, budget={"iterations": 2})
     experiment["policy"] |= {
         "precision": precision,

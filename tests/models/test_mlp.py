@@ -236,7 +236,9 @@ def test_the_supervised_loss_is_that_of_the_networks_own_output(family: Any) -> 
 
 @pytest.mark.parametrize(("network", "family"), KINDS)
 def test_it_learns_to_act(network: Any, family: Any) -> None:
-    """Actions are a function of what is seen: after 300 updates the ODE's actions are close to it."""
+    """Actions are a function of what is seen:
+    after 300 updates the ODE's actions are close to it.
+    """
     model = made(network=network, family=family, hidden=64)
     policy = ChainPolicy(model, Chain(model.schedule, model.grid(10), DDIM(0.0)))
     optimiser = torch.optim.AdamW(model.trainable().values(), 3e-3)

@@ -1,4 +1,6 @@
-"""Best of N: of the samples that are drawn for a decision, a critic picks the one that is carried out."""
+"""Best of N: of the samples that are drawn for a decision,
+a critic picks the one that is carried out.
+"""
 
 import json
 from dataclasses import replace
@@ -63,7 +65,9 @@ def best(model: MLP, n: int, judge: Any = near_one) -> ChainPolicy:
 
 
 def candidates(policy: ChainPolicy, seen: Tensor, n: int) -> Tensor:
-    """Each row's N samples one by one: the noise of candidate c is named by member + c 2^32. [B,N,*E]."""
+    """Each row's N samples one by one:
+    the noise of candidate c is named by member + c 2^32. [B,N,*E].
+    """
     noise = names()
     each = [replace(noise, member=noise.member + (c << 32)) for c in range(n)]
     return torch.stack(
@@ -71,7 +75,7 @@ def candidates(policy: ChainPolicy, seen: Tensor, n: int) -> Tensor:
     )
 
 
-# -- which sample is carried out ------------------------------------------------------------------------------
+# -- which sample is carried out -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [2, 16])
@@ -117,7 +121,9 @@ def test_more_candidates_are_never_worse(model: MLP, seen: Tensor):
 
 
 def test_a_judge_turned_around_is_worse(model: MLP, seen: Tensor):
-    """The negative control: it is the judge that makes the difference, not the number of samples."""
+    """The negative control: it is the judge that makes the difference,
+    not the number of samples.
+    """
     one, right, wrong = (
         near_one(seen, best(model, n, judge).sample(seen, names()).x0)
         for n, judge in ((1, near_one), (16, near_one), (16, lambda f, e: -near_one(f, e)))
@@ -161,7 +167,7 @@ def test_the_judge_sees_features_and_scored_events(model: MLP, seen: Tensor):
     assert torch.allclose(event.view(ROWS, 4, 2, 2), candidates(policy, seen, 4), atol=1e-5)
 
 
-# -- what a config may say ------------------------------------------------------------------------------------
+# -- what a config may say -------------------------------------------------------------------------
 
 
 def test_several_samples_need_a_judge(model: MLP):
@@ -174,7 +180,9 @@ def test_several_samples_need_a_judge(model: MLP):
 
 
 def test_what_is_deployed_by_default():
-    """The best of several of the kernel's samples, its last step without noise; a single one is the kernel's mean."""
+    """The best of several of the kernel's samples, its last step without noise;
+    a single one is the kernel's mean.
+    """
     assert deployed_sampler(SAMPLER, {}, control=True).kernel["name"] == "mean"
     several = deployed_sampler(SAMPLER, {"best_of": 16}, control=True)
     assert several == replace(SAMPLER, best_of=16, window=(0, STEPS - 1))
@@ -208,7 +216,7 @@ def test_a_training_run_that_asks_for_it_is_refused(tmp_path: Path, capsys, plan
     )
 
 
-# -- a critic as the judge ------------------------------------------------------------------------------------
+# -- a critic as the judge -------------------------------------------------------------------------
 
 
 def judge(seed: int = 0, **options: Any) -> BestOf:
@@ -252,7 +260,8 @@ def test_a_judge_comes_back_as_it_was(model: MLP, tmp_path: Path, options: dict[
         ("judge.json", b'{"inputs": 8', "is damaged"),
         (
             "judge.json",
-            b'{"inputs": 9, "members": 3, "hidden": 8, "layers": 2, "support": null, "pessimism": 1}',
+            b'{"inputs": 9, "members": 3, "hidden": 8, "layers": 2, "support": null,'
+            b' "pessimism": 1}',
             "is damaged",
         ),
         ("judge.json", b"[]", "is damaged"),
@@ -301,11 +310,13 @@ def test_a_part_from_a_later_version_is_refused(model: MLP, tmp_path: Path):
     assert load_parts(judged(model, tmp_path / "same", version=1), model)
 
 
-# -- a policy with its judge, on disk and through the door ----------------------------------------------------
+# -- a policy with its judge, on disk and through the door -----------------------------------------
 
 
 def progress() -> BestOf:
-    """A critic that has learned how near to its goal the point of the toy is after a chunk of two actions."""
+    """A critic that has learned how near to its goal the point of the toy
+    is after a chunk of two actions.
+    """
     data, generator = Recorded(skill=0.15), torch.Generator().manual_seed(0)
     mean, std = (
         torch.cat([data.stats[name][s] for name in (STATE, GOAL)]) for s in ("mean", "std")
@@ -382,7 +393,9 @@ def test_what_best_of_n_is(run: Path):
 
 
 def test_there_is_something_to_pick_from(run: Path):
-    """...but for a kernel's mean, the negative control: in a policy that has learned it is nearly one for all noise."""
+    """...but for a kernel's mean, the negative control:
+    in a policy that has learned it is nearly one for all noise.
+    """
     policy, condition = (
         saved(run).load(),
         torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(2)),
@@ -398,7 +411,7 @@ def test_there_is_something_to_pick_from(run: Path):
 
 
 def test_only_its_own_name_draws_several(run: Path):
-    """Where the best of several is deployed, the other names are still single samples."""
+    """The other names are still single samples where the best of several is deployed."""
     asked = [name for name in PRESETS if name not in ("deployed", "native")]
     made = {v.name: v.sampler.best_of for v in variants(asked, saved(run, best_of=8))}
     assert made == {**dict.fromkeys(asked, 1), "deployed": 8, "best_of_16": 16}
@@ -425,7 +438,8 @@ def test_evaluate_tells_what_it_costs_and_brings(run: Path, tmp_path: Path, caps
 def test_a_wrong_judge_brings_harm(run: Path, tmp_path: Path):
     """The negative control of what it brings: the same critic, its readout turned around."""
     wrong = saved(run).load().attach("best_of", progress())
-    readout = [wrong.judge.critic.weights[-1], wrong.judge.critic.biases[-1]]  # type: ignore[union-attr]
+    critic = wrong.judge.critic  # type: ignore[union-attr]
+    readout = [critic.weights[-1], critic.biases[-1]]
     with torch.no_grad():
         for part in readout:
             part.neg_()

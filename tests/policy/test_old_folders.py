@@ -49,7 +49,9 @@ def replaced(best_of: int) -> ChainConfig:
 
 
 def written_as_before(policy: ChainPolicy, folder: Path) -> None:
-    """Write genpolicy.json without parts, the base as a network of its own, the judge's two files."""
+    """Write genpolicy.json without parts, the base as a network of its own,
+    the judge's two files.
+    """
     folder.mkdir()
     policy.model.save(folder)
     description = {"policy": {"name": "mlp"}, "chain": asdict(replaced(policy.best_of))}

@@ -55,7 +55,7 @@ from tests.policy.toy_parts import (
 )
 
 VISIBLE = 0.01
-"""What a part changes at least, in units of the event, where actions reach from -1 to 1."""
+"""The least change that a part makes, in units of the event, where actions reach from -1 to 1."""
 KINDS = [name for name, row in ROWS.items() if row.parts]
 """The rows whose part has a folder of its own; head and grid are of network and chain."""
 
@@ -119,7 +119,7 @@ def test_save(runs: Runs, tmp_path: Path, name: str):
 
 @rows
 def test_load(runs: Runs, name: str):
-    """What a run has saved at its end acts bit for bit as the policy that it deployed."""
+    """The policy that a run saved at its end acts bit for bit as the one that it deployed."""
     run = runs.run(name)
     for folder in (run.folder, run.folder / "policy"):
         assert same(load(folder), run.deployed)

@@ -122,7 +122,9 @@ def test_preprocessing_equals_the_pil_transform(scorer, library, kind, size):
 
 
 def test_one_tensor_resize_would_miss_the_pil_transform(scorer, library):
-    """The known-wrong variant: open_clip's own transform handed a float tensor, which is never clipped."""
+    """The known-wrong variant: open_clip's own transform handed a float tensor,
+    which is never clipped.
+    """
     image = picture("edges", 96, 96)
     levels = 255 * torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
     assert ((library[1](image)[0] - library[1](pil(image))) * levels).abs().max() > 5

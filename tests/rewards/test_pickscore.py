@@ -1,4 +1,6 @@
-"""PickScore on a tiny CLIPModel and CLIPProcessor, saved to disk and loaded as a user would load them."""
+"""PickScore on a tiny CLIPModel and CLIPProcessor,
+saved to disk and loaded as a user would load them.
+"""
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ WORDS = ("a", "red", "cat", "dog", "and")
 
 @pytest.fixture(scope="module", params=["first end token", "largest id, as PickScore_v1"])
 def folder(request, tmp_path_factory) -> str:
-    """Random weights and a processor in one folder; both of transformers' ways to find the end of a text.
+    """Random weights and a processor in one folder; both of transformers' ways to find the end of a
+    text.
 
     PickScore_v1's config says eos_token_id 2, which means: the token with the largest id.
     """

@@ -1,5 +1,6 @@
-"""The shapes world: true pictures score, every kind of wrong picture does not, and the split keeps scenes
-apart."""
+"""The shapes world: true pictures score, every kind of wrong picture does not,
+and the split keeps scenes apart.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace

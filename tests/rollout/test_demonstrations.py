@@ -1,4 +1,6 @@
-"""Experts and policies record data sets: the same seed gives the same numbers, and failures are an expert's alone to hide."""
+"""Experts and policies record data sets:
+the same seed gives the same numbers, and failures are an expert's alone to hide.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Playing episodes: an episode is a function of its seed and its noise, wherever and beside whatever it is played."""
+"""Playing episodes: an episode is a function of its seed and its noise,
+wherever and beside whatever it is played.
+"""
 
 from dataclasses import replace
 
@@ -17,7 +19,7 @@ from tests.toy_control import GOAL, NEAR, SPEED, STATE, Point, Recorded, Walk
 SEEDS = [100 + 7 * e for e in range(9)]
 K = 3
 ROUNDING = 1e-5
-"""What batched matrix products may change."""
+"""The change that batched matrix products may make."""
 
 
 def walker(history=2, chunk=4):
@@ -162,7 +164,9 @@ def test_noise_is_named_by_group_member_and_decision(slots):
 
 
 def test_decisions_of_an_episode_follow_one_another():
-    """By hand, from the seed and the actions alone: what is seen, rewarded, executed, and how it ends."""
+    """Observations, rewards, executed actions and the end follow, by hand,
+    from the seed and the actions alone.
+    """
     found = played(walker(), TASK, 4)
     for e, seed in enumerate(SEEDS):
         begun = Walk(ends=True)
@@ -200,7 +204,9 @@ def test_decisions_of_an_episode_follow_one_another():
 
 
 class Strict:
-    """Environments that refuse to be acted upon after the end, and count; with several frames of history."""
+    """Environments that refuse to be acted upon after the end, and count;
+    with several frames of history.
+    """
 
     def __init__(self, task, count):
         self.inner, self.count = task.environments(count, 2), count
@@ -327,7 +333,7 @@ def test_no_graph_is_built():
     assert torch.is_grad_enabled()
 
 
-# -- seeds ------------------------------------------------------------------------------------------------------
+# -- seeds -----------------------------------------------------------------------------------------
 
 
 def test_reset_seeds_are_a_pure_function_and_all_different():
@@ -349,7 +355,7 @@ def test_any_seed_that_noise_takes_resets_too(seed):
     assert 0 <= reset_seed(seed, 1, 2) < 2**31
 
 
-# -- evaluation ---------------------------------------------------------------------------------------------------
+# -- evaluation ------------------------------------------------------------------------------------
 
 
 def evaluated(slots=4, episodes=11, seed=50, task=TASK, **options):
@@ -382,7 +388,9 @@ def test_evaluation_plays_the_seeds_one_by_one():
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_evaluation_is_the_same_on_any_number_of_processes(count):
-    """What each of them would send is caught, and every one gets all of it: 11 episodes do not divide evenly."""
+    """The message that each process would send is caught, and each gets all of them:
+    11 episodes do not divide evenly.
+    """
     whole, sent = evaluated(), []
     for index in range(count):
         evaluated(process=(index, count), gather=lambda value: sent.append(value) or value)
@@ -417,7 +425,9 @@ def test_metrics_and_intervals():
 
 
 def test_the_deployed_mean_draws_only_the_start():
-    """Two policies that differ in the noise of their kernel alone meet the same starts: common random numbers."""
+    """Two policies that differ in the noise of their kernel alone meet the same starts:
+    common random numbers.
+    """
     policy = walker()
     loud = replace(policy, chain=replace(policy.chain, kernel=FloorStd(DDIM(1.0), 1.0)))
     one, other = (played(p, TASK, 3) for p in (policy, loud))

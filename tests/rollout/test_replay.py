@@ -1,4 +1,6 @@
-"""Replay: recorded decisions by hand, row by row; what a rollout knows; several recordings as one."""
+"""Replay: recorded decisions by hand, row by row; what a rollout knows;
+several recordings as one.
+"""
 
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ SUCCEEDED = [True, False, False, True, True, False, True]
 
 
 def model(executed, history=1, begin=0, horizon=None):
-    """As much of a control model as a replay needs: its event is a tenth of the actions."""
+    """The part of a control model that a replay needs: its event is a tenth of the actions."""
     offsets = range(begin, begin + (horizon or executed))
     return SimpleNamespace(
         executed=executed, history=history, horizon=offsets, event=lambda actions: actions / 10
@@ -31,7 +33,9 @@ def outcomes():
 
 
 def by_hand(T, success, rewards):
-    """The rows of `LENGTHS` in plain Python: (now, after, rewards, executed, terminated, success, episode, first)."""
+    """The rows of `LENGTHS` in plain Python:
+    (now, after, rewards, executed, terminated, success, episode, first).
+    """
     rows, begin = [], 0
     for number, (length, good) in enumerate(zip(LENGTHS, SUCCEEDED, strict=True)):
         for i in range(length):
@@ -49,7 +53,9 @@ def by_hand(T, success, rewards):
 @pytest.mark.parametrize("T", [1, 2, 4, 12])
 @pytest.mark.parametrize("cut_fails", [False, True])
 def test_returns_are_what_came_of_it(T, cut_fails):
-    """Discounted to the episode's end whatever the chunk; nothing is known of one that was cut, unless that is its end."""
+    """Discounted to the episode's end whatever the chunk;
+    nothing is known of one that was cut, unless that is its end.
+    """
     gamma = 0.9
     success, rewards = outcomes()
     replay = Replay.of_dataset(Frames(LENGTHS, success, rewards), model(T), cut_fails)
@@ -125,7 +131,9 @@ def test_demonstrations_are_rewarded_at_their_last_frame(T):
 
 
 def test_what_was_recorded_wins_over_what_is_assumed():
-    """With next.reward nothing is made up, and a success in the middle makes the episode one that ended by itself."""
+    """Nothing is made up where there is next.reward,
+    and a success in the middle makes the episode one that ended by itself.
+    """
     rewards = torch.zeros(8)
     success = torch.tensor([0, 1, 0, 0, 0, 0, 0, 0])
     found = Replay.of_dataset(Frames([4, 4], success, rewards), model(2))
@@ -135,7 +143,9 @@ def test_what_was_recorded_wins_over_what_is_assumed():
 
 
 def test_the_models_own_view_of_a_chunk():
-    """Two frames of history, an event that begins before now and is longer than what is executed."""
+    """Two frames of history, an event that begins before now and is longer
+    than what is executed.
+    """
     success, rewards = outcomes()
     found = Replay.of_dataset(
         Frames(LENGTHS, success, rewards), model(3, history=2, begin=-1, horizon=6)
@@ -153,7 +163,7 @@ def test_the_models_own_view_of_a_chunk():
 
 
 def belongs(replay, episodes):
-    """Whether every row's now, after and event lie in one episode; frames show and do their own number."""
+    """True where every row's now, after and event lie in one episode: frames show their number."""
     spans = {}
     begin = 0
     for number, length in enumerate(episodes):
@@ -244,7 +254,7 @@ def test_some_of_the_decisions_are_over_the_same_views():
         assert torch.equal(getattr(some, name), getattr(found, name)[rows])
 
 
-# -- what was lived ---------------------------------------------------------------------------------------------------
+# -- what was lived --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +314,9 @@ def test_views_are_encoded_in_slices_as_at_once(lived, monkeypatch):
 
 
 def test_recorded_and_lived_together(lived):
-    """The same space: events of a data set and of a rollout, in one replay, and every view can be encoded."""
+    """The same space: events of a data set and of a rollout, in one replay,
+    and every view can be encoded.
+    """
     run, _, found = lived
     data = Outcomes(episodes=12, skill=0.15)
     assert len(set(data.succeeded)) == 2

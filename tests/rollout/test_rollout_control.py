@@ -41,11 +41,11 @@ def collected(tmp_path, groups=4, members=3, **sections):
     return run, method, run.collect(groups, members)
 
 
-# -- what is in a rollout ---------------------------------------------------------------------------------------
+# -- what is in a rollout --------------------------------------------------------------------------
 
 
 def test_rows_are_episodes_in_order_and_each_in_time(tmp_path):
-    """By hand, from the reset seeds and the recorded actions alone."""
+    """The rows follow, by hand, from the reset seeds and the recorded actions alone."""
     run, _, rollout = collected(tmp_path)
     d, row = rollout.decisions, 0
     returns, success = torch.zeros(12).double(), torch.zeros(12).double()
@@ -95,7 +95,9 @@ def test_rows_are_episodes_in_order_and_each_in_time(tmp_path):
 
 
 def test_the_trajectory_belongs_to_its_rows(tmp_path):
-    """The stored chain ends in the actions that were executed, and is scored again exactly from its stored condition."""
+    """The stored chain ends in the actions that were executed,
+    and is scored again exactly from its stored condition.
+    """
     run, method, rollout = collected(tmp_path)
     chains = rollout.trajectory
     assert torch.equal(run.policy.model.decode(chains.x0), rollout.outputs)
@@ -200,7 +202,7 @@ def test_prompts_are_episodes_of_one_decision(tmp_path):
     assert (d.executed == 1).all()
 
 
-# -- several processes ------------------------------------------------------------------------------------------
+# -- several processes -----------------------------------------------------------------------------
 
 
 def on_processes(tmp_path, count, work, **sections):
@@ -249,14 +251,14 @@ KINDS = {
 
 
 def rows_of(rollout, batch):
-    """Which (place, k) a batch holds; k is None where rows come with all their steps."""
+    """The (place, k) of a batch's rows; k is None where rows come with all their steps."""
     rows = torch.arange(len(rollout.trajectory))[batch.rows]
     steps = [None] * len(rows) if batch.k is None else batch.k.tolist()
     return list(zip(rollout.decisions.place[rows].tolist(), steps, strict=True))
 
 
 def whole(kind, total, steps):
-    """What an epoch must hold, each once."""
+    """The (place, k) that an epoch must hold, each once."""
     return sorted(
         (row, k) for row in range(total) for k in ([-1] if kind == "minibatches" else steps)
     )
@@ -347,7 +349,9 @@ def test_a_value_of_prompts_learns_from_the_same_rows_on_two_processes(tmp_path)
 
 
 def test_processes_agree_on_whether_episodes_have_several_decisions(tmp_path):
-    """Groups of which one process has only short episodes: both must divide their rows in the same way."""
+    """Groups of which one process has only short episodes:
+    both must divide their rows in the same way.
+    """
 
     _, _, rollout = collected(tmp_path)
     d = rollout.decisions
@@ -366,8 +370,9 @@ def test_processes_agree_on_whether_episodes_have_several_decisions(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_process_may_have_no_row_of_a_minibatch(tmp_path, kind):
-    """Random shares are uneven: with many updates one of two processes has nothing in some of them, and the update is
-    still everybody's."""
+    """Random shares are uneven: with many updates one of two processes has nothing in some of them,
+    and the update is still everybody's.
+    """
 
     def learn(run: Run, method):
         rollout = run.collect(4, 1)
@@ -494,7 +499,7 @@ def test_normalised_constants_are_zero(tmp_path):
     assert run.normalised(torch.full((5,), 3.7).double()).abs().max() < 1e-3
 
 
-# -- group-relative methods on control ----------------------------------------------------------------------------
+# -- group-relative methods on control -------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

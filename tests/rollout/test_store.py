@@ -1,4 +1,6 @@
-"""Episodes on disk: written once and whole, kept as long as somebody learns from them, and never played twice."""
+"""Episodes on disk: written once and whole, kept as long as somebody learns from them,
+and never played twice.
+"""
 
 from dataclasses import fields
 from functools import partial
@@ -17,7 +19,7 @@ EPISODES, SLOTS = 19, 4
 CLONING = {"method": {"name": "bc"}, "environments": SLOTS}
 
 
-# -- the store ----------------------------------------------------------------------------------------------------------
+# -- the store -------------------------------------------------------------------------------------
 
 
 def sample(number):
@@ -116,7 +118,7 @@ def test_episodes_of_another_origin_are_forgotten(tmp_path):
     assert len(store.episodes(5)) == 1, "control: of this iteration alone"
 
 
-# -- living with a ledger -----------------------------------------------------------------------------------------------
+# -- living with a ledger --------------------------------------------------------------------------
 
 
 class Book:
@@ -134,7 +136,9 @@ class Book:
 
 
 class Eye:
-    """Environments that remember the seeds they were reset with, and break down after so many calls of step."""
+    """Environments that remember the seeds they were reset with,
+    and break down after so many calls of step.
+    """
 
     def __init__(self, inner, calls=10**9):
         self.inner, self.count, self.calls, self.seeds, self.ended = (
@@ -237,7 +241,9 @@ def test_a_collection_that_was_cut_off_goes_on_with_what_is_missing_to_the_bit(r
 
 
 def test_whichever_episodes_are_known_the_others_are_the_same_to_the_bit(run, whole):
-    """Also where those that are left would act beside others than they did: matrix products round by their number of rows."""
+    """Also where those that are left would act beside others than they did:
+    matrix products round by their number of rows.
+    """
     result, book, _ = whole
     for known in ([0], [1, 2], [e for e in range(EPISODES) if e % 3], [*range(EPISODES - 1)]):
         eye = Eye(run.collector.environments)
@@ -268,7 +274,9 @@ def test_a_complete_book_needs_no_environment(run, whole):
 
 
 def test_what_acting_costs_does_not_depend_on_the_interruption(run, whole):
-    """The budget may be in evaluations, and each sample's are told: an episode costs the same whoever played it."""
+    """The budget may be in evaluations, and each sample's are told:
+    an episode costs the same whoever played it.
+    """
 
     def cost(book):
         before = run.policy.model.evaluations
@@ -278,7 +286,7 @@ def test_what_acting_costs_does_not_depend_on_the_interruption(run, whole):
     assert cost(Book({e: rows for e, rows in whole[1].known.items() if e % 3})) == cost(Book())
 
 
-# -- collecting ---------------------------------------------------------------------------------------------------------
+# -- collecting ------------------------------------------------------------------------------------
 
 
 def names(run, iteration):
@@ -321,7 +329,9 @@ def test_a_run_that_was_killed_while_it_collected(tmp_path):
 
 @pytest.mark.parametrize("edited", ["weights", "limit", "starts", None])
 def test_episodes_of_an_experiment_that_was_edited_are_played_again(tmp_path, edited):
-    """Those of other weights, of another task or from other starts are not this run's, whatever their number."""
+    """Episodes of other weights, of another task or from other starts are not this run's,
+    whatever their number.
+    """
     run, _ = prepared(tmp_path, **CLONING)
     run.collect(8, 1, keep=True)
     task = {"name": "tests.toy_control:Point", "limit": 3 if edited == "limit" else 6}
@@ -351,7 +361,9 @@ def test_who_does_not_ask_keeps_nothing(tmp_path):
 
 
 def test_any_number_of_processes_goes_on_from_what_others_wrote(tmp_path):
-    """Two processes share a folder and write all episodes; one process then finds nothing left to play."""
+    """Two processes share a folder and write all episodes;
+    one process then finds nothing left to play.
+    """
     accelerators = peers(2)
     built = [prepared(tmp_path, accelerator, **CLONING)[0] for accelerator in accelerators]
     two = together([partial(run.collect, 6, 2, keep=True) for run in built], accelerators)

@@ -1,4 +1,6 @@
-"""Chunks, limits, histories, and that an episode is a function of its seed and its actions alone."""
+"""Chunks, limits, histories,
+and that an episode is a function of its seed and its actions alone.
+"""
 
 import os
 import signal
@@ -229,7 +231,7 @@ def test_a_workers_death_is_told(environments):
 
 
 def alive(pid):
-    """Whether a process runs (one that nobody has waited for yet does not)."""
+    """True where a process runs (one that nobody has waited for yet does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -1,4 +1,6 @@
-"""MetaWorld: the goal is seen after every step, an episode is its seed's, a demonstration is what happened."""
+"""MetaWorld: the goal is seen after every step, an episode is its seed's,
+a demonstration is what happened.
+"""
 
 import warnings
 
@@ -20,7 +22,9 @@ mujoco = library("mujoco", "the test")  # told how to draw without a screen
 
 
 class Clipped(Sawyer):
-    """The trap: the goal's bounds are still those of a hidden goal, so that step() clips it to 0."""
+    """The trap: the goal's bounds are still those of a hidden goal,
+    so that step() clips it to 0.
+    """
 
     def __init__(self, env, reward):
         super().__init__(env, reward)
@@ -32,14 +36,14 @@ class Clipped(Sawyer):
 
 
 def goals(simulation, seed):
-    """What reset() and step() show as the goal, and where it is."""
+    """The goal as reset() and as step() show it, and where it is."""
     first, _ = simulation.reset(seed=seed)
     second, *_ = simulation.step(np.zeros(4, np.float32))
     return first[WORLD][-3:], second[WORLD][-3:], simulation._world._target_pos.astype(np.float32)
 
 
 def successes(task, simulation, seeds):
-    """How many episodes the expert wins in this simulation."""
+    """Counts the episodes that the expert wins in this simulation."""
     task.__dict__["_stage"] = simulation
     return sum(task.demonstrate(seed, 0.0).success for seed in seeds)
 
@@ -62,7 +66,7 @@ def test_a_clipped_goal_would_be_seen(env):
 
 
 def played(simulation, env, seed, steps=60):
-    """What is seen, and MetaWorld's own reward, of its expert's first steps."""
+    """The observations, and MetaWorld's own rewards, of its expert's first steps."""
     script = library("metaworld.policies", "the test").ENV_POLICY_MAP[env]()
     simulation.reset(seed=seed)
     seen, rewards = [simulation.numbers], []
@@ -129,7 +133,9 @@ def test_touch_is_metaworlds():
 
 
 def test_a_demonstration_is_what_happened():
-    """Its actions, played in environments whose slots were used before, give the same frames, rewards and success."""
+    """The demonstrated actions, played in environments whose slots were used before,
+    give the same frames, rewards and success.
+    """
     task = MetaWorld(BUTTON)
     shown = task.demonstrate(3, 0.1)
     assert shown.success
@@ -202,7 +208,9 @@ def test_a_wrong_name_gets_the_nearest():
 
 @pytest.mark.parametrize("spread", [0.4, 0.01])
 def test_a_smaller_spread_is_the_middle_of_the_range(spread):
-    """A start moves along the line to the middle; with the same seed it is the same share of the way."""
+    """A start moves along the line to the middle;
+    with the same seed it is the same share of the way.
+    """
     whole, part = Sawyer(ASSEMBLY, "sparse"), Sawyer(ASSEMBLY, "sparse", spread=spread)
     middle = np.array([0.0, 0.8, 0.1])  # of the peg, MetaWorld's sawyer_assembly_peg_v3.py
     moved = []
@@ -243,13 +251,14 @@ def test_a_picture_or_one_sentence(monkeypatch):
         environments.close()
     assert picture.shape == (240, 240, 3)
     assert picture.dtype == np.uint8
-    # Upright: beside the arm, the grey floor is above and the wooden table (more red than blue) below.
+    # Upright: beside the arm, the grey floor is above and the wooden table (more red than blue) is
+    # below.
     warmth = picture[:, 150:, 0].astype(float) - picture[:, 150:, 2]
     assert warmth[180:].mean() > 20 > 10 > warmth[:50].mean()
 
 
 def can_draw():
-    """Whether this machine has a way to draw."""
+    """True where this machine has a way to draw."""
     try:
         Sawyer(BUTTON, "sparse", "pixels").reset(seed=0)[0][PICTURES]
     except RenderError:
@@ -261,7 +270,7 @@ SEES = [("pixels", PICTURES), ("points", POINTS)]
 
 
 def moved(simulation, name, change):
-    """What is seen under ``name`` of seed 0, and when ``change(world)`` was done to it."""
+    """The observation ``name`` of seed 0, before and after ``change(world)``."""
     first, _ = simulation.reset(seed=0)
     before = first[name].copy()
     change(simulation._world)
@@ -314,7 +323,8 @@ def test_the_goal_in_the_picture_is_green_and_where_it_is():
             assert 4 < len(rows) < 60
             places.append(np.array([rows.mean(), columns.mean()]))
         down_by, right_by = places[1] - places[0]
-        # The view is from the far side: what is further from the arm (y) is lower, what is at the arm's right (x) left.
+        # The view is from the far side: what is further from the arm (y) is lower, what is at the
+        # arm's right (x) is left.
         assert abs(down_by - 90 * down) < 4
         assert abs(right_by + 90 * right) < 4
 
@@ -322,7 +332,9 @@ def test_the_goal_in_the_picture_is_green_and_where_it_is():
 @pytest.mark.parametrize(("see", "name"), SEES)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_lazy_frames_are_the_eager_ones(see, name, workers):
-    """A chunk at once, drawn late, shows what single steps show; with history, also past moments."""
+    """A chunk at once, drawn late, shows what single steps show;
+    with history, also past moments.
+    """
     if see == "pixels" and not can_draw():
         return
     actions = torch.rand(1, 7, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -344,7 +356,9 @@ def test_lazy_frames_are_the_eager_ones(see, name, workers):
 
 @pytest.mark.parametrize("env", [PEG, ASSEMBLY])
 def test_fixtures_are_in_place_from_the_first_frame_on(env):
-    """MetaWorld's reset moves a peg or a box and leaves its geoms where they were: a stale picture."""
+    """MetaWorld's reset moves a peg or a box and leaves its geoms where they were:
+    a stale picture.
+    """
     simulation = Sawyer(env, "sparse", "points")
     simulation.reset(seed=0)
     first = simulation.reset(seed=3)[0][POINTS]
@@ -424,7 +438,9 @@ def test_eyes_change_nothing_but_what_is_seen():
 @pytest.mark.slow
 @pytest.mark.parametrize("env", sorted(catalogue()))
 def test_every_task(env):
-    """The goal is seen, and seeds are episodes, whatever ran before; the expert wins most of the time."""
+    """The goal is seen, and seeds are episodes, whatever ran before;
+    the expert wins most of the time.
+    """
     task = MetaWorld(env)
     at_reset, at_step, target = goals(Sawyer(env, "sparse"), 0)
     assert np.array_equal(at_reset, target)

@@ -1,4 +1,6 @@
-"""Points on surfaces: on them, all over them, the same ones every time, and they move with their bodies."""
+"""Points on surfaces: on them, all over them, the same ones every time,
+and they move with their bodies.
+"""
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ mujoco = library("mujoco", "the test")
 
 SCENE = """
 <mujoco><asset><mesh name="wedge" vertex="0 0 0  1 0 0  0 2 0  0 0 3"/></asset><worldbody>
-<geom type="sphere" size=".3"/> <geom type="capsule" size=".2 .5"/> <geom type="cylinder" size=".2 .5"/>
-<geom type="box" size=".1 .2 .4"/> <geom type="mesh" mesh="wedge"/> <geom type="plane" size="1 1 1"/>
+<geom type="sphere" size=".3"/> <geom type="capsule" size=".2 .5"/>
+<geom type="cylinder" size=".2 .5"/> <geom type="box" size=".1 .2 .4"/>
+<geom type="mesh" mesh="wedge"/> <geom type="plane" size="1 1 1"/>
 <body name="moves" pos="0 0 5"><freejoint/><geom type="box" size=".1 .1 .1"/></body>
 </worldbody></mujoco>
 """
@@ -25,7 +28,7 @@ def model():
 
 
 def distance(model, geom, points):
-    """Of points in a geom's frame from its surface."""
+    """The distance of points in a geom's frame from its surface."""
     a, b, c = model.geom_size[geom]
     radius = np.linalg.norm(points[:, :2], axis=1)
     if geom == SPHERE:
@@ -119,7 +122,7 @@ def test_a_cloud_is_cropped_and_keeps_its_size(model):
 
 
 def test_a_small_thing_beside_a_large_one_is_seen(model):
-    """By area the small box would have 3 % of the points."""
+    """The small box would have 3 % of the points if they were shared out by area."""
     small = (cloud(model, Surface(model, [MOVES, MESH], 400))[:, 2] > 4).mean()
     assert small == pytest.approx(np.sqrt(0.24) / (np.sqrt(0.24) + 3), abs=0.03)
     assert small > 2 * 0.24 / 9.24

@@ -177,7 +177,9 @@ def test_demonstrations_succeed_unless_mistaken(noise):
 
 
 def test_a_tiny_smolvla_is_made_for_it(tmp_path, monkeypatch, capsys):
-    """The script that makes the embedded policy, with next to no training: the folder is whole and moves."""
+    """The script that makes the embedded policy, with next to no training:
+    the folder is whole and moves.
+    """
     small = {"episodes": 6, "steps": 3, "batch": 8, "every": 1, "examine": 2}
     out = tmp_path / "made"
     monkeypatch.setattr(

@@ -12,7 +12,8 @@ class Box:
 
 
 class Walk:
-    """A point in the plane, its action added to it and a little noise of its own. At x > 3 it is done.
+    """A point in the plane, its action added to it and a little noise of its own. At x > 3 it is
+    done.
 
     The reward is the clipped action's sum, so that tests see which actions were taken.
     """

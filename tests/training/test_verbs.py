@@ -45,7 +45,7 @@ def prepared(folder, accelerator=None, world="prompts", **sections):
 
 
 def on_processes(folder, count, work, **options):
-    """What ``work(run)`` returns on each of so many processes, each with a run of its own."""
+    """Returns the results of ``work(run)`` on ``count`` processes, each with a run of its own."""
     accelerators, runs = peers(count), []
     for index, accelerator in enumerate(accelerators):
         place = folder / f"{count}-{index}"
@@ -232,7 +232,9 @@ PASSES = {
 
 
 def held(rollout, batch):
-    """The (place, step) pairs of a minibatch; rows that come with all their steps have step None."""
+    """The (place, step) pairs of a minibatch;
+    rows that come with all their steps have step None.
+    """
     rows = torch.arange(len(rollout.trajectory))[batch.rows]
     steps = [None] * len(rows) if batch.k is None else batch.k.tolist()
     return list(zip(rollout.decisions.place[rows].tolist(), steps, strict=True))
@@ -243,7 +245,7 @@ def in_order(pairs):
 
 
 def everything(kind, rollout, places):
-    """What an epoch over these places must hold, each once."""
+    """The (place, step) pairs that an epoch over these places must hold, each once."""
     steps = [None] if kind == "minibatches" else list(rollout.trajectory.steps)
     return sorted([(place, k) for place in places for k in steps], key=str)
 
@@ -595,7 +597,7 @@ def scaled_step(accelerator, rows):
 
 @pytest.mark.parametrize("shares", [(4, 0), (0, 4)])
 def test_a_process_without_rows_takes_the_step_of_all_in_fp16_too(shares):
-    """It has scaled no loss yet, and scales its gradients like the others."""
+    """The process has scaled no loss yet, and scales its gradients like the others."""
     norm, scale, weights = scaled_step(Accelerator(cpu=True), 4)
     assert norm > 1
     assert largest_difference(weights, [torch.full_like(w, 0.5) for w in weights]) > 0.05
@@ -806,7 +808,7 @@ def test_a_part_of_the_same_name_replaces_the_one_before(tmp_path):
 
 
 def test_a_registered_name_has_one_object(tmp_path):
-    """Of two objects under one name only one would be saved, and nobody would be told."""
+    """Two objects under one name would be saved as one, and nobody would be told."""
     run = prepared(tmp_path)
     old = run.weights()
     run.register(old=old)

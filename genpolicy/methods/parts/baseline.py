@@ -1,6 +1,7 @@
 """A state value learned beside a policy: the baseline of on-policy methods."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,25 +12,34 @@ from genpolicy.learning.critic import StateValue
 from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.run import Run
 
+LEAST = {
+    "episodes": 1,
+    "epochs": 1,
+    "minibatch": 1,
+    "critic_epochs": 1,
+    "critic_minibatch": 1,
+    "warm_up": 0,
+}
+"""The smallest values of the settings that all methods with this baseline have, by their names."""
 
+
+@dataclass(eq=False)
 class DecisionValue:
-    """V of what a decision sees, with its optimiser; both are saved and resumed with the run.
+    """V of what a decision sees, with its optimiser; both are saved and resumed with the run."""
 
-    gamma: discount per environment step. lam: of GAE, in [0, 1]. lr: learning rate. epochs: passes
-    over a rollout's decisions. minibatch: decisions per update.
-    """
+    run: Run
+    gamma: float  # discount per environment step
+    lam: float  # of GAE, in [0, 1]
+    lr: float  # learning rate
+    epochs: int  # passes over a rollout's decisions
+    minibatch: int  # decisions per update
 
-    def __init__(
-        self, run: Run, gamma: float, lam: float, lr: float, epochs: int, minibatch: int
-    ) -> None:
-        self.run = run
-        self.gamma = gamma
-        self.lam = lam
-        self.epochs = epochs
-        self.minibatch = minibatch
+    def __post_init__(self) -> None:
+        """Draws the network's weights from torch's global generator."""
+        run = self.run
         self.value = StateValue(run.features).to(run.policy.model.device)
         self.optimizer = run.new_optimizer(
-            self.value.parameters(), OptimizerConfig(lr=lr, weight_decay=0.0)
+            self.value.parameters(), OptimizerConfig(lr=self.lr, weight_decay=0.0)
         )
         run.register(value=self.value, value_optimizer=self.optimizer)
 

@@ -4,6 +4,8 @@ The world is a `TransitionModel` of the features that critics see. A policy is s
 of its decisions (AM-Q, RL-100 arXiv 2510.14830), with the sampler that would be deployed.
 """
 
+from dataclasses import KW_ONLY, dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -20,6 +22,7 @@ HELD_OUT = 0.1
 """Share of the episodes by which the model's elites are chosen."""
 
 
+@dataclass(eq=False)
 class OfflineEvaluation:
     """AM-Q of the deployed sampler: the sum over ``horizon`` decisions from ``starts`` recorded
     views of
@@ -28,29 +31,23 @@ class OfflineEvaluation:
 
     An imagined episode that succeeds counts from there on what success pays; a second network tells
     when it does. Every comparison is on the same starts and the same luck.
-
-    value: Q. horizon: decisions per imagined episode. starts: imagined episodes. caution: weight of
-    the disagreement of the model's elites about where a decision leads, in stds of a decision's
-    change; above 0 a policy is not praised for going where the world is unknown. batch: decisions
-    per update of the model, of all processes together.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        value: ActionValue,
-        *,
-        horizon: int,
-        starts: int,
-        caution: float,
-        batch: int = 256,
-    ) -> None:
-        self.run = run
-        self.value = value
-        self.horizon = horizon
-        self.starts = starts
-        self.caution = caution
-        self.batch = batch
+    run: Run
+    value: ActionValue  # Q
+    _: KW_ONLY
+    horizon: int  # decisions per imagined episode
+    starts: int  # imagined episodes
+    # weight of the disagreement of the model's elites about where a decision leads, in stds of a
+    # decision's change; above 0 a policy is not praised for going where the world is unknown
+    caution: float
+    batch: int = 256  # decisions per update of the model, of all processes together
+
+    def __post_init__(self) -> None:
+        """Draws the networks' weights from torch's global generator. Raises `ConfigError` where the
+        policy is not conditioned on a vector of features.
+        """
+        run = self.run
         model = run.policy.model
         with torch.no_grad():
             condition = model.encode(run.collector.example())
@@ -60,12 +57,14 @@ class OfflineEvaluation:
                 "the gate imagines what a policy will see: it needs one that is conditioned on a"
                 f" vector of features, and {run.experiment.policy['name']} is not"
             )
-        event = model.scored(torch.zeros(1, *model.event_shape)).numel()
+        event = self.value.event_dims
         self.model = TransitionModel(run.features, event).to(model.device)
         # the logit of a decision's success
         self.end = Critic(run.features, event).to(model.device)
         settings = OptimizerConfig(lr=1e-3, weight_decay=1e-5, max_grad_norm=10.0)
-        self.optimizer = run.new_optimizer([*self.model.parameters(), *self.end.parameters()], settings)
+        self.optimizer = run.new_optimizer(
+            [*self.model.parameters(), *self.end.parameters()], settings
+        )
         run.register(world=self.model, end=self.end, world_optimizer=self.optimizer)
 
     def learn(self, replay: Replay, features: Tensor, updates: int) -> None:

@@ -1,6 +1,7 @@
 """Values of actions, learned from a replay by implicit Q-learning."""
 
 import copy
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from genpolicy.rollout.replay import Replay
 from genpolicy.training.run import Run
 
 
+@dataclass(eq=False)
 class ActionValue:
     """Implicit Q-learning (arXiv 2110.06169): Q of decisions and V of what is seen, learned from
     recorded decisions alone.
@@ -30,58 +32,47 @@ class ActionValue:
     lower = mean - pessimism * std over the members (of two members and pessimism 1: their minimum).
     G: the observed return from there to the episode's end, where that is known.
 
-    gamma: discount per environment step, so that a chunk of n steps is discounted by gamma^n and a
-        single step by gamma (the public code raised both to the chunk's length).
-    expectile: in [0, 1]; .7 in RL-100.
-    members: networks of Q.
-    pessimism: stds that are taken off Q.
-    polyak: rate per update at which Q_target follows Q. A value travels back one decision in 1 /
-        polyak updates: at the .005 of RL-100 (critic.py) 3000 updates bring a success at the end to
-        the last fifteen of an episode's thirty-odd decisions and leave the others without a value.
-    monte_carlo: w, the share of G; 0 in IQL. What follows from V alone drifts where observations
-        are encoded pictures and episodes few; G holds it to what happened, at the price of a lean
-        towards the policy that acted (docs/rl100.md).
-    lr: learning rate of Q and V. batch: decisions per update, of all processes together.
-    support: see `Critic`.
-    acts: True where Q becomes a part of the policy once it has learned; the part then has its state,
-        and what it begins with follows from the run's seed.
-
     Networks and optimiser are saved and resumed with the run.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        gamma: float,
-        *,
-        expectile: float = 0.7,
-        members: int = 2,
-        pessimism: float = 1.0,
-        polyak: float = 0.05,
-        monte_carlo: float = 0.0,
-        lr: float = 3e-4,
-        batch: int = 256,
-        support: Support | None = None,
-        acts: bool = False,
-    ) -> None:
-        self.run = run
-        self.gamma = gamma
-        self.expectile = expectile
-        self.pessimism = pessimism
-        self.polyak = polyak
-        self.monte_carlo = monte_carlo
-        self.batch = batch
+    run: Run
+    # discount per environment step, so that a chunk of n steps is discounted by gamma^n and a
+    # single step by gamma (the public code raised both to the chunk's length)
+    gamma: float
+    _: KW_ONLY
+    expectile: float = 0.7  # in [0, 1]; RL-100
+    members: int = 2  # networks of Q
+    pessimism: float = 1.0  # stds that are taken off Q
+    # rate per update at which Q_target follows Q. A value travels back one decision in 1 / polyak
+    # updates: at the .005 of RL-100 (critic.py) 3000 updates bring a success at the end to the last
+    # fifteen of an episode's thirty-odd decisions and leave the others without a value
+    polyak: float = 0.05
+    # w, the share of G; 0 in IQL. What follows from V alone drifts where observations are encoded
+    # pictures and episodes few; G holds it to what happened, at the price of a lean towards the
+    # policy that acted (docs/rl100.md)
+    monte_carlo: float = 0.0
+    lr: float = 3e-4  # learning rate of Q and V
+    batch: int = 256  # decisions per update, of all processes together
+    support: Support | None = None  # see `Critic`
+    # True where Q becomes a part of the policy once it has learned; the part then has its state,
+    # and what it begins with follows from the run's seed
+    acts: bool = False
+
+    def __post_init__(self) -> None:
+        """Draws the networks' weights from torch's global generator."""
+        run = self.run
         model = run.policy.model
-        event = model.scored(torch.zeros(1, *model.event_shape)).numel()
-        self.q = Critic(run.features, event, members, support=support).to(model.device)
+        self.event_dims = model.scored(torch.zeros(1, *model.event_shape)).numel()
+        critic = Critic(run.features, self.event_dims, self.members, support=self.support)
+        self.q = critic.to(model.device)
         self.target = copy.deepcopy(self.q).requires_grad_(False)
         self.v = StateValue(run.features).to(model.device)
         parameters = [*self.q.parameters(), *self.v.parameters()]
         self.optimizer = run.new_optimizer(
-            parameters, OptimizerConfig(lr=lr, weight_decay=0.0, max_grad_norm=10.0)
+            parameters, OptimizerConfig(lr=self.lr, weight_decay=0.0, max_grad_norm=10.0)
         )
         run.register(q_target=self.target, v=self.v, q_optimizer=self.optimizer)
-        if not acts:
+        if not self.acts:
             run.register(q=self.q)
 
     def lower(self, critic: Critic, features: Tensor, event: Tensor) -> Tensor:

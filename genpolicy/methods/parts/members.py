@@ -53,7 +53,9 @@ class Members:
         self.optimizers = []
         for weights in self.weights:
             with weights.using():
-                self.optimizers.append(self.run.new_optimizer(self.run.trainable, self.settings[stage]))
+                self.optimizers.append(
+                    self.run.new_optimizer(self.run.trainable, self.settings[stage])
+                )
         self.old = [self._copy(weights) for weights in self.weights]
         self.score = [-math.inf] * len(self)
 

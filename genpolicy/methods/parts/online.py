@@ -14,7 +14,7 @@ from genpolicy.evaluation.statistics import interval
 from genpolicy.learning.acceptance import safe_share
 from genpolicy.learning.critic import StateValue
 from genpolicy.methods.parts.anchor import Anchor
-from genpolicy.methods.parts.baseline import DecisionValue
+from genpolicy.methods.parts.baseline import LEAST, DecisionValue
 from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.replay_check import LogRatio
 from genpolicy.training.run import Run
@@ -46,15 +46,7 @@ class Online:
     warm_up: int = 1  # iterations that train the value alone
 
     def __post_init__(self) -> None:
-        least = {
-            "episodes": 1,
-            "epochs": 1,
-            "minibatch": 1,
-            "critic_epochs": 1,
-            "critic_minibatch": 1,
-            "warm_up": 0,
-        }
-        at_least("method: online", self, **least)
+        at_least("method: online", self, **LEAST)
         positive("method: online", self, "lr", "clip", "critic_lr")
         share("method: online", self, "lam", "final", "ema", "retry", "floor")
 

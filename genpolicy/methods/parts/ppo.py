@@ -18,8 +18,9 @@ from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.run import Run
 
 Update = Literal["pairs", "chain", "step"]
-"""What one optimiser step sees: random (decision, step) pairs, the whole chains of random
-decisions, or random decisions at one step after the other."""
+"""The rows of one optimiser step: random (decision, step) pairs, the whole chains of random
+decisions, or random decisions at one step after the other.
+"""
 
 
 def chunk_log_ratio(new: Gaussian, old: Gaussian, x: Tensor) -> Tensor:

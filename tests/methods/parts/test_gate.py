@@ -1,4 +1,6 @@
-"""Offline evaluation: candidate and policy in force meet the same starts and the same luck, in a world learned from data."""
+"""Offline evaluation: candidate and policy in force meet the same starts and the same luck,
+in a world learned from data.
+"""
 
 from collections import Counter
 from copy import deepcopy
@@ -64,11 +66,13 @@ def changed(run, by=0.02):
     return Weights(run.trainable, moved).using()
 
 
-# -- the score ------------------------------------------------------------------------------------------------------------
+# -- the score -------------------------------------------------------------------------------------
 
 
 def test_the_same_weights_score_the_same_to_the_bit(stage):
-    """Whatever generator was used in between: the difference of a policy from itself is exactly 0."""
+    """Whatever generator was used in between:
+    the difference of a policy from itself is exactly 0.
+    """
     one = stage.score()
     assert one.shape == (STARTS,)
     assert not one.requires_grad
@@ -88,7 +92,9 @@ def test_the_same_weights_score_the_same_to_the_bit(stage):
 
 
 def test_the_same_luck_tells_small_differences_apart(stage):
-    """A policy against one that hardly differs: on the same luck the error is a small part of what it is on others."""
+    """A policy against one that hardly differs:
+    on the same luck the error is a small part of what it is on others.
+    """
     one = stage.score()
     with changed(stage.run, 1e-3):
         paired = compare(stage.score(), one).error
@@ -127,7 +133,7 @@ def test_starts_are_what_decisions_saw(stage, monkeypatch):
 
 
 def test_one_decision_is_q_of_the_deployed_samplers_action(tmp_path):
-    """By hand: mean - std of what the members say of the sample that would be carried out."""
+    """The score is, by hand, mean - std of the members' values of the sample that is deployed."""
     stage = Stage(tmp_path, horizon=1)
     run = stage.run
     found = stage.score()
@@ -151,7 +157,7 @@ def test_one_decision_is_q_of_the_deployed_samplers_action(tmp_path):
 
 
 def test_the_score_reads_like_a_value_at_any_horizon(tmp_path):
-    """In a world in which nothing moves, with a Q of nothing but what is seen, every decision is worth the same."""
+    """Every decision is worth the same where nothing moves, with a Q of the features alone."""
     scores = []
     for horizon in (1, 4):
         (tmp_path / str(horizon)).mkdir()
@@ -166,7 +172,9 @@ def test_the_score_reads_like_a_value_at_any_horizon(tmp_path):
 
 
 def test_who_has_succeeded_is_paid_and_not_asked_again(tmp_path):
-    """An episode that ends at once is worth its first decision and, from then on, what success pays."""
+    """An episode that ends at once is worth its first decision and, from then on,
+    what success pays.
+    """
     stage = Stage(tmp_path, horizon=4)
     stage.gate.model.step = lambda features, event, uniform, noise: features
     stage.value.lower = lambda critic, features, event: features.sum(1)
@@ -193,11 +201,13 @@ def test_caution_takes_off_what_the_models_disagree(tmp_path):
     assert len((plain - careful).unique()) > STARTS // 2, "here more, there less"
 
 
-# -- the world ------------------------------------------------------------------------------------------------------------
+# -- the world -------------------------------------------------------------------------------------
 
 
 def test_the_world_is_learned_and_said_how_well(tmp_path):
-    """Better than the mean change over the data, which is an error of 1, on episodes that it never learned from."""
+    """Better than the mean change over the data, which is an error of 1,
+    on episodes that it never learned from.
+    """
     stage = Stage(tmp_path)
     stage.gate.learn(stage.replay, stage.features, 150)
     error = stage.run.metrics.numbers["world/held_out"][0]
@@ -242,7 +252,9 @@ def test_elites_are_chosen_on_episodes_that_nobody_learned_from(stage, monkeypat
 
 
 def test_what_comes_after_an_end_is_not_learned(stage, monkeypatch):
-    """A data set's last frame is followed by nothing: no row may say that it is followed by itself."""
+    """A data set's last frame is followed by nothing:
+    no row may say that it is followed by itself.
+    """
     alone = stage.replay.terminated.clone()
     assert alone.any()
     after = torch.where(alone, stage.replay.now, stage.replay.after)

@@ -1,4 +1,6 @@
-"""Values of actions: the formulas of one update by hand, and what they converge to on a walk whose values are known."""
+"""Values of actions: the formulas of one update by hand,
+and what they converge to on a walk whose values are known.
+"""
 
 from copy import deepcopy
 from types import SimpleNamespace
@@ -52,7 +54,9 @@ def some(rows, chunk=4, terminated=False):
 
 
 def told(run, monkeypatch):
-    """What `learn` asks `Run.descend` for: (losses of all its rows, rows, name), before anything has changed."""
+    """Records the arguments of `learn`'s calls of `Run.descend`: (losses of all its rows, rows,
+    name, optimiser), before anything has changed.
+    """
     found, honest = [], run.descend
 
     def descend(losses, rows, name, optimizer=None):
@@ -180,7 +184,9 @@ def test_everything_is_resumed(tmp_path):
 
 
 def walk(chunk):
-    """From every place of a walk of `LENGTH` steps: chunks onward, 1 at the last step. Features of places, truth of V."""
+    """Chunks onward from every place of a walk of `LENGTH` steps, with reward 1 at the last step;
+    features of places; the true V.
+    """
     place = torch.arange(LENGTH)
     executed = (LENGTH - place).clamp_max(chunk)
     rewards = torch.zeros(LENGTH, chunk).double()
@@ -218,7 +224,9 @@ def walked(tmp_path, monkeypatch, chunk, **options):
 
 
 def test_values_do_not_depend_on_the_features_units(tmp_path, monkeypatch):
-    """The same draws of a learner that is shown .2 f + 3 for f; and the control: without standardising they matter."""
+    """The same draws of a learner that is shown .2 f + 3 for f; and the control:
+    without standardising they matter.
+    """
 
     def learned(name, shown, honest=True):
         run, value = built(tmp_path / name)
@@ -246,7 +254,9 @@ def test_values_do_not_depend_on_the_features_units(tmp_path, monkeypatch):
 def test_a_success_reaches_the_beginning_unless_the_target_is_too_slow(
     tmp_path, monkeypatch, polyak, reached
 ):
-    """350 updates are 35 decisions at .1 and not two at .005 (the control): there nobody knows what the beginning is worth."""
+    """350 updates are 35 decisions at .1 and not two at .005 (the control):
+    there nobody knows what the beginning is worth.
+    """
     value, _, features, truth = walked(tmp_path, monkeypatch, 1, polyak=polyak)
     with torch.no_grad():
         first = float(value.v(features[:1]))
@@ -255,7 +265,9 @@ def test_a_success_reaches_the_beginning_unless_the_target_is_too_slow(
 
 @pytest.mark.parametrize("chunk", [4, 1])
 def test_values_are_the_discounted_success(tmp_path, monkeypatch, chunk):
-    """V(s) = Q(s, what is done) = gamma^(steps before the one that succeeds), in chunks or step by step."""
+    """V(s) = Q(s, what is done) = gamma^(steps before the one that succeeds),
+    in chunks or step by step.
+    """
     value, replay, features, truth = walked(tmp_path, monkeypatch, chunk, polyak=0.1)
     with torch.no_grad():
         v = value.v(features[:LENGTH]).double()

@@ -1,4 +1,4 @@
-"""What a run learns from: starts that failed come again, and the floor under what is collected holds."""
+"""The data of a run: starts that failed come again, the floor under what is collected holds."""
 
 import math
 from functools import partial
@@ -20,7 +20,7 @@ def run(tmp_path):
     return prepared(tmp_path, **CLONING)[0]
 
 
-# -- failures -----------------------------------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------------------
 
 
 def test_a_start_stays_until_it_succeeds(run):
@@ -52,7 +52,7 @@ def test_failures_take_their_share_of_the_starts_and_no_more(run):
     assert failures.mixed(fresh, 0.0) == fresh
 
 
-# -- the floor ----------------------------------------------------------------------------------------------------------
+# -- the floor -------------------------------------------------------------------------------------
 
 
 def floored(run, share, rate, monkeypatch):
@@ -106,12 +106,12 @@ def test_a_hopeless_policy_plays_one_episode_in_each_process(tmp_path, monkeypat
     assert [len(rollout.local) for rollout in rollouts] == [3, 3]
 
 
-# -- on the policy ------------------------------------------------------------------------------------------------------
+# -- on the policy ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cut_fails", [True, False])
 def test_what_comes_after_a_cut(run, cut_fails):
-    """Where the limit ends what can be had, the value of the last observation has no part in the advantage."""
+    """The last observation's value has no part in the advantage where the limit ends the task."""
     on_policy = OnPolicy(run, Online(episodes=6, retry=0.0), 0.9, cut_fails, Anchor(run))
     exact = lambda new, old, x: torch.zeros(len(x))  # noqa: E731
     rollout, advantage, returns = on_policy.rollout(exact)

@@ -1,4 +1,6 @@
-"""One environment of a genpolicy task as Gymnasium has it, with the names that LeRobot's commands look for."""
+"""One environment of a genpolicy task as Gymnasium has it,
+with the names that LeRobot's commands look for.
+"""
 
 from typing import Any
 
@@ -9,14 +11,14 @@ import torch
 from genpolicy.contracts.task import ControlTask, TaskStep
 
 NAMES = {"observation.state": "agent_pos", "observation.environment_state": "environment_state"}
-"""What LeRobot calls an observation inside a gymnasium environment."""
+"""LeRobot's names of observations inside a gymnasium environment, by those in its data sets."""
 
 
 class ControlEnv(gymnasium.Env):
     """Vector observations alone, float32. The same seed is the same episode as in genpolicy.
 
-    ``draw`` False renders black frames: LeRobot's evaluation always writes videos, and drawing needs a graphics library
-    and ten times as long as the episode.
+    ``draw`` False renders black frames: LeRobot's evaluation always writes videos, and drawing
+    needs a graphics library and ten times as long as the episode.
     """
 
     def __init__(self, task: ControlTask, draw: bool) -> None:
@@ -54,7 +56,7 @@ class ControlEnv(gymnasium.Env):
         )
 
     def render(self) -> np.ndarray:
-        """What a camera sees, or black, uint8 [H,W,3]."""
+        """The picture of a camera, or a black one, uint8 [H,W,3]."""
         return self._environments.render(0) if self._draw else np.zeros((64, 64, 3), np.uint8)
 
     def close(self) -> None:

@@ -1,4 +1,5 @@
-"""MetaWorld from its state for LeRobot's commands: lerobot-eval --env.type=metaworld_state --env.task=assembly-v3.
+"""MetaWorld from its state for LeRobot's commands: lerobot-eval --env.type=metaworld_state
+--env.task=assembly-v3.
 
 LeRobot's own metaworld environment shows pictures alone, and draws one every step.
 """
@@ -18,7 +19,9 @@ KINDS = {"agent_pos": FeatureType.STATE, "environment_state": FeatureType.ENV}
 
 
 def make(env: str, reward: str, limit: int, draw: bool) -> gymnasium.Env:
-    """A MetaWorld task that stands still once its episode has ended, as LeRobot's rollouts expect."""
+    """A MetaWorld task that stands still once its episode has ended,
+    as LeRobot's rollouts expect.
+    """
     return FreezeAfterEpisodeEnd(ControlEnv(MetaWorld(env=env, reward=reward, limit=limit), draw))
 
 
@@ -30,8 +33,8 @@ gymnasium.register(
 @EnvConfig.register_subclass("metaworld_state")
 @dataclass
 class MetaWorldState(EnvConfig):
-    """A genpolicy MetaWorld task: its name, reward ("sparse" or "dense"), steps of an episode, and whether LeRobot's videos
-    show it.
+    """A genpolicy MetaWorld task: its name, reward ("sparse" or "dense"), steps of an episode, and
+    whether LeRobot's videos show it.
     """
 
     task: str | None = "assembly-v3"
@@ -61,5 +64,5 @@ class MetaWorldState(EnvConfig):
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
-        """What it is made with."""
+        """The arguments that the environment is made with."""
         return {**self._settings, "draw": self.draw}

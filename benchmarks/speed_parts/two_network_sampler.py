@@ -1,5 +1,5 @@
 """The arithmetic by which DPPO's public code acts, re-enacted in plain torch from its description
-(arXiv 2409.00588; irom-princeton/dppo), as what `benchmarks.speed` compares sampling with.
+(arXiv 2409.00588; irom-princeton/dppo), with which `benchmarks.speed` compares sampling.
 
 Nothing here is the public code's, and nothing here calls genpolicy.
 """

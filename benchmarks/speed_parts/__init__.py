@@ -1,0 +1,1 @@
+"""The comparisons of `benchmarks.speed`, one per file, and how they are timed."""
