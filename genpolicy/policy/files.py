@@ -151,6 +151,16 @@ def load_parts(section: Mapping[str, Any], model: Model) -> dict[str, Part]:
     }
 
 
+def attached(policy: ChainPolicy, name: str, part: Part) -> ChainPolicy:
+    """The policy with a part; `ConfigError` where it can't be saved or does not fit."""
+    if policy.parts.get(name) is not part:
+        require_savable(name, part, policy.model)
+    try:
+        return policy.attach(name, part)
+    except ValueError as error:
+        raise ConfigError(f"the policy's part {name!r}: {error}") from None
+
+
 def require_savable(name: str, part: Part, model: Model) -> None:
     """Raise `ConfigError` unless a part comes back from a folder as it is now.
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from genpolicy.config.errors import ConfigError
+from genpolicy.config.errors import at_least
 from genpolicy.contracts.model import Model
 from genpolicy.contracts.task import Context
 from genpolicy.policy.policy import ChainPolicy
@@ -14,29 +15,31 @@ from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.iteration_metrics import IterationMetrics
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a method wants collected; `ConfigError` for counts below 1."""
+
+    groups: int  # M, prompts or start states
+    members: int  # N, samples or episodes of each
+    updates: int = 1  # minibatches that the rollout will be split into, which get whole groups
+    # the step up to which a group's samples share their chain; None: none (prompts only)
+    branch_at: int | None = None
+    # True: every episode is written into the store as it ends, and those that are there already are
+    # taken (episodes only)
+    keep: bool = False
+    # reset seeds of the M groups in the place of the iteration's own (episodes only)
+    starts: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        at_least("collect", self, groups=1, members=1, updates=1)
+
+
 class Collector(Protocol):
     """Collects the rollouts of one task."""
 
-    def __call__(
-        self,
-        policy: ChainPolicy,
-        iteration: int,
-        groups: int,
-        members: int,
-        *,
-        updates: int = 1,
-        branch_at: int | None = None,
-        keep: bool = False,
-        starts: Sequence[int] | None = None,
-    ) -> Rollout:
-        """Return ``groups`` = M groups of ``members`` = N samples or episodes of an iteration.
-        Raises `ConfigError` for what the task does not have, and for counts below 1.
-
-        updates: minibatches that the rollout will be split into, which get whole groups.
-        branch_at: the step up to which a group's samples share their chain (prompts only). keep:
-        write every episode into the store as it ends, and take those that are there already
-        (episodes only). starts: reset seeds of the M groups in the place of the iteration's own
-        (episodes only).
+    def __call__(self, policy: ChainPolicy, iteration: int, request: Request) -> Rollout:
+        """Return what is asked for of an iteration. Raises `ConfigError` for what the task does not
+        have.
         """
         ...
 
@@ -70,10 +73,3 @@ def acting(policy: ChainPolicy, learns: Model, metrics: IterationMetrics) -> Ite
     yield
     if policy.model is not learns:
         metrics.evaluations += policy.model.evaluations - counted
-
-
-def require_counts(**counts: int) -> None:
-    """Raise `ConfigError` where a rollout is asked for of no group, no member or no update."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"collect: {name} is {count}; it must be at least 1")

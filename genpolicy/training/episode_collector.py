@@ -17,7 +17,7 @@ from genpolicy.rollout.episodes import reset_seed
 from genpolicy.rollout.recorder import Lived, live
 from genpolicy.rollout.rollout import Decisions, Rollout
 from genpolicy.rollout.store import EpisodeStore
-from genpolicy.training.collector import acting, require_counts
+from genpolicy.training.collector import Request, acting
 from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.processes import Processes
 
@@ -38,23 +38,13 @@ class EpisodeCollector:
     metrics: IterationMetrics
     store: EpisodeStore
 
-    def __call__(
-        self,
-        policy: ChainPolicy,
-        iteration: int,
-        groups: int,
-        members: int,
-        *,
-        updates: int = 1,
-        branch_at: int | None = None,
-        keep: bool = False,
-        starts: Sequence[int] | None = None,
-    ) -> Rollout:
-        if branch_at is not None:
+    def __call__(self, policy: ChainPolicy, iteration: int, request: Request) -> Rollout:
+        groups, members, updates = request.groups, request.members, request.updates
+        if request.branch_at is not None:
             raise ConfigError(
                 "shared_prefix is for prompts: the episodes of a group see different states"
             )
-        require_counts(groups=groups, members=members, updates=updates)
+        starts = request.starts
         if starts is not None and len(starts) != groups:
             raise ConfigError(
                 f"collect: there are {len(starts)} starts for {groups} groups; each has one"
@@ -64,7 +54,11 @@ class EpisodeCollector:
         starts = starts or [reset_seed(self.seed, iteration, group) for group in range(groups)]
         # play this process's episodes; the members of a group begin in the same state
         seeds = [starts[group] for group in local.tolist() for _ in range(members)]
-        ledger = _Page(self.store, iteration, noise, self._origin(policy, starts)) if keep else None
+        ledger = (
+            _Page(self.store, iteration, noise, self._origin(policy, starts))
+            if request.keep
+            else None
+        )
         phase = self.metrics.phase
         with acting(policy, self.model, self.metrics):
             lived = live(policy, self.environments, seeds, noise, ledger=ledger, on_phase=phase)

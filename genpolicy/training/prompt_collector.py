@@ -1,6 +1,5 @@
 """The collector of prompts: samples, scored by the rewards."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches, recount
 from genpolicy.rollout.prompts import Judged, collect, concatenate
 from genpolicy.rollout.rollout import Rollout, single
-from genpolicy.training.collector import acting, require_counts
+from genpolicy.training.collector import Request, acting
 from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.processes import Processes
 
@@ -38,24 +37,13 @@ class PromptCollector:
     metrics: IterationMetrics
     micro_batches: MicroBatches
 
-    def __call__(
-        self,
-        policy: ChainPolicy,
-        iteration: int,
-        groups: int,
-        members: int,
-        *,
-        updates: int = 1,
-        branch_at: int | None = None,
-        keep: bool = False,
-        starts: Sequence[int] | None = None,
-    ) -> Rollout:
-        require_counts(groups=groups, members=members, updates=updates)
-        if starts is not None:
+    def __call__(self, policy: ChainPolicy, iteration: int, request: Request) -> Rollout:
+        groups, members, updates = request.groups, request.members, request.updates
+        if request.starts is not None:
             raise ConfigError(
                 "collect: starts are the reset seeds of environments, and the task is one of prompts"
             )
-        if keep:
+        if request.keep:
             raise ConfigError(NOT_KEPT)
         local = self.processes.groups(groups, updates)
         noise = Noise.rows(self.seed, iteration, local, members)
@@ -69,7 +57,7 @@ class PromptCollector:
                 self.reward,
                 noise[rows],
                 members=members,
-                branch_at=branch_at,
+                branch_at=request.branch_at,
                 on_phase=self.metrics.phase,
             )
 

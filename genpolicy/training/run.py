@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import Condition, Noise
-from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import Experiment, OptimizerConfig
 from genpolicy.contracts.dataset import Dataset, Pictures
 from genpolicy.contracts.task import Context, ControlTask, Task
-from genpolicy.policy.files import require_savable
+from genpolicy.policy.files import attached
 from genpolicy.policy.policy import ChainPolicy, Part
 from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch
@@ -29,7 +28,7 @@ from genpolicy.rollout.minibatch import Batch, Batches, Chosen, Pass
 from genpolicy.rollout.rollout import Rollout, unjudged
 from genpolicy.training.budget import Spent
 from genpolicy.training.checkpoint import RunState, Stateful
-from genpolicy.training.collector import Collector
+from genpolicy.training.collector import Collector, Request
 from genpolicy.training.deployment import Deployment
 from genpolicy.training.draws import Draws
 from genpolicy.training.evaluator import Evaluator
@@ -81,8 +80,9 @@ class Run:
         self.metrics, self.display = workspace.metrics, workspace.display
         self.spent = Spent()
         self.learner = Learner(policy.model, experiment.optimizer, workspace.processes)
-        averaged = self.learner.averaged
-        self.deployment = Deployment(experiment, policy, evaluator, workspace, averaged)
+        self.deployment = Deployment(
+            experiment, policy, evaluator, workspace, self.learner.averaged
+        )
         self.replay_check = ReplayCheck(workspace)
         self.updates = Updates(workspace)
         self._draws = Draws(experiment.seed)
@@ -172,26 +172,15 @@ class Run:
         """Roll the policy out: ``groups`` = M prompts or start states of this iteration,
         ``members`` = N samples or episodes each.
 
-        updates: how many minibatches the rollout will be split into (each gets whole groups, evenly
-        over the processes). shared_prefix: the members of a group share everything before the
-        window (prompts only). keep: episodes are written down as they end (`EpisodeStore`), and a
-        run that was killed meanwhile plays only those that are missing. starts: reset seeds of the
-        groups, if not the iteration's own (`starts`). policy: one that acts in the place of the one
-        that learns. window: [low, high) steps at which the kernel acts, kept and trained.
+        shared_prefix: the members of a group share everything before the window (prompts only).
+        updates, keep, starts: see `Request`. policy: one that acts in the place of the one that
+        learns. window: [low, high) steps at which the kernel acts, kept and trained.
         """
         window = window or self._draw_window()
-        acting = (policy or self.policy).with_window(window)
         branch = window[0] if shared_prefix else None
-        rollout = self.collector(
-            acting,
-            self.iteration,
-            groups,
-            members,
-            updates=updates,
-            branch_at=branch,
-            keep=keep,
-            starts=starts,
-        )
+        request = Request(groups, members, updates, branch, keep, starts)
+        acting = (policy or self.policy).with_window(window)
+        rollout = self.collector(acting, self.iteration, request)
         self.metrics.log_all(rollout.metrics())
         return rollout
 
@@ -381,19 +370,14 @@ class Run:
         """Give the policy that collects and the one that is deployed a part, saved with them and
         resumed with the run; a part of the same name is replaced.
 
-        Raises `ConfigError` where it can't be saved or does not fit.
+        Raises `ConfigError` where it can't be saved or does not fit, and `ValueError` where it has
+        another owner.
         """
         for name, part in parts.items():
-            if self.policy.parts.get(name) is not part:
-                require_savable(name, part, self.policy.model)
-            try:
-                policy = self.policy.attach(name, part)
-                came = name in self.policy.parts and name not in self.state.parts
-                self.state.own_part(name, part)
-            except ValueError as error:
-                raise ConfigError(f"the policy's part {name!r}: {error}") from None
-            if came:
+            policy = attached(self.policy, name, part)
+            if name in self.policy.parts and name not in self.state.parts:
                 self.say(f"the part {name} that the policy came with is replaced by the method's")
+            self.state.own_part(name, part)
             self.policy = policy
             self.deployment.attach(name, part)
 
