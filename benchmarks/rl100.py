@@ -80,15 +80,7 @@ def main() -> None:
 
 def one(name: str, seed: int, out: Path) -> None:
     """A task's pipeline with one seed, and its policies on the report's starts."""
-    section, data, folder = (
-        {"name": "metaworld", "env": name},
-        out / name / "demonstrations",
-        out / name / str(seed),
-    )
-    if not data.exists():
-        demonstrate(
-            section, data, episodes=DEMONSTRATIONS[name], noise=NOISE, seed=DEMONSTRATED_FROM
-        )
+    section, data, folder = _task(name), demonstrations(name, out), out / name / str(seed)
     if not (folder.exists() and finished(folder)):
         began = time.process_time()
         train(
@@ -118,6 +110,19 @@ def one(name: str, seed: int, out: Path) -> None:
                 **judged(section, path, REPORT + APART * seed),
                 **spent(folder, stage),
             )
+
+
+def demonstrations(name: str, out: Path) -> Path:
+    """The folder of a task's demonstrations, made where they are not there yet."""
+    data = out / name / "demonstrations"
+    if not data.exists():
+        wanted = DEMONSTRATIONS[name]
+        demonstrate(_task(name), data, episodes=wanted, noise=NOISE, seed=DEMONSTRATED_FROM)
+    return data
+
+
+def _task(name: str) -> dict[str, Any]:
+    return {"name": "metaworld", "env": name}
 
 
 def judged(

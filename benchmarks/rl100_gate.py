@@ -1,16 +1,19 @@
 """Does the offline gate tell better from worse? Unprotected it does not, and what protects in its
 place.
 
+    # imitation and the offline stage, nothing after it
+    python -m benchmarks.rl100_gate learn --runs runs/gate --tasks hammer-v3 --seeds 0
+    # what that stage returned
+    python -m benchmarks.rl100_gate protected --runs runs/gate --tasks hammer-v3 --seeds 0
     # the negative control
-    python -m benchmarks.rl100_gate unprotected --runs runs/rl100 --tasks hammer-v3 --seeds 0
-    # what the pipeline's stage did
-    python -m benchmarks.rl100_gate protected --runs runs/rl100 --tasks hammer-v3 --seeds 0
+    python -m benchmarks.rl100_gate unprotected --runs runs/gate --tasks hammer-v3 --seeds 0
 
-Both begin from runs of benchmarks/rl100. "unprotected" repeats a run's offline stage on the same
-data with no KL, no bound on the distance and no real episodes, twenty short candidates, and
-compares the gate's scores with the truth of each. "protected" takes the candidates that the run
-itself made: the best of them and of the policy before is chosen on one list of starts, and compared
-with what the stage returned, paired, on a fresh one. Both lists are used nowhere else.
+The runs are those of "learn", or of benchmarks/rl100, which goes on to the online stage.
+"unprotected" repeats a run's offline stage on the same data with no KL, no bound on the distance
+and no real episodes, twenty short candidates, and compares the gate's scores with the truth of
+each. "protected" takes the candidates that the run itself made: the best of them and of the policy
+before is chosen on one list of starts, and compared with what the stage returned, paired, on a
+fresh one. Both lists are used nowhere else.
 """
 
 import argparse
@@ -22,14 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import rl100
 from genpolicy.config import leaves, parse
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.evaluation.statistics import paired
 from genpolicy.learning.acceptance import rank_correlation
 from genpolicy.policy.files import saved
-from genpolicy.training.experiment import train
+from genpolicy.training.experiment import finished, train
 
-CHOOSING, FRESH = range(21_000_000, 21_000_500), range(22_000_000, 22_000_500)
+CHOOSING, FRESH = range(27_000_000, 27_000_500), range(28_000_000, 28_000_500)
+"""Reset seeds of the choice and of the report. Those from 21,000,000 and 22,000,000 on belong to
+the table before the end of episodes was learned."""
 TRUTH = range(11_500_000, 11_500_200)
 """Reset seeds of the unprotected candidates."""
 SLOTS = 20
@@ -39,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["unprotected", "protected"])
+    parser.add_argument("what", choices=["learn", "unprotected", "protected"])
     parser.add_argument("--runs", type=Path, default=Path("runs/rl100"))
     parser.add_argument("--tasks", nargs="+", default=["hammer-v3"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -48,11 +54,39 @@ def main() -> None:
     for name in args.tasks:
         for seed in args.seeds:
             folder = args.runs / name / str(seed)
+            if args.what == "learn":
+                learn(name, seed, args.runs)
+                continue
             found = (unprotected if args.what == "unprotected" else protected)(name, folder)
             line = json.dumps({"task": name, "seed": seed, **found})
             print(line, flush=True)
             with open(args.runs / f"gate_{args.what}.jsonl", "a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+def learn(name: str, seed: int, runs: Path) -> None:
+    """The pipeline of benchmarks/rl100 up to the end of its offline stage."""
+    data, folder = rl100.demonstrations(name, runs), runs / name / str(seed)
+    if folder.exists() and finished(folder):
+        return
+    experiment = parse.load("metaworld_rl100", [f"--data.root={data}"])
+    method = leaves.make("methods", experiment.method)
+    # imitate, collect, criticise, improve
+    iterations = method.imitation.iterations + 2 + method.offline.candidates
+    train(
+        parse.load(
+            "metaworld_rl100",
+            [
+                f"--task.env={name}",
+                f"--data.root={data}",
+                f"--output={folder}",
+                f"--seed={seed}",
+                "--budget.env_steps=null",
+                f"--budget.iterations={iterations}",
+                "--eval.every=0",
+            ],
+        )
+    )
 
 
 def unprotected(name: str, folder: Path) -> dict[str, Any]:

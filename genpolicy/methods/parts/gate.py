@@ -71,38 +71,52 @@ class OfflineEvaluation:
         """Fits the model to recorded decisions, each member to its own resampling of them, and logs
         its error on episodes that it has not learned from.
 
-        features [F,D]: of the replay's views.
+        Where a decision leads is learned from those that something comes after; which decision ends
+        an episode by success, from all decisions of the same episodes, the last ones too. features
+        [F,D]: of the replay's views.
         """
         scored = self.run.policy.model.scored
 
         # after an episode's last decision nothing was seen of where a whole chunk leads
-        known = (~replay.terminated).nonzero().flatten()
-        held = replay.episode[known].unique(return_inverse=True)[1] % round(1 / HELD_OUT) == 0
-        learn = known[~held]
-        test = known[held]
+        known = ~replay.terminated
+        held = replay.episode.unique(return_inverse=True)[1] % round(1 / HELD_OUT) == 0
+        learn = (known & ~held).nonzero().flatten()
+        test = (known & held).nonzero().flatten()
+        lived = (~held).nonzero().flatten()
         if not len(learn) or not len(test):
             raise ConfigError(
                 "the gate's model needs at least two episodes: one to learn from and one to be"
                 " tested on"
             )
         self.model.fit_scale(features[replay.now[learn]], features[replay.after[learn]])
-        self.end.scale.fit(features[replay.now[learn]])
-        drawn = self.run.rows(len(learn), (updates, self.batch), "world model")
+        self.end.scale.fit(features[replay.now[lived]])
+        size = updates, self.batch
+        drawn = self.run.rows(len(learn), size, "world model")
+        ends = self.run.rows(len(lived), size, "ends of episodes")
         bootstrap = self.run.generator("world model bootstrap")
-        for rows in learn[drawn]:
+        for rows, decisions in zip(learn[drawn], lived[ends], strict=True):
             # a bootstrap by weights: how often each member draws a row
             weight = self.run.mine(bootstrap.poisson(1.0, (self.model.members, self.batch)))
             now = features[replay.now[rows]]
             after = features[replay.after[rows]]
             event = scored(replay.event[rows].to(now))
             weight = weight.to(now)
-            over = (replay.terminated & replay.success)[rows].to(now)
+            there = features[replay.now[decisions]]
+            done = scored(replay.event[decisions].to(now))
+            over = (replay.terminated & replay.success)[decisions].to(now)
 
             def losses(
-                part: slice, now=now, event=event, after=after, weight=weight, over=over
+                part: slice,
+                now=now,
+                event=event,
+                after=after,
+                weight=weight,
+                there=there,
+                done=done,
+                over=over,
             ) -> Tensor:
                 moving = self.model.loss(now[part], event[part], after[part]) * weight[:, part]
-                logit = self.end(now[part], event[part])[0]
+                logit = self.end(there[part], done[part])[0]
                 ending = binary_cross_entropy_with_logits(logit, over[part], reduction="none")
                 return moving.sum(0) + ending
 

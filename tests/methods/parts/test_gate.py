@@ -20,7 +20,7 @@ from genpolicy.methods.parts.iql import ActionValue
 from genpolicy.policy.weights import Weights
 from genpolicy.rollout.replay import Replay
 from tests.rl100_toy import experiment
-from tests.toy_control import prepared
+from tests.toy_control import Recorded, prepared
 
 STARTS, HORIZON = 24, 3
 
@@ -276,6 +276,39 @@ def test_what_comes_after_an_end_is_not_learned(stage, monkeypatch):
 offline_rows = [
     "now", "after", "event", "rewards", "executed", "terminated", "success", "episode", "first",
 ]  # fmt: skip
+
+
+def likely_ends(stage, replay):
+    """The mean chance of an end that the gate gives to held-out decisions: to those that were ends
+    by success, and to all others.
+    """
+    held = replay.episode.unique(return_inverse=True)[1] % 10 == 0
+    over = replay.terminated & replay.success
+    with torch.no_grad():
+        event = stage.run.policy.model.scored(replay.event)
+        chance = stage.gate.end(stage.features[replay.now], event)[0].sigmoid()
+    return float(chance[held & over].mean()), float(chance[held & ~over].mean())
+
+
+def test_the_end_of_an_episode_is_learned_from_the_decisions_that_ended_one(tmp_path):
+    """On episodes that it has not learned from, by its own forward.
+
+    Control: the rows of the world model, none of which is an end.
+    """
+    data = Recorded(episodes=200, noise=0.0, skill=0.3, limit=30)
+    found = {}
+    for name, updates in (("all", 400), ("cut", 100)):
+        (tmp_path / name).mkdir()
+        stage = Stage(tmp_path / name, batch=256)
+        model = stage.run.policy.model
+        replay = Replay.of_dataset(data, model)
+        stage.features = model.features(replay.encoded(model))
+        cut = replay[(~replay.terminated).nonzero().flatten()]
+        stage.gate.learn(replay if name == "all" else cut, stage.features, updates)
+        found[name] = likely_ends(stage, replay)
+    assert found["all"][0] > 0.9
+    assert found["all"][1] < 0.1
+    assert found["cut"][0] < 0.1
 
 
 def test_every_member_is_shown_its_own_resampling(stage, monkeypatch):
