@@ -57,11 +57,13 @@ class Trajectory:
             low, high, stride = rows.indices(len(self))
             if stride != 1 or low % self.shared or high % self.shared:
                 raise ValueError(
-                    f"rows {low}:{high}:{stride} skip rows or cut a group of {self.shared} that shares its start"
+                    f"rows {low}:{high}:{stride} skip rows or cut a group of {self.shared} that shares"
+                    " its start"
                 )
         elif self.shared > 1:
             raise ValueError(
-                f"an index may cut a group of {self.shared} that shares its start: give a stretch of groups"
+                f"an index may cut a group of {self.shared} that shares its start: give a stretch of"
+                " groups"
             )
         return replace(
             self,
@@ -92,7 +94,8 @@ class Trajectory:
         missing = asked[(asked < self.steps.start) | (asked >= self.steps.stop)]
         if len(missing):
             raise ValueError(
-                f"step {int(missing[0])} was not kept: this trajectory has steps {self.first}..{self.steps.stop - 1}"
+                f"step {int(missing[0])} was not kept: this trajectory has steps"
+                f" {self.first}..{self.steps.stop - 1}"
             )
         place = k - self.first + ahead
         return kept[:, place] if isinstance(place, int) else kept[torch.arange(len(self)), place]
@@ -109,8 +112,8 @@ class Chain:
 
     A grid may begin below the schedule's noisiest time (``schedule.grid(K, start=t)``). There x_t
     is no longer pure noise: alpha x_0 is a part of it, and the prior stands in for that part with
-    noise of its size, N(0, ``scale``^2 I). This is the distribution of x_t exactly for Gaussian data
-    of mean 0 and variance 1, and an approximation for other data that are standardised. A network
+    noise of its size, N(0, ``scale``^2 I). This is the distribution of x_t exactly for Gaussian
+    data of mean 0 and variance 1, and an approximation for other data that are standardised. A network
     that was trained to start elsewhere needs a ``prior`` that says so.
     """
 
@@ -172,7 +175,7 @@ class Chain:
         """
         if isinstance(self.kernel, Solver):
             raise ValueError(
-                f"{type(self.kernel).__name__} is a solver: it samples but has no transition to score"
+                f"{type(self.kernel).__name__} is a solver: it samples and has no transition to score"
             )
         if isinstance(k, int):
             return self.kernel if k in self.stochastic else ODE
@@ -266,7 +269,8 @@ class Chain:
         if high > self.K:
             raise ValueError(f"keep [{low}, {high}) does not lie inside the chain's {self.K} steps")
         shared = members if branch_at is not None else 1
-        if shared > 1 and (len(noise) % members or not first <= branch_at <= low):  # type: ignore[operator]
+        branch = low if branch_at is None else branch_at
+        if shared > 1 and (len(noise) % members or not first <= branch <= low):
             raise ValueError(
                 f"branch_at {branch_at} must lie between step {first} and the first kept step {low}"
             )
@@ -283,8 +287,8 @@ class Chain:
         for k in range(first, self.K):
             if low <= k < high:
                 x = x.to(storage).float()
-            branching = shared > 1 and k == branch_at
-            whole = shared == 1 or k > branch_at  # type: ignore[operator]
+            branching = shared > 1 and k == branch
+            whole = shared == 1 or k > branch
             gaussian = self._act(denoiser, x, k, condition if whole else condition[::shared])
             if branching:
                 x = x.repeat_interleave(shared, 0)

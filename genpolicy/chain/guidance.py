@@ -14,7 +14,8 @@ from genpolicy.chain.values import Condition, Denoiser, Prediction, expand
 class Guidance:
     """Classifier-free guidance (arXiv 2207.12598) as two unguided evaluations:
 
-        p = p_negative + scale (p_positive - p_negative),    p in {x0, eps}   (linear in the network's output)
+        p = p_negative + scale (p_positive - p_negative),    p in {x0, eps}
+        (linear in the network's output)
 
     The negative branch is evaluated outside the graph: the gradient is that of a loss that detaches
     it, and its backward is saved. ``negative_gradient`` differentiates it too, as the public DDPO

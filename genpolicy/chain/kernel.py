@@ -2,7 +2,8 @@
 
 Every kernel is affine in what the network says, so it is four scalars per row (`Coefficients`):
 
-    mean = x * x_t + x0 * prediction.x0 + eps * prediction.eps,      gain = x0 * d_x0 + eps * d_eps = d mean / d output
+    mean = x * x_t + x0 * prediction.x0 + eps * prediction.eps
+    gain = x0 * d_x0 + eps * d_eps = d mean / d output
 
 from which both the transition and its gain follow; sampling and scoring can't disagree.
 """
@@ -97,7 +98,8 @@ class SDE:
         ]
         if not all(linear):
             raise ValueError(
-                "kernel sde is derived for the linear (flow) schedule; use kernel ddim on this model"
+                "kernel sde is derived for the linear (flow) schedule; use kernel ddim on this"
+                " model"
             )
         if self.noise == "constant":
             g = torch.full_like(t, self.a)

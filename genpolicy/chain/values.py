@@ -85,7 +85,8 @@ class Gaussian:
             std = torch.where(mask, std, 1.0)
         if not bool((std > 0).all()):
             raise ValueError(
-                "a transition with std 0 is a point and has no density: score only steps inside the stochastic window"
+                "a transition with std 0 is a point and has no density: score only steps inside the"
+                " stochastic window"
             )
         return std
 
@@ -127,7 +128,8 @@ class Prediction:
         if kind == "velocity":
             return cls(x - s * output, x + a * output)
         raise ValueError(
-            f"parametrisation {kind!r} is unknown; valid are epsilon, sample, v_prediction, velocity"
+            f"parametrisation {kind!r} is unknown; valid are epsilon, sample, v_prediction,"
+            " velocity"
         )
 
 

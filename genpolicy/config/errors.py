@@ -19,7 +19,7 @@ class RenderError(RuntimeError):
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:
-    """The end of an error message: '; did you mean a, b?', '; valid are ...' or '; there are none'."""
+    """The end of an error message: '; did you mean a?', '; valid are ...' or '; there are none'."""
     if not valid:
         return "; there are none"
     close = difflib.get_close_matches(word, valid, n=3)

@@ -275,7 +275,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _contents(value: Any) -> dict[str, Any]:
-    """The attributes of a part; of a module its state_dict and the settings of every module in it."""
+    """The attributes of a part; of a module its state_dict and every inner module's settings."""
     if not isinstance(value, torch.nn.Module):
         return vars(value)
     attributes = {
@@ -303,7 +303,8 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
         folder = whole(folder / "policy")
         if not folder.is_dir():
             raise ConfigError(
-                f"run {run} has saved no policy yet: it does so at its first checkpoint after iteration 0"
+                f"run {run} has saved no policy yet: it does so at its first checkpoint after"
+                " iteration 0"
             )
     if not (folder / SAMPLER).is_file():
         section, sampler = foreign(str(folder))

@@ -65,8 +65,8 @@ def require_trainable(chain: ChainConfig) -> None:
     if chain.best_of > 1:
         raise ConfigError(
             f"chain: best_of is {chain.best_of}, and what is picked from several samples has no"
-            " likelihood to train on: leave it at 1 (eval.sampler.best_of is for a policy that has a"
-            " critic already, and method rl100, which learns one, has offline.best_of)"
+            " likelihood to train on: leave it at 1 (eval.sampler.best_of is for a policy that has"
+            " a critic already, and method rl100, which learns one, has offline.best_of)"
         )
 
 

@@ -52,7 +52,7 @@ class Collector(Protocol):
         ...
 
     def trim(self, iteration: int) -> None:
-        """Forget episodes of iterations before the oldest checkpoint, unless somebody needs them."""
+        """Forget episodes of iterations before the oldest checkpoint, but for those pinned."""
         ...
 
     def pin(self, iteration: int) -> None:

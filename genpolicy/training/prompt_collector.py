@@ -41,7 +41,8 @@ class PromptCollector:
         groups, members, updates = request.groups, request.members, request.updates
         if request.starts is not None:
             raise ConfigError(
-                "collect: starts are the reset seeds of environments, and the task is one of prompts"
+                "collect: starts are the reset seeds of environments, and the task is one of"
+                " prompts"
             )
         if request.keep:
             raise ConfigError(NOT_KEPT)

@@ -140,7 +140,7 @@ class Run:
         return self._iterate(self)
 
     def plan(self, stages: Sequence[Stage]) -> None:
-        """Give the method stages, each with an optimiser of its own. Call it before `iterations`."""
+        """Give the method stages, each with an optimiser of its own; before `iterations`."""
         self.learner.plan(stages)
 
     def advance(

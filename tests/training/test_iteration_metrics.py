@@ -1,4 +1,4 @@
-"""What an iteration reports of several processes: the mean of everything that any of them logged."""
+"""An iteration of several processes reports the mean of everything that any of them logged."""
 
 from dataclasses import dataclass
 from typing import ClassVar
