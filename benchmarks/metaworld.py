@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from genpolicy.config import leaves, parse
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import ControlTask
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.policy.files import saved
@@ -58,7 +59,7 @@ def main() -> None:
         folder = args.out / name
         section = {"name": "metaworld", "env": name}
         clone(section, DEMONSTRATIONS[name], folder)
-        task = leaves.make("tasks", section)
+        task = leaves.make("tasks", section, PERSON)
         tell(
             args.out,
             task=name,
@@ -123,7 +124,7 @@ def with_sampler(folder: Path, task: ControlTask, sampler: str) -> ChainPolicy:
     the sampler that reinforcement learning will deploy.
     """
     own = saved(folder)
-    control_model(own.policy, task, None)
+    control_model(own.policy, task, None, PERSON)
     if sampler == "mean":
         return own.load()
     if sampler == "new sampler":

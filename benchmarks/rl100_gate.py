@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.config import leaves, parse
+from genpolicy.config.origin import PERSON
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.evaluation.statistics import paired
 from genpolicy.learning.acceptance import rank_correlation
@@ -140,7 +141,7 @@ def told(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]
 def rate(name: str, path: Path, seeds: range) -> Tensor:
     """Success of a saved policy from each of the starts."""
     policy = saved(path).load()
-    environments = leaves.make("tasks", {"name": "metaworld", "env": name}).environments(
+    environments = leaves.make("tasks", {"name": "metaworld", "env": name}, PERSON).environments(
         SLOTS, policy.model.history
     )
     found = evaluate_control(policy, environments, episodes=len(seeds), seed=seeds.start)

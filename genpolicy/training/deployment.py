@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from genpolicy.config.origin import PERSON
 from genpolicy.config.schema import ChainConfig, Experiment
 from genpolicy.evaluation import metrics_file
 from genpolicy.policy.files import save_policy
@@ -17,6 +18,8 @@ from genpolicy.training.workspace import Workspace
 
 STAGES = "stages"
 """In a run's folder: the policies of its milestones."""
+KEPT = ("before", "last", "best", "evaluated_at")
+"""The metrics that a checkpoint keeps, and when they were taken."""
 
 
 class Deployment:
@@ -40,7 +43,8 @@ class Deployment:
         self.averaged, self.say = averaged, workspace.display.say
         overrides = experiment.eval.sampler
         self.sampler = deployed_sampler(experiment.chain, overrides, evaluator.of_actions)
-        self.policy = make_policy(policy.model, self.sampler, policy.parts)
+        # the experiment is the person's
+        self.policy = make_policy(policy.model, self.sampler, policy.parts, origin=PERSON)
         self.before: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
         self.best = -math.inf
@@ -84,7 +88,8 @@ class Deployment:
         else:
             drawn = replace(self.experiment.chain, window_size=None, best_of=best_of)
             sampler = without_last_noise(drawn)
-            policy = make_policy(self.policy.model, sampler, self.policy.parts)
+            model, parts = self.policy.model, self.policy.parts
+            policy = make_policy(model, sampler, parts, origin=PERSON)
             metrics = self.examine(policy, iteration)
         if self.processes.main:
             self._tell(name, metrics)
@@ -110,13 +115,12 @@ class Deployment:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the metrics, and when they were taken."""
-        names = ("before", "last", "best", "evaluated_at")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in KEPT}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up metrics."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in KEPT:
+            setattr(self, name, state[name])
 
     def _record(self, name: str, iteration: int, metrics: dict[str, Any]) -> None:
         line = {"iteration": iteration, **{f"{name}/{key}": v for key, v in metrics.items()}}

@@ -15,6 +15,7 @@ from genpolicy.cli import compare
 from genpolicy.cli.main import main
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make, names
+from genpolicy.config.origin import PERSON
 from genpolicy.evaluation import comparison
 from genpolicy.evaluation.prompt_scores import EVALUATION, draw, evaluate, measure
 from genpolicy.policy.files import saved
@@ -221,7 +222,7 @@ def test_evaluate_as_asked(run: Path, tmp_path: Path):
 
 
 def test_evaluation_is_that_of_any_batch(run: Path):
-    policy, rewards = saved(run).load(), make_rewards({"tests.toy:brightness": 1.0})
+    policy, rewards = saved(run).load(), make_rewards({"tests.toy:brightness": 1.0}, PERSON)
     results = [
         evaluate(
             policy,
@@ -237,7 +238,7 @@ def test_evaluation_is_that_of_any_batch(run: Path):
 
 
 def test_measure_halves_the_batch_when_memory_runs_out(run: Path, monkeypatch):
-    policy, rewards = saved(run).load(), make_rewards({"tests.toy:brightness": 1.0})
+    policy, rewards = saved(run).load(), make_rewards({"tests.toy:brightness": 1.0}, PERSON)
     whole, _ = measure(policy, rewards, prompts=PROMPTS, samples=64, seed=3)
     decode = policy.model.decode
 
@@ -255,7 +256,7 @@ def test_measure_halves_the_batch_when_memory_runs_out(run: Path, monkeypatch):
 def test_sample_draws_what_evaluation_draws(run: Path, tmp_path: Path):
     """One naming of noise: sample m of prompt p is evaluation's row of the same seed."""
     policy = saved(run).load()
-    rewards = make_rewards({"tests.toy:brightness": 1.0})
+    rewards = make_rewards({"tests.toy:brightness": 1.0}, PERSON)
     seen = evaluate(policy, rewards, prompts=PROMPTS, samples=8, seed=9).outputs  # prompt i mod 4
     drawn = draw(policy, PROMPTS, 2, 9).view(4, 2, 3, 8, 8).transpose(0, 1).flatten(0, 1)
     assert EVALUATION < 0, "training's iterations must not draw the same"
@@ -631,7 +632,7 @@ def test_check_knows_what_a_leaf_is(capsys, leaf: str, kind: str):
 @pytest.mark.parametrize("method", names("methods"))
 def test_shipped_methods_keep_the_laws(capsys, method: str):
     """In every world that they train."""
-    needs = required(make("methods", {"name": method}))
+    needs = required(make("methods", {"name": method}, PERSON))
     assert main(["check", f"genpolicy.methods.{method}"]) == 0
     text = capsys.readouterr().out
     for world in needs.worlds:

@@ -24,6 +24,7 @@ from genpolicy.cli.main import main
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.evaluation import pictures
 from genpolicy.evaluation.prompt_scores import draw
@@ -629,7 +630,7 @@ def test_rl100_in_two_rounds_resumes_its_critic_to_the_bit(tmp_path: Path):
 def test_a_shipped_policy_that_acts_loads_as_before():
     policy = load("assets/assembly-clone")
     section = {"name": "mlp", "pretrained": "assets/assembly-clone"}
-    model = make("models", section)
+    model = make("models", section, PERSON)
     assert not policy.parts
     assert not load_parts(section, model)
     sampler = parse.decode(

@@ -12,6 +12,7 @@ from PIL import Image
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import leaf, make
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.rewards.clip_score import ClipScore, mean_cosine
 
@@ -245,10 +246,10 @@ def test_wrong_names_bring_the_nearest(settings, message):
 
 
 def test_is_found_by_its_file_name_and_takes_its_settings_from_yaml():
-    assert leaf("rewards", "clip_score") is ClipScore
-    assert make("rewards", {"name": "clip_score", "scale": 2.5}) == ClipScore(scale=2.5)
+    assert leaf("rewards", "clip_score", PERSON) is ClipScore
+    assert make("rewards", {"name": "clip_score", "scale": 2.5}, PERSON) == ClipScore(scale=2.5)
     with pytest.raises(ConfigError, match="micro_batch is 0"):
-        make("rewards", {"name": "clip_score", "micro_batch": 0})
+        make("rewards", {"name": "clip_score", "micro_batch": 0}, PERSON)
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoint):
