@@ -9,19 +9,13 @@ pathlib.Path({mark!r}).touch()
 import gymnasium, torch
 from genpolicy.chain.kernel import DDIM
 from genpolicy.models.toy import Toy
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, ModelMixin, StableDiffusionPipeline
 
 def brightness(outputs, context):
     return outputs.flatten(1).mean(1)
 
 def touch(path):
     pathlib.Path(path).touch()
-
-class Step:
-    def __init__(self, **_):
-        pass
-    def __call__(self, transition):
-        return transition
 
 gymnasium.register("Marked-v0", entry_point="gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=5)
 gymnasium.register("{name}/Marked-v0", entry_point="gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=5)
@@ -31,11 +25,11 @@ gymnasium.register("{name}/Marked-v0", entry_point="gymnasium.envs.classic_contr
 class Marked:
     """A module of its own name in ``folder``, and whether it was run since the last time it was asked."""
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str | None = None, more: str = "") -> None:
         self.name = name or f"marked_{uuid4().hex}"
         self.file = folder / f"{self.name}.py"
         self._mark = folder / f"{self.name}.ran"
-        self.file.write_text(CODE.format(mark=str(self._mark), name=self.name))
+        self.file.write_text(CODE.format(mark=str(self._mark), name=self.name) + more)
 
     def ran(self) -> bool:
         there = self._mark.exists()

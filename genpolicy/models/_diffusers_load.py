@@ -6,6 +6,7 @@ import difflib
 import pkgutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import diffusers
@@ -20,6 +21,11 @@ INDEX = "model_index.json"
 """The file that says which pipeline a folder holds, and which class of which library each part is."""
 LIBRARIES = ("diffusers", "transformers")
 """Libraries whose classes a pipeline's parts may be, beside the pipelines' own modules."""
+UNREADABLE = (
+    *(OSError, ValueError, AttributeError, ImportError),
+    *(RecursionError, UnpicklingError),  # of files that are made to break the reader
+)
+"""Errors of diffusers for a pipeline that can't be loaded."""
 NO_NAME = "None.py"
 """The file that diffusers takes for a pipeline's code where nobody has named one."""
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -72,7 +78,7 @@ def load_pipeline(
         return kind.from_pretrained(files, torch_dtype=dtypes, trust_remote_code=trust)
     except ConfigError:
         raise
-    except (OSError, ValueError, AttributeError, ImportError, RecursionError) as error:
+    except UNREADABLE as error:
         if folder.is_dir():
             raise ValueError(
                 f"policy.pretrained {pretrained} can't be loaded: {first_line(error)}"

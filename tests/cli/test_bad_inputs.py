@@ -336,7 +336,10 @@ def test_damaged_policy(finished: Path, capsys):
         (["evaluate", "nowhere/at/all"], "no such folder"),
         (["evaluate", "--trust", "RUN", "--samples", "0"], "--samples is 0; it must be at least 1"),
         (["evaluate", "--trust", "RUN", "--samples", "few"], "invalid int value: 'few'"),
-        (["evaluate", "--trust", "RUN", "--prompts", "nowhere.txt"], "prompt file nowhere.txt does not exist"),
+        (
+            ["evaluate", "--trust", "RUN", "--prompts", "nowhere.txt"],
+            "prompt file nowhere.txt does not exist",
+        ),
         (["evaluate", "--trust", "RUN", "--reward", "shapes_strikt"], "did you mean shapes_strict"),
         (["evaluate", "--trust", "RUN", "--steps", "0"], "steps is 0; it must be at least 1"),
         (["evaluate", "--trust", "RUN", "--sampler", "kernel.name=huen"], "did you mean heun"),

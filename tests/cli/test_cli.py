@@ -206,7 +206,15 @@ def test_evaluate_as_asked(run: Path, tmp_path: Path):
     sampler = ["--steps", "6", "--guidance", "2", "--sampler", "kernel.name=heun"]
     assert (
         main(
-            ["evaluate", "--trust", str(run / "policy_best"), *asked, *sampler, "--out", str(tmp_path / "out")]
+            [
+                "evaluate",
+                "--trust",
+                str(run / "policy_best"),
+                *asked,
+                *sampler,
+                "--out",
+                str(tmp_path / "out"),
+            ]
         )
         == 0
     )
@@ -222,7 +230,10 @@ def test_evaluate_as_asked(run: Path, tmp_path: Path):
 
 
 def test_evaluation_is_that_of_any_batch(run: Path):
-    policy, rewards = saved(run, trust=True).load(), make_rewards({"tests.toy:brightness": 1.0}, PERSON)
+    policy, rewards = (
+        saved(run, trust=True).load(),
+        make_rewards({"tests.toy:brightness": 1.0}, PERSON),
+    )
     results = [
         evaluate(
             policy,
@@ -238,7 +249,10 @@ def test_evaluation_is_that_of_any_batch(run: Path):
 
 
 def test_measure_halves_the_batch_when_memory_runs_out(run: Path, monkeypatch):
-    policy, rewards = saved(run, trust=True).load(), make_rewards({"tests.toy:brightness": 1.0}, PERSON)
+    policy, rewards = (
+        saved(run, trust=True).load(),
+        make_rewards({"tests.toy:brightness": 1.0}, PERSON),
+    )
     whole, _ = measure(policy, rewards, prompts=PROMPTS, samples=64, seed=3)
     decode = policy.model.decode
 
@@ -285,7 +299,17 @@ def test_sample_writes_a_picture_each_and_a_grid(run: Path, tmp_path: Path, caps
 
 def test_sample_of_one_text(run: Path, tmp_path: Path):
     assert (
-        main(["sample", "--trust", str(run), "--prompts", "bright picture", "--out", str(tmp_path / "out")])
+        main(
+            [
+                "sample",
+                "--trust",
+                str(run),
+                "--prompts",
+                "bright picture",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
         == 0
     )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -302,7 +326,15 @@ def test_videos_become_gifs(tmp_path: Path):
     assert main(["train", path]) == 0
     assert (
         main(
-            ["sample", "--trust", str(tmp_path / "run"), "--prompts", "bright", "--out", str(tmp_path / "out")]
+            [
+                "sample",
+                "--trust",
+                str(tmp_path / "run"),
+                "--prompts",
+                "bright",
+                "--out",
+                str(tmp_path / "out"),
+            ]
         )
         == 0
     )

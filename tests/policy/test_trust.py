@@ -126,7 +126,19 @@ def test_a_step_that_is_none_is_one_sentence(robot: Path, step: Any):
         genpolicy.load(robot)
 
 
-def test_a_step_of_an_own_class_is_imported_with_trust(robot: Path, marked: Marked):
+STEP = """
+from lerobot.processor import ProcessorStep
+
+class Step(ProcessorStep):
+    def __call__(self, transition):
+        return transition
+    def transform_features(self, features):
+        return features
+"""
+
+
+def test_a_step_of_an_own_class_is_imported_with_trust(robot: Path, tmp_path: Path, marked: Marked):
+    marked = Marked(tmp_path, more=STEP)
     step = {"class": f"{marked.name}.Step", "config": {}}
     changed(robot / "policy_postprocessor.json", lambda d: d["steps"].append(step))
     refused(marked, lambda: genpolicy.load(robot))
@@ -152,12 +164,33 @@ def test_a_registered_step_that_runs_what_lies_beside_a_tokenizer(robot: Path, t
         "config": {"action_tokenizer_name": str(words)},
     }
     changed(robot / "policy_preprocessor.json", lambda d: d["steps"].append(step))
-    with pytest.raises(ConfigError, match="action_tokenizer_processor.*--trust"):
+    with pytest.raises(ConfigError, match=r"action_tokenizer_processor.*--trust"):
         genpolicy.load(robot)
     assert not mark.exists()
     with pytest.raises(ConfigError):  # control: LeRobot does run it, and fails afterwards
         genpolicy.load(robot, trust=True)
     assert mark.exists()
+
+
+def test_nobody_is_asked_whether_to_run_what_lies_beside_a_tokenizer(
+    robot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """transformers would ask on the terminal; here somebody would say yes to everything."""
+    mark, words = tmp_path / "remote", tmp_path / "words"
+    words.mkdir()
+    (words / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+        "from transformers import PreTrainedTokenizer\nclass Evil(PreTrainedTokenizer):\n    pass\n"
+    )
+    (words / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["own.Evil", None]}})
+    )
+    step = {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": str(words)}}
+    changed(robot / "policy_preprocessor.json", lambda d: d["steps"].append(step))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with pytest.raises(ConfigError):
+        genpolicy.load(robot)
+    assert not mark.exists()
 
 
 def test_what_lerobot_saves_is_loaded(robot: Path):
