@@ -25,8 +25,8 @@ gymnasium.register("{name}/Marked-v0", entry_point="gymnasium.envs.classic_contr
 class Marked:
     """A module of its own name in ``folder``, and whether it was run since the last time it was asked."""
 
-    def __init__(self, folder: Path, name: str | None = None, more: str = "") -> None:
-        self.name = name or f"marked_{uuid4().hex}"
+    def __init__(self, folder: Path, more: str = "") -> None:
+        self.name = f"marked_{uuid4().hex}"
         self.file = folder / f"{self.name}.py"
         self._mark = folder / f"{self.name}.ran"
         self.file.write_text(CODE.format(mark=str(self._mark), name=self.name) + more)

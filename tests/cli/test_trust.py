@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,35 +49,45 @@ def allowed(marked: Marked, *arguments: str | Path) -> None:
     assert marked.ran()
 
 
-def run_of(folder: Path, marked: Marked, world: Any, **sections: Any) -> Path:
-    """A run that somebody made with their own ``sections``: it was trained with ours in their place, and then
-    says theirs.
-    """
-    folder.mkdir(exist_ok=True)
-    raw = world.experiment(folder, budget={"iterations": 1}, **sections.pop("trained"))
-    path = folder / "experiment.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    train(path)
-    config = folder / "run" / "config.yaml"
-    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), **sections}))
-    assert not marked.ran()
-    return folder / "run"
-
-
 PICTURES: dict[str, Any] = {
     "policy": {"name": "toy"},
     "eval": {"every": 0, "samples": 8, "select": None},
+    "reward": {"jpeg_compressibility": 1.0},
+    "budget": {"iterations": 1},
 }
+CONTROL: dict[str, Any] = {"budget": {"iterations": 1}}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run that draws and a run that acts."""
+    found: dict[str, Path] = {}
+    for world, sections in ((toy, PICTURES), (toy_control, CONTROL)):
+        folder = tmp_path_factory.mktemp("trained")
+        path = folder / "experiment.yaml"
+        path.write_text(yaml.safe_dump(world.experiment(folder, **sections)))
+        found["draws" if world is toy else "acts"] = train(path).folder
+    return found
+
+
+def theirs(run: Path, folder: Path, **sections: Any) -> Path:
+    """A copy of a run that somebody made with ``sections`` of their own, as its config.yaml says."""
+    shutil.copytree(run, folder / "run")
+    config = folder / "run" / "config.yaml"
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), **sections}))
+    return folder / "run"
 
 
 # -- a stranger's run folder ----------------------------------------------------------------------------------
 
 
-def test_a_run_with_a_reward_of_their_own(tmp_path: Path, here: Path, capsys):
+def test_a_run_with_a_reward_of_their_own(
+    tmp_path: Path, here: Path, trained: dict[str, Path], capsys
+):
     """The whole run folder of somebody, evaluated with and without --trust."""
     marked = Marked(here)
     reward = {f"{marked.name}:brightness": 1.0}
-    run = run_of(tmp_path, marked, toy, trained=PICTURES, reward=reward)
+    run = theirs(trained["draws"], tmp_path, reward=reward)
     said = refused(capsys, marked, "evaluate", run)
     assert str(run / "config.yaml") in said
     assert not (run / "eval.json").exists()
@@ -89,27 +100,29 @@ def test_a_run_with_a_reward_of_their_own(tmp_path: Path, here: Path, capsys):
     assert json.loads((run / "eval.json").read_text())["reward/brightness"] > 0
 
 
-def test_the_rewards_settings_can_not_name_another(tmp_path: Path, here: Path, capsys):
+def test_the_rewards_settings_can_not_name_another(
+    tmp_path: Path, here: Path, trained: dict[str, Path], capsys
+):
     marked = Marked(here)
     reward = {"jpeg_compressibility": {"weight": 1.0, "name": f"{marked.name}:brightness"}}
-    run = run_of(tmp_path, marked, toy, trained=PICTURES, reward=reward)
+    run = theirs(trained["draws"], tmp_path, reward=reward)
     main(["evaluate", str(run)])
     assert not marked.ran()
 
 
-def test_a_task_of_their_own(tmp_path: Path, here: Path, capsys):
+def test_a_task_of_their_own(tmp_path: Path, here: Path, trained: dict[str, Path], capsys):
     marked = Marked(here)
     task = {"name": f"{marked.name}:brightness"}
-    run = run_of(tmp_path, marked, toy, trained=PICTURES, task=task)
+    run = theirs(trained["draws"], tmp_path, task=task)
     refused(capsys, marked, "evaluate", run)
-    run = run_of(tmp_path / "control", marked, toy_control, trained={}, task=task)
+    run = theirs(trained["acts"], tmp_path / "control", task=task)
     refused(capsys, marked, "evaluate", run, *FEW)
 
 
-def test_a_kernel_of_their_own(tmp_path: Path, here: Path, capsys):
+def test_a_kernel_of_their_own(tmp_path: Path, here: Path, trained: dict[str, Path], capsys):
     """In the sampler that is deployed, and in the one that the policy was trained with."""
     marked = Marked(here)
-    run = run_of(tmp_path, marked, toy_control, trained={})
+    run = theirs(trained["acts"], tmp_path)
     config, ours = run / "config.yaml", ("--task", "tests.toy_control:Point", *FEW)
     assert main(["evaluate", str(run), *ours, "--samplers", "stochastic"]) == 0  # control
     raw = yaml.safe_load(config.read_text())
@@ -134,11 +147,13 @@ PENDULUM = {"name": "gymnasium", "limit": 5}
 
 @pytest.mark.parametrize("form", ["{}:Marked-v0", "{}/Marked-v0", "{}:Pendulum-v1"])
 @pytest.mark.parametrize("word", ["--task.env", "--trust"])
-def test_an_environment_of_their_package(tmp_path: Path, here: Path, capsys, form: str, word: str):
+def test_an_environment_of_their_package(
+    tmp_path: Path, here: Path, trained: dict[str, Path], capsys, form: str, word: str
+):
     marked = Marked(here)
     env = form.format(marked.name)
     task = {**PENDULUM, "env": env}
-    run = run_of(tmp_path, marked, toy_control, trained={}, task=task)
+    run = theirs(trained["acts"], tmp_path, task=task)
     refused(capsys, marked, "evaluate", run, *FEW)
     # the person's own word for it is the person's, and --trust is for the file's
     main(["evaluate", str(run), *FEW, f"{word}={env}" if "." in word else word])
@@ -146,27 +161,30 @@ def test_an_environment_of_their_package(tmp_path: Path, here: Path, capsys, for
     assert REFUSED not in capsys.readouterr().err
 
 
-def test_an_environment_that_makes_another_one(tmp_path: Path, here: Path, capsys):
+def test_an_environment_that_makes_another_one(
+    tmp_path: Path, here: Path, trained: dict[str, Path], capsys
+):
     marked = Marked(here)
     for env in ("GymV26Environment-v0", "GymV21Environment-v0"):
         task = {**PENDULUM, "env": env, "kwargs": {"env_id": f"{marked.name}:Marked-v0"}}
-        run = run_of(tmp_path / env.replace("/", "-"), marked, toy_control, trained={}, task=task)
+        run = theirs(trained["acts"], tmp_path / env.replace("/", "-"), task=task)
         assert main(["evaluate", str(run), *FEW]) == 2
         assert f"'{env}', {REFUSED}" in capsys.readouterr().err
 
 
-def test_an_environment_that_everybody_has_needs_no_trust(tmp_path: Path, here: Path, capsys):
+def test_an_environment_that_everybody_has_needs_no_trust(
+    tmp_path: Path, here: Path, trained: dict[str, Path], capsys
+):
     """Control: it is made, and only then does the policy not fit it."""
-    marked = Marked(here)
     for env in ("Pendulum-v1", "PointMaze_UMaze-v3", "gym_pusht/PushT-v0"):
         task = {"name": "gymnasium", "env": env}
-        run = run_of(tmp_path / env.replace("/", "-"), marked, toy_control, trained={}, task=task)
+        run = theirs(trained["acts"], tmp_path / env.replace("/", "-"), task=task)
         assert main(["evaluate", str(run), *FEW]) == 2
         assert REFUSED not in capsys.readouterr().err
 
 
 def test_training_goes_on_from_a_stranger_only_as_far_as_their_weights(
-    tmp_path: Path, here: Path, capsys
+    tmp_path: Path, here: Path, trained: dict[str, Path], capsys
 ):
     """policy.pretrained is a stranger's, the YAML that names it the person's."""
     from tests import tiny
@@ -180,10 +198,7 @@ def test_training_goes_on_from_a_stranger_only_as_far_as_their_weights(
     )
     policy = {"name": "diffusers_pipeline", "pretrained": str(folder), "device": "cpu"}
     path = tmp_path / "experiment.yaml"
-    reward = {"jpeg_compressibility": 1.0}
-    raw = toy.experiment(
-        tmp_path, **{**PICTURES, "policy": policy}, budget={"iterations": 1}, reward=reward
-    )
+    raw = toy.experiment(tmp_path, **{**PICTURES, "policy": policy})
     path.write_text(yaml.safe_dump(raw))
     said = refused(capsys, marked, "train", path)
     assert str(folder / "model_index.json") in said
@@ -195,10 +210,10 @@ def test_training_goes_on_from_a_stranger_only_as_far_as_their_weights(
 # -- the person's own -----------------------------------------------------------------------------------------
 
 
-def test_what_the_person_names_needs_no_trust(tmp_path: Path, here: Path):
+def test_what_the_person_names_needs_no_trust(tmp_path: Path, here: Path, trained: dict[str, Path]):
     """--reward and check, of modules in the current folder; and a run's own config.yaml, to resume it."""
     mine, other = Marked(here), Marked(here)
-    run = run_of(tmp_path, mine, toy, trained=PICTURES)
+    run = theirs(trained["draws"], tmp_path)
     allowed(mine, "evaluate", run, "--reward", f"{mine.name}:brightness")
     config = run / "config.yaml"
     raw = yaml.safe_load(config.read_text())
@@ -210,12 +225,14 @@ def test_what_the_person_names_needs_no_trust(tmp_path: Path, here: Path):
     assert checked.ran()
 
 
-def test_modules_beside_the_persons_yaml_are_found(tmp_path: Path, here: Path):
+def test_modules_beside_the_persons_yaml_are_found(
+    tmp_path: Path, here: Path, trained: dict[str, Path]
+):
     """CONFIG of train and compare, and --task FILE."""
     beside = tmp_path / "beside"
     beside.mkdir()
     mine = Marked(beside)
-    raw = toy.experiment(tmp_path, **PICTURES, budget={"iterations": 1})
+    raw = toy.experiment(tmp_path, **PICTURES)
     raw["reward"] = {f"{mine.name}:brightness": 1.0}
     (beside / "experiment.yaml").write_text(yaml.safe_dump(raw))
     allowed(mine, "train", beside / "experiment.yaml")
@@ -229,7 +246,7 @@ def test_modules_beside_the_persons_yaml_are_found(tmp_path: Path, here: Path):
     third.mkdir()
     task = Marked(third, more="from tests.toy_control import Point\n")
     (third / "task.yaml").write_text(yaml.safe_dump({"task": {"name": f"{task.name}:Point"}}))
-    run = run_of(tmp_path / "control", task, toy_control, trained={})
+    run = theirs(trained["acts"], tmp_path / "control")
     allowed(task, "evaluate", run, "--task", third / "task.yaml", *FEW)
 
 
@@ -237,10 +254,9 @@ def test_modules_beside_the_persons_yaml_are_found(tmp_path: Path, here: Path):
 
 
 def test_no_verb_takes_modules_from_the_current_folder_for_a_strangers_file(
-    tmp_path: Path, here: Path
+    tmp_path: Path, here: Path, trained: dict[str, Path]
 ):
-    """As the installed command runs: a module there that has the name of a missing library is not imported."""
-    marked = Marked(here, name="wandb_of_nobody")
+    """As the installed command runs, which has no current folder on Python's path."""
     script = (
         "import sys; sys.path = [p for p in sys.path if p not in ('', '.')]\n"
         "from genpolicy.cli.main import main\n"
@@ -248,7 +264,7 @@ def test_no_verb_takes_modules_from_the_current_folder_for_a_strangers_file(
         "import os; assert os.getcwd() not in sys.path, sys.path\n"
         "sys.exit(code)"
     )
-    run = run_of(tmp_path, marked, toy, trained=PICTURES)
+    run = theirs(trained["draws"], tmp_path)
     root = str(Path(__file__).parents[2])
     asked = ("sample", str(run), "--prompts", "bright", "--out", str(tmp_path / "out"))
     ended = subprocess.run(
@@ -262,7 +278,7 @@ def test_no_verb_takes_modules_from_the_current_folder_for_a_strangers_file(
 
 
 def test_a_process_that_simulates_imports_nothing_from_the_current_folder(
-    tmp_path: Path, here: Path
+    tmp_path: Path, here: Path, trained: dict[str, Path]
 ):
     """The first thing that it imports is pickle."""
     mark = here / "pickle.ran"
