@@ -16,6 +16,7 @@ import transformers
 from genpolicy.config.documents import json_file
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.origin import Origin
+from genpolicy.models._remote_code import unasked
 
 INDEX = "model_index.json"
 """The file that says which pipeline a folder holds, and which class of which library each part is."""
@@ -75,7 +76,8 @@ def load_pipeline(
             files = Path(kind.download(pretrained, revision=revision, trust_remote_code=trust))
         for index in sorted(files.rglob(INDEX)):  # a part may be a pipeline, too
             _require_known(index, origin)
-        return kind.from_pretrained(files, torch_dtype=dtypes, trust_remote_code=trust)
+        with unasked():
+            return kind.from_pretrained(files, torch_dtype=dtypes, trust_remote_code=trust)
     except ConfigError:
         raise
     except UNREADABLE as error:

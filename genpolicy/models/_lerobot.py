@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import dynamic_module_utils as remote_code
 
 from genpolicy.config.documents import json_file
 from genpolicy.config.origin import Origin
+from genpolicy.models._remote_code import unasked
 
 STATE = "observation.state"
 """LeRobot's name of the robot's own state."""
@@ -53,17 +53,13 @@ def lerobot() -> Any:
     """Speak to LeRobot: without its prints, without a question whether to run the code that lies
     beside a tokenizer (the answer is no), and with one sentence where it is missing.
     """
-    seconds = remote_code.TIME_OUT_REMOTE_CODE
-    remote_code.TIME_OUT_REMOTE_CODE = 0  # transformers' way to ask nobody
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), unasked():
             yield
     except ImportError as error:
         raise ValueError(
             f"LeRobot policies need lerobot ({error}): pip install genpolicy[robots]"
         ) from error
-    finally:
-        remote_code.TIME_OUT_REMOTE_CODE = seconds
 
 
 def find(pretrained: str, revision: str | None, kinds: Sequence[str]) -> Path:

@@ -16,6 +16,7 @@ import genpolicy
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.origin import Origin
 from genpolicy.config.schema import ChainConfig
+from genpolicy.models._diffusers_lora import Lora
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
 from genpolicy.models.lerobot_diffusion import LeRobotDiffusion
 from genpolicy.models.mlp import MLP
@@ -344,6 +345,16 @@ def test_pickled_weights_run_nothing(pipeline: Path, tmp_path: Path):
         assert not mark.exists()
         (pipeline / f"{name}{plain}").unlink()
         there.with_suffix(".kept").rename(there)
+
+
+def test_a_lora_is_safetensors(pipeline: Path, tmp_path: Path):
+    mark = tmp_path / "unpickled"
+    start = tmp_path / "lora.bin"
+    torch.save({"evil": Payload(str(mark))}, start)
+    lora = {"start": str(start)}
+    with pytest.raises(FileNotFoundError, match=r"neither a \.safetensors file nor a folder"):
+        DiffusersPipeline(str(pipeline), train="lora", lora=Lora(**lora), device="cpu")
+    assert not mark.exists()
 
 
 # -- mlp ------------------------------------------------------------------------------------------------------
