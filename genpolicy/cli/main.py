@@ -20,8 +20,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code: 0, 1 for a law that fails, 2 for bad input, 130 when
     interrupted.
     """
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # a dotted leaf, mypkg.mod:fn, may lie beside the user's YAML
     try:
         parser = command_line()
         args, extra = parser.parse_known_args(argv)

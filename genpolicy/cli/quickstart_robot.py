@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from genpolicy.config.errors import RenderError
 from genpolicy.config.leaves import make
+from genpolicy.config.origin import PERSON
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import ControlTask
@@ -53,11 +54,13 @@ def report(experiment: Experiment, out: Path, seed: int) -> list[str]:
     writes quickstart.json and a film; returns lines that name what there is to look at.
     """
     print("\nMeasuring before and after on starts that nothing has used yet ...")
-    task = make("tasks", experiment.task)
+    task = make("tasks", experiment.task, PERSON)
     sampler = deployed_sampler(experiment.chain, experiment.eval.sampler, control=True)
     policies = {
         CLONE: saved(experiment.policy["pretrained"]).load(),
-        RESAMPLED: make_policy(control_model(experiment.policy, task, None), sampler),
+        RESAMPLED: make_policy(
+            control_model(experiment.policy, task, None, PERSON), sampler, origin=PERSON
+        ),
         TRAINED: saved(out).load(),
     }
     first = FRESH_STARTS + 1000 * seed

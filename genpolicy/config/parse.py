@@ -1,7 +1,6 @@
 """Reads experiments: YAML and command-line overrides to dataclasses, strictly, and back."""
 
 import dataclasses
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,22 +11,12 @@ import draccus
 import yaml
 
 from genpolicy.config import shipped
-from genpolicy.config.errors import ConfigError, choice, nearest
+from genpolicy.config.documents import yaml_value
+from genpolicy.config.errors import ConfigError, choice, nearest, shown
 from genpolicy.config.schema import Experiment
 
 NAMED = ("policy", "task", "method", "kernel", "data")
 """Sections that name a leaf: a bare name means its defaults."""
-
-
-class _Loader(yaml.SafeLoader):
-    """A reader for which 1e-4 is a number, as in YAML 1.2; in PyYAML's YAML 1.1 it is a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -37,9 +26,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
     try:
-        raw = yaml.load(found.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+        text = found.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from None
+    raw = yaml_value(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(
             f"{path} is not an experiment: it must be a YAML mapping with keys policy, task, method"
@@ -62,10 +52,7 @@ def override(raw: dict[str, Any], dotted: str) -> None:
             raise ConfigError(
                 f"override {dotted!r}: {section} is a plain value and has no key {last!r}"
             )
-    try:
-        at[last] = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {dotted!r}: its value is not readable YAML") from None
+    at[last] = yaml_value(text, f"override --{key}: its value")
 
 
 def parse(raw: Mapping[str, Any]) -> Experiment:
@@ -86,14 +73,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     return parse(raw)
 
 
-def decode[T](kind: type[T], raw: Mapping[str, Any], where: str) -> T:
+def decode[T](
+    kind: type[T], raw: Mapping[str, Any], where: str, given: Mapping[str, Any] | None = None
+) -> T:
     """Decodes a mapping as the dataclass ``kind``, strictly; every error is one sentence that names
     the key.
+
+    given: values of fields that no file can set.
     """
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
+    given = given or {}
+    every = [f for f in dataclasses.fields(kind) if f.init]  # type: ignore[arg-type]
+    fields = {f.name: f for f in every if f.name not in given}
     for key in raw:
         if key not in fields:
-            raise ConfigError(f"{where} has no key {key!r}{nearest(str(key), list(fields))}")
+            raise ConfigError(f"{where} has no key {shown(key)}{nearest(str(key), list(fields))}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in raw:
@@ -101,7 +94,7 @@ def decode[T](kind: type[T], raw: Mapping[str, Any], where: str) -> T:
     hints = typing.get_type_hints(kind)
     values = {key: _value(hints[key], value, where, key) for key, value in raw.items()}
     try:
-        return kind(**values)
+        return kind(**values, **given)
     except ConfigError:
         raise
     except (ValueError, OSError) as error:
@@ -127,7 +120,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
             raise ValueError
         return draccus.decode(hint, value)
     except Exception:  # draccus raises whatever its decoders do, and says it in several lines
-        raise ConfigError(f"{where}: {key} is {value!r}; it must be {_called(hint)}") from None
+        raise ConfigError(f"{where}: {key} is {shown(value)}; it must be {_called(hint)}") from None
 
 
 def _called(hint: Any) -> str:

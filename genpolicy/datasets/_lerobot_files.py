@@ -2,7 +2,6 @@
 without importing lerobot.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genpolicy.config.documents import json_file
 from genpolicy.datasets._lerobot_import import arrow
 
 INFO = "meta/info.json"
@@ -24,7 +24,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is no LeRobotDataset: it has no {INFO}")
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
+        info = json_file(file)
         version = [
             info[key]
             for key in ("features", "fps", "total_frames", "total_episodes", "codebase_version")

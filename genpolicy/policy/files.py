@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from genpolicy.config.documents import json_file
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import leaf, make, names, settings
+from genpolicy.config.origin import PERSON, STRANGER, Origin
 from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.model import Model
 from genpolicy.policy.policy import ChainPolicy, Part
@@ -80,22 +82,25 @@ class Saved:
     policy: its policy section.
     sampler: the one it is deployed with.
     run: the folder of the run that made it, if it lies in one.
+    origin: of all that, a stranger's with what the person has replaced.
     """
 
     where: str
     policy: dict[str, Any]
     sampler: ChainConfig
     run: Path | None
+    origin: Origin
 
     @property
     def acts(self) -> bool:
         """True where its samples are chunks of actions (`ControlModel`)."""
-        return bool(leaf("models", self.policy["name"]).acts)
+        return bool(leaf("models", str(self.policy.get("name")), self.origin).acts)
 
     def load(self) -> ChainPolicy:
         """The policy with its sampler and its parts."""
-        model = make("models", self.policy)
-        return make_policy(model, self.sampler, load_parts(self.policy, model))
+        model = make("models", self.policy, self.origin)
+        parts = load_parts(self.policy, model, self.origin)
+        return make_policy(model, self.sampler, parts, origin=self.origin)
 
 
 def completed(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,8 +138,12 @@ def _found(section: Mapping[str, Any], key: str, called: str) -> dict[str, str]:
     return {} if folder == Path(where) else {key: str(folder)}
 
 
-def load_parts(section: Mapping[str, Any], model: Model) -> dict[str, Part]:
+def load_parts(
+    section: Mapping[str, Any], model: Model, origin: Origin = STRANGER
+) -> dict[str, Part]:
     """The parts of the saved policy that a policy section names, by name; none where it names none.
+
+    origin: of the section.
 
     Raises `ConfigError` for a part that is missing, damaged, newer than this version of genpolicy,
     or of an unknown kind: a policy without one of its parts is another policy.
@@ -144,7 +153,7 @@ def load_parts(section: Mapping[str, Any], model: Model) -> dict[str, Part]:
         return {}
     description = _described(folder)
     if "parts" not in description:
-        return _old_parts(section, folder, description, model)
+        return _old_parts(section, folder, description, model, origin)
     return {
         name: _load_part(name, entry, folder / PARTS / name, model)
         for name, entry in description["parts"].items()
@@ -168,7 +177,9 @@ def require_savable(name: str, part: Part, model: Model) -> None:
     weights nor settings.
     """
     kind = getattr(part, "kind", None)
-    if kind not in names("policy.parts") or leaf("policy.parts", str(kind)) is not type(part):
+    if kind not in names("policy.parts") or leaf("policy.parts", str(kind), PERSON) is not type(
+        part
+    ):
         raise ConfigError(
             f"the policy's part {name!r} is a {type(part).__name__}, which can't be saved with it;"
             f" kinds of parts are {', '.join(names('policy.parts'))}"
@@ -197,7 +208,7 @@ def _load_part(name: str, entry: Mapping[str, Any], folder: Path, model: Model) 
             f"{folder}: the policy's part {name!r} is of kind {kind!r}, which this version of"
             f" genpolicy does not know; it knows {', '.join(names('policy.parts'))}"
         )
-    found = leaf("policy.parts", str(kind))
+    found = leaf("policy.parts", str(kind), PERSON)  # one of ours, see above
     if not isinstance(version, int) or not 1 <= version <= found.version:
         raise ConfigError(
             f"{folder}: the policy's part {name!r} ({kind}) has version {version}; this version of"
@@ -219,15 +230,21 @@ def _read[T](name: str, folder: Path, load: Callable[[], T]) -> T:
 
 
 def _old_parts(
-    section: Mapping[str, Any], folder: Path, description: Mapping[str, Any], model: Model
+    section: Mapping[str, Any],
+    folder: Path,
+    description: Mapping[str, Any],
+    model: Model,
+    origin: Origin,
 ) -> dict[str, Part]:
     """The parts of a policy that was saved before they had a contract."""
     found: dict[str, Part] = {}
     if description.get("base_above") is not None:
-        base = make("models", {**section, "pretrained": str(folder / OLD_BASE)})
-        found["base"] = leaf("policy.parts", "base").of(base, float(description["base_above"]))
+        base = make("models", {**section, "pretrained": str(folder / OLD_BASE)}, origin)
+        found["base"] = leaf("policy.parts", "base", PERSON).of(
+            base, float(description["base_above"])
+        )
     if (folder / OLD_JUDGE).is_dir():
-        judge, best_of = folder / OLD_JUDGE, leaf("policy.parts", "best_of")
+        judge, best_of = folder / OLD_JUDGE, leaf("policy.parts", "best_of", PERSON)
         found["best_of"] = _read("best_of", judge, lambda: best_of.load(judge, model))
     return found
 
@@ -247,7 +264,7 @@ def _origin(section: Mapping[str, Any]) -> Path | None:
 
 def _described(folder: Path) -> dict[str, Any]:
     try:
-        description = json.loads((folder / SAMPLER).read_text(encoding="utf-8"))
+        description = json_file(folder / SAMPLER)
         sections = {name: dict(description[name]) for name in ("policy", "chain")}
         # policies saved before parts had a contract have no such key
         if "parts" in description:
@@ -287,12 +304,13 @@ def _contents(value: Any) -> dict[str, Any]:
     return {"state": value.state_dict(), **attributes}
 
 
-def saved(path: str | Path, **overrides: Any) -> Saved:
+def saved(path: str | Path, *, trust: bool = False, **overrides: Any) -> Saved:
     """Find a policy: a run's folder (its policy/), a saved policy's folder, a shipped asset, a
     diffusers or LeRobot folder, a hub id.
 
     overrides: keys of `ChainConfig` that replace the saved sampler's (steps, guidance, kernel,
     ...). What is no policy of ours comes with the sampler that `foreign` says.
+    trust: the person trusts who saved it: its files may import the code that they name.
     """
     folder = whole(Path(settings({"path": str(path)})["path"]))
     if not folder.is_dir() and (folder.is_absolute() or str(path).count("/") != 1):
@@ -308,18 +326,20 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
             )
     if not (folder / SAMPLER).is_file():
         section, sampler = foreign(str(folder))
-        return Saved(str(path), section, resampled(sampler, overrides), None)
+        origin = Origin(trust=trust).reached(folder).naming(overrides)
+        return Saved(str(path), section, resampled(sampler, overrides), None, origin)
     description = _described(folder)
     section, sampler = description["policy"], description["chain"]
     if section.get("train") == "lora":
         section["lora"] = {**(section.get("lora") or {}), "start": str(folder)}
     else:
         section["pretrained"] = str(folder)
-    return Saved(str(folder), section, resampled(sampler, overrides), run)
+    origin = Origin(trust=trust).reached(folder / SAMPLER).naming(overrides)
+    return Saved(str(folder), section, resampled(sampler, overrides), run, origin)
 
 
-def load(path: str | Path, **overrides: Any) -> ChainPolicy:
-    """Load a policy with its deployed sampler; see `saved` for what ``path`` and ``overrides`` may
-    be.
+def load(path: str | Path, *, trust: bool = False, **overrides: Any) -> ChainPolicy:
+    """Load a policy with its deployed sampler; see `saved` for what ``path``, ``trust`` and
+    ``overrides`` may be.
     """
-    return saved(path, **overrides).load()
+    return saved(path, trust=trust, **overrides).load()

@@ -32,7 +32,10 @@ class Worker:
     def __init__(self, make: Callable[[], Any]) -> None:
         first = pickle.dumps(sys.path) + pickle.dumps(make)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", BEGIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            # -P: what lies in the current folder is no module before the path is set
+            [sys.executable, "-P", "-c", BEGIN],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         self.close = weakref.finalize(self, _stop, self._process)
         self._send(first)

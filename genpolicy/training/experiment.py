@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import genpolicy
-from genpolicy.config import parse
+from genpolicy.config import parse, shipped
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.origin import Origin
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.reward import RewardError
 from genpolicy.evaluation import curves, metrics_file
@@ -40,28 +41,37 @@ class Result:
     summary: dict[str, Any]
 
 
-def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) -> Result:
+def train(
+    experiment: Experiment | str | Path, overrides: Sequence[str] = (), *, trust: bool = False
+) -> Result:
     """Run an experiment (an `Experiment`, a YAML's path, or a shipped config's name) to the end of
     its budget.
 
+    trust: the policies and data that it names may import the code that they name, too.
     A run's own config.yaml resumes that run. Raises `ConfigError` before any work starts if
     something does not fit.
     """
     started = time.perf_counter()
-    resume, folder = False, None
+    resume, folder, origin = False, None, Origin(trust=trust)
     if not isinstance(experiment, Experiment):
         resume = _is_run(Path(experiment))
         folder = Path(experiment).parent if resume else None
-        experiment = parse.load(experiment, overrides)
+        experiment, origin = _read(experiment, overrides, trust)
     folder = folder or Path(experiment.output)
     processes = start_processes(experiment, folder)
     with _folder(folder, resume) if processes.main else contextlib.nullcontext():
-        run, method = prepare(experiment, folder, processes)
+        run, method = prepare(experiment, folder, processes, origin=origin)
         if experiment.trackers:  # now, not before: they write into the folder
             processes.start_trackers(parse.to_yaml(experiment))
         with run:
             method.train(run)
             return _finish(run, time.perf_counter() - started)
+
+
+def _read(path: str | Path, overrides: Sequence[str], trust: bool) -> tuple[Experiment, Origin]:
+    """The experiment of a person's YAML, and its origin."""
+    experiment = parse.load(path, overrides)
+    return experiment, Origin(trust=trust, folder=str(shipped.find_config(path).parent))
 
 
 def _finish(run: Run, wall_time: float) -> Result:
@@ -90,17 +100,21 @@ def _finish(run: Run, wall_time: float) -> Result:
     return Result(run.folder, run.deployment.before, after, summary)
 
 
-def rehearse(experiment: str | Path, overrides: Sequence[str] = ()) -> tuple[Experiment, Rehearsal]:
+def rehearse(
+    experiment: str | Path, overrides: Sequence[str] = (), *, trust: bool = False
+) -> tuple[Experiment, Rehearsal]:
     """One real iteration of each of an experiment's stages, what they cost, and what its budget
     will; nothing is written.
+
+    trust: as of `train`.
     """
-    asked = parse.load(experiment, overrides)
+    asked, origin = _read(experiment, overrides, trust)
     cost = Rehearsal()
     with (
         tempfile.TemporaryDirectory() as nowhere
     ):  # episodes that a method keeps are written down as they end
         processes = start_processes(asked, None)
-        run, method = prepare(asked, Path(nowhere), processes, rehearsal=cost)
+        run, method = prepare(asked, Path(nowhere), processes, cost, origin)
         with run:
             method.train(run)
     cost.project(asked)

@@ -350,7 +350,7 @@ def test_damaged_policy(finished: Path, capsys):
     file = finished / "run" / "policy" / "genpolicy.json"
     whole = file.read_text()
     file.write_text(whole[:20])
-    said = complaint(capsys, finished / "run", "evaluate", str(finished / "run"))
+    said = complaint(capsys, finished / "run", "evaluate", "--trust", str(finished / "run"))
     assert "genpolicy.json is damaged" in said
     file.write_text(whole)
 
@@ -366,21 +366,24 @@ def test_damaged_policy(finished: Path, capsys):
         (["list", "method"], "'method'; did you mean methods"),
         (["list", "methods", "--fast"], "list does not take '--fast'"),
         (["evaluate", "nowhere/at/all"], "no such folder"),
-        (["evaluate", "RUN", "--samples", "0"], "--samples is 0; it must be at least 1"),
-        (["evaluate", "RUN", "--samples", "few"], "invalid int value: 'few'"),
-        (["evaluate", "RUN", "--prompts", "nowhere.txt"], "prompt file nowhere.txt does not exist"),
-        (["evaluate", "RUN", "--reward", "shapes_strikt"], "did you mean shapes_strict"),
-        (["evaluate", "RUN", "--steps", "0"], "steps is 0; it must be at least 1"),
-        (["evaluate", "RUN", "--sampler", "kernel.name=huen"], "did you mean heun"),
-        (["evaluate", "RUN", "--sampler", "kernel"], "not of the form"),
+        (["evaluate", "--trust", "RUN", "--samples", "0"], "--samples is 0; it must be at least 1"),
+        (["evaluate", "--trust", "RUN", "--samples", "few"], "invalid int value: 'few'"),
+        (
+            ["evaluate", "--trust", "RUN", "--prompts", "nowhere.txt"],
+            "prompt file nowhere.txt does not exist",
+        ),
+        (["evaluate", "--trust", "RUN", "--reward", "shapes_strikt"], "did you mean shapes_strict"),
+        (["evaluate", "--trust", "RUN", "--steps", "0"], "steps is 0; it must be at least 1"),
+        (["evaluate", "--trust", "RUN", "--sampler", "kernel.name=huen"], "did you mean heun"),
+        (["evaluate", "--trust", "RUN", "--sampler", "kernel"], "not of the form"),
         (["evaluate", "assets/shapes-sd3"], "comes from no run of ours"),
         (
-            ["sample", "RUN", "--prompts", "x", "--out", "OUT", "--n", "0"],
+            ["sample", "--trust", "RUN", "--prompts", "x", "--out", "OUT", "--n", "0"],
             "--n is 0; it must be at least 1",
         ),
-        (["sample", "RUN", "--prompts", " ", "--out", "OUT"], "--prompts is empty"),
+        (["sample", "--trust", "RUN", "--prompts", " ", "--out", "OUT"], "--prompts is empty"),
         (
-            ["sample", "RUN", "--prompts", "nowhere.txt", "--out", "OUT"],
+            ["sample", "--trust", "RUN", "--prompts", "nowhere.txt", "--out", "OUT"],
             "nowhere.txt does not exist",
         ),
         (["compare", "YAML", "--out", "OUT", "--seeds", "2-0"], "--seeds is '2-0'"),

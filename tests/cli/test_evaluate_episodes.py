@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluated(out: Path, *arguments: str) -> dict[str, Any]:
-    assert main(["evaluate", *arguments, "--out", str(out)]) == 0
+    assert main(["evaluate", "--trust", *arguments, "--out", str(out)]) == 0
     return json.loads((out / "eval.json").read_text())
 
 
@@ -53,7 +53,7 @@ def evaluated(out: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_evaluate_a_run_repeats_its_last_evaluation(run: Path, capsys):
-    assert main(["evaluate", str(run), "--gifs", "0"]) == 0
+    assert main(["evaluate", "--trust", str(run), "--gifs", "0"]) == 0
     found = json.loads((run / "eval.json").read_text())
     after = json.loads((run / "summary.json").read_text())["after"]
     for name in ("success_rate", "return", "length"):
@@ -104,7 +104,13 @@ def test_a_policy_of_no_run_needs_a_task(run: Path, tmp_path: Path, capsys):
     (run / "policy").rename(moved)
     try:
         said = complaint(
-            capsys, tmp_path / "out", "evaluate", str(moved), "--out", str(tmp_path / "out")
+            capsys,
+            tmp_path / "out",
+            "evaluate",
+            "--trust",
+            str(moved),
+            "--out",
+            str(tmp_path / "out"),
         )
         assert "comes from no run of ours: name its --task" in said
         (tmp_path / "mine.yaml").write_text(
@@ -320,12 +326,16 @@ def test_what_does_not_fit_is_one_sentence(
     run: Path, tmp_path: Path, capsys, arguments: list[str], said: str
 ):
     out = tmp_path / "out"
-    assert said in complaint(capsys, out, "evaluate", str(run), "--out", str(out), *arguments)
+    assert said in complaint(
+        capsys, out, "evaluate", "--trust", str(run), "--out", str(out), *arguments
+    )
 
 
 def test_a_lerobot_policy_that_does_not_denoise(tmp_path: Path, capsys):
     (tmp_path / "config.json").write_text('{"type": "act"}')
-    said = complaint(capsys, tmp_path / "out", "evaluate", str(tmp_path), "--task", "metaworld")
+    said = complaint(
+        capsys, tmp_path / "out", "evaluate", "--trust", str(tmp_path), "--task", "metaworld"
+    )
     assert (
         "of type act; those that denoise, and can be loaded, are diffusion, smolvla, pi0, pi05"
         in said
@@ -342,7 +352,9 @@ def test_select_what_the_task_does_not_measure(tmp_path: Path, capsys):
 
 def test_a_policy_that_acts_does_not_draw(run: Path, tmp_path: Path, capsys):
     out = tmp_path / "out"
-    said = complaint(capsys, out, "sample", str(run), "--prompts", "x", "--out", str(out))
+    said = complaint(
+        capsys, out, "sample", "--trust", str(run), "--prompts", "x", "--out", str(out)
+    )
     assert "acts, it does not draw: genpolicy evaluate plays and films it" in said
 
 
