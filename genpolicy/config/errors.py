@@ -19,7 +19,9 @@ class RenderError(RuntimeError):
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:
-    """The end of an error message: '; did you mean a, b?' or '; valid are ...'."""
+    """The end of an error message: '; did you mean a, b?', '; valid are ...' or '; there are none'."""
+    if not valid:
+        return "; there are none"
     close = difflib.get_close_matches(word, valid, n=3)
     return (
         f"; did you mean {', '.join(close)}?"

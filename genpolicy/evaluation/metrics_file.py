@@ -34,16 +34,17 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def truncate(folder: Path, iteration: int) -> None:
     """Drops the lines after ``iteration``: the run resumes there and writes them again."""
     kept = [m for m in read(folder) if m["iteration"] <= iteration]
-    _replace(folder / METRICS, "".join(json.dumps(m) + "\n" for m in kept))
+    write_text(folder / METRICS, "".join(json.dumps(m) + "\n" for m in kept))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Writes a whole file or none; numbers that are not finite become null, as JSON has no NaN."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(_finite(data), indent=1) + "\n")
+    write_text(path, json.dumps(_finite(data), indent=1) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or none."""
     staged = path.with_name(path.name + ".staged")
     staged.write_text(text, encoding="utf-8")
     os.replace(staged, path)

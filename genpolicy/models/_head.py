@@ -5,9 +5,12 @@ change of the last layer turns one meaning into another, because the two differ 
 that the network has to learn its last layer again.
 """
 
+import logging
 from collections.abc import Sequence
 
 from genpolicy.chain.values import Parametrisation
+
+log = logging.getLogger(__name__)
 
 VARIANCE_PRESERVING: tuple[Parametrisation, ...] = ("epsilon", "sample", "v_prediction")
 """The heads of alpha^2 + sigma^2 = 1. A velocity eps - x_0 is defined by alpha + sigma = 1."""
@@ -34,3 +37,14 @@ def choose(
             f"policy.prediction_type is {asked!r}; valid for {network}: {', '.join(valid)}"
         )
     return asked
+
+
+def tell(asked: Parametrisation | None, saved: Parametrisation) -> None:
+    """Warns where another head is asked for than the one of the saved policy that is loaded."""
+    if asked not in (None, saved):
+        log.warning(
+            "policy.prediction_type is %s, and the saved policy says %s: its weights stay as they"
+            " are, and have to learn to say it",
+            asked,
+            saved,
+        )

@@ -134,6 +134,7 @@ class DiffusersPipeline:
                 f"policy.prediction_type is {head!r}, but a LoRA keeps its pipeline's, {own!r}; set"
                 " policy.train to full"
             )
+        _head.tell(head, own)
         self._times.scheduler.register_to_config(prediction_type=head)
         self.pipeline.scheduler = self._times.scheduler
 

@@ -88,6 +88,7 @@ class LeRobotDiffusion:
             # first
             policy = theirs.load(folder, self.device, pretrained_backbone_weights=None)
             if self.prediction_type is not None:
+                _head.tell(head, policy.config.prediction_type)
                 policy.config.prediction_type = head
                 policy.diffusion.noise_scheduler.register_to_config(prediction_type=head)
             self._adopt(policy, load_processors(policy.config, folder, self.device))

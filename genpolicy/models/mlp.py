@@ -187,9 +187,10 @@ class MLP:
         action_dim = settings.pop("action_dim")
         settings.pop("shift", None)  # is of this run's imitation, not of the network
         head = settings.pop("prediction_type", None)  # policies saved before it was a setting: none
-        self.prediction_type = self.prediction_type or head
         for name, value in settings.items():
             setattr(self, name, value)
+        _head.tell(self.prediction_type, head or HEADS[self.family][0])
+        self.prediction_type = self.prediction_type or head
         self._settle()
         tensors = load_file(folder / WEIGHTS, device=str(self.device))
         statistics = {n: value for n, value in tensors.items() if not n.startswith(PREFIXES)}

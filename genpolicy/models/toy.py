@@ -93,6 +93,7 @@ class Toy:
         if self.pretrained is not None:
             with safe_open(self._file(), "pt") as file:
                 own = (file.metadata() or {}).get(HEAD, own)
+            _head.tell(self.prediction_type, own)
         valid = _head.FLOW if flow else _head.VARIANCE_PRESERVING
         return _head.choose(self.prediction_type, own, valid, f"a toy of family {self.family}")
 

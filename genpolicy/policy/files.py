@@ -33,8 +33,9 @@ def save_policy(
 ) -> None:
     """Write the policy in its ecosystem's format, with its sampler and parts beside it.
 
-    section: the experiment's policy section. The folder is replaced in one move. ``best_of`` is the
-    policy's, whatever the sampler's.
+    section: the experiment's policy section. The folder that was there is set aside until the new
+    one is in its place, so that a process that is killed leaves one of them for `whole`.
+    ``best_of`` is the policy's, whatever the sampler's.
     """
     staged = folder.with_name(folder.name + ".staged")
     shutil.rmtree(staged, ignore_errors=True)
@@ -52,14 +53,23 @@ def save_policy(
         },
     }
     (staged / SAMPLER).write_text(json.dumps(description, indent=1) + "\n")
+    aside = _set_aside(folder)
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-        os.rename(staged, folder)
-        shutil.rmtree(old)
-    else:
-        os.rename(staged, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+    os.rename(staged, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def whole(folder: Path) -> Path:
+    """A saved policy's folder; where its replacement was cut short, the one that was set aside."""
+    aside = _set_aside(folder)
+    return aside if not folder.exists() and aside.is_dir() else folder
+
+
+def _set_aside(folder: Path) -> Path:
+    """The name under which a policy's folder waits for the one that replaces it."""
+    return folder.parent / f"{folder.name}.old"
 
 
 @dataclass(frozen=True)
@@ -89,15 +99,38 @@ class Saved:
 
 
 def completed(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A policy section with the head of the saved policy that it goes on from, where it names none:
-    some folders' own format can't say it.
+    """A policy section that names folders that are there (`whole`), and the head of the saved
+    policy that it goes on from, where it names none: some folders' own format can't say it.
+
+    Raises `ConfigError` where it names the folder of a run.
     """
-    folder, own = _origin(section), dict(section)
+    own = dict(section)
+    own |= _found(own, "pretrained", "policy.pretrained")
+    if isinstance(own.get("lora"), Mapping):
+        own["lora"] = {**own["lora"], **_found(own["lora"], "start", "policy.lora.start")}
+    folder = _origin(own)
     if folder is not None:
         head = _described(folder)["policy"].get("prediction_type")
         if head is not None and own.get("prediction_type") is None:
             own["prediction_type"] = head
     return own
+
+
+def _found(section: Mapping[str, Any], key: str, called: str) -> dict[str, str]:
+    """The key with the folder to read in the place of the one that it names; nothing where that is
+    the same. Raises `ConfigError` for the folder of a run; ``called`` is the key's whole name.
+    """
+    where = section.get(key)
+    if not isinstance(where, str | Path):
+        return {}
+    folder = whole(Path(where))
+    if (folder / "config.yaml").is_file() and not (folder / SAMPLER).is_file():
+        policy = folder / "policy"
+        which = (
+            f"its policy is {policy}" if whole(policy).is_dir() else "it has saved no policy yet"
+        )
+        raise ConfigError(f"{called} is {where}, the folder of a run: {which}")
+    return {} if folder == Path(where) else {key: str(folder)}
 
 
 def load_parts(section: Mapping[str, Any], model: Model) -> dict[str, Part]:
@@ -121,7 +154,8 @@ def load_parts(section: Mapping[str, Any], model: Model) -> dict[str, Part]:
 def require_savable(name: str, part: Part, model: Model) -> None:
     """Raise `ConfigError` unless a part comes back from a folder as it is now.
 
-    It is saved and loaded once, before any work starts, so that nothing is lost at the end.
+    It is saved and loaded once, before any work starts, so that nothing is lost at the end: neither
+    weights nor settings.
     """
     kind = getattr(part, "kind", None)
     if kind not in names("policy.parts") or leaf("policy.parts", str(kind)) is not type(part):
@@ -133,7 +167,7 @@ def require_savable(name: str, part: Part, model: Model) -> None:
         try:
             part.save(Path(folder))
             again = type(part).load(Path(folder), model)
-            same = _equal(part.state_dict(), again.state_dict())
+            same = _equal(_contents(part), _contents(again))
         except Exception as error:
             raise ConfigError(
                 f"the policy's part {name!r} can't be saved and loaded again:"
@@ -218,14 +252,29 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Equality of two state_dicts, to the bit."""
+    """Equality of two parts' contents, to the bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, torch.nn.Module) or dataclasses.is_dataclass(one):
+        return type(one) is type(other) and _equal(_contents(one), _contents(other))
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(_equal, one, other))
     return one == other
+
+
+def _contents(value: Any) -> dict[str, Any]:
+    """The attributes of a part; of a module its state_dict and the settings of every module in it."""
+    if not isinstance(value, torch.nn.Module):
+        return vars(value)
+    attributes = {
+        f"{where}.{key}": attribute
+        for where, inner in value.named_modules()
+        for key, attribute in vars(inner).items()
+        if not key.startswith("_") and key != "training"
+    }
+    return {"state": value.state_dict(), **attributes}
 
 
 def saved(path: str | Path, **overrides: Any) -> Saved:
@@ -235,13 +284,13 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
     overrides: keys of `ChainConfig` that replace the saved sampler's (steps, guidance, kernel,
     ...). What is no policy of ours comes with the sampler that `foreign` says.
     """
-    folder = Path(settings({"path": str(path)})["path"])
+    folder = whole(Path(settings({"path": str(path)})["path"]))
     if not folder.is_dir() and (folder.is_absolute() or str(path).count("/") != 1):
         raise ConfigError(f"{path}: no such folder, and no hub id (owner/name) either")
     homes = (folder, folder.parent, folder.parent.parent)  # RUN, RUN/policy, RUN/stages/NAME
     run = next((home for home in homes if (home / "config.yaml").is_file()), None)
     if run == folder:
-        folder = folder / "policy"
+        folder = whole(folder / "policy")
         if not folder.is_dir():
             raise ConfigError(
                 f"run {run} has saved no policy yet: it does so at its first checkpoint after iteration 0"

@@ -66,8 +66,9 @@ def require_trainable(chain: ChainConfig) -> None:
     """Raise `ConfigError` for a sampler that acts but can't be trained."""
     if chain.best_of > 1:
         raise ConfigError(
-            f"chain: best_of is {chain.best_of}, and what is picked from several samples has no likelihood to train on:"
-            " leave it at 1, and set eval.sampler.best_of for the sampler that is deployed"
+            f"chain: best_of is {chain.best_of}, and what is picked from several samples has no"
+            " likelihood to train on: leave it at 1 (eval.sampler.best_of is for a policy that has a"
+            " critic already, and method rl100, which learns one, has offline.best_of)"
         )
 
 
@@ -110,8 +111,9 @@ def make_policy(
     if sampler.best_of > 1 and policy.judge is None:
         raise ConfigError(
             f"best_of is {sampler.best_of}, but the policy has no critic that could pick one sample"
-            " of several: RL-100's offline stage (method rl100) learns one, which is saved beside"
-            " its policies"
+            " of several: leave best_of at 1, or go on from a policy that has one;"
+            " method rl100 learns one, evaluates it with method.offline.best_of samples, and saves"
+            " it with its policies"
         )
     return replace(policy, best_of=sampler.best_of)
 

@@ -23,9 +23,7 @@ class Prompts:
 
     def __post_init__(self) -> None:
         if self.order not in ("shuffled", "sequential"):
-            raise ValueError(
-                f"task prompts: order is {self.order!r}; valid are 'shuffled', 'sequential'"
-            )
+            raise ValueError(f"order is {self.order!r}; valid are 'shuffled', 'sequential'")
         self.lines = read_prompts(self.prompts)
 
     def reset(self, episodes: range) -> Context:

@@ -87,30 +87,24 @@ class RunState:
 
 
 def write(folder: Path, iteration: int, state: Any, keep: int = 2) -> None:
-    """checkpoints/ITERATION/state.pt by staging and one rename; only the last ``keep`` stay."""
+    """checkpoints/ITERATION/state.pt by staging and one move; only the last ``keep`` stay."""
     root = folder / "checkpoints"
-    staged = root / f".{iteration}.staged"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    with open(staged / STATE, "wb") as file:
+    final = root / str(iteration)
+    final.mkdir(parents=True, exist_ok=True)
+    staged = root / f".{iteration}.{STATE}"
+    with open(staged, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    final = root / str(iteration)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(staged, final)
+    os.replace(staged, final / STATE)
     for old in iterations(folder)[:-keep]:
         shutil.rmtree(root / str(old))
 
 
 def iterations(folder: Path) -> list[int]:
     """Those that a run's folder has a checkpoint of, in order."""
-    root = folder / "checkpoints"
-    return (
-        sorted(int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit())
-        if root.is_dir()
-        else []
-    )
+    found = (path.parent.name for path in (folder / "checkpoints").glob(f"[0-9]*/{STATE}"))
+    return sorted(int(name) for name in found if name.isdigit())
 
 
 def latest(folder: Path) -> Any | None:

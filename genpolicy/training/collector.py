@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.task import Context
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.rollout import Rollout
@@ -26,11 +27,13 @@ class Collector(Protocol):
         starts: Sequence[int] | None = None,
     ) -> Rollout:
         """Return ``groups`` = M groups of ``members`` = N samples or episodes of an iteration.
+        Raises `ConfigError` for what the task does not have, and for counts below 1.
 
         updates: minibatches that the rollout will be split into, which get whole groups.
         branch_at: the step up to which a group's samples share their chain (prompts only). keep:
-        write every episode into the store as it ends, and take those that are there already.
-        starts: reset seeds of the M groups in the place of the iteration's own.
+        write every episode into the store as it ends, and take those that are there already
+        (episodes only). starts: reset seeds of the M groups in the place of the iteration's own
+        (episodes only).
         """
         ...
 
@@ -51,5 +54,12 @@ class Collector(Protocol):
         ...
 
     def kept(self, iteration: int) -> Any:
-        """Return the episodes that were kept of an iteration."""
+        """Return the episodes that were kept of an iteration; `ConfigError` where none was."""
         ...
+
+
+def require_counts(**counts: int) -> None:
+    """Raise `ConfigError` where a rollout is asked for of no group, no member or no update."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"collect: {name} is {count}; it must be at least 1")

@@ -1,12 +1,14 @@
 """The deployed policy of a run: evaluated, tried in real episodes, kept at milestones, saved."""
 
 import math
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import ChainConfig, Experiment
 from genpolicy.evaluation import metrics_file
 from genpolicy.policy.files import save_policy
@@ -77,8 +79,10 @@ class Deployment:
         """Evaluate the policy as it stands, log NAME/metric, and keep it as stages/NAME.
 
         best_of: with more than 1 sample, instead of the deployed sampler the best of so many
-        samples of the training kernel (its last step without noise).
+        samples of the training kernel (its last step without noise). Raises `ConfigError` for a
+        name that is no folder's.
         """
+        _require_folder_name(name)
         if best_of == 1:
             sampler, policy, metrics = self.sampler, self.policy, self.evaluate(iteration)
         else:
@@ -94,7 +98,11 @@ class Deployment:
     def keep(
         self, name: str, policy: ChainPolicy | None = None, sampler: ChainConfig | None = None
     ) -> None:
-        """Save the policy as it stands, with the deployed sampler or another, as stages/NAME."""
+        """Save the policy as it stands, with the deployed sampler or another, as stages/NAME.
+
+        Raises `ConfigError` for a name that is no folder's.
+        """
+        _require_folder_name(name)
         if self.processes.main:
             (self.folder / STAGES).mkdir(parents=True, exist_ok=True)
             self.save(self.folder / STAGES / name, policy, sampler)
@@ -128,3 +136,12 @@ class Deployment:
             f"{name.removeprefix('reward/')} {metrics[name]:.3f}" for name in measured
         )
         self.say(f"{text} (n {metrics['n']}): {shown}")
+
+
+def _require_folder_name(name: str) -> None:
+    """Raise `ConfigError` for a name that would lead out of the folder of the stages."""
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ConfigError(
+            f"a policy can't be kept as stages/{name}: a stage's name has letters, digits, hyphens"
+            " and underscores only"
+        )

@@ -16,6 +16,7 @@ from genpolicy.rollout.episodes import reset_seed
 from genpolicy.rollout.recorder import Lived, live
 from genpolicy.rollout.rollout import Decisions, Rollout
 from genpolicy.rollout.store import EpisodeStore
+from genpolicy.training.collector import require_counts
 from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.processes import Processes
 
@@ -50,6 +51,11 @@ class EpisodeCollector:
         if branch_at is not None:
             raise ConfigError(
                 "shared_prefix is for prompts: the episodes of a group see different states"
+            )
+        require_counts(groups=groups, members=members, updates=updates)
+        if starts is not None and len(starts) != groups:
+            raise ConfigError(
+                f"collect: there are {len(starts)} starts for {groups} groups; each has one"
             )
         local = self.processes.groups(groups, updates)
         noise = Noise.rows(self.seed, iteration, local, members)
@@ -102,7 +108,13 @@ class EpisodeCollector:
         self.store.pinned.add(iteration)
 
     def kept(self, iteration: int) -> Any:
-        return self.store.episodes(iteration)
+        episodes = self.store.episodes(iteration)
+        if not episodes:
+            raise ConfigError(
+                f"no episode of iteration {iteration} was kept: collect with keep=True, and pin the"
+                " iteration for as long as its episodes are read"
+            )
+        return episodes
 
     def _origin(self, policy: ChainPolicy, starts: Sequence[int]) -> str:
         """A digest of what an iteration's episodes come from, eight letters, the same on every

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import EvalConfig
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import Environments
@@ -34,6 +35,19 @@ class Evaluator(Protocol):
     ) -> dict[str, Any]:
         """The policy's metrics, the same on every process; the main one writes what there is to
         look at to ``folder``.
+        """
+        ...
+
+    def try_out(
+        self,
+        policy: ChainPolicy,
+        processes: Processes,
+        metrics: IterationMetrics,
+        episodes: int,
+        seed: int,
+    ) -> float:
+        """The success rate (or mean return) of ``episodes`` episodes whose reset seeds begin at
+        ``seed``; they count as collected ones. Raises `ConfigError` where the task has none.
         """
         ...
 
@@ -72,6 +86,20 @@ class PromptEvaluator:
         if processes.main:
             pictures.grid(found.outputs, found.prompts, folder / "grid.png")
         return found.metrics()
+
+    def try_out(
+        self,
+        policy: ChainPolicy,
+        processes: Processes,
+        metrics: IterationMetrics,
+        episodes: int,
+        seed: int,
+    ) -> float:
+        """Raise `ConfigError`: prompts have no episodes."""
+        raise ConfigError(
+            "try_out: a policy is tried out in the episodes of a robot's task, and prompts have no"
+            " episodes"
+        )
 
     def close(self) -> None:
         """Do nothing: prompts hold nothing open."""

@@ -17,7 +17,7 @@ def iterations(run: Run) -> Iterator[int]:
     """Yield 1, 2, ... until the budget is spent or a signal asks to stop."""
     resume.resume(run)
     if run.processes.main:
-        (run.folder / "config.yaml").write_text(parse.to_yaml(run.experiment))
+        metrics_file.write_text(run.folder / "config.yaml", parse.to_yaml(run.experiment))
     if run.iteration == 0 and not run.deployment.before:
         run.deployment.before = run.deployment.evaluate(0)
         resume.save(run)

@@ -15,8 +15,11 @@ from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches, recount
 from genpolicy.rollout.prompts import Judged, collect, concatenate
 from genpolicy.rollout.rollout import Rollout, single
+from genpolicy.training.collector import require_counts
 from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.processes import Processes
+
+NOT_KEPT = "the samples of prompts are not kept: only episodes are"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,13 @@ class PromptCollector:
         keep: bool = False,
         starts: Sequence[int] | None = None,
     ) -> Rollout:
+        require_counts(groups=groups, members=members, updates=updates)
+        if starts is not None:
+            raise ConfigError(
+                "collect: starts are the reset seeds of environments, and the task is one of prompts"
+            )
+        if keep:
+            raise ConfigError(NOT_KEPT)
         local = self.processes.groups(groups, updates)
         noise = Noise.rows(self.seed, iteration, local, members)
         prompts = self._prompts(iteration, groups)
@@ -90,10 +100,10 @@ class PromptCollector:
         pass  # pictures are not kept
 
     def pin(self, iteration: int) -> None:
-        raise ConfigError("the samples of prompts are not kept: only episodes are")
+        raise ConfigError(NOT_KEPT)
 
     def kept(self, iteration: int) -> Any:
-        raise ConfigError("the samples of prompts are not kept: only episodes are")
+        raise ConfigError(NOT_KEPT)
 
     def _prompts(self, iteration: int, count: int) -> tuple[str, ...]:
         """The prompts of an iteration: the task's, one iteration's after the other's."""

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
-
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.dataset import Dataset, Pictures
 from genpolicy.contracts.model import Model
 from genpolicy.contracts.task import is_control
 from genpolicy.policy.parts.base import Base
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.examples import require_pictures
 
 World = Literal["prompts", "robots"]
 WORLDS: tuple[World, ...] = get_args(World)
@@ -63,22 +62,11 @@ def require_kind(world: World, data: Dataset | Pictures | None) -> None:
 
 
 def require_shape(model: Model, data: Dataset | Pictures | None) -> None:
-    """Raise `ConfigError` where the pictures of the data section are no events of the model."""
-    if not isinstance(data, Pictures):
-        return
-    _, pictures = data.pictures(torch.tensor([0]))
-    size, drawn = list(pictures.shape[2:]), tuple(model.event_shape)
-    try:
-        shape = tuple(model.event(pictures).shape[1:])
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"pictures of {size[0]} x {size[1]} pixels do not fit the policy: {error}"
-        ) from None
-    if shape != drawn:
-        raise ConfigError(
-            f"pictures of {size[0]} x {size[1]} pixels are events of shape {list(shape)}, and the"
-            f" policy's have {list(drawn)}: set data.height and data.width to its own size"
-        )
+    """Raise `ConfigError` where the data section's first picture is no event of the model; each of
+    the others is held against it when it is read (`genpolicy.rollout.examples`).
+    """
+    if isinstance(data, Pictures):
+        require_pictures(data, model, [0])
 
 
 def require_chain(name: str, needs: Needs, policy: ChainPolicy) -> None:

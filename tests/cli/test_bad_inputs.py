@@ -63,6 +63,22 @@ OVERRIDES = {
         ["--chain.kernel.etta=1"],
         "kernel ddim has no key 'etta'; did you mean eta",
     ),
+    "a key of a kernel that has none": (
+        ["--chain.kernel={name: heun, order: 2}"],
+        "kernel heun has no key 'order'; there are none",
+    ),
+    "an order of prompts that there is not": (
+        ["--task.order=random"],
+        "genpolicy: task prompts: order is 'random'; valid are 'shuffled', 'sequential'",
+    ),
+    "the best of several without a critic": (
+        ["--eval.sampler.best_of=4"],
+        "leave best_of at 1, or go on from a policy that has one",
+    ),
+    "the best of several in training": (
+        ["--chain.best_of=4"],
+        "eval.sampler.best_of is for a policy that has a critic",
+    ),
     "unknown key of the deployed sampler": (
         ["--eval.sampler.step=4"],
         "no key 'step'; did you mean steps",
@@ -267,6 +283,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_folder_with_a_run(finished: Path, capsys):
     said = complaint(capsys, finished / "run", "train", str(finished / "experiment.yaml"))
     assert "holds a run already: resume it with genpolicy train" in said
+
+
+def test_a_policy_that_is_a_runs_folder(finished: Path, tmp_path: Path, capsys):
+    path = write(tmp_path, experiment(tmp_path, policy={"name": "toy"}))
+    run, output = finished / "run", tmp_path / "run"
+    said = complaint(capsys, output, "train", path, f"--policy.pretrained={run}")
+    assert f"pretrained is {run}, the folder of a run: its policy is {run}/policy" in said
+    lora = f"--policy.lora={{start: {run}}}"
+    said = complaint(capsys, output, "train", path, lora, "--policy.train=lora")
+    assert f"lora.start is {run}, the folder of a run" in said
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").touch()
+    begun = f"--policy.pretrained={tmp_path / 'begun'}"
+    assert "has saved no policy yet" in complaint(capsys, output, "train", path, begun)
+    good = [f"--policy.pretrained={run}/policy", "--budget.iterations=1", "--eval.every=0"]
+    assert main(["train", path, *good]) == 0, "control"
 
 
 def test_folder_in_use(finished: Path, capsys):

@@ -389,6 +389,6 @@ def test_bad_pictures_are_told_before_any_work_starts(tmp_path):
 
 def test_pictures_of_another_size_are_told_before_any_work(tmp_path):
     data = captioned(tmp_path / "pictures")
-    with pytest.raises(ConfigError, match="pictures of 9 x 8 pixels"):
+    with pytest.raises(ConfigError, match=r"picture of row 0, .*, of 9 x 8 pixels"):
         draws(tmp_path, {**data, "height": 9})
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,8 @@
 """The meaning of a network's output: what models may say, that it is saved, and what reads it."""
 
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,33 @@ def test_a_student_of_another_head_starts_from_the_same_weights(
     assert not torch.equal(ode(student, condition), ode(teacher, condition))
     student.save(tmp_path)
     assert mlp.MLP(pretrained=str(tmp_path)).parametrisation == head
+
+
+def told(caplog: pytest.LogCaptureFixture, make: Callable[[], Any]) -> list[str]:
+    """The warnings of a model that is made."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        make()
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_head_that_is_not_the_saved_ones_is_told(tmp_path: Path, caplog: Any) -> None:
+    sentence = (
+        "policy.prediction_type is sample, and the saved policy says {}: its weights stay as they"
+        " are, and have to learn to say it"
+    )
+    mlps.made(family="vp").save(tmp_path)
+    Toy().save(tmp_path)
+    for kind, own in ((mlp.MLP, "epsilon"), (Toy, "velocity")):
+        other = told(caplog, lambda kind=kind: kind(str(tmp_path), prediction_type="sample"))
+        assert other == [sentence.format(own)]
+        for head in (own, None):  # control
+            same = lambda kind=kind, head=head: kind(str(tmp_path), prediction_type=head)  # noqa: E731
+            assert told(caplog, same) == []
+    student = tmp_path / "student"
+    student.mkdir()
+    mlps.made(family="vp", prediction_type="sample").save(student)
+    assert told(caplog, lambda: mlp.MLP(str(student), prediction_type="sample")) == [], "control"
 
 
 @pytest.mark.parametrize(("family", "head"), HEADS)

@@ -166,7 +166,7 @@ def test_the_judge_sees_features_and_scored_events(model: MLP, seen: Tensor):
 
 def test_several_samples_need_a_judge(model: MLP):
     with pytest.raises(
-        ConfigError, match=r"best_of is 16, but the policy has no critic .* RL-100's offline stage"
+        ConfigError, match=r"best_of is 16, but the policy has no critic .* method rl100 learns one"
     ):
         make_policy(model, replace(SAMPLER, best_of=16))
     with pytest.raises(ConfigError, match="best_of is 0; it must be at least 1"):
@@ -192,7 +192,7 @@ def test_they_are_not_trained():
     require_trainable(SAMPLER)
     with pytest.raises(
         ConfigError,
-        match=r"no likelihood to train on: leave it at 1, and set eval\.sampler\.best_of",
+        match=r"no likelihood to train on: leave it at 1 \(eval\.sampler\.best_of is for a policy that has",
     ):
         require_trainable(replace(SAMPLER, best_of=2))
 

@@ -386,6 +386,45 @@ def test_a_part_that_forgets_itself_is_refused_before_the_run_begins(
     assert "part 'start'" in complaint(capsys, tmp_path / "train/run", *arguments)
 
 
+def forgetting(kind: Any, **forgotten: Any) -> Any:
+    """The loading of a kind of part, but that some of its settings come back as others."""
+    honest = kind.load.__func__
+
+    def load(cls: type, folder: Path, model: Any) -> Any:
+        found = honest(cls, folder, model)
+        for key, value in forgotten.items():
+            object.__setattr__(found, key, value)
+        return found
+
+    return classmethod(load)
+
+
+@pytest.mark.parametrize(
+    ("name", "forgotten"),
+    [
+        ("refiner", {"rate": 0.7}),
+        ("refiner", {"low": -2.0}),
+        ("best_of", {"pessimism": 0.0}),
+        ("start", {"high": 1.0}),
+        ("std", {"low": -9.0}),
+    ],
+)
+def test_a_part_that_forgets_a_setting_is_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str, forgotten: dict[str, float]
+):
+    """...though its weights come back as they were: it would act otherwise when it is loaded."""
+    made = part(name, run.policy, run.features)
+    if name == "refiner":
+        run.attach(best_of=part("best_of", run.policy, run.features))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(made), "load", forgetting(type(made), **forgotten))
+        with pytest.raises(ConfigError, match=f"part '{name}' .* does not come back") as raised:
+            run.attach(**{name: made})
+        assert "\n" not in str(raised.value)
+        assert name not in run.policy.parts
+    run.attach(**{name: made})  # control
+
+
 class Oracle(torch.nn.Linear):
     """A part of a kind that genpolicy does not have."""
 
