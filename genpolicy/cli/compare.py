@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from genpolicy.config import parse, shipped
+from genpolicy.config import parse, shipped, whole_file
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make
 from genpolicy.config.schema import Experiment
@@ -80,7 +80,7 @@ def _write(runs: Sequence[Finished], out: Path) -> None:
     table = summarise(runs)
     metrics_file.write_json(out / "compare.json", table)
     text = markdown(table)
-    (out / "compare.md").write_text(text, encoding="utf-8")
+    whole_file.write_text(out / "compare.md", text)
     figure(runs, table, out / "compare.png")
     print(f"{text}\n{out / 'compare.md'}, {out / 'compare.json'}, {out / 'compare.png'}")
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from genpolicy.cli.sections import sampler_keys
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.whole_file import replacing
 from genpolicy.evaluation import pictures
 from genpolicy.evaluation.prompt_scores import draw
 from genpolicy.policy.files import saved
@@ -54,13 +55,15 @@ def _write(output: Tensor, stem: Path) -> None:
     """Writes a picture [3,H,W] as a PNG, a video [F,3,H,W] as a GIF."""
     if output.ndim == 3:
         (picture,) = pictures.pixels(output[None])
-        Image.fromarray(picture).save(stem.with_suffix(".png"))
+        with replacing(stem.with_suffix(".png")) as staged:
+            Image.fromarray(picture).save(staged)
         return
     first, *others = [Image.fromarray(frame) for frame in pictures.pixels(output)]
-    first.save(
-        stem.with_suffix(".gif"),
-        save_all=True,
-        append_images=others,
-        duration=1000 // FRAMES_PER_SECOND,
-        loop=0,
-    )
+    with replacing(stem.with_suffix(".gif")) as staged:
+        first.save(
+            staged,
+            save_all=True,
+            append_images=others,
+            duration=1000 // FRAMES_PER_SECOND,
+            loop=0,
+        )

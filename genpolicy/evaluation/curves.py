@@ -1,18 +1,17 @@
 """Draws what a run measured, over its budget."""
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genpolicy.config.whole_file import replacing
 from genpolicy.evaluation.metrics_file import read, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 """Okabe and Ito's palette, which people who see fewer colours can tell apart too."""
@@ -64,14 +63,8 @@ def save_panels(panels: Sequence[Panel], path: Path, title: str = "", xlabel: st
             axes.legend(fontsize=7, frameon=False)
     if title:
         figure.suptitle(title, fontsize=12)
-    _write_figure(figure, path)
-
-
-def _write_figure(figure: "Figure", path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}")
-    figure.savefig(staged, format="png", dpi=110)
-    os.replace(staged, path)
+    with replacing(path) as staged:
+        figure.savefig(staged, format="png", dpi=110)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from genpolicy.chain import Noise
+from genpolicy.config.whole_file import replacing
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context, ControlTask, Environments, TaskStep
 from genpolicy.evaluation.pictures import BAD, GAP, GOOD, GREY, LINE, cut, font, tile
@@ -111,8 +112,8 @@ def save(films: Mapping[str, Film], path: Path) -> None:
     while len(encoded) > BYTES:
         sheets = [sheet.resize((sheet.width * 4 // 5, sheet.height * 4 // 5)) for sheet in sheets]
         encoded = _gif(sheets, pauses)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded)
+    with replacing(path) as staged:
+        staged.write_bytes(encoded)
 
 
 def side_by_side(

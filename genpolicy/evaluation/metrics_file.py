@@ -2,12 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from genpolicy.config import whole_file
 
 METRICS = "metrics.jsonl"
 
@@ -34,20 +35,12 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def truncate(folder: Path, iteration: int) -> None:
     """Drops the lines after ``iteration``: the run resumes there and writes them again."""
     kept = [m for m in read(folder) if m["iteration"] <= iteration]
-    write_text(folder / METRICS, "".join(json.dumps(m) + "\n" for m in kept))
+    whole_file.write_text(folder / METRICS, "".join(json.dumps(m) + "\n" for m in kept))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Writes a whole file or none; numbers that are not finite become null, as JSON has no NaN."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(_finite(data), indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or none."""
-    staged = path.with_name(path.name + ".staged")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
+    whole_file.write_text(path, json.dumps(_finite(data), indent=1) + "\n")
 
 
 def _finite(value: Any) -> Any:

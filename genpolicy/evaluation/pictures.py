@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from genpolicy.config.whole_file import replacing, write_text
+
 GREY, GOOD, BAD = "#999999", "#009E73", "#D55E00"
 """Colours of frames without a verdict, of good ones and of bad ones."""
 SMALLEST, LARGEST = 96, 256
@@ -36,9 +38,7 @@ def grid(outputs: Tensor, prompts: Sequence[str], path: Path, columns: int = 8) 
     """
     cells = [_Cell([tile], prompt) for tile, prompt in zip(_tiles(outputs), prompts, strict=False)]
     _save(cells, columns, path)
-    path.with_suffix(".txt").write_text(
-        "".join(f"{cell.text}\n" for cell in cells), encoding="utf-8"
-    )
+    write_text(path.with_suffix(".txt"), "".join(f"{cell.text}\n" for cell in cells))
 
 
 def before_after(
@@ -184,5 +184,5 @@ def _save(cells: Sequence[_Cell], columns: int, path: Path, title: str = "") -> 
                 box = (x, y, x + tile.width - 1, y + tile.height - 1)
                 draw.rectangle(box, outline=cell.frames[place], width=3)
             x += tile.width + GAP // 2
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with replacing(path) as staged:
+        sheet.save(staged)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from genpolicy.config import parse
+from genpolicy.config import parse, whole_file
 from genpolicy.evaluation import metrics_file
 from genpolicy.training import resume
 from genpolicy.training.run import Run
@@ -17,7 +17,7 @@ def iterations(run: Run) -> Iterator[int]:
     """Yield 1, 2, ... until the budget is spent or a signal asks to stop."""
     resume.resume(run)
     if run.processes.main:
-        metrics_file.write_text(run.folder / "config.yaml", parse.to_yaml(run.experiment))
+        whole_file.write_text(run.folder / "config.yaml", parse.to_yaml(run.experiment))
     if run.iteration == 0 and not run.deployment.before:
         run.deployment.before = run.deployment.evaluate(0)
         resume.save(run)
