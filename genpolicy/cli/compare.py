@@ -3,7 +3,6 @@ and one figure.
 """
 
 import gc
-import json
 import os
 import sys
 from argparse import Namespace
@@ -193,5 +192,7 @@ def _require_same(experiment: Experiment, folder: Path) -> None:
 
 def _read(arm: str, seed: int, folder: Path) -> Finished:
     experiment = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = metrics_file.read_sealed(folder / "summary.json")
+    for number in metrics_file.damaged(folder):
+        print(f"{folder / metrics_file.METRICS}: line {number} is damaged and left out")
     return Finished(arm, seed, folder, experiment, summary, metrics_file.read(folder))

@@ -5,6 +5,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+GO_ON = "go on with "
+"""The beginning of an error's note that ends with the command that resumes the run."""
+OUTSIDE = "it came out of the task or a reward, and not out of what was asked"
+"""The note of an `OSError` that is no mistake of the person's, and keeps its traceback."""
+
 
 class ConfigError(ValueError):
     """The mistake in what the user asked for, in one sentence."""

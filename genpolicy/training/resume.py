@@ -27,9 +27,22 @@ def save(run: Run) -> None:
 
 
 def resume(run: Run) -> None:
-    """Take up the newest checkpoint in the run's folder, if there is one."""
-    state = checkpoint.latest(run.folder)
+    """Take up the newest whole checkpoint in the run's folder, if there is one.
+
+    Raises `ConfigError` where all are damaged, where iterations were measured and no checkpoint is
+    left, and where the checkpoint does not fit the experiment.
+    """
+    for number in metrics_file.damaged(run.folder):
+        run.say(f"{run.folder / metrics_file.METRICS}: line {number} is damaged and left out")
+    state = checkpoint.latest(run.folder, run.say)
     if state is None:
+        measured = max((m["iteration"] for m in metrics_file.read(run.folder)), default=0)
+        if measured:
+            raise ConfigError(
+                f"run {run.folder} has measured {measured} iterations and has no checkpoint: put"
+                f" its folder checkpoints back from a copy, or delete {metrics_file.METRICS} to"
+                " start again"
+            )
         if run.processes.main:
             metrics_file.truncate(run.folder, -1)
         return
