@@ -9,7 +9,7 @@ import yaml
 
 from genpolicy.cli.main import main
 from genpolicy.training import checkpoint
-from tests.toy import brightness, experiment
+from tests.toy import experiment
 
 torch.set_num_threads(1)
 SHAPES = {"name": "diffusers_pipeline", "pretrained": "assets/shapes-sd3", "train": "full"}
@@ -152,7 +152,7 @@ OVERRIDES = {
     ),
     "captions of another world": (["--reward=shapes_strict"], "is not a shapes caption"),
     "two rewards of one name": (
-        ["--reward={tests.toy:brightness: 1, tests.cli.test_bad_inputs:brightness: 1}"],
+        ["--reward={tests.toy:brightness: 1, tests.training.test_earned:brightness: 1}"],
         "two rewards are called brightness",
     ),
     "a reward's weight in words": (
