@@ -11,6 +11,9 @@ from typing import Any
 SEAL = re.compile(r',\s*"crc32": (\d+)\s*}\s*$')
 """The last key of a sealed object: the CRC-32 of all bytes before its comma."""
 
+MARK = re.compile(r"# crc32: (\d+)\s*$")
+"""The last line of a marked YAML: the CRC-32 of all bytes before it."""
+
 
 def sealed(data: Mapping[str, Any], indent: int | None = None) -> str:
     """A JSON object of at least one key, with its checksum "crc32" as the last key."""
@@ -35,6 +38,17 @@ def unsealed(text: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError("it is no JSON object")
     return data
+
+
+def marked(text: str) -> str:
+    """A YAML with its checksum in a comment at the end."""
+    return f"{text}# crc32: {zlib.crc32(text.encode())}\n"
+
+
+def edited(text: str) -> bool:
+    """True where a YAML has a checksum (`marked`) that does not fit it any more."""
+    found = MARK.search(text)
+    return found is not None and zlib.crc32(text[: found.start()].encode()) != int(found[1])
 
 
 def digests(folder: Path) -> dict[str, str]:

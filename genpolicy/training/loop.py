@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from genpolicy.config import parse, whole_file
+from genpolicy.config.seal import marked
 from genpolicy.evaluation import metrics_file
 from genpolicy.training import resume
 from genpolicy.training.run import Run
@@ -18,7 +19,7 @@ def iterations(run: Run) -> Iterator[int]:
     """Yield 1, 2, ... until the budget is spent or a signal asks to stop."""
     resume.resume(run)
     if run.processes.main:
-        whole_file.write_text(run.folder / CONFIG, parse.to_yaml(run.experiment))
+        whole_file.write_text(run.folder / CONFIG, marked(parse.to_yaml(run.experiment)))
     if run.experiment.trackers:  # now, not before: they write into the folder
         run.processes.start_trackers(parse.to_yaml(run.experiment))
     if run.iteration == 0 and not run.deployment.before:

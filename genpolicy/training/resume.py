@@ -3,9 +3,11 @@
 from typing import Any
 
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.seal import edited
 from genpolicy.evaluation import metrics_file
 from genpolicy.training import checkpoint
 from genpolicy.training.run import Run
+from genpolicy.training.workspace import CONFIG
 
 
 def save(run: Run) -> None:
@@ -46,6 +48,9 @@ def resume(run: Run) -> None:
         if run.processes.main:
             metrics_file.truncate(run.folder, -1)
         return
+    config = run.folder / CONFIG
+    if config.is_file() and edited(config.read_text(encoding="utf-8")):
+        run.say(f"{config} has changed since the run wrote it: the run goes on as it says now")
     try:
         _restore(run, state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
