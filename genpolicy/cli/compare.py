@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from genpolicy.config import parse, shipped, whole_file
-from genpolicy.config.documents import json_file, yaml_value
+from genpolicy.config.documents import yaml_value
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make
 from genpolicy.config.origin import Origin
@@ -192,5 +192,7 @@ def _require_same(experiment: Experiment, folder: Path) -> None:
 
 def _read(arm: str, seed: int, folder: Path) -> Finished:
     experiment = parse.read_yaml(folder / "config.yaml")
-    summary = json_file(folder / "summary.json")
+    summary = metrics_file.read_sealed(folder / "summary.json")
+    for number in metrics_file.damaged(folder):
+        print(f"{folder / metrics_file.METRICS}: line {number} is damaged and left out")
     return Finished(arm, seed, folder, experiment, summary, metrics_file.read(folder))

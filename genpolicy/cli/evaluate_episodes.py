@@ -29,6 +29,7 @@ from genpolicy.evaluation.samplers import Variant, variants
 from genpolicy.evaluation.statistics import latency, paired
 from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.guard import guarded
 
 DECISIONS, WARM_UP, SECONDS = 200, 10, 20.0
 """Decisions whose latency is measured, decisions that go before, and the longest time, seconds."""
@@ -145,7 +146,8 @@ def evaluate_episodes(
     model: ControlModel = policy.model  # type: ignore[assignment]  # its caller saw that it acts
     require_fit(model, task)
     policies = [variant.of(policy) for variant in chosen]
-    environments = task.environments(min(asked.environments, asked.episodes), model.history)
+    name, count = str(section["name"]), min(asked.environments, asked.episodes)
+    environments = guarded(task, name, count, model.history)
     measured: list[Measured] = []
     try:
         # a line of the table as soon as its sampler is measured

@@ -17,6 +17,7 @@ from genpolicy.evaluation.statistics import interval, paired
 from genpolicy.policy.files import saved
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import deployed_sampler, make_policy
+from genpolicy.rollout.guard import guarded
 from genpolicy.training.build import control_model
 from genpolicy.training.rehearsal import Rehearsal
 
@@ -64,10 +65,7 @@ def report(experiment: Experiment, out: Path, seed: int) -> list[str]:
         TRAINED: saved(out).load(),
     }
     first = FRESH_STARTS + 1000 * seed
-    found = {
-        name: _play(policy, task, experiment.environments, first)
-        for name, policy in policies.items()
-    }
+    found = {name: _play(policy, task, experiment, first) for name, policy in policies.items()}
     _print_and_write(found, out, first)
     return [
         *_film(policies, found, task, first, out / "figures" / "before_after.gif"),
@@ -77,9 +75,13 @@ def report(experiment: Experiment, out: Path, seed: int) -> list[str]:
     ]
 
 
-def _play(policy: ChainPolicy, task: ControlTask, slots: int, first: int) -> ControlEvaluation:
+def _play(
+    policy: ChainPolicy, task: ControlTask, experiment: Experiment, first: int
+) -> ControlEvaluation:
     """Plays `EPISODES` episodes from the reset seeds ``first``, ``first`` + 1, ..."""
-    environments = task.environments(slots, cast(ControlModel, policy.model).history)
+    name, slots = str(experiment.task["name"]), experiment.environments
+    history = cast(ControlModel, policy.model).history
+    environments = guarded(task, name, slots, history, experiment.patience)
     try:
         return evaluate_control(policy, environments, episodes=EPISODES, seed=first)
     finally:

@@ -7,6 +7,10 @@ from typing import Any
 
 SHOWN = 200
 """Characters of a value that an error repeats."""
+GO_ON = "go on with "
+"""The beginning of an error's note that ends with the command that resumes the run."""
+OUTSIDE = "it came out of the task or a reward, and not out of what was asked"
+"""The note of an `OSError` that is no mistake of the person's, and keeps its traceback."""
 
 
 class ConfigError(ValueError):

@@ -1,7 +1,6 @@
 """A policy and its folder: save it with its sampler and parts, find it, load it."""
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -12,11 +11,11 @@ from typing import Any
 
 import torch
 
-from genpolicy.config.documents import json_file
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import leaf, make, names, settings
 from genpolicy.config.origin import PERSON, STRANGER, Origin
 from genpolicy.config.schema import ChainConfig
+from genpolicy.config.seal import changed, digests, sealed, unsealed
 from genpolicy.contracts.model import Model
 from genpolicy.policy.policy import ChainPolicy, Part
 from genpolicy.policy.pretrained import foreign
@@ -33,7 +32,8 @@ OLD_BASE, OLD_JUDGE = "base", "judge"
 def save_policy(
     policy: ChainPolicy, section: Mapping[str, Any], sampler: ChainConfig, folder: Path
 ) -> None:
-    """Write the policy in its ecosystem's format, with its sampler and parts beside it.
+    """Write the policy in its ecosystem's format, with its sampler, its parts and the checksums of
+    all beside it.
 
     section: the experiment's policy section. The folder that was there is set aside until the new
     one is in its place, so that a process that is killed leaves one of them for `whole`.
@@ -53,8 +53,9 @@ def save_policy(
             name: {"kind": part.kind, "version": part.version}
             for name, part in policy.parts.items()
         },
+        "files": digests(staged),
     }
-    (staged / SAMPLER).write_text(json.dumps(description, indent=1) + "\n")
+    (staged / SAMPLER).write_text(sealed(description, indent=1) + "\n", encoding="utf-8")
     aside = _set_aside(folder)
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -115,6 +116,7 @@ def completed(section: Mapping[str, Any]) -> dict[str, Any]:
         own["lora"] = {**own["lora"], **_found(own["lora"], "start", "policy.lora.start")}
     folder = _origin(own)
     if folder is not None:
+        _require_whole(folder)
         head = _described(folder)["policy"].get("prediction_type")
         if head is not None and own.get("prediction_type") is None:
             own["prediction_type"] = head
@@ -135,6 +137,7 @@ def _found(section: Mapping[str, Any], key: str, called: str) -> dict[str, str]:
             f"its policy is {policy}" if whole(policy).is_dir() else "it has saved no policy yet"
         )
         raise ConfigError(f"{called} is {where}, the folder of a run: {which}")
+    _require_described(folder)
     return {} if folder == Path(where) else {key: str(folder)}
 
 
@@ -262,9 +265,34 @@ def _origin(section: Mapping[str, Any]) -> Path | None:
     return next((folder for folder in folders if (folder / SAMPLER).is_file()), None)
 
 
+def _require_described(folder: Path) -> None:
+    """Raise `ConfigError` where a policy of a run (RUN/policy, RUN/stages/NAME) has lost its
+    genpolicy.json: it would be loaded as if somebody else had saved it, without its sampler and its
+    parts.
+    """
+    runs = [home for home in folder.absolute().parents[:2] if (home / "config.yaml").is_file()]
+    if runs and folder.is_dir() and not (folder / SAMPLER).is_file():
+        raise ConfigError(
+            f"{folder / SAMPLER} is missing: it says how the policy of the run {runs[0]} is loaded;"
+            " put it back from a copy, or take another policy of the run"
+        )
+
+
+def _require_whole(folder: Path) -> None:
+    """Raise `ConfigError` where a file of a saved policy has changed or is missing; policies that
+    were saved before they had checksums are taken as they are.
+    """
+    wrong = changed(folder, _described(folder).get("files", {}))
+    if wrong:
+        raise ConfigError(
+            f"{wrong}: the saved policy {folder} is damaged; put it back from a copy, or take"
+            " another (a run writes its policy again when it is resumed)"
+        )
+
+
 def _described(folder: Path) -> dict[str, Any]:
     try:
-        description = json_file(folder / SAMPLER)
+        description = unsealed((folder / SAMPLER).read_text(encoding="utf-8"))
         sections = {name: dict(description[name]) for name in ("policy", "chain")}
         # policies saved before parts had a contract have no such key
         if "parts" in description:
@@ -273,8 +301,9 @@ def _described(folder: Path) -> dict[str, Any]:
         return {**description, **sections}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(
-            f"{folder / SAMPLER} is damaged: it must hold the sections policy and chain, and what"
-            " it says of parts must have a section for each"
+            f"{folder / SAMPLER} is damaged: it must hold the sections policy and chain, what it"
+            " says of parts must have a section for each, and its checksum crc32 must fit (whoever"
+            " has changed the file leaves that key out)"
         ) from None
 
 
@@ -324,10 +353,12 @@ def saved(path: str | Path, *, trust: bool = False, **overrides: Any) -> Saved:
                 f"run {run} has saved no policy yet: it does so at its first checkpoint after"
                 " iteration 0"
             )
+    _require_described(folder)
     if not (folder / SAMPLER).is_file():
         section, sampler = foreign(str(folder))
         origin = Origin(trust=trust).reached(folder).naming(overrides)
         return Saved(str(path), section, resampled(sampler, overrides), None, origin)
+    _require_whole(folder)
     description = _described(folder)
     section, sampler = description["policy"], description["chain"]
     if section.get("train") == "lora":

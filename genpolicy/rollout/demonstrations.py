@@ -19,6 +19,7 @@ from genpolicy.contracts.model import ControlModel, require_fit
 from genpolicy.contracts.task import Context, ControlTask, Demonstration, TaskStep, is_control
 from genpolicy.policy.files import saved
 from genpolicy.rollout.episodes import play
+from genpolicy.rollout.guard import guarded
 
 WRITER = "lerobot_dataset"
 """The leaf of datasets/ that episodes are recorded as."""
@@ -73,7 +74,8 @@ def demonstrate(
     if policy is None:
         source = _by_expert(task, range(seed, seed + PATIENCE * episodes), noise)
     else:
-        source = _by_policy(task, range(seed, seed + episodes), policy, seed, origin.trust)
+        name, seeds = str(task_section["name"]), range(seed, seed + episodes)
+        source = _by_policy(task, name, seeds, policy, seed, origin.trust)
     done = Recorded()
     made = {"task": dict(task_section), "policy": policy, "noise": noise, "seed": seed}
     writer: DatasetWriter = leaf("datasets", WRITER, PERSON)
@@ -109,7 +111,7 @@ def _by_expert(task: ControlTask, seeds: Sequence[int], noise: float) -> Iterato
 
 
 def _by_policy(
-    task: ControlTask, seeds: Sequence[int], policy: str, seed: int, trust: bool
+    task: ControlTask, name: str, seeds: Sequence[int], policy: str, seed: int, trust: bool
 ) -> Iterator[Demonstration]:
     """Plays the policy's episodes, and yields them in the order of their seeds."""
     found = saved(policy, trust=trust)
@@ -126,7 +128,7 @@ def _by_policy(
         for row, episode in enumerate(playing):
             logs[episode].add(seen, action, step, row)
 
-    environments = task.environments(min(SIDE_BY_SIDE, len(seeds)), model.history)
+    environments = guarded(task, name, min(SIDE_BY_SIDE, len(seeds)), model.history)
     try:
         noise = Noise.rows(seed, 0, torch.arange(len(seeds)), 1)
         written = 0

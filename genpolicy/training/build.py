@@ -1,32 +1,38 @@
 """Builds live objects from an experiment; saves a policy to its folder and loads it back."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make, settings
 from genpolicy.config.origin import Origin
+from genpolicy.config.schema import Experiment
 from genpolicy.contracts.dataset import Dataset, Merged, Pictures
 from genpolicy.contracts.model import ControlModel, require_fit
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import ControlTask, read_prompts
 
 
-def make_rewards(raw: Mapping[str, Any], origin: Origin) -> Any:
-    """The reward section, name -> weight or {weight, settings...}, as `WeightedRewards`."""
+def make_rewards(
+    raw: Mapping[str, Any], origin: Origin, patience: float | None = Experiment.patience
+) -> WeightedRewards:
+    """The reward section, name -> weight or {weight, settings...}, as `WeightedRewards`; patience:
+    see `Experiment`.
+    """
     rewards: dict[str, tuple[Any, float]] = {}
     for name, value in raw.items():
         section = dict(value) if isinstance(value, dict) else {"weight": value}
         weight = section.pop("weight", 1.0)
-        if not isinstance(weight, int | float):
-            raise ConfigError(f"reward {name}: its weight must be a number, got {weight!r}")
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ConfigError(f"reward {name}: its weight must be a finite number, got {weight!r}")
         short = name.rpartition(":")[2]
         if short in rewards:
             raise ConfigError(f"two rewards are called {short}: rename one of them")
         rewards[short] = (make("rewards", {**section, "name": name}, origin), float(weight))
     if not rewards:
         raise ConfigError("the reward section names no reward")
-    return WeightedRewards(rewards)
+    return WeightedRewards(rewards, patience)
 
 
 def load_rewards(rewards: WeightedRewards) -> None:

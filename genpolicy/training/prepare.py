@@ -13,6 +13,7 @@ from genpolicy.config.schema import Experiment
 from genpolicy.contracts.task import Task
 from genpolicy.policy.files import completed, load_parts
 from genpolicy.policy.sampler import make_policy, require_trainable
+from genpolicy.rollout.guard import guarded
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.store import EpisodeStore
 from genpolicy.training import loop
@@ -99,15 +100,21 @@ def prepare(
                 " out"
             )
         model = control_model(experiment.policy, task, data, origin)
-        environments = task.environments(experiment.environments, model.history)
+        environments = guarded(
+            task,
+            str(experiment.task["name"]),
+            experiment.environments,
+            model.history,
+            experiment.patience,
+        )
         evaluator = EpisodeEvaluator(environments, task.has_success, settings)
         circumstances = repr((experiment.task, experiment.chain, experiment.environments))
-        store = EpisodeStore(folder)
+        store = EpisodeStore(folder, display.say)
         collector = EpisodeCollector(
             seed, model, circumstances, environments, processes, metrics, store
         )
     else:
-        reward = make_rewards(experiment.reward, origin)
+        reward = make_rewards(experiment.reward, origin, experiment.patience)
         evaluator = PromptEvaluator(reward, evaluation_prompts(experiment, task), settings)
         load_rewards(reward)
         model = make("models", experiment.policy, origin)

@@ -9,16 +9,10 @@ import yaml
 
 from genpolicy.cli.main import main
 from genpolicy.training import checkpoint
-from tests.toy import brightness, experiment
+from tests.toy import experiment
 
 torch.set_num_threads(1)
 SHAPES = {"name": "diffusers_pipeline", "pretrained": "assets/shapes-sd3", "train": "full"}
-
-
-def later_nan(outputs, context):
-    """Fine on the first evaluation (16 rows of 4 prompts), NaN in the first iteration."""
-    good = brightness(outputs, context)
-    return good if context.prompts[0] == context.prompts[4] else good * float("nan")
 
 
 def unreadable(outputs, context):
@@ -148,10 +142,6 @@ OVERRIDES = {
         "use kernel ddim on this model",
     ),
     "NaN reward": (["--reward={tests.toy:nan: 1}"], "reward nan is nan for '"),
-    "NaN in the first iteration": (
-        ["--reward={tests.cli.test_bad_inputs:later_nan: 1}"],
-        "reward later_nan is nan",
-    ),
     "reward of the wrong shape": (
         ["--reward={tests.toy:wrong_shape: 1}"],
         "returned shape () for 16 outputs",
@@ -162,12 +152,12 @@ OVERRIDES = {
     ),
     "captions of another world": (["--reward=shapes_strict"], "is not a shapes caption"),
     "two rewards of one name": (
-        ["--reward={tests.toy:brightness: 1, tests.cli.test_bad_inputs:brightness: 1}"],
+        ["--reward={tests.toy:brightness: 1, tests.training.test_earned:brightness: 1}"],
         "two rewards are called brightness",
     ),
     "a reward's weight in words": (
         ["--reward={tests.toy:constant: much}"],
-        "its weight must be a number, got 'much'",
+        "its weight must be a finite number, got 'much'",
     ),
     "no reward at all": (["--reward={}"], "names no reward"),
     "unknown eval.select": (["--eval.select=reward/brigthness"], "did you mean reward/brightness"),
@@ -309,13 +299,25 @@ def test_folder_in_use(finished: Path, capsys):
 
 
 def test_checkpoint_cut_in_half(finished: Path, capsys):
-    file = finished / "run" / "checkpoints" / "2" / "state.pt"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    said = complaint(capsys, finished / "run", "train", str(finished / "run" / "config.yaml"))
-    assert "is damaged" in said
-    assert "to resume from iteration 1" in said
-    file.write_bytes(whole)
+    """The older one is taken up; where that is damaged too, nothing is overwritten."""
+    config = str(finished / "run" / "config.yaml")
+    files = [finished / "run" / "checkpoints" / str(n) / "state.pt" for n in (1, 2)]
+    whole = [file.read_bytes() for file in files]
+    for file, contents in zip(files, whole, strict=True):
+        file.write_bytes(contents[: len(contents) // 2])
+    said = complaint(capsys, finished / "run", "train", config)
+    assert f"{files[1].parent} is damaged" in said
+    assert "there is no older one" in said
+    files[0].write_bytes(whole[0])
+    assert main(["train", config]) == 0
+    told = capsys.readouterr().err
+    assert f"{files[1]} is damaged" in told
+    assert "resumed at iteration 1" in told
+    assert [path.name for path in files[1].parents[1].iterdir()] in (["1", "2"], ["2", "1"])
+    same = torch.load(files[1], weights_only=True)["parameters"]
+    files[1].write_bytes(whole[1])
+    before = torch.load(files[1], weights_only=True)["parameters"]
+    assert all(map(torch.equal, same, before))
 
 
 def test_checkpoint_of_another_policy(finished: Path, capsys):

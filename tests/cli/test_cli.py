@@ -16,7 +16,7 @@ from genpolicy.cli.main import main
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make, names
 from genpolicy.config.origin import PERSON
-from genpolicy.evaluation import comparison
+from genpolicy.evaluation import comparison, metrics_file
 from genpolicy.evaluation.prompt_scores import EVALUATION, draw, evaluate, measure
 from genpolicy.policy.files import saved
 from genpolicy.rollout.micro_batch import MicroBatches
@@ -438,8 +438,8 @@ def test_compare_skips_what_is_finished_and_resumes_what_is_not(compared: Path, 
     kept = out / "flow_grpo" / "seed-0" / "checkpoints" / "3" / "state.pt"
     broken = out / "grpo_guard" / "seed-1"
     stamp, weights = kept.stat().st_mtime_ns, (broken / "policy" / "toy.safetensors").read_bytes()
-    summary = json.loads((broken / "summary.json").read_text())
-    (broken / "summary.json").write_text(json.dumps({**summary, "iterations": 2}))
+    summary = metrics_file.read_sealed(broken / "summary.json")
+    metrics_file.write_sealed(broken / "summary.json", {**summary, "iterations": 2})
     paths = [str(compared / f"{name}.yaml") for name in ARMS]
     asked = [*paths, "--seeds", "0-1", "--out", str(out), "--optimizer.lr=3e-2"]
     assert main(["compare", *asked, "--budget.iterations=3"]) == 0

@@ -13,6 +13,7 @@ from genpolicy.cli import compare
 from genpolicy.cli.main import main
 from genpolicy.config import errors, parse
 from genpolicy.config.errors import RenderError
+from genpolicy.config.seal import unsealed
 from genpolicy.evaluation import comparison
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.evaluation.samplers import variants
@@ -191,7 +192,7 @@ def test_a_window_over_the_whole_chain_stays_whole(tmp_path: Path, run: Path):
     (folder / "config.yaml").write_text(yaml.safe_dump(raw))
     for file in (run / "policy").iterdir():
         (folder / "policy" / file.name).write_bytes(file.read_bytes())
-    description = json.loads((folder / "policy" / "genpolicy.json").read_text())
+    description = unsealed((folder / "policy" / "genpolicy.json").read_text())
     description["chain"]["window"] = [0, 4]
     (folder / "policy" / "genpolicy.json").write_text(json.dumps(description))
     whole = {

@@ -19,6 +19,7 @@ from genpolicy.cli.main import main
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import ChainConfig
+from genpolicy.config.seal import unsealed
 from genpolicy.evaluation.samplers import PRESETS, variants
 from genpolicy.learning.critic import Critic, Support, pessimistic
 from genpolicy.models.mlp import MLP
@@ -293,7 +294,7 @@ def judged(model: MLP, folder: Path, **entry: Any) -> dict[str, Any]:
     """The policy section of a saved policy with a judge; ``entry`` is changed in genpolicy.json."""
     save_policy(make_policy(model, SAMPLER, {"best_of": judge()}), {"name": "mlp"}, SAMPLER, folder)
     file = folder / "genpolicy.json"
-    description = json.loads(file.read_text())
+    description = unsealed(file.read_text())
     assert description["parts"] == {"best_of": {"kind": "best_of", "version": 1}}
     description["parts"]["best_of"] |= entry
     file.write_text(json.dumps(description))
@@ -527,6 +528,6 @@ def test_a_policy_with_a_damaged_judge_says_so(run: Path, tmp_path: Path, capsys
             "--out",
             str(tmp_path / "out"),
         )
-        assert f"the policy's part 'best_of' in {file.parent} is damaged" in said
+        assert f"{file} is not as it was written: the saved policy" in said
     finally:
         file.write_bytes(whole)

@@ -583,6 +583,7 @@ def test_a_base_of_another_network_is_refused(runs: Runs, tmp_path: Path, change
         tensors.popitem()
     assert load(tmp_path / "policy").parts.keys() == {"base"}, "control"
     save_file(tensors, file)
+    rewritten(tmp_path / "policy/genpolicy.json", lambda description: None)
     with pytest.raises(ConfigError, match=r"part 'base' .*: it was made for another network"):
         load(tmp_path / "policy")
 
