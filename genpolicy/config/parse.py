@@ -1,6 +1,7 @@
 """Reads experiments: YAML and command-line overrides to dataclasses, strictly, and back."""
 
 import dataclasses
+import logging
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from genpolicy.config import shipped
 from genpolicy.config.documents import yaml_value
 from genpolicy.config.errors import ConfigError, choice, nearest, shown
 from genpolicy.config.schema import Experiment
+
+log = logging.getLogger(__name__)
 
 NAMED = ("policy", "task", "method", "kernel", "data")
 """Sections that name a leaf: a bare name means its defaults."""
@@ -66,11 +69,34 @@ def parse(raw: Mapping[str, Any]) -> Experiment:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Reads a YAML, applies the command line's overrides, and parses."""
+    """Reads a YAML, applies the command line's overrides, and parses.
+
+    An ``eval.select`` of the YAML that names a reward which the overrides have replaced is left
+    out, with a warning.
+    """
     raw = read_yaml(path)
+    named = _rewards(raw)
     for dotted in overrides:
         override(raw, dotted)
+    settings = raw.get("eval")
+    select = settings.get("select") if isinstance(settings, dict) else None
+    if isinstance(select, str) and select.removeprefix("reward/") in named - _rewards(raw):
+        del settings["select"]
+        log.warning(
+            "eval.select is %s in %s, a reward that was replaced: the best policy is chosen by the"
+            " sum of the rewards that there are",
+            select,
+            path,
+        )
     return parse(raw)
+
+
+def _rewards(raw: Mapping[str, Any]) -> set[str]:
+    """The names of the rewards of a raw config."""
+    section = raw.get("reward")
+    if isinstance(section, str):
+        return {section}
+    return set(map(str, section)) if isinstance(section, Mapping) else set()
 
 
 def decode[T](

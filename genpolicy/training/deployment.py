@@ -142,6 +142,7 @@ class Deployment:
     def _record(self, name: str, iteration: int, metrics: dict[str, Any]) -> None:
         line = {"iteration": iteration, **{f"{name}/{key}": v for key, v in metrics.items()}}
         metrics_file.append(self.folder, line)
+        self.processes.log(line, iteration)
 
     def _tell(self, text: str, metrics: dict[str, Any]) -> None:
         measured = self.evaluator.measured

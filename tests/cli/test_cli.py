@@ -96,6 +96,15 @@ def test_list(capsys, kind: str, name: str, text: str):
     assert not any(row.startswith("_") for row in rows)
 
 
+@pytest.mark.parametrize(
+    "kind", ["methods", "models", "rewards", "tasks", "datasets", "kernels", "configs"]
+)
+def test_no_line_of_a_list_stops_in_the_middle_of_a_sentence(capsys, kind: str):
+    assert main(["list", kind]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert line.endswith((".", "?")), line
+
+
 def test_version_and_interruption(capsys, monkeypatch):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("genpolicy 0.")

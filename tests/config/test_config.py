@@ -234,3 +234,18 @@ def test_a_saved_window_that_is_no_window_is_one_sentence():
 def test_needs_of_worlds_that_there_are_not_are_one_sentence(worlds):
     with pytest.raises(ConfigError, match="a tuple of prompts and robots"):
         Needs(worlds)
+
+
+def test_a_selected_reward_that_is_replaced_leaves_the_choice_to_the_sum(caplog):
+    """Swapping a preset's reward on the command line needs no second override."""
+    swapped = parse.load("grpo_guard_sd35m", ["--reward=jpeg_compressibility"])
+    assert swapped.eval.select is None
+    assert "eval.select is reward/pickscore" in caplog.text
+    caplog.clear()
+    kept = parse.load("grpo_guard_sd35m", ["--reward.jpeg_compressibility=0.1"])
+    assert kept.eval.select == "reward/pickscore"
+    wrong = parse.load(
+        "grpo_guard_sd35m", ["--reward=jpeg_compressibility", "--eval.select=reward/jpeg"]
+    )
+    assert wrong.eval.select == "reward/jpeg", "a person's own mistake is not mended in silence"
+    assert not caplog.text
