@@ -79,8 +79,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     for dotted in overrides:
         override(raw, dotted)
     settings = raw.get("eval")
-    select = settings.get("select") if isinstance(settings, dict) else None
-    if isinstance(select, str) and select.removeprefix("reward/") in named - _rewards(raw):
+    select = str(settings.get("select")) if isinstance(settings, dict) else ""
+    if isinstance(settings, dict) and select.removeprefix("reward/") in named - _rewards(raw):
         del settings["select"]
         log.warning(
             "eval.select is %s in %s, a reward that was replaced: the best policy is chosen by the"
