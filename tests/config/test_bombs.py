@@ -18,8 +18,8 @@ from genpolicy.models.mlp import MLP
 from genpolicy.policy.files import load, saved
 from tests.toy import experiment
 
-SECONDS = 2.0
-"""Longer than any reading may take, on a busy machine."""
+SECONDS = 20.0
+"""CPU time within which a text is refused, imports of libraries included; a bomb takes for ever."""
 DEEP = "[" * 5000 + "]" * 5000
 DIGITS = "7" * 5000
 ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -50,10 +50,10 @@ JSONS = {
 
 def sentence(call: Callable[[], object]) -> str:
     """What `ConfigError` or `ValueError` says, in one short line, at once."""
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the text is what the tests look at)
         call()
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     said = str(caught.value)
     assert "\n" not in said
     assert len(said) < 800
@@ -71,9 +71,9 @@ def test_a_yaml_that_is_a_bomb_is_one_sentence(tmp_path: Path, text: str, said: 
 
 @pytest.mark.parametrize("bomb", [DEEP, DIGITS, "&a [*a]", str(2**64)], ids=lambda text: text[:8])
 def test_an_override_that_is_a_bomb_is_one_sentence(tmp_path: Path, capsys, bomb: str):
-    started = time.perf_counter()
+    started = time.process_time()
     assert main(["train", "quickstart", f"--seed={bomb}", f"--output={tmp_path / 'run'}"]) == 2
-    assert time.perf_counter() - started < 5 * SECONDS  # it imports torch
+    assert time.process_time() - started < SECONDS
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "override --seed: its value is not readable YAML" in error
