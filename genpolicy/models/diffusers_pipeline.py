@@ -85,6 +85,11 @@ class DiffusersPipeline:
             )
         if isinstance(self.lora, Mapping):
             self.lora = Lora(**self.lora)
+        if self.train == "full" and self.lora.start is not None:
+            raise ValueError(
+                f"policy.lora.start is {self.lora.start}, and policy.train is full, which starts"
+                " from policy.pretrained alone; set policy.train to lora, or leave start out"
+            )
         self.device = default_device() if self.device is None else torch.device(self.device)
         self.evaluations = 0.0
         self._mixes_times: bool | None = None
