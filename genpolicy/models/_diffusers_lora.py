@@ -12,6 +12,7 @@ import torch
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -125,11 +126,16 @@ def _start(pipeline: Any, denoiser: torch.nn.Module, start: Path) -> None:
             f"lora.start {start} changes {', '.join(others) or 'nothing here'}; only {kind} may"
             " change"
         )
-    missing = [name for name in _adapter(denoiser) if name not in given]
+    config = denoiser.peft_config[ADAPTER]
+    missing = [name for name in _adapter(denoiser) if name not in given] or [
+        name
+        for name, layer in denoiser.named_modules()
+        if isinstance(layer, torch.nn.Linear) and check_target_module_exists(config, name)
+    ]
     if missing:
         raise ValueError(
-            f"lora.start {start} does not fit {kind}: it has no tensor for {len(missing)} of those"
-            f" that it would change there, the first is {missing[0]}"
+            f"lora.start {start} does not fit {kind}: {len(missing)} of the layers that it says it"
+            f" changes are not in it, the first is {missing[0]}"
         )
     for name, parameter in _adapter(denoiser).items():
         parameter.data = given[name].to(parameter.device).float()  # not in the network's precision
