@@ -237,12 +237,21 @@ def _origin(section: Mapping[str, Any]) -> Path | None:
     the one that it takes its weights from; None where neither is one.
     """
     lora = section.get("lora")
-    if section.get("train") != "lora" or not isinstance(lora, Mapping):
-        lora = {}
-    adapter = lora.get("start")
+    adapter = lora.get("start") if _adapts(section) and isinstance(lora, Mapping) else None
     asked = settings({"adapter": adapter, "whole": section.get("pretrained")})
     folders = [Path(where) for where in asked.values() if isinstance(where, str | Path)]
     return next((folder for folder in folders if (folder / SAMPLER).is_file()), None)
+
+
+def _adapts(section: Mapping[str, Any]) -> bool:
+    """True where an adapter of the pretrained model is what learns, and all that is saved: the
+    section says so, or leaves it to its model's default.
+    """
+    name = section.get("name")
+    model = leaf("models", name) if isinstance(name, str) else None
+    fields = dataclasses.fields(model) if dataclasses.is_dataclass(model) else ()
+    defaults = {field.name: field.default for field in fields}
+    return section.get("train", defaults.get("train")) == "lora"
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -311,10 +320,12 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
         return Saved(str(path), section, resampled(sampler, overrides), None)
     description = _described(folder)
     section, sampler = description["policy"], description["chain"]
-    if section.get("train") == "lora":
+    if _adapts(section):
         section["lora"] = {**(section.get("lora") or {}), "start": str(folder)}
     else:
         section["pretrained"] = str(folder)
+        # older runs of the whole network could name a LoRA, which they did not read
+        section.pop("lora", None)
     return Saved(str(folder), section, resampled(sampler, overrides), run)
 
 
