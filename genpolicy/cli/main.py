@@ -50,9 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: Exception) -> str | None:
-    """The sentence to say instead of a traceback; None for an error that is not about bad input."""
+    """The sentence to say instead of a traceback; None for an error that is not about bad input
+    or numbers that are not finite."""
     reward = sys.modules.get("genpolicy.contracts.reward")  # it brings torch: not for its sake
-    known = (ConfigError, OSError, *((reward.RewardError,) if reward is not None else ()))
+    # training that is no longer finite stops itself with a sentence
+    known = (ConfigError, OSError, FloatingPointError)
+    known += (reward.RewardError,) if reward is not None else ()
     if not isinstance(error, known):
         return None
     if isinstance(error, OSError) and error.filename is not None:

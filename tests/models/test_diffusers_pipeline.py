@@ -18,7 +18,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from genpolicy.chain import CPS, DDIM, SDE, Chain, Noise
+from genpolicy.chain import CPS, DDIM, SDE, Chain, ClipX0, Guidance, Noise
 from genpolicy.chain.kernel import Kernel
 from genpolicy.chain.noise import PRIOR
 from genpolicy.contracts.task import Context
@@ -241,6 +241,63 @@ def test_clipping_is_ddims_own(tmp_path):
         .x0
     )
     assert (other - x0).abs().max() > 0.1
+
+
+def test_clipping_is_ddims_own_under_guidance(tmp_path):
+    """What is guided is clipped: clipping each branch before the guidance is another sampler."""
+    pipeline = tiny.build("sdxl")
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        pipeline.scheduler.config, clip_sample=True, clip_sample_range=0.5
+    )
+    pipeline.save_pretrained(tmp_path)
+    model = load("sdxl", tmp_path)
+    grid, condition = model.native_grid(K), model.encode(Context(PROMPTS))
+    policy = zero_noise(model, 4.0, grid)
+    theirs = native(plain(tmp_path), "sdxl", model, guidance_scale=4.0)
+    assert_same_latents(policy.sample(condition, noises(PROMPTS)).x0, theirs, 1e-4)
+    # control
+    clipped = ClipX0(model.denoise, model.schedule, *model.clip)
+    wrong = Guidance(clipped, model.negative, 4.0)
+    other = policy.chain.sample(wrong, condition, noises(PROMPTS), model.event_shape)
+    assert (other.x0 - theirs).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_a_guided_step_is_the_clipping_schedulers_own(name, tmp_path):
+    """The clipped x0, and the mean of the step with its noise, of diffusers' own step function on
+    the guided output of the network.
+    """
+    pipeline = tiny.build("sdxl")
+    kind = getattr(diffusers, name)
+    pipeline.scheduler = kind.from_config(
+        pipeline.scheduler.config, clip_sample=True, clip_sample_range=0.5
+    )
+    pipeline.save_pretrained(tmp_path)
+    model = load("sdxl", tmp_path)
+    condition = model.encode(Context(PROMPTS))
+    policy = ChainPolicy(model, Chain(model.schedule, model.native_grid(K), DDIM(1.0)), 4.0)
+    x, k = noises(PROMPTS)(PRIOR, model.event_shape), 1
+    t = policy.chain.grid[k].expand(2)
+    with torch.no_grad():
+        ours = policy.denoiser(x, t, condition)
+        positive, negative = (
+            model.denoise(x, t, c).eps for c in (condition, model.negative(condition))
+        )
+        # unclipped ahead of the scheduler: their epsilon is ours
+        scheduler = model.pipeline.scheduler
+        scheduler.set_timesteps(K)
+        level = scheduler.timesteps[k]
+        guided = negative + 4.0 * (positive - negative)
+        extra = {"eta": 1.0} if name == "DDIMScheduler" else {}
+        theirs = scheduler.step(
+            guided, level, x, generator=torch.Generator().manual_seed(0), **extra
+        )
+        # the noise that it has drawn
+        drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        gaussian = policy.chain.coefficients(k).gaussian(x, ours)
+    assert (theirs.pred_original_sample.abs() == 0.5).any()
+    torch.testing.assert_close(ours.x0, theirs.pred_original_sample, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gaussian.sample(drawn), theirs.prev_sample, rtol=0, atol=1e-4)
 
 
 # Replay
