@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sentence(error: Exception) -> str | None:
     """The sentence to say instead of a traceback; None for an error that is not about bad input
-    or numbers that are not finite."""
+    or numbers that are not finite.
+    """
     reward = sys.modules.get("genpolicy.contracts.reward")  # it brings torch: not for its sake
     # training that is no longer finite stops itself with a sentence
     known = (ConfigError, OSError, FloatingPointError)

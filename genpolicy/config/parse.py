@@ -19,6 +19,10 @@ NAMED = ("policy", "task", "method", "kernel", "data")
 """Sections that name a leaf: a bare name means its defaults."""
 
 
+PLAIN = {str, int, float, bool, type(None)}
+"""Types of fields that hold no list and no mapping."""
+
+
 class _Loader(yaml.SafeLoader):
     """A reader for which 1e-4 is a number, as in YAML 1.2; in PyYAML's YAML 1.1 it is a string."""
 
@@ -125,6 +129,9 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     try:
         if value is None and not {type(None), Any} & set(kinds):
             raise ValueError
+        plain = typing.get_origin(hint) not in (tuple, list) and set(kinds) <= PLAIN
+        if isinstance(value, list | dict) and plain:
+            raise ValueError  # draccus would make a text of it
         return draccus.decode(hint, value)
     except Exception:  # draccus raises whatever its decoders do, and says it in several lines
         raise ConfigError(f"{where}: {key} is {value!r}; it must be {_called(hint)}") from None

@@ -83,6 +83,11 @@ class DiffusersPipeline:
             raise ValueError(
                 f"policy.precision is {self.precision!r}; valid are {', '.join(PRECISIONS)}"
             )
+        if not isinstance(self.negative_prompt, str | None):
+            raise ValueError(
+                f"policy.negative_prompt is {self.negative_prompt!r}; it must be one text or null,"
+                " for every prompt the same"
+            )
         if isinstance(self.lora, Mapping):
             self.lora = Lora(**self.lora)
         if self.train == "full" and self.lora.start is not None:

@@ -21,6 +21,8 @@ from torch import Tensor
 from genpolicy.chain import CPS, DDIM, SDE, Chain, ClipX0, Guidance, Noise
 from genpolicy.chain.kernel import Kernel
 from genpolicy.chain.noise import PRIOR
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.leaves import make
 from genpolicy.contracts.task import Context
 from genpolicy.models._diffusers_lora import ADAPTER, WEIGHTS
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
@@ -792,6 +794,42 @@ def test_negative_prompts_and_embedded_guidance_are_read():
         z = torch.randn(2, *flux[0].event_shape)
         one, other = (m.denoise(z, t, m.encode(Context(PROMPTS))).x0 for m in flux)
         assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_negative_prompt_is_the_familys_own(family):
+    """A text is a prompt like any other, and none is what the pipeline itself takes for none."""
+    plain_one, guided = plain(saved(family)), {}
+    for negative in (None, "a green triangle"):
+        model = load(family, train="full", negative_prompt=negative)
+        condition = model.encode(Context(PROMPTS))
+        policy = zero_noise(model, tiny.GUIDANCE[family], model.native_grid(K))
+        guided[negative] = policy.sample(condition, noises(PROMPTS)).x0
+        told = {} if negative is None else {"negative_prompt": [negative] * 2}
+        theirs = native(plain_one, family, model, **told)
+        assert_same_latents(guided[negative], theirs)
+        if negative is not None:
+            x, t = torch.randn(2, *model.event_shape), model.grid(K)[1].expand(2)
+            with torch.no_grad():
+                said = model.denoise(x, t, model.negative(condition)).eps
+                positive = model.denoise(x, t, model.encode(Context([negative] * 2))).eps
+            torch.testing.assert_close(said, positive, rtol=0, atol=1e-5)
+    changed = float((guided[None] - guided["a green triangle"]).abs().max())
+    assert (changed == 0) == (family == "flux"), "control: the text is read"
+
+
+@pytest.mark.parametrize("negative", [["a"], ["a", "b"], 3])
+def test_a_negative_prompt_that_is_no_text_is_one_sentence(negative):
+    with pytest.raises(ValueError, match=r"policy.negative_prompt is .*; it must be one text"):
+        load("sd15", negative_prompt=negative)
+
+
+@pytest.mark.parametrize("negative", [["a"], {"a": "b"}])
+def test_a_list_in_a_yaml_is_no_negative_prompt(negative):
+    """It was read as the text that Python writes for it."""
+    raw = {"name": "diffusers_pipeline", "pretrained": "x", "negative_prompt": negative}
+    with pytest.raises(ConfigError, match=r"negative_prompt is .*; it must be text or null"):
+        make("models", raw)
 
 
 def test_offload_changes_nothing_but_the_place():

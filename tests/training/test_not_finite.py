@@ -111,7 +111,7 @@ def test_a_replay_that_is_not_a_number_fails_the_check(tmp_path):
         found = log_ratio(new, old, x, reduce="sum")
         return torch.where(torch.arange(len(found)) == 1, math.nan, found)
 
-    with pytest.raises(ConfigError, match="replay is not exact: at step 0 .* is NaN"):
+    with pytest.raises(ConfigError, match=r"replay is not exact: at step 0 .* is NaN"):
         run.verified(rollout, ratio, 0.02)
     run.replay_check.again = None  # control: it is the NaN
     assert run.verified(rollout, lambda *a: log_ratio(*a, reduce="sum"), 0.02) is rollout
