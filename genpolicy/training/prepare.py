@@ -11,7 +11,12 @@ from genpolicy.config.leaves import make
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.task import Task
 from genpolicy.policy.files import completed, load_parts
-from genpolicy.policy.sampler import make_policy, require_trainable
+from genpolicy.policy.sampler import (
+    deployed_sampler,
+    make_kernel,
+    make_policy,
+    require_trainable,
+)
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.store import EpisodeStore
 from genpolicy.training import loop
@@ -69,6 +74,7 @@ def prepare(
     """
     experiment = dataclasses.replace(experiment, policy=completed(experiment.policy))
     require_trainable(experiment.chain)
+    make_kernel(deployed_sampler(experiment.chain, experiment.eval.sampler).kernel)
     torch.manual_seed(experiment.seed)
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
