@@ -25,6 +25,10 @@ def unreadable(outputs, context):
     raise ValueError("this caption has no colour")
 
 
+def informed(outputs, context):
+    return brightness(outputs, context), {"why": "it is bright"}
+
+
 def tree(folder: Path) -> dict[str, bytes] | None:
     """Every file of a folder and what it holds; None if there is no folder."""
     if not folder.exists():
@@ -70,6 +74,14 @@ OVERRIDES = {
     "an order of prompts that there is not": (
         ["--task.order=random"],
         "genpolicy: task prompts: order is 'random'; valid are 'shuffled', 'sequential'",
+    ),
+    "a floor under a kernel without a std of its own, before the model is read": (
+        ["--policy.pretrained=nowhere", "--chain.kernel={name: floorstd, floor: 0.1, kernel: sde}"],
+        "kernel floorstd can't go around sde, which has no std of its own",
+    ),
+    "the same in the deployed sampler": (
+        ["--policy.pretrained=nowhere", "--eval.sampler.kernel={name: clipstd, kernel: sde}"],
+        "kernel clipstd can't go around sde, which has no std of its own",
     ),
     "the best of several without a critic": (
         ["--eval.sampler.best_of=4"],
@@ -159,6 +171,10 @@ OVERRIDES = {
     "a reward that can't read a prompt": (
         ["--reward={tests.cli.test_bad_inputs:unreadable: 1}"],
         "has no colour (test_bad",
+    ),
+    "a reward that returns more than its scores": (
+        ["--reward={tests.cli.test_bad_inputs:informed: 1}"],
+        "reward informed returned a tuple of Tensor, dict; it must return one number for each",
     ),
     "captions of another world": (["--reward=shapes_strict"], "is not a shapes caption"),
     "two rewards of one name": (
