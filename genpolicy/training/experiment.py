@@ -50,9 +50,12 @@ def train(experiment: Experiment | str | Path, overrides: Sequence[str] = ()) ->
     started = time.perf_counter()
     resume, folder = False, None
     if not isinstance(experiment, Experiment):
-        resume = _is_run(Path(experiment))
-        folder = Path(experiment).parent if resume else None
-        experiment = parse.load(experiment, overrides)
+        own = Path(experiment)
+        resume = _is_run(own)
+        folder = own.parent if resume else None
+        experiment = parse.load(own, overrides)
+        if resume:
+            _require_own_output(own, experiment)
     folder = folder or Path(experiment.output)
     processes = start_processes(experiment, folder)
     with _folder(folder, resume) if processes.main else contextlib.nullcontext():
@@ -139,6 +142,16 @@ def _folder(folder: Path, resume: bool) -> Iterator[None]:
                 if not existed:
                     folder.rmdir()
             raise
+
+
+def _require_own_output(path: Path, asked: Experiment) -> None:
+    """Raise `ConfigError` where a run's own config.yaml is to be trained into another folder."""
+    folder = path.parent
+    if asked.output != parse.load(path).output and Path(asked.output).resolve() != folder.resolve():
+        raise ConfigError(
+            f"output is {asked.output}, and {path} resumes the run in its own folder: leave output"
+            f" out, or begin another run from {folder / 'policy'} with a config of its own"
+        )
 
 
 def _is_run(path: Path) -> bool:

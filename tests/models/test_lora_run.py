@@ -3,6 +3,7 @@ that LoRA is the reference, and what is saved loads in plain diffusers.
 """
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import genpolicy
 from genpolicy.chain import Noise
 from genpolicy.cli.main import main
 from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.task import Context
 from genpolicy.training.experiment import train
 from genpolicy.training.prepare import prepare
@@ -213,3 +215,37 @@ def test_an_old_folder_of_a_whole_network_that_named_a_lora_loads(pipeline, tmp_
     description["policy"]["lora"] = {"start": "somewhere"}
     (folder / "genpolicy.json").write_text(json.dumps(description))
     assert genpolicy.load(folder).model.train == "full"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--policy.lora.alpha=16", r"policy.lora.alpha is 16, and was 8 when the checkpoint in"),
+        ("--policy.lora.rank=2", "policy.lora.rank is 2, and was 4"),
+        ("--policy.train=full", "policy.train is 'full', and was 'lora'"),
+        ("--policy.negative_prompt=blue", "policy.negative_prompt is 'blue', and was None"),
+    ],
+)
+def test_a_resumed_run_keeps_the_meaning_of_what_it_learned(trained, override, said):
+    before = (trained.folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=said):
+        train(trained.folder / "config.yaml", [override, "--budget.iterations=4"])
+    assert (trained.folder / "config.yaml").read_text() == before
+
+
+def test_a_resumed_run_may_be_computed_otherwise(pipeline, tmp_path):
+    """With another device, memory or place of the same files."""
+    result = train(parse.parse(raw(pipeline, tmp_path, budget={"iterations": 1})))
+    moved = tmp_path / "moved"
+    shutil.copytree(pipeline, moved)
+    more = ["--policy.offload=true", "--policy.gradient_checkpointing=true"]
+    more += [f"--policy.pretrained={moved}", "--budget.iterations=2"]
+    assert train(result.folder / "config.yaml", more).summary["iterations"] == 2
+
+
+def test_a_resumed_run_goes_to_no_other_folder(trained, tmp_path):
+    config, other = trained.folder / "config.yaml", tmp_path / "other"
+    with pytest.raises(ConfigError, match="output is .*other, and .* resumes the run in its own"):
+        train(config, [f"--output={other}"])
+    assert not other.exists()
+    train(config, [f"--output={trained.folder}"])  # control: that is where it goes on
