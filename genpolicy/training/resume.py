@@ -8,7 +8,6 @@ from genpolicy.evaluation import metrics_file
 from genpolicy.training import checkpoint
 from genpolicy.training.run import Run
 
-
 FREE = (
     *("pretrained", "revision", "lora.start"),  # what was learned from there is in the checkpoint
     *("device", "precision", "offload", "gradient_checkpointing"),

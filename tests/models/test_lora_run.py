@@ -245,7 +245,7 @@ def test_a_resumed_run_may_be_computed_otherwise(pipeline, tmp_path):
 
 def test_a_resumed_run_goes_to_no_other_folder(trained, tmp_path):
     config, other = trained.folder / "config.yaml", tmp_path / "other"
-    with pytest.raises(ConfigError, match="output is .*other, and .* resumes the run in its own"):
+    with pytest.raises(ConfigError, match=r"output is .*other, and .* resumes the run in its own"):
         train(config, [f"--output={other}"])
     assert not other.exists()
     train(config, [f"--output={trained.folder}"])  # control: that is where it goes on
