@@ -132,6 +132,8 @@ class DiffusersPipeline:
         self.schedule: Schedule = self._times.schedule()
         self.parametrisation: Parametrisation = self._times.parametrisation
         self.clip: tuple[float, bool] | None = self._times.clip
+        # of two experts the first denoises at noise times from the boundary on
+        self.learns_from = float(self.pipeline.config.get("boundary_ratio") or 0.0)
 
     def _choose_head(self, kind: str) -> None:
         """Write another head than its own into the scheduler that reads it, and that is saved."""
@@ -254,10 +256,10 @@ class DiffusersPipeline:
         return scheduler.output
 
     def times(self, uniform: Tensor) -> Tensor:
-        """Flows: logit-normal times, then the family's shift; others: one of the levels, all alike
-        (see `Times.training`).
+        """Flows: logit-normal times, then the family's shift, of them those at which what learns
+        denoises; others: one of the levels, all alike (see `Times.training`).
         """
-        return self._times.training(uniform)
+        return self._times.training(uniform, self.learns_from)
 
     def scored(self, value: Tensor) -> Tensor:
         """Every latent dim counts."""

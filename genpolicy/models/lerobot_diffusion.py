@@ -74,6 +74,7 @@ class LeRobotDiffusion:
     device: Any = None
 
     acts: ClassVar[bool] = True
+    learns_from: ClassVar[float] = 0.0
     draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
