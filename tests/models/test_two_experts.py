@@ -38,7 +38,7 @@ def test_a_window_in_which_the_second_expert_denoises_is_refused(pipeline, tmp_p
         train(parse.parse(experiment(pipeline, tmp_path)))
     assert not (tmp_path / "run").exists()
     late = {"steps": 4, "kernel": {"name": "sde", "a": 0.7}, "window": [2, 3]}
-    with pytest.raises(ConfigError, match="begin chain.window in the noisier steps"):
+    with pytest.raises(ConfigError, match=r"begin chain.window in the noisier steps"):
         train(parse.parse(experiment(pipeline, tmp_path, chain=late)))
 
 
