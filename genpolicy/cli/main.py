@@ -67,8 +67,11 @@ def _run(args: Namespace) -> int:
 
 
 def _sentence(error: Exception) -> str | None:
-    """The sentence to say instead of a traceback; None for an error that is not about bad input."""
-    known: list[type[Exception]] = [ConfigError, OSError]
+    """The sentence to say instead of a traceback; None for an error that is not about bad input
+    or numbers that are not finite.
+    """
+    # training that is no longer finite stops itself with a sentence
+    known: list[type[Exception]] = [ConfigError, OSError, FloatingPointError]
     for module, name in OURS.items():
         if module in sys.modules:
             known.append(getattr(sys.modules[module], name))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genpolicy.config import leaves
 from genpolicy.config.origin import PERSON
-from genpolicy.contracts.reward import WeightedRewards
+from genpolicy.contracts.reward import RewardError, WeightedRewards, judged
 from genpolicy.contracts.task import Context
 from genpolicy.training.build import load_rewards
 
@@ -58,13 +58,20 @@ def reward_laws(dotted: str) -> Iterator[Verdict]:
     load_rewards(rewards)
     pictures, context = law_pictures(), Context(PROMPTS)
 
-    def score(pictures: Tensor, context: Context) -> Tensor:
-        return (
-            torch.as_tensor(rewards.rewards[dotted][0](pictures, context)).detach().double().cpu()
-        )
+    shown: list[Tensor] = []
 
-    kept = pictures.clone()
-    together = score(pictures, context)
+    def reward(outputs: Tensor, context: Context) -> Tensor:
+        shown.append(outputs)
+        return rewards.rewards[dotted][0](outputs, context)
+
+    def score(pictures: Tensor, context: Context) -> Tensor:
+        return judged(dotted, reward, pictures, context)
+
+    try:
+        together = score(pictures, context)
+    except RewardError as error:
+        yield Verdict("one number for every output", False, str(error))
+        return
     shape = tuple(together.shape)
     whole = shape == (len(context),)
     yield Verdict("one number for every output", whole, f"shape {shape} for {len(context)} outputs")
@@ -72,7 +79,8 @@ def reward_laws(dotted: str) -> Iterator[Verdict]:
         return
     values = ", ".join(f"{value:.4g}" for value in together.tolist())
     yield Verdict("finite", bool(together.isfinite().all()), values)
-    yield Verdict("leaves the outputs as they are", torch.equal(pictures, kept), "")
+    untouched = torch.equal(shown[0], pictures)
+    yield Verdict("leaves the outputs as they are", untouched, "")
     again = score(pictures, context)
     same = torch.equal(together, again)
     yield Verdict("the same outputs get the same reward", same, _gap(together, again))

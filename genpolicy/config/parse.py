@@ -22,6 +22,10 @@ NAMED = ("policy", "task", "method", "kernel", "data")
 """Sections that name a leaf: a bare name means its defaults."""
 
 
+PLAIN = {str, int, float, bool, type(None)}
+"""Types of fields that hold no list and no mapping."""
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a YAML mapping from a path or a shipped config's bare name."""
     try:
@@ -144,6 +148,9 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     try:
         if value is None and not {type(None), Any} & set(kinds):
             raise ValueError
+        plain = typing.get_origin(hint) not in (tuple, list) and set(kinds) <= PLAIN
+        if isinstance(value, list | dict) and plain:
+            raise ValueError  # draccus would make a text of it
         return draccus.decode(hint, value)
     except Exception:  # draccus raises whatever its decoders do, and says it in several lines
         raise ConfigError(f"{where}: {key} is {shown(value)}; it must be {_called(hint)}") from None

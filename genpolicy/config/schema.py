@@ -30,7 +30,9 @@ class ChainConfig:
     # saves its backward
     negative_gradient: bool = False
     # denoising steps [low, high) at which the kernel acts, the ODE elsewhere; None is all but the
-    # last. A learned std draws under a kernel without noise only where a window is named
+    # last. A learned std draws under a kernel without noise only where a window is named. With
+    # another number of steps in its place (eval.sampler.steps, --steps) it is the same share of
+    # them: [5, 10) of 10 steps is [3, 5) of 5; a window that is named beside them is taken as it is
     window: tuple[int, int] | None = None
     # consecutive steps that are drawn from the window anew for every iteration; None is the whole
     # window

@@ -25,6 +25,8 @@ class Model(Protocol):
     clip: (bound, recompute_eps) of the predicted x0 (see `ClipX0`), whatever the parametrisation;
         None where the family does not clip.
     acts: True where samples are chunks of actions (`ControlModel`).
+    learns_from: noise time below which another, frozen network denoises in the place of the one
+        that learns (Wan 2.2's second expert); 0 where there is none.
     draws: uniform numbers that a row of `supervised` takes.
     device, precision: where and in what the network runs.
     evaluations: network evaluations so far, in rows; a row whose evaluation is differentiated
@@ -36,6 +38,7 @@ class Model(Protocol):
     event_shape: tuple[int, ...]
     clip: tuple[float, bool] | None
     acts: ClassVar[bool]
+    learns_from: float
     draws: int
     device: torch.device
     precision: Literal["fp32", "bf16", "fp16"]

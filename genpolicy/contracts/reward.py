@@ -4,7 +4,7 @@ their parts by name.
 
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,11 +14,42 @@ from genpolicy.config.outside import outside
 from genpolicy.contracts.task import Context
 
 Reward = Callable[[Tensor, Context], Tensor]
-"""(outputs, context of B rows) -> Float[B], larger is better."""
+"""(outputs, context of B rows) -> Float[B], larger is better. It is called without gradients."""
 
 
 class RewardError(ValueError):
-    """A reward that can't be learned from: NaN, infinite, or of the wrong shape."""
+    """A reward that can't be learned from: NaN, infinite, of the wrong shape, or no numbers."""
+
+
+def judged(name: str, reward: Reward, outputs: Tensor, context: Context) -> Tensor:
+    """The scores of a reward, Float64 of the shape that it returned, on the CPU.
+
+    It judges copies of the outputs and of the list of prompts, without gradients. Raises `RewardError`, with the place in its
+    code, where it raises `ValueError`, and where what it returns is no tensor of numbers.
+    """
+    try:
+        with torch.no_grad():
+            shown = replace(context, prompts=list(context.prompts))
+            returned = reward(outputs.clone(), shown)
+    except ValueError as error:  # a caption that it can't read, a picture of the wrong shape
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        raise RewardError(f"reward {name} can't judge these outputs: {error} ({where})") from error
+    try:
+        return torch.as_tensor(returned).detach().double().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise RewardError(
+            f"reward {name} returned {_described(returned)}; it must return one number for each"
+            f" output, a Float[{len(context)}]"
+        ) from None
+
+
+def _described(value: object) -> str:
+    """The type of what a reward returned, in words."""
+    if isinstance(value, tuple | list):
+        kinds = ", ".join(dict.fromkeys(type(item).__name__ for item in value))
+        return f"a {type(value).__name__} of {kinds}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)
@@ -32,22 +63,15 @@ class WeightedRewards:
     patience: float | None = None
 
     def parts(self, outputs: Tensor, context: Context) -> dict[str, Tensor]:
-        """name -> Float64[B] on the CPU. Raises `RewardError`, naming the reward and the row, on
-        NaN or infinity, and where the reward hangs or ends the program.
+        """name -> Float64[B] on the CPU; every reward judges the outputs as they are, whatever
+        another one writes into its copy. Raises `RewardError`, naming the reward and the row, on
+        NaN or infinity, where what it returns is not one number per output, and where the reward
+        hangs or ends the program.
         """
         parts = {}
         for name, (reward, _) in self.rewards.items():
-            try:
-                with outside(f"reward {name}", self.patience, RewardError):
-                    value = torch.as_tensor(reward(outputs, context)).detach().double().cpu()
-            except RewardError:
-                raise
-            except ValueError as error:  # a caption that it can't read, a picture's wrong shape
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                where = f"{Path(place.filename).name}:{place.lineno}"
-                raise RewardError(
-                    f"reward {name} can't judge these outputs: {error} ({where})"
-                ) from error
+            with outside(f"reward {name}", self.patience, RewardError):
+                value = judged(name, reward, outputs, context)
             if value.shape != (len(context),):
                 raise RewardError(
                     f"reward {name} returned shape {tuple(value.shape)} for {len(context)} outputs,"

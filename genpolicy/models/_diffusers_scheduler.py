@@ -199,17 +199,21 @@ class Times:
             return t.float() * self.levels
         return (t * self.levels).round().long() - 1
 
-    def training(self, uniform: Tensor) -> Tensor:
+    def training(self, uniform: Tensor, lowest: float = 0.0) -> Tensor:
         """Noise times to train at from uniform numbers [B] in [0,1).
 
         Flows: SD3's logit-normal density (arXiv 2403.03206; mean 0, std 1, diffusers' default in
         training), t = sigmoid(z), z standard normal, and then the scheduler's shift at this
-        resolution. Others: one of the levels, all alike.
+        resolution; given that t is at least ``lowest``. Others: one of the levels, all alike.
         """
         if not self.flow:
             return ((uniform * self.levels).floor() + 1) / self.levels
-        t = torch.special.ndtri(uniform.double().clamp(EDGE, 1 - EDGE)).sigmoid()
-        return t / (t + (1 - t) / self._shift())
+        shift, bound = self._shift(), torch.tensor(lowest, dtype=torch.float64)
+        # the share of the density below the bound
+        below = torch.special.ndtr((bound / (bound + (1 - bound) * shift)).logit())
+        share = below + (1 - below) * uniform.double()
+        t = torch.special.ndtri(share.clamp(EDGE, 1 - EDGE)).sigmoid()
+        return (t / (t + (1 - t) / shift)).clamp_min(lowest)
 
     def grid(self, steps: int, start: float | None = None) -> Tensor:
         """K+1 noise times from ``start`` (None: the noisiest) to 0.

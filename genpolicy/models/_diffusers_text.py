@@ -37,7 +37,9 @@ class TextEncoders:
         parameters = inspect.signature(pipeline.encode_prompt).parameters
         if "do_classifier_free_guidance" not in parameters:
             return without  # guided by a second prompt, if at all (Flux)
-        guided = self._encode([prompt or ""], guidance_scale=2.0, negative_prompt=prompt)
+        # beside a list of prompts most families take a list alone
+        said = None if prompt is None else [prompt]
+        guided = self._encode([prompt or ""], guidance_scale=2.0, negative_prompt=said)
         others = [
             value
             for value, alone in zip(guided, without, strict=True)

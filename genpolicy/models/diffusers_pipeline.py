@@ -86,8 +86,18 @@ class DiffusersPipeline:
             raise ValueError(
                 f"policy.precision is {self.precision!r}; valid are {', '.join(PRECISIONS)}"
             )
+        if not isinstance(self.negative_prompt, str | None):
+            raise ValueError(
+                f"policy.negative_prompt is {self.negative_prompt!r}; it must be one text or null,"
+                " for every prompt the same"
+            )
         if isinstance(self.lora, Mapping):
             self.lora = Lora(**self.lora)
+        if self.train == "full" and self.lora.start is not None:
+            raise ValueError(
+                f"policy.lora.start is {self.lora.start}, and policy.train is full, which starts"
+                " from policy.pretrained alone; set policy.train to lora, or leave start out"
+            )
         self.device = default_device() if self.device is None else torch.device(self.device)
         self.evaluations = 0.0
         self._mixes_times: bool | None = None
@@ -125,6 +135,8 @@ class DiffusersPipeline:
         self.schedule: Schedule = self._times.schedule()
         self.parametrisation: Parametrisation = self._times.parametrisation
         self.clip: tuple[float, bool] | None = self._times.clip
+        # of two experts the first denoises at noise times from the boundary on
+        self.learns_from = float(self.pipeline.config.get("boundary_ratio") or 0.0)
 
     def _choose_head(self, kind: str) -> None:
         """Write another head than its own into the scheduler that reads it, and that is saved."""
@@ -247,10 +259,10 @@ class DiffusersPipeline:
         return scheduler.output
 
     def times(self, uniform: Tensor) -> Tensor:
-        """Flows: logit-normal times, then the family's shift; others: one of the levels, all alike
-        (see `Times.training`).
+        """Flows: logit-normal times, then the family's shift, of them those at which what learns
+        denoises; others: one of the levels, all alike (see `Times.training`).
         """
-        return self._times.training(uniform)
+        return self._times.training(uniform, self.learns_from)
 
     def scored(self, value: Tensor) -> Tensor:
         """Every latent dim counts."""

@@ -77,6 +77,7 @@ class LeRobotDiffusion:
     origin: Origin = field(default=PERSON, repr=False)
 
     acts: ClassVar[bool] = True
+    learns_from: ClassVar[float] = 0.0
     draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

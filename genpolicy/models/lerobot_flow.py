@@ -83,6 +83,7 @@ class LeRobotFlow:
     action_dim: int = field(init=False, default=0)
 
     acts: ClassVar[bool] = True
+    learns_from: ClassVar[float] = 0.0
     draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

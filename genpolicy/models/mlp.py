@@ -106,6 +106,7 @@ class MLP:
     action_dim: int = field(init=False, default=0)
 
     acts: ClassVar[bool] = True
+    learns_from: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.device)

@@ -57,6 +57,7 @@ class Toy:
     train: Literal["full"] = "full"
 
     acts: ClassVar[bool] = False
+    learns_from: ClassVar[float] = 0.0
     draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

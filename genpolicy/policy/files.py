@@ -257,9 +257,7 @@ def _origin(section: Mapping[str, Any]) -> Path | None:
     the one that it takes its weights from; None where neither is one.
     """
     lora = section.get("lora")
-    if section.get("train") != "lora" or not isinstance(lora, Mapping):
-        lora = {}
-    adapter = lora.get("start")
+    adapter = lora.get("start") if _adapts(section) and isinstance(lora, Mapping) else None
     asked = settings({"adapter": adapter, "whole": section.get("pretrained")})
     folders = [Path(where) for where in asked.values() if isinstance(where, str | Path)]
     return next((folder for folder in folders if (folder / SAMPLER).is_file()), None)
@@ -288,6 +286,17 @@ def _require_whole(folder: Path) -> None:
             f"{wrong}: the saved policy {folder} is damaged; put it back from a copy, or take"
             " another (a run writes its policy again when it is resumed)"
         )
+
+
+def _adapts(section: Mapping[str, Any]) -> bool:
+    """True where an adapter of the pretrained model is what learns, and all that is saved: the
+    section says so, or leaves it to its model's default.
+    """
+    name = section.get("name")
+    model = leaf("models", str(name), PERSON) if name in names("models") else None
+    fields = dataclasses.fields(model) if dataclasses.is_dataclass(model) else ()
+    defaults = {field.name: field.default for field in fields}
+    return section.get("train", defaults.get("train")) == "lora"
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -361,11 +370,13 @@ def saved(path: str | Path, *, trust: bool = False, **overrides: Any) -> Saved:
     _require_whole(folder)
     description = _described(folder)
     section, sampler = description["policy"], description["chain"]
-    if section.get("train") == "lora":
+    origin = Origin(trust=trust).reached(folder / SAMPLER).naming(overrides)
+    if _adapts(section):
         section["lora"] = {**(section.get("lora") or {}), "start": str(folder)}
     else:
         section["pretrained"] = str(folder)
-    origin = Origin(trust=trust).reached(folder / SAMPLER).naming(overrides)
+        # older runs of the whole network could name a LoRA, which they did not read
+        section.pop("lora", None)
     return Saved(str(folder), section, resampled(sampler, overrides), run, origin)
 
 

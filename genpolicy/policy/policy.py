@@ -108,15 +108,15 @@ class ChainPolicy:
 
     @property
     def denoiser(self) -> Denoiser:
-        """The denoiser that acts *and* is scored: the model, clipped and guided where family and
-        sampler say so.
+        """The denoiser that acts *and* is scored: the model, guided and then clipped where sampler
+        and family say so (diffusers' schedulers clip what is guided already).
         """
         denoise = self.model.denoise
-        if self.model.clip is not None:
-            denoise = ClipX0(denoise, self.model.schedule, *self.model.clip)
         if self.guidance != 1.0:
             negative, interval = self.model.negative, self.guidance_interval
             denoise = Guidance(denoise, negative, self.guidance, interval, self.negative_gradient)
+        if self.model.clip is not None:
+            denoise = ClipX0(denoise, self.model.schedule, *self.model.clip)
         if self.base is not None:
             denoise = self.base(denoise)
         if self.noise is not None:

@@ -46,6 +46,11 @@ def make_kernel(raw: Mapping[str, Any], origin: Origin) -> Any:
         if known[key] in (int, float) and not isinstance(value, int | float):
             raise ConfigError(f"kernel {name}: {key} is {value!r}; it must be a number")
         inner[key] = _wrapped(name, known[key], value, origin) if key == "kernel" else value
+    if "kernel" in known and "kernel" not in inner:
+        raise ConfigError(
+            f"kernel {name} goes around another one: name it as its key kernel, for example"
+            f" {{name: {name}, kernel: ddim}}"
+        )
     try:
         return valid[name](**inner)
     except (TypeError, ValueError) as error:
@@ -57,12 +62,20 @@ def _wrapped(name: str, kind: Any, value: Any, origin: Origin) -> Any:
     made = make_kernel(value if isinstance(value, Mapping) else {"name": value}, origin)
     asked = "std" if kind is StdKernel else "coefficients"
     if not callable(getattr(made, asked, None)):
-        raise ConfigError(f"kernel {name} can't go around {type(made).__name__.lower()}")
+        valid = [
+            other for other, entry in kernels().items() if callable(getattr(entry, asked, None))
+        ]
+        why = "has no std of its own" if asked == "std" else "is no kernel"
+        raise ConfigError(
+            f"kernel {name} can't go around {type(made).__name__.lower()}, which {why}; valid are"
+            f" {', '.join(sorted(valid))}"
+        )
     return made
 
 
-def require_trainable(chain: ChainConfig) -> None:
-    """Raise `ConfigError` for a sampler that acts but can't be trained."""
+def require_trainable(chain: ChainConfig, origin: Origin) -> None:
+    """Raise `ConfigError` for a sampler that acts but can't be trained, or whose kernel is none."""
+    make_kernel(chain.kernel, origin)
     if chain.best_of > 1:
         raise ConfigError(
             f"chain: best_of is {chain.best_of}, and what is picked from several samples has no"
@@ -140,7 +153,7 @@ def deployed_sampler(
         default = replace(
             rollout, kernel={"name": "ddim", "eta": 0.0}, window=None, window_size=None
         )
-    sampler = decode(ChainConfig, {**dataclasses.asdict(default), **overrides}, "eval: sampler")
+    sampler = resampled(dataclasses.asdict(default), overrides, "eval: sampler")
     if not control or sampler.best_of == 1 or "kernel" in overrides:
         return sampler
     sampler = replace(sampler, kernel=rollout.kernel)
@@ -164,11 +177,30 @@ def without_last_noise(sampler: ChainConfig) -> ChainConfig:
     return replace(sampler, window=(low, max(min(high, sampler.steps - 1), low)))
 
 
-def resampled(own: Mapping[str, Any], overrides: Mapping[str, Any]) -> ChainConfig:
-    """A sampler with some keys replaced;
-    a window that was the whole chain stays the whole chain.
+def resampled(
+    own: Mapping[str, Any], overrides: Mapping[str, Any], where: str = "the sampler"
+) -> ChainConfig:
+    """A sampler with some keys replaced. Where they change the number of steps and name no window,
+    the window goes with it (`_rescaled`). ``where`` begins the sentences on what does not fit.
     """
-    merged = decode(ChainConfig, {**own, **overrides}, "the sampler")
-    if "window" not in overrides and merged.window == (0, own.get("steps")):
-        return replace(merged, window=(0, merged.steps))
-    return merged
+    merged = decode(ChainConfig, {**own, **overrides}, where)
+    before = int(own.get("steps", ChainConfig.steps))
+    if "window" in overrides or merged.window is None or merged.steps == before:
+        return merged
+    return replace(merged, window=_rescaled(merged.window, before, merged.steps))
+
+
+def _rescaled(window: tuple[int, int], before: int, steps: int) -> tuple[int, int]:
+    """The window of a chain of ``before`` steps on one of ``steps`` steps: the same share of it.
+
+    A window to the end, or to the last step but one, stays that; it never begins earlier in the
+    chain than it did, where the base of a policy that trains its last steps denoises, and it keeps
+    at least a step if it had one. A window that does not lie in its own chain stays as it is.
+    """
+    low, high = window
+    if not 0 <= low < high <= before:
+        return window
+    left = before - high
+    end = steps - left if left <= 1 < steps else round(high * steps / before)
+    end = max(end, 1)
+    return min(-(-low * steps // before), end - 1), end

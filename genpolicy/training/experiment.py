@@ -57,9 +57,12 @@ def train(
     started = time.perf_counter()
     resume, folder, origin = False, None, Origin(trust=trust)
     if not isinstance(experiment, Experiment):
-        resume = _is_run(Path(experiment))
-        folder = Path(experiment).parent if resume else None
-        experiment, origin = _read(experiment, overrides, trust)
+        own = Path(experiment)
+        resume = _is_run(own)
+        folder = own.parent if resume else None
+        experiment, origin = _read(own, overrides, trust)
+        if resume:
+            _require_own_output(own, experiment)
     folder = folder or Path(experiment.output)
     processes = start_processes(experiment, folder)
     with _folder(folder, resume) if processes.main else contextlib.nullcontext():
@@ -166,6 +169,16 @@ def _earned(folder: Path) -> bool:
     measured = folder / metrics_file.METRICS
     episodes = (folder / store.FOLDER).glob(f"*/{store.EPISODES}")
     return measured.is_file() or bool(checkpoint.iterations(folder)) or any(episodes)
+
+
+def _require_own_output(path: Path, asked: Experiment) -> None:
+    """Raise `ConfigError` where a run's own config.yaml is to be trained into another folder."""
+    folder = path.parent
+    if asked.output != parse.load(path).output and Path(asked.output).resolve() != folder.resolve():
+        raise ConfigError(
+            f"output is {asked.output}, and {path} resumes the run in its own folder: leave output"
+            f" out, or begin another run from {folder / 'policy'} with a config of its own"
+        )
 
 
 def _is_run(path: Path) -> bool:

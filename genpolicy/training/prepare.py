@@ -12,7 +12,12 @@ from genpolicy.config.origin import PERSON, Origin
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.task import Task
 from genpolicy.policy.files import completed, load_parts
-from genpolicy.policy.sampler import make_policy, require_trainable
+from genpolicy.policy.sampler import (
+    deployed_sampler,
+    make_kernel,
+    make_policy,
+    require_trainable,
+)
 from genpolicy.rollout.guard import guarded
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.store import EpisodeStore
@@ -75,7 +80,8 @@ def prepare(
     origin: of the experiment, which is the person's; what its policy and data sections name is not.
     """
     experiment = dataclasses.replace(experiment, policy=completed(experiment.policy))
-    require_trainable(experiment.chain)
+    require_trainable(experiment.chain, origin)
+    make_kernel(deployed_sampler(experiment.chain, experiment.eval.sampler).kernel, origin)
     torch.manual_seed(experiment.seed)
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)

@@ -2,6 +2,7 @@
 training forward.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -61,6 +62,11 @@ class ReplayCheck:
         self, policy: ChainPolicy, trajectory: Trajectory, log_ratio: LogRatio, tolerance: float
     ) -> None:
         self.gap, k = self._worst(policy, trajectory, log_ratio)
+        if math.isnan(self.gap):
+            raise ConfigError(
+                f"replay is not exact: at step {k} the log-ratio of unchanged weights is NaN, so the"
+                " network (or its std) says what is not finite there; use precision bf16 or fp32"
+            )
         self.again = self.gap > tolerance
         if not self.again:
             return
@@ -71,7 +77,7 @@ class ReplayCheck:
         )
         again = scored_again(policy, trajectory, self.micro_batches)
         gap, k = self._worst(policy, again, log_ratio)
-        if gap > tolerance:
+        if not gap <= tolerance:
             raise ConfigError(
                 f"replay is not exact: at step {k} two training forwards of the same state differ"
                 f" by a log-ratio of {gap:.1e}, more than a tenth of the clip range"
@@ -85,7 +91,7 @@ class ReplayCheck:
         """The gap of whichever process finds the largest: all must decide alike."""
         gap, k = replay_gap(policy, trajectory, log_ratio, self.micro_batches)
         found = self.processes.gather(torch.tensor([[gap, float(k)]], dtype=torch.float64))
-        worst = found[found[:, 0].argmax()]
+        worst = found[found[:, 0].argmax()]  # a NaN, where there is one
         return float(worst[0]), int(worst[1])
 
     def state_dict(self) -> dict[str, Any]:
@@ -99,9 +105,10 @@ def replay_gap(
     policy: ChainPolicy, trajectory: Trajectory, log_ratio: LogRatio, micro_batches: MicroBatches
 ) -> tuple[float, int]:
     """The largest |log-ratio| of the same weights over all rows and kept steps, and the step it is
-    found at.
+    found at; a NaN counts as the largest.
     """
-    policy, gaps = policy.along(trajectory), {}
+    policy = policy.along(trajectory)
+    gaps: list[Tensor] = []
     for k in trajectory.steps:
 
         def gap(rows: slice, k: int = k) -> float:
@@ -114,9 +121,9 @@ def replay_gap(
             )
             return float(log_ratio(now, acted, policy.model.scored(part.after(k))).abs().max())
 
-        gaps[k] = max(micro_batches(gap, len(trajectory), trajectory.shared))
-    worst = max(gaps, key=lambda k: gaps[k])
-    return gaps[worst], worst
+        gaps.append(torch.tensor(micro_batches(gap, len(trajectory), trajectory.shared)).max())
+    worst = int(torch.stack(gaps).argmax())
+    return float(gaps[worst]), trajectory.steps[worst]
 
 
 def scored_again(

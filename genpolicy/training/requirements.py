@@ -79,6 +79,7 @@ def require_chain(name: str, needs: Needs, policy: ChainPolicy) -> None:
             f"method {name}: the chain has no stochastic step to train: widen chain.window or use a"
             " kernel with noise"
         )
+    _require_learned(policy)
     if needs.likelihoods:
         _require_density(name, policy)
     first = float(policy.chain.grid[window.start])
@@ -89,6 +90,27 @@ def require_chain(name: str, needs: Needs, policy: ChainPolicy) -> None:
                 f" begins at {first:.3f}: its frozen steps can't be trained, so begin the window"
                 " later"
             )
+
+
+def _require_learned(policy: ChainPolicy) -> None:
+    """Raise `ConfigError` where at a step of the window another network than the one that learns
+    denoises.
+    """
+    window, lowest = policy.chain.stochastic, policy.model.learns_from
+    learned = [k for k in window if float(policy.chain.grid[k].max()) >= lowest]
+    if len(learned) == len(window):
+        return
+    k = next(k for k in window if k not in learned)
+    advice = (
+        f"end chain.window there, [{window.start}, {k}]"
+        if learned
+        else "begin chain.window in the noisier steps, or take more chain.steps"
+    )
+    raise ConfigError(
+        f"below noise time {lowest:g} a second network of this pipeline denoises, which does not"
+        f" learn, and step {k} of chain.window is at {float(policy.chain.grid[k].max()):.3f}:"
+        f" {advice}"
+    )
 
 
 def _require_density(name: str, policy: ChainPolicy) -> None:

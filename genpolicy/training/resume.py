@@ -1,5 +1,6 @@
 """The state of a run: what a checkpoint holds, and how a run takes it up again."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from genpolicy.config.errors import ConfigError
@@ -9,6 +10,14 @@ from genpolicy.training import checkpoint
 from genpolicy.training.run import Run
 from genpolicy.training.workspace import CONFIG
 
+FREE = (
+    *("pretrained", "revision", "lora.start"),  # what was learned from there is in the checkpoint
+    *("device", "precision", "offload", "gradient_checkpointing"),
+)
+"""Settings of a policy that may change when its run is resumed: where files lie, and how it is
+computed. Any other would give the weights of the checkpoint another meaning (a LoRA's alpha).
+"""
+
 
 def save(run: Run) -> None:
     """Checkpoint, and the policy as it stands, written atomically by the main process."""
@@ -16,6 +25,7 @@ def save(run: Run) -> None:
         kept = run.state.registered
         state = {
             **run.learner.state_dict(),
+            "policy": run.experiment.policy,
             "kept": run.state.waiting | {name: value.state_dict() for name, value in kept.items()},
             "parts": run.state.parts_state(),
         }
@@ -51,6 +61,8 @@ def resume(run: Run) -> None:
     config = run.folder / CONFIG
     if config.is_file() and edited(config.read_text(encoding="utf-8")):
         run.say(f"{config} has changed since the run wrote it: the run goes on as it says now")
+    if "policy" in state:  # older checkpoints did not keep it
+        _require_same_policy(run, state["policy"])
     try:
         _restore(run, state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -71,3 +83,26 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
     known = run.state.registered
     run.state.waiting = {n: value for n, value in state["kept"].items() if n not in known}
     run.state.load_parts(state["parts"])
+
+
+def _require_same_policy(run: Run, before: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where the policy section says another thing than when the checkpoint was
+    made, `FREE` settings aside.
+    """
+    then, now = _flat(before), _flat(run.experiment.policy)
+    for key in dict.fromkeys([*now, *then]):
+        if key not in FREE and then.get(key) != now.get(key):
+            raise ConfigError(
+                f"policy.{key} is {now.get(key)!r}, and was {then.get(key)!r} when the checkpoint in"
+                f" {run.folder} was made: it would give what was learned another meaning; leave it"
+                " as it was, or begin another run from this one's policy folder"
+            )
+
+
+def _flat(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a section by their names, those of sections in it as section.name."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        inner = _flat(value) if isinstance(value, Mapping) else None
+        flat |= {key: value} if inner is None else {f"{key}.{k}": v for k, v in inner.items()}
+    return flat

@@ -1,5 +1,6 @@
 """One optimiser step on the mean of a loss over rows of all processes, in micro-batches."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.weights import Weights
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.rollout.rollout import Rollout
-from genpolicy.training.optimizer import Optimizer
+from genpolicy.training.optimizer import Optimizer, step_together
 from genpolicy.training.workspace import Workspace
 
 Terms = Iterable[tuple[Tensor, Mapping[str, Tensor]]]
@@ -106,7 +107,8 @@ class Updates:
         row; where nobody has one, nothing is done. pace: of the learning rates. model: its
         evaluations are counted once, also where memory ran out. whole: consecutive rows that no
         micro-batch divides. Returns the means of the loss and its metrics, and the gradient's norm
-        of the first optimiser.
+        of the first optimiser. Raises `FloatingPointError` before anything is applied where the
+        loss, or the norm, is not finite.
         """
         alone = self.processes.count == 1
         count = rows * each if alone else int(self.processes.sum(float(rows * each)))
@@ -131,11 +133,14 @@ class Updates:
         restart()
         if rows:
             self.micro_batches(accumulate, rows, whole, restart)
-        norm = optimizers[0].step(pace)
-        for optimizer in optimizers[1:]:
-            optimizer.step(pace)
         # one read of the device for all metrics
         totals = torch.stack(list(sums.values())).tolist() if sums else []
         mine = dict(zip(sums, totals, strict=True))
         everybody = mine if alone else self.processes.sums(mine)
-        return {name: total / count for name, total in everybody.items()}, norm
+        means = {name: total / count for name, total in everybody.items()}
+        if not math.isfinite(means["loss"]):
+            # no scale of fp16's gradients mends it
+            raise FloatingPointError(
+                f"the loss is {means['loss']}: nothing was applied; the last checkpoint is intact"
+            )
+        return means, step_together(optimizers, pace)

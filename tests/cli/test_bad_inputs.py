@@ -9,7 +9,7 @@ import yaml
 
 from genpolicy.cli.main import main
 from genpolicy.training import checkpoint
-from tests.toy import experiment
+from tests.toy import brightness, experiment
 
 torch.set_num_threads(1)
 SHAPES = {"name": "diffusers_pipeline", "pretrained": "assets/shapes-sd3", "train": "full"}
@@ -17,6 +17,10 @@ SHAPES = {"name": "diffusers_pipeline", "pretrained": "assets/shapes-sd3", "trai
 
 def unreadable(outputs, context):
     raise ValueError("this caption has no colour")
+
+
+def informed(outputs, context):
+    return brightness(outputs, context), {"why": "it is bright"}
 
 
 def tree(folder: Path) -> dict[str, bytes] | None:
@@ -64,6 +68,14 @@ OVERRIDES = {
     "an order of prompts that there is not": (
         ["--task.order=random"],
         "genpolicy: task prompts: order is 'random'; valid are 'shuffled', 'sequential'",
+    ),
+    "a floor under a kernel without a std of its own, before the model is read": (
+        ["--policy.pretrained=nowhere", "--chain.kernel={name: floorstd, floor: 0.1, kernel: sde}"],
+        "kernel floorstd can't go around sde, which has no std of its own",
+    ),
+    "the same in the deployed sampler": (
+        ["--policy.pretrained=nowhere", "--eval.sampler.kernel={name: clipstd, kernel: sde}"],
+        "kernel clipstd can't go around sde, which has no std of its own",
     ),
     "the best of several without a critic": (
         ["--eval.sampler.best_of=4"],
@@ -149,6 +161,10 @@ OVERRIDES = {
     "a reward that can't read a prompt": (
         ["--reward={tests.cli.test_bad_inputs:unreadable: 1}"],
         "has no colour (test_bad",
+    ),
+    "a reward that returns more than its scores": (
+        ["--reward={tests.cli.test_bad_inputs:informed: 1}"],
+        "reward informed returned a tuple of Tensor, dict; it must return one number for each",
     ),
     "captions of another world": (["--reward=shapes_strict"], "is not a shapes caption"),
     "two rewards of one name": (

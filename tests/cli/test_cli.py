@@ -537,6 +537,9 @@ def noisy(outputs, context):
     "single.py": "def single(outputs, context):\n    return outputs.mean()\n",
     "greedy.py": "def greedy(outputs, context):\n    return outputs.zero_().flatten(1).mean(1)\n",
     "endless.py": "def endless(outputs, context):\n    return outputs.flatten(1).sum(1) / 0\n",
+    "informed.py": "def informed(outputs, context):\n    return outputs.flatten(1).mean(1), {}\n",
+    "mute.py": "def mute(outputs, context):\n    pass\n",
+    "named.py": "def named(outputs, context):\n    return {'mine': outputs.flatten(1).mean(1)}\n",
     "pulled.py": """
 from dataclasses import dataclass
 from genpolicy.methods.flow_grpo import FlowGRPO
@@ -644,6 +647,9 @@ def leaves(tmp_path: Path, monkeypatch) -> Path:
         ("batchy", "a row's reward does not depend on the others"),
         ("noisy", "the same outputs get the same reward"),
         ("single", "one number for every output"),
+        ("informed", "one number for every output: reward mypkg_of_test_cli.informed:informed ret"),
+        ("mute", "returned None; it must return one number for each output, a Float[6]"),
+        ("named", "returned a dict; it must return one number for each output, a Float[6]"),
         ("greedy", "leaves the outputs as they are"),
         ("endless", "finite"),
         ("pulled:Pulled", "no advantage, no gradient"),

@@ -15,7 +15,13 @@ from genpolicy.contracts.task import is_control
 from genpolicy.methods.flow_grpo import FlowGRPO
 from genpolicy.models.toy import Toy
 from genpolicy.policy.files import completed
-from genpolicy.policy.sampler import kernels, make_kernel, make_policy, resampled
+from genpolicy.policy.sampler import (
+    deployed_sampler,
+    kernels,
+    make_kernel,
+    make_policy,
+    resampled,
+)
 from genpolicy.training.build import make_data, make_rewards, prompt_lines
 from genpolicy.training.requirements import Needs
 from tests import toy
@@ -138,6 +144,12 @@ def test_every_shipped_config_is_short_and_explained(name: str):
         ({"name": "ddim", "eta": None}, "eta is None; it must be a number"),
         ({"name": "mean", "kernel": "heun"}, "kernel mean can't go around heun"),
         ({"name": "clipstd", "kernel": {"name": "sde"}}, "kernel clipstd can't go around sde"),
+        (
+            {"name": "floorstd", "floor": 0.1, "kernel": "sde"},
+            "which has no std of its own; valid are clipstd, cps, ddim, floorstd",
+        ),
+        ({"name": "mean", "kernel": "heun"}, "which is no kernel; valid are clipstd, consistency"),
+        ({"name": "clipstd"}, "goes around another one: name it as its key kernel, for example"),
         ({"name": "mean", "kernel": None}, "kernel needs a name"),
         ({"name": "chain"}, "there is no kernel 'chain'"),
     ],
@@ -226,8 +238,36 @@ def test_an_entry_of_the_data_section_that_is_no_data_set_is_one_sentence(entry)
 def test_a_saved_window_that_is_no_window_is_one_sentence():
     with pytest.raises(ConfigError, match="window is 3"):
         resampled({"window": 3}, {})
-    assert resampled({"steps": 4, "window": [0, 4]}, {"steps": 2}).window == (0, 2)
-    assert resampled({"steps": 4, "window": [0, 2]}, {"steps": 3}).window == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("window", "before", "steps", "after"),
+    [
+        ((0, 4), 4, 2, (0, 2)),  # the whole chain
+        ((0, 2), 4, 3, (0, 2)),
+        ((5, 10), 10, 5, (3, 5)),  # the last K' of K steps: its base takes no step less
+        ((5, 10), 10, 20, (10, 20)),
+        ((5, 10), 10, 1, (0, 1)),
+        ((0, 9), 10, 20, (0, 19)),  # all but the last
+        ((8, 9), 10, 4, (2, 3)),
+        ((2, 5), 10, 20, (4, 10)),
+        ((0, 0), 10, 5, (0, 0)),  # none
+        ((5, 10), 10, 10, (5, 10)),
+    ],
+)
+def test_a_window_goes_with_the_number_of_steps(window, before, steps, after):
+    own = {"steps": before, "window": list(window)}
+    assert resampled(own, {"steps": steps}).window == after
+    named = {"steps": steps, "window": [0, 1]}
+    assert resampled(own, named).window == (0, 1), "what is named is taken"
+    chain = ChainConfig(steps=before, window=window)
+    assert deployed_sampler(chain, {"steps": steps}, control=True).window == after
+    made = make_policy(Toy(), resampled(own, {"steps": steps}))
+    assert (made.chain.stochastic.start, made.chain.stochastic.stop) == after
+
+
+def test_a_window_without_a_number_of_steps_is_one_of_the_default():
+    assert resampled({"window": [5, 10]}, {"steps": 20}).window == (10, 20)
 
 
 @pytest.mark.parametrize("worlds", ["prompts", (), ("pictures",)])

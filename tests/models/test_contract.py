@@ -24,6 +24,12 @@ def test_every_model_is_listed_here() -> None:
 
 
 @pytest.mark.parametrize("name", ACTS)
+def test_our_own_networks_learn_at_all_times(name: str) -> None:
+    if name != "diffusers_pipeline":  # says it once it is loaded
+        assert leaf("models", name).learns_from == 0.0
+
+
+@pytest.mark.parametrize("name", ACTS)
 def test_a_class_says_whether_its_samples_are_actions(name: str) -> None:
     kind = leaf("models", name, PERSON)
     assert kind.acts is ACTS[name]

@@ -14,14 +14,17 @@ import diffusers
 import pytest
 import torch
 import transformers
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from genpolicy.chain import CPS, DDIM, SDE, Chain, Noise
+from genpolicy.chain import CPS, DDIM, SDE, Chain, ClipX0, Guidance, Noise
 from genpolicy.chain.kernel import Kernel
 from genpolicy.chain.noise import PRIOR
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.leaves import make
 from genpolicy.contracts.task import Context
-from genpolicy.models._diffusers_lora import WEIGHTS
+from genpolicy.models._diffusers_lora import ADAPTER, WEIGHTS
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.weights import swapped
@@ -84,6 +87,23 @@ def noises(prompts: Sequence[str], members: int = 1) -> Noise:
 
 def zero_noise(model: DiffusersPipeline, guidance: float, grid: Tensor) -> ChainPolicy:
     return ChainPolicy(model, Chain(model.schedule, grid, DDIM(0.0)), guidance)
+
+
+def native_policy(model: DiffusersPipeline, family: str) -> Tensor:
+    """The latents of the ODE from our noise, guided as the family is, at the pipeline's times."""
+    policy = zero_noise(model, tiny.GUIDANCE[family], model.native_grid(K))
+    return policy.sample(model.encode(Context(PROMPTS)), noises(PROMPTS)).x0
+
+
+def written_as_before(model: DiffusersPipeline, folder: Path) -> None:
+    """Write a LoRA as genpolicy 0.1 did: B as it learns, and alpha in diffusers' metadata alone."""
+    weights = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
+    name = model._name
+    if name == "unet":
+        weights = diffusers.utils.convert_state_dict_to_diffusers(weights)
+    metadata = model.denoiser.peft_config[ADAPTER].to_dict()
+    layers = {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": metadata}
+    type(model.pipeline).save_lora_weights(folder, **layers)
 
 
 def native(
@@ -223,6 +243,63 @@ def test_clipping_is_ddims_own(tmp_path):
         .x0
     )
     assert (other - x0).abs().max() > 0.1
+
+
+def test_clipping_is_ddims_own_under_guidance(tmp_path):
+    """What is guided is clipped: clipping each branch before the guidance is another sampler."""
+    pipeline = tiny.build("sdxl")
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        pipeline.scheduler.config, clip_sample=True, clip_sample_range=0.5
+    )
+    pipeline.save_pretrained(tmp_path)
+    model = load("sdxl", tmp_path)
+    grid, condition = model.native_grid(K), model.encode(Context(PROMPTS))
+    policy = zero_noise(model, 4.0, grid)
+    theirs = native(plain(tmp_path), "sdxl", model, guidance_scale=4.0)
+    assert_same_latents(policy.sample(condition, noises(PROMPTS)).x0, theirs, 1e-4)
+    # control
+    clipped = ClipX0(model.denoise, model.schedule, *model.clip)
+    wrong = Guidance(clipped, model.negative, 4.0)
+    other = policy.chain.sample(wrong, condition, noises(PROMPTS), model.event_shape)
+    assert (other.x0 - theirs).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_a_guided_step_is_the_clipping_schedulers_own(name, tmp_path):
+    """The clipped x0, and the mean of the step with its noise, of diffusers' own step function on
+    the guided output of the network.
+    """
+    pipeline = tiny.build("sdxl")
+    kind = getattr(diffusers, name)
+    pipeline.scheduler = kind.from_config(
+        pipeline.scheduler.config, clip_sample=True, clip_sample_range=0.5
+    )
+    pipeline.save_pretrained(tmp_path)
+    model = load("sdxl", tmp_path)
+    condition = model.encode(Context(PROMPTS))
+    policy = ChainPolicy(model, Chain(model.schedule, model.native_grid(K), DDIM(1.0)), 4.0)
+    x, k = noises(PROMPTS)(PRIOR, model.event_shape), 1
+    t = policy.chain.grid[k].expand(2)
+    with torch.no_grad():
+        ours = policy.denoiser(x, t, condition)
+        positive, negative = (
+            model.denoise(x, t, c).eps for c in (condition, model.negative(condition))
+        )
+        # unclipped ahead of the scheduler: their epsilon is ours
+        scheduler = model.pipeline.scheduler
+        scheduler.set_timesteps(K)
+        level = scheduler.timesteps[k]
+        guided = negative + 4.0 * (positive - negative)
+        extra = {"eta": 1.0} if name == "DDIMScheduler" else {}
+        theirs = scheduler.step(
+            guided, level, x, generator=torch.Generator().manual_seed(0), **extra
+        )
+        # the noise that it has drawn
+        drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        gaussian = policy.chain.coefficients(k).gaussian(x, ours)
+    assert (theirs.pred_original_sample.abs() == 0.5).any()
+    torch.testing.assert_close(ours.x0, theirs.pred_original_sample, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gaussian.sample(drawn), theirs.prev_sample, rtol=0, atol=1e-4)
 
 
 # Replay
@@ -418,13 +495,63 @@ def test_a_saved_lora_is_the_same_policy_in_plain_diffusers(family, tmp_path):
     assert_same_latents(x0, native(fresh, family, model))
     assert (x0 - base).abs().max() > 1e-3
 
-    (tmp_path / "bare").mkdir()
-    save_file(
-        load_file(tmp_path / WEIGHTS), tmp_path / "bare" / WEIGHTS
-    )  # without metadata alpha is lost
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_loras_tensors_alone_are_the_same_policy(family, tmp_path):
+    """Its dict says no alpha, and who reads it (ComfyUI too) takes alpha/rank for 1."""
+    model = learner(family)
+    x0 = native_policy(model, family)
+    model.save(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    fresh = plain(saved(family))
+    fresh.load_lora_weights(dict(tensors))
+    assert_same_latents(x0, native(fresh, family, model))
+    # control: as B was written before, without alpha/rank
+    up = ("lora_B.weight", "lora.up.weight")
+    weaker = {n: v / 2 if n.endswith(up) else v for n, v in tensors.items()}
     other = plain(saved(family))
-    other.load_lora_weights(tmp_path / "bare", weight_name=WEIGHTS)
+    other.load_lora_weights(weaker)
     assert (x0 - native(other, family, model)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize("alpha", [8.0, 3.0])
+def test_a_saved_lora_goes_on_as_it_was(family, alpha, tmp_path):
+    """The policy, and what a step of its parameters changes, whatever alpha/rank it has."""
+    model = stir(load(family, lora={"rank": 4, "alpha": alpha}))
+    model.save(tmp_path)
+    again = load(family, lora={"start": str(tmp_path)})
+    for (name, one), other in zip(
+        model.trainable().items(), again.trainable().values(), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0, msg=name)
+    if alpha == 8.0:  # a power of two of the rank: to the bit
+        pairs = zip(model.trainable().values(), again.trainable().values(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    x0, other = native_policy(model, family), native_policy(again, family)
+    torch.testing.assert_close(x0, other, rtol=1e-4, atol=1e-5)
+    again.save(tmp_path / "twice")
+    first, second = (load_file(f / WEIGHTS) for f in (tmp_path, tmp_path / "twice"))
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[n], second[n], rtol=1e-6, atol=0) for n in first)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_a_lora_saved_before_alpha_was_folded_still_loads(family, tmp_path):
+    model = learner(family)
+    written_as_before(model, tmp_path)
+    again = load(family, lora={"start": str(tmp_path)})
+    assert torch.equal(native_policy(again, family), native_policy(model, family))
+
+
+def test_a_lora_starts_in_fp32_whatever_the_network_runs_in(tmp_path):
+    model = learner("sd3")
+    model.save(tmp_path)
+    again = load("sd3", precision="bf16", lora={"start": str(tmp_path)})
+    for name, parameter in again.trainable().items():
+        assert torch.equal(parameter, model.trainable()[name]), name
+    rounded = [p.bfloat16().float() for p in model.trainable().values()]
+    assert any(not torch.equal(*p) for p in zip(rounded, again.trainable().values(), strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -669,6 +796,42 @@ def test_negative_prompts_and_embedded_guidance_are_read():
         assert not torch.allclose(one, other)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_negative_prompt_is_the_familys_own(family):
+    """A text is a prompt like any other, and none is what the pipeline itself takes for none."""
+    plain_one, guided = plain(saved(family)), {}
+    for negative in (None, "a green triangle"):
+        model = load(family, train="full", negative_prompt=negative)
+        condition = model.encode(Context(PROMPTS))
+        policy = zero_noise(model, tiny.GUIDANCE[family], model.native_grid(K))
+        guided[negative] = policy.sample(condition, noises(PROMPTS)).x0
+        told = {} if negative is None else {"negative_prompt": [negative] * 2}
+        theirs = native(plain_one, family, model, **told)
+        assert_same_latents(guided[negative], theirs)
+        if negative is not None:
+            x, t = torch.randn(2, *model.event_shape), model.grid(K)[1].expand(2)
+            with torch.no_grad():
+                said = model.denoise(x, t, model.negative(condition)).eps
+                positive = model.denoise(x, t, model.encode(Context([negative] * 2))).eps
+            torch.testing.assert_close(said, positive, rtol=0, atol=1e-5)
+    changed = float((guided[None] - guided["a green triangle"]).abs().max())
+    assert (changed == 0) == (family == "flux"), "control: the text is read"
+
+
+@pytest.mark.parametrize("negative", [["a"], ["a", "b"], 3])
+def test_a_negative_prompt_that_is_no_text_is_one_sentence(negative):
+    with pytest.raises(ValueError, match=r"policy.negative_prompt is .*; it must be one text"):
+        load("sd15", negative_prompt=negative)
+
+
+@pytest.mark.parametrize("negative", [["a"], {"a": "b"}])
+def test_a_list_in_a_yaml_is_no_negative_prompt(negative):
+    """It was read as the text that Python writes for it."""
+    raw = {"name": "diffusers_pipeline", "pretrained": "x", "negative_prompt": negative}
+    with pytest.raises(ConfigError, match=r"negative_prompt is .*; it must be text or null"):
+        make("models", raw)
+
+
 def test_offload_changes_nothing_but_the_place():
     model, other = stir(load("sd3", offload=True)), learner("sd3")
     policies = [
@@ -764,6 +927,39 @@ def test_a_lora_of_another_family_is_refused(tmp_path):
     learner("sd15").save(tmp_path)
     with pytest.raises(ValueError, match=r"lora.start .* SD3Transformer2DModel"):
         load("sd3", lora={"start": str(tmp_path)})
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3", "wan"])
+def test_a_lora_of_which_a_part_fits_nothing_is_refused(family, tmp_path):
+    learner(family).save(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    names = [n.replace("attn", "nowhere") if i % 4 == 0 else n for i, n in enumerate(tensors)]
+    save_file(dict(zip(names, tensors.values(), strict=True)), tmp_path / WEIGHTS)
+    said = rf"lora.start .* {-(-len(names) // 4)} of its {len(names)} tensors fit no layer.*nowhere"
+    with pytest.raises(ValueError, match=said) as caught:
+        load(family, lora={"start": str(tmp_path)})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("of", "into", "said"),
+    [
+        ("flux", "sd3", r"tensors fit no layer, the first is single_transformer_blocks"),
+        ("ltx", "cogvideox", r"tensors fit no layer, the first is .*attn2"),
+        ("cogvideox", "ltx", r"4 of the layers that it says it changes are not in it.*attn2"),
+        ("sdxl", "sd15", r"tensors fit no layer, the first is .*\[4, 64\]"),
+    ],
+)
+def test_a_lora_of_a_family_with_some_of_the_names_is_refused(of, into, said, tmp_path):
+    learner(of).save(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        load(into, lora={"start": str(tmp_path)})
+
+
+def test_a_full_fine_tune_that_names_a_lora_is_refused(tmp_path):
+    learner("sd3").save(tmp_path)
+    with pytest.raises(ValueError, match=r"lora.start .* policy.train is full, which starts from"):
+        load("sd3", train="full", lora={"start": str(tmp_path)})
 
 
 @pytest.mark.parametrize(

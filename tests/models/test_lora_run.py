@@ -3,6 +3,7 @@ that LoRA is the reference, and what is saved loads in plain diffusers.
 """
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from accelerate import Accelerator
 
 import genpolicy
 from genpolicy.chain import Noise
+from genpolicy.cli.main import main
 from genpolicy.config import parse
+from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.task import Context
 from genpolicy.training.experiment import train
 from genpolicy.training.prepare import prepare
@@ -152,3 +155,97 @@ def test_half_precision_networks_train_with_an_exact_replay(pipeline, tmp_path, 
     end = torch.load(result.folder / "checkpoints/2/state.pt", weights_only=True)["parameters"]
     assert any(not torch.equal(a, b) for a, b in zip(start, end, strict=True))
     assert all(b.isfinite().all() for b in end)
+
+
+def without_train(experiment: dict) -> dict:
+    """The experiment whose policy section leaves ``train`` to its default, which is lora."""
+    del experiment["policy"]["train"]
+    return experiment
+
+
+def drawn(folder: Path) -> torch.Tensor:
+    policy = genpolicy.load(folder)
+    noise = Noise.rows(5, 0, torch.arange(2), 1)
+    return policy.sample(policy.model.encode(Context(["a red circle", "a blue square"])), noise).x0
+
+
+def test_a_lora_run_that_leaves_train_to_its_default_loads_again(pipeline, trained, tmp_path):
+    result = train(parse.parse(without_train(raw(pipeline, tmp_path / "default"))))
+    assert torch.equal(drawn(result.folder), drawn(trained.folder))
+    # and another run goes on from it
+    start = str(result.folder / "policy")
+    on = without_train(raw(pipeline, tmp_path / "on", start, budget={"iterations": 1}))
+    assert (drawn(train(parse.parse(on)).folder) - drawn(result.folder)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_a_lora_run_of_the_last_steps_loads_again_with_its_base(
+    pipeline, tmp_path, default, capsys
+):
+    """DPPO's K' < K on prompts: the noisier steps stay the LoRA's that the run began with."""
+    experiment = raw(
+        pipeline,
+        tmp_path / "run",
+        method={"name": "dppo", "episodes": 4, "warm_up": 0},
+        chain={"steps": 4, "kernel": {"name": "ddim", "eta": 1.0}, "window": [2, 3]},
+        budget={"iterations": 1},
+    )
+    result = train(parse.parse(without_train(experiment) if default else experiment))
+    policy = genpolicy.load(result.folder)
+    assert list(policy.parts) == ["base"]
+    out = tmp_path / "pictures"
+    words = ["sample", str(result.folder), "--prompts", "a red circle", "--out", str(out)]
+    assert main(words) == 0
+    assert (out / "grid.png").is_file()
+    # another run goes on from it, and its base stays what it is
+    start = str(result.folder / "policy")
+    on = {**experiment, "output": str(tmp_path / "on")}
+    on["policy"] = {**experiment["policy"], "lora": {"start": start}}
+    again = genpolicy.load(train(parse.parse(on)).folder)
+    base, other = (p.parts["base"].weights for p in (policy, again))
+    assert all(torch.equal(base[name], other[name]) for name in base)
+
+
+def test_an_old_folder_of_a_whole_network_that_named_a_lora_loads(pipeline, tmp_path):
+    """It was not read then."""
+    experiment = raw(pipeline, tmp_path / "run", budget={"iterations": 1})
+    experiment["policy"] |= {"train": "full", "lora": {"rank": 4}}
+    folder = train(parse.parse(experiment)).folder / "policy"
+    description = json.loads((folder / "genpolicy.json").read_text())
+    description["policy"]["lora"] = {"start": "somewhere"}
+    (folder / "genpolicy.json").write_text(json.dumps(description))
+    assert genpolicy.load(folder).model.train == "full"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--policy.lora.alpha=16", r"policy.lora.alpha is 16, and was 8 when the checkpoint in"),
+        ("--policy.lora.rank=2", "policy.lora.rank is 2, and was 4"),
+        ("--policy.train=full", "policy.train is 'full', and was 'lora'"),
+        ("--policy.negative_prompt=blue", "policy.negative_prompt is 'blue', and was None"),
+    ],
+)
+def test_a_resumed_run_keeps_the_meaning_of_what_it_learned(trained, override, said):
+    before = (trained.folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=said):
+        train(trained.folder / "config.yaml", [override, "--budget.iterations=4"])
+    assert (trained.folder / "config.yaml").read_text() == before
+
+
+def test_a_resumed_run_may_be_computed_otherwise(pipeline, tmp_path):
+    """With another device, memory or place of the same files."""
+    result = train(parse.parse(raw(pipeline, tmp_path, budget={"iterations": 1})))
+    moved = tmp_path / "moved"
+    shutil.copytree(pipeline, moved)
+    more = ["--policy.offload=true", "--policy.gradient_checkpointing=true"]
+    more += [f"--policy.pretrained={moved}", "--budget.iterations=2"]
+    assert train(result.folder / "config.yaml", more).summary["iterations"] == 2
+
+
+def test_a_resumed_run_goes_to_no_other_folder(trained, tmp_path):
+    config, other = trained.folder / "config.yaml", tmp_path / "other"
+    with pytest.raises(ConfigError, match=r"output is .*other, and .* resumes the run in its own"):
+        train(config, [f"--output={other}"])
+    assert not other.exists()
+    train(config, [f"--output={trained.folder}"])  # control: that is where it goes on

@@ -18,6 +18,7 @@ from genpolicy.chain.noise import PRIOR
 from genpolicy.cli.main import main
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.origin import PERSON
 from genpolicy.config.schema import ChainConfig
 from genpolicy.config.seal import unsealed
 from genpolicy.evaluation.samplers import PRESETS, variants
@@ -198,12 +199,12 @@ def test_what_is_deployed_by_default():
 
 
 def test_they_are_not_trained():
-    require_trainable(SAMPLER)
+    require_trainable(SAMPLER, PERSON)
     with pytest.raises(
         ConfigError,
         match=r"no likelihood to train on: leave it at 1 \(eval\.sampler\.best_of is for a policy that has",
     ):
-        require_trainable(replace(SAMPLER, best_of=2))
+        require_trainable(replace(SAMPLER, best_of=2), PERSON)
 
 
 @pytest.mark.parametrize("plan", [[], ["--plan"]])

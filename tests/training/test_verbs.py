@@ -24,7 +24,7 @@ from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.training.experiment import train
-from genpolicy.training.optimizer import Optimizer
+from genpolicy.training.optimizer import Optimizer, step_together
 from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
 from genpolicy.training.requirements import Needs
@@ -591,7 +591,7 @@ def scaled_step(accelerator, rows):
     optimizer.zero_grad()
     if rows:
         optimizer.backward((network(torch.ones(rows, 2)) ** 2).sum() / 4)
-    norm = optimizer.step(0.0)
+    norm = step_together([optimizer], 0.0)
     return norm, optimizer.scaler.get_scale(), [p.detach() for p in network.parameters()]
 
 
