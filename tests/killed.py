@@ -11,7 +11,6 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
 import yaml
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
@@ -68,9 +67,10 @@ def child(path: Path, run: Path, place: int) -> tuple[int, int]:
 
 def main(jobs: str) -> None:
     """The parent never trains, so that its children may fork from it; libraries are imported once."""
-    import genpolicy.methods.flow_grpo
-    import genpolicy.methods.rl100
-    import genpolicy.models.mlp  # noqa: F401
+    import torch._dynamo  # an optimiser brings it: seconds
+
+    import tests.rl100_toy
+    import tests.toy  # noqa: F401
     from genpolicy.evaluation import curves
 
     curves.figures = lambda folder: None

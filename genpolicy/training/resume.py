@@ -5,6 +5,7 @@ from typing import Any
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.seal import edited
+from genpolicy.config.whole_file import STAGED
 from genpolicy.evaluation import metrics_file
 from genpolicy.training import checkpoint
 from genpolicy.training.run import Run
@@ -44,6 +45,9 @@ def resume(run: Run) -> None:
     Raises `ConfigError` where all are damaged, where iterations were measured and no checkpoint is
     left, and where the checkpoint does not fit the experiment.
     """
+    if run.processes.main:  # what a kill has left half-written
+        for left in run.folder.rglob(f"{STAGED}*"):
+            left.unlink()
     for number in metrics_file.damaged(run.folder):
         run.say(f"{run.folder / metrics_file.METRICS}: line {number} is damaged and left out")
     state = checkpoint.latest(run.folder, run.say)

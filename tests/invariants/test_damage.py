@@ -13,13 +13,13 @@ from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make
 from genpolicy.contracts.task import Context
+from genpolicy.evaluation import metrics_file
 from genpolicy.policy.files import load
 from genpolicy.rollout.demonstrations import demonstrate
 from genpolicy.training import checkpoint
 from genpolicy.training.experiment import train
 from tests import rl100_toy, toy
 from tests.invariants.test_control_run import same_state
-from tests.invariants.test_same_run import metrics
 
 SEED, WHOLE = 3, 60
 
@@ -75,10 +75,12 @@ def robots(folder):
 
 
 def gone_on(run: Path):
-    """The numbers of a run that goes on for an iteration, and whether something was told about a file."""
+    """The numbers of a run that goes on for an iteration."""
     last = {"prompts": 3, "robots": 4}[run.parent.parent.name]
     result = train(run / "config.yaml", [f"--budget.iterations={last + 1}"])
-    lines = [{k: v for k, v in m.items() if v is not None} for m in metrics(result.folder)]
+    timed = ("time", "memory")
+    read = metrics_file.read(result.folder)  # a damaged line before stays in the file
+    lines = [{k: v for k, v in m.items() if not k.startswith(timed)} for m in read]
     state = checkpoint.latest(result.folder)
     return state, [line for line in lines if line["iteration"] == last + 1]
 
