@@ -341,7 +341,7 @@ def test_checkpoint_of_another_policy(finished: Path, capsys):
     said = complaint(
         capsys, finished / "run", "train", config, "--policy.hidden=8", "--budget.iterations=3"
     )
-    assert "does not fit this experiment" in said
+    assert "policy.hidden is 8, and was None" in said
 
 
 def test_folder_that_is_not_empty(tmp_path: Path, capsys):

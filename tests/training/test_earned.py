@@ -29,6 +29,7 @@ from genpolicy.training.run import Run
 from tests import toy, toy_control
 from tests.toy import brightness
 from tests.toy_control import Point, Walk, prepared
+from tests.training.test_trackers import trackers  # noqa: F401 (a fixture)
 
 FIRST_ROWS = 16
 """Samples of the first evaluation of the toy of prompts, all of the same four prompts in turn."""
@@ -263,6 +264,7 @@ def test_a_run_that_was_killed_before_its_config_stood_is_begun_again(tmp_path):
         train(parse.load(tmp_path / "experiment.yaml", [f"--output={other}"]))
 
 
+@pytest.mark.usefixtures("trackers")
 def test_trackers_write_only_beside_a_config(tmp_path, monkeypatch):
     """A kill while they begin leaves a folder that can be resumed."""
     seen = []
@@ -271,7 +273,7 @@ def test_trackers_write_only_beside_a_config(tmp_path, monkeypatch):
         seen.append((tmp_path / "run" / "config.yaml").is_file())
 
     monkeypatch.setattr(Processes, "start_trackers", look)
-    path = prompts(tmp_path, "brightness", trackers=["tensorboard"], budget={"iterations": 1})
+    path = prompts(tmp_path, "brightness", trackers=["told"], budget={"iterations": 1})
     train(path)
     assert seen == [True]
 
