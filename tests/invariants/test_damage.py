@@ -12,6 +12,7 @@ from genpolicy.chain import Noise
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.evaluation import metrics_file
 from genpolicy.policy.files import load
@@ -102,7 +103,7 @@ def actions(policy: Path):
 
 def columns(folder: Path):
     """What a data set teaches."""
-    found = make("datasets", {"name": "lerobot_dataset", "root": str(folder)})
+    found = make("datasets", {"name": "lerobot_dataset", "root": str(folder)}, PERSON)
     context, action, pad = found.rows(torch.arange(len(found)), 1, range(2))
     return [action, pad, *context.observation.values(), *found.columns.values()], context.prompts
 
