@@ -91,6 +91,8 @@ def guarded(
     with outside(f"task {name}", patience, TaskError):
         try:
             environments = task.environments(count, history)
+        except (ConfigError, TaskError):
+            raise
         except (ValueError, MemoryError) as error:
             raise ConfigError(
                 f"environments: task {name} can't make {count} side by side:"
