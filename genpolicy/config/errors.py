@@ -2,7 +2,9 @@
 
 import difflib
 import math
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 SHOWN = 200
@@ -31,6 +33,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
+def place(error: BaseException) -> str:
+    """The file and the line that raised an error, as in toy.py:76."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
+
+
 def nearest(word: str, valid: Sequence[str]) -> str:
     """The end of an error message: '; did you mean a?', '; valid are ...' or '; there are none'."""
     if not valid:
@@ -55,6 +63,14 @@ def at_least(where: str, section: Any, **least: float) -> None:
         value = getattr(section, name)
         if value is not None and not low <= value < math.inf:
             raise ConfigError(f"{where}: {name} is {value}; it must be at least {low}")
+
+
+def at_most(where: str, section: Any, **most: float) -> None:
+    """Raises unless every named field of ``section`` is None or at most that much."""
+    for name, high in most.items():
+        value = getattr(section, name)
+        if value is not None and not value <= high:
+            raise ConfigError(f"{where}: {name} is {value}; it must be at most {high}")
 
 
 def positive(where: str, section: Any, *names: str) -> None:

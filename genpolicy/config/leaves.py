@@ -18,6 +18,14 @@ from genpolicy.config.parse import decode
 
 KINDS = ("methods", "models", "rewards", "tasks", "datasets")
 """The shelves of leaves."""
+VERBS = {
+    "methods": ("train",),
+    "models": ("denoise",),
+    "rewards": ("__call__",),
+    "tasks": ("reset", "environments"),
+    "datasets": ("rows", "pictures"),
+}
+"""What is called of an entry of each shelf; a dotted path may lead to something else."""
 SHIPPED = ("assets/", "configs/", "robots/")
 """Paths of what ships begin like this."""
 
@@ -39,10 +47,14 @@ def leaf(kind: str, name: str, origin: Origin) -> Any:
     if ":" in name:
         origin.admit(name, kind[:-1])
         module_name, _, entry = name.partition(":")
+        if not all((*module_name.split("."), *entry.split("."))) or "\0" in name:
+            raise ConfigError(
+                f"{kind[:-1]} {shown(name)} is no dotted path: it must be of the form pkg.mod:entry"
+            )
         try:
             return getattr(importlib.import_module(module_name), entry)
         except (ImportError, AttributeError) as error:
-            raise ConfigError(f"{kind[:-1]} {name!r} can't be imported: {error}") from None
+            raise ConfigError(f"{kind[:-1]} {shown(name)} can't be imported: {error}") from None
     if name not in names(kind):
         raise ConfigError(
             f"there is no {kind[:-1]} {shown(name)}{nearest(name, names(kind))} "
@@ -58,17 +70,17 @@ def leaf(kind: str, name: str, origin: Origin) -> Any:
 
 def settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The leaf's own settings, with shipped paths (assets/..., configs/...) resolved."""
-    return {key: _resolve(value) for key, value in raw.items() if key != "name"}
+    return {key: _resolve(value, key) for key, value in raw.items() if key != "name"}
 
 
-def _resolve(value: Any) -> Any:
+def _resolve(value: Any, key: str) -> Any:
     if isinstance(value, str) and value.startswith(SHIPPED):
         try:
             return str(shipped.path(value))
-        except FileNotFoundError as error:
-            raise ConfigError(str(error)) from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{key}: {error}") from None
     if isinstance(value, dict):
-        return {key: _resolve(item) for key, item in value.items()}
+        return {name: _resolve(item, f"{key}.{name}") for name, item in value.items()}
     return value
 
 
@@ -84,6 +96,10 @@ def make(kind: str, raw: Mapping[str, Any], origin: Origin) -> Any:
             f"the {kind[:-1]} section needs a name; valid are {', '.join(names(kind))}"
         )
     entry = leaf(kind, raw["name"], origin)
+    if ":" in raw["name"] and not any(callable(getattr(entry, verb, None)) for verb in VERBS[kind]):
+        raise ConfigError(
+            f"{raw['name']} is no {kind[:-1]}: it has no {' or '.join(VERBS[kind])} to call"
+        )
     if isinstance(entry, type) and dataclasses.is_dataclass(entry):
         hints = typing.get_type_hints(entry)
         asks = {f.name: origin for f in dataclasses.fields(entry) if hints[f.name] is Origin}

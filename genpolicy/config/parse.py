@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,14 +13,27 @@ import draccus
 import yaml
 
 from genpolicy.config import shipped
-from genpolicy.config.documents import yaml_value
-from genpolicy.config.errors import ConfigError, choice, nearest, shown
+from genpolicy.config.documents import HIGH, LOW, yaml_value
+from genpolicy.config.errors import ConfigError, choice, nearest, place, shown
 from genpolicy.config.schema import Experiment
 
 log = logging.getLogger(__name__)
 
 NAMED = ("policy", "task", "method", "kernel", "data")
 """Sections that name a leaf: a bare name means its defaults."""
+LONGEST = 1000
+"""Characters of somebody else's complaint that an error repeats."""
+MISUSE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+)
+"""Errors, beside `ValueError` and `OSError`, of a class whose fields have the right types and values
+that it can't work with: torch, for example, has a `RuntimeError` for a size below 0.
+"""
 
 
 PLAIN = {str, int, float, bool, type(None)}
@@ -48,7 +62,7 @@ def override(raw: dict[str, Any], dotted: str) -> None:
     """Applies one ``--a.b=c`` to a raw config in place; the value is read as YAML."""
     key, equals, text = dotted.removeprefix("--").partition("=")
     if not dotted.startswith("--") or not equals or not all(key.split(".")):
-        raise ConfigError(f"override {dotted!r} is not of the form --section.key=value")
+        raise ConfigError(f"override {shown(dotted)} is not of the form --section.key=value")
     *sections, last = key.split(".")
     at: Any = raw
     for section in sections:
@@ -57,7 +71,7 @@ def override(raw: dict[str, Any], dotted: str) -> None:
         at = at.setdefault(section, {})
         if not isinstance(at, dict):
             raise ConfigError(
-                f"override {dotted!r}: {section} is a plain value and has no key {last!r}"
+                f"override {shown(dotted)}: {section} is a plain value and has no key {last!r}"
             )
     at[last] = yaml_value(text, f"override --{key}: its value")
 
@@ -127,9 +141,28 @@ def decode[T](
         return kind(**values, **given)
     except ConfigError:
         raise
-    except (ValueError, OSError) as error:
-        # a field's own complaint; anything else is a bug and keeps its traceback
-        raise ConfigError(" ".join(f"{where}: {error}".split())) from None
+    except OSError as error:
+        cause = str(error) if error.filename is None else f"{error.strerror}: {error.filename}"
+        raise ConfigError(f"{where}: {_brief(cause)}") from None
+    except ValueError as error:
+        # a field's own complaint
+        raise ConfigError(f"{where}: {_brief(error)}") from None
+    except MISUSE as error:
+        # with its defaults alone the class is wrong, and not what was asked of it
+        own = {name: v for name, v in values.items() if v != fields[name].default}
+        if not own:
+            raise
+        made = ", ".join(f"{name} {shown(value)}" for name, value in own.items())
+        raise ConfigError(
+            f"{where} can't be made with {_brief(made)}: {type(error).__name__},"
+            f" {_brief(error)} ({place(error)})"
+        ) from None
+
+
+def _brief(text: Any) -> str:
+    """One line of a text, cut where it is long."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def _value(hint: Any, value: Any, where: str, key: str) -> Any:
@@ -141,12 +174,13 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         return {"name": value}
     if typing.get_origin(hint) is typing.Literal:
         choice(f"{where}: {key}", value, [str(kind) for kind in kinds])
-    if isinstance(value, list) and list[Any] in kinds:
-        return value  # draccus would make a mapping of it, where that is allowed too
     if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
         value = int(value)  # 1e3
+    _require_plain(value, hint, where, key)
+    if isinstance(value, list) and list[Any] in kinds:
+        return value  # draccus would make a mapping of it, where that is allowed too
     try:
-        if value is None and not {type(None), Any} & set(kinds):
+        if _misread(hint, value):
             raise ValueError
         plain = typing.get_origin(hint) not in (tuple, list) and set(kinds) <= PLAIN
         if isinstance(value, list | dict) and plain:
@@ -154,6 +188,52 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         return draccus.decode(hint, value)
     except Exception:  # draccus raises whatever its decoders do, and says it in several lines
         raise ConfigError(f"{where}: {key} is {shown(value)}; it must be {_called(hint)}") from None
+
+
+def _require_plain(value: Any, hint: Any, where: str, key: str) -> None:
+    """Raises for what is wrong as a value of any type: NaN, a whole number of more than 64 bits, a
+    text with a null character, a key that is no text; in a list or a mapping too.
+    """
+    rest = [value]
+    while rest:
+        at = rest.pop()
+        if isinstance(at, Mapping):
+            for name in at:
+                if not isinstance(name, str):
+                    raise ConfigError(
+                        f"{where}: {key} has the key {shown(name)}; its keys must be text"
+                    )
+            rest += [*at, *at.values()]
+        elif isinstance(at, list | tuple):
+            rest += at
+        elif isinstance(at, float) and math.isnan(at):
+            raise ConfigError(f"{where}: {key} is {shown(value)}; it must be {_called(hint)}")
+        elif isinstance(at, int) and not LOW <= at <= HIGH:
+            raise ConfigError(
+                f"{where}: {key} is {shown(value)}; a whole number must fit into 64 bits"
+            )
+        elif isinstance(at, str) and "\0" in at:
+            raise ConfigError(f"{where}: {key} is {shown(value)}; a text has no null character")
+
+
+def _misread(hint: Any, value: Any) -> bool:
+    """True for a value that draccus would take for another: it makes text of everything, numbers
+    of true and false, lists of sets and bytes, and an empty section of an empty list.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or origin is typing.Literal:
+        return False
+    if origin in (typing.Union, types.UnionType):
+        return all(_misread(arg, value) for arg in args)
+    if origin in (list, tuple):
+        return not isinstance(value, list | tuple) or any(_misread(args[0], one) for one in value)
+    if origin in (dict, Mapping) or dataclasses.is_dataclass(hint):
+        return not isinstance(value, Mapping)
+    if hint is type(None):
+        return value is not None
+    if isinstance(value, bool):
+        return hint is not bool
+    return value is None or isinstance(value, Mapping | list | tuple | set | bytes)
 
 
 def _called(hint: Any) -> str:

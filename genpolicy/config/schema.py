@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from genpolicy.config.errors import ConfigError, at_least, positive
+from genpolicy.config.errors import ConfigError, at_least, at_most, positive
 
 
 @dataclass
@@ -45,6 +45,7 @@ class ChainConfig:
     start: float | None = None
 
     def __post_init__(self) -> None:
+        at_most("chain", self, steps=10_000)
         at_least("chain", self, steps=1, guidance=0, window_size=1, best_of=1)
         positive("chain", self, "start")
         if self.grid == "native" and self.start is not None:
@@ -120,7 +121,8 @@ class EvalConfig:
     seed: int = 1_000_003
 
     def __post_init__(self) -> None:
-        at_least("eval", self, every=0, samples=1, episodes=1)
+        at_least("eval", self, every=0, samples=1, episodes=1, seed=0)
+        at_most("eval", self, samples=1_000_000, episodes=1_000_000)
 
 
 @dataclass
@@ -155,6 +157,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         at_least("the experiment", self, checkpoint_every=1, threads=1, environments=1)
+        at_most("the experiment", self, threads=1024, environments=10_000, patience=1e9)
         positive("the experiment", self, "patience")
         rows = self.micro_batch
         if rows != "auto" and not (isinstance(rows, int) and rows >= 1):

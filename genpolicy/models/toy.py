@@ -20,6 +20,7 @@ from torch import Tensor
 from genpolicy.chain import Linear, Prediction, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation, expand
+from genpolicy.config.errors import at_least
 from genpolicy.contracts.task import Context
 from genpolicy.models import _head
 
@@ -61,6 +62,7 @@ class Toy:
     draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
+        at_least("model toy", self, hidden=1, frames=1)
         self.device = torch.device("cpu")
         self.precision: Literal["fp32", "bf16", "fp16"] = "fp32"
         self.clip: tuple[float, bool] | None = None

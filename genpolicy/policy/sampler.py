@@ -1,14 +1,14 @@
 """Samplers: from a chain section to the chain that acts, and which sampler is deployed."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from genpolicy import chain
 from genpolicy.chain import Chain, kernel, solver
 from genpolicy.chain.kernel import StdKernel
-from genpolicy.config.errors import ConfigError, nearest
+from genpolicy.config.errors import ConfigError, nearest, shown
 from genpolicy.config.leaves import leaf, settings
 from genpolicy.config.origin import PERSON, STRANGER, Origin
 from genpolicy.config.parse import decode
@@ -17,7 +17,7 @@ from genpolicy.contracts.model import Model
 from genpolicy.policy.policy import ChainPolicy, Part
 
 
-def kernels() -> dict[str, Callable[..., Any]]:
+def kernels() -> dict[str, type[Any]]:
     """The kernels and solvers that genpolicy.chain exports, by name: ddim, sde, cps, consistency,
     heun, dpmsolver, and the wrappers.
     """
@@ -34,27 +34,26 @@ def make_kernel(raw: Mapping[str, Any], origin: Origin) -> Any:
     if not isinstance(name, str):
         raise ConfigError("chain: kernel needs a name, for example {name: ddim, eta: 1.0}")
     if ":" in name:
-        return decode(leaf("kernels", name, origin), settings(raw), f"kernel {name}")
+        entry = leaf("kernels", name, origin)
+        if not (isinstance(entry, type) and dataclasses.is_dataclass(entry)):
+            raise ConfigError(f"kernel {name} is no @dataclass, whose fields would be its settings")
+        if not any(callable(getattr(entry, verb, None)) for verb in ("coefficients", "integrate")):
+            raise ConfigError(f"{name} is no kernel: it has no coefficients or integrate to call")
+        return decode(entry, settings(raw), f"kernel {name}")
     valid = kernels()
     if name not in valid:
-        raise ConfigError(f"there is no kernel {name!r}{nearest(name, list(valid))}")
-    known = {f.name: f.type for f in dataclasses.fields(valid[name])}  # type: ignore[arg-type]
-    inner: dict[str, Any] = {}
-    for key, value in settings(raw).items():
-        if key not in known:
-            raise ConfigError(f"kernel {name} has no key {key!r}{nearest(key, list(known))}")
-        if known[key] in (int, float) and not isinstance(value, int | float):
-            raise ConfigError(f"kernel {name}: {key} is {value!r}; it must be a number")
-        inner[key] = _wrapped(name, known[key], value, origin) if key == "kernel" else value
-    if "kernel" in known and "kernel" not in inner:
+        raise ConfigError(f"there is no kernel {shown(name)}{nearest(name, list(valid))}")
+    entry, own = valid[name], settings(raw)
+    kinds = {f.name: f.type for f in dataclasses.fields(entry)}  # type: ignore[arg-type]
+    if "kernel" in kinds and "kernel" not in own:
         raise ConfigError(
             f"kernel {name} goes around another one: name it as its key kernel, for example"
             f" {{name: {name}, kernel: ddim}}"
         )
-    try:
-        return valid[name](**inner)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"kernel {name} does not fit: {error}") from None
+    given: dict[str, Any] = {}
+    if "kernel" in kinds:
+        given["kernel"] = _wrapped(name, kinds["kernel"], own.pop("kernel"), origin)
+    return decode(entry, own, f"kernel {name}", given)
 
 
 def _wrapped(name: str, kind: Any, value: Any, origin: Origin) -> Any:
@@ -111,10 +110,12 @@ def make_policy(
                 f"chain: {sampler.steps} steps do not fit below noise time {float(grid.max()):g}"
             )
         for k in built.stochastic:
-            if not bool((policy.std(k) >= 0).all()):
+            std = policy.std(k)
+            if not bool(((std >= 0) & std.isfinite()).all()):
                 raise ConfigError(
-                    f"chain: kernel {sampler.kernel} has std {float(policy.std(k).min()):g} at step"
-                    f" {k}; it must be at least 0"
+                    f"chain: kernel {shown(sampler.kernel)} has std"
+                    f" {float(std[~(std.isfinite() & (std >= 0))][0]):g} at step {k}; it must be"
+                    " at least 0 and finite"
                 )
         for name, part in (parts or {}).items():
             policy = policy.attach(name, part)

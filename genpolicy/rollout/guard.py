@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from genpolicy.config.errors import ConfigError, place
 from genpolicy.config.outside import outside
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.task import Context, ControlTask, Environments, TaskError, TaskStep
@@ -83,7 +84,18 @@ def guarded(
     history: int,
     patience: float | None = Experiment.patience,
 ) -> Guarded:
-    """``count`` environments of the task called ``name``, under guard from their making on."""
+    """``count`` environments of the task called ``name``, under guard from their making on.
+
+    Raises `ConfigError` where they can't be made: memory is short, or a setting does not fit.
+    """
     with outside(f"task {name}", patience, TaskError):
-        environments = task.environments(count, history)
+        try:
+            environments = task.environments(count, history)
+        except (ConfigError, TaskError):
+            raise
+        except (ValueError, MemoryError) as error:
+            raise ConfigError(
+                f"environments: task {name} can't make {count} side by side:"
+                f" {type(error).__name__}, {error} ({place(error)})"
+            ) from error
     return Guarded(environments, name, patience)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from genpolicy.config.errors import ConfigError
+from genpolicy.config.errors import ConfigError, shown
 from genpolicy.config.leaves import make, settings
 from genpolicy.config.origin import Origin
 from genpolicy.config.schema import Experiment
@@ -24,8 +24,14 @@ def make_rewards(
     for name, value in raw.items():
         section = dict(value) if isinstance(value, dict) else {"weight": value}
         weight = section.pop("weight", 1.0)
-        if not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ConfigError(f"reward {name}: its weight must be a finite number, got {weight!r}")
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or not math.isfinite(weight)
+        ):
+            raise ConfigError(
+                f"reward {name}: its weight must be a finite number, got {shown(weight)}"
+            )
         short = name.rpartition(":")[2]
         if short in rewards:
             raise ConfigError(f"two rewards are called {short}: rename one of them")
@@ -61,7 +67,9 @@ def make_data(
     ]
     for section in sections:
         if not isinstance(section, Mapping):
-            raise ConfigError(f"data: {section!r} is neither a folder nor a data set's section")
+            raise ConfigError(
+                f"data: {shown(section)} is neither a folder nor a data set's section"
+            )
     if not sections:
         raise ConfigError("the data section is an empty list: name a folder, or leave it out")
     made = [make("datasets", section, origin) for section in sections]
@@ -97,9 +105,11 @@ def control_model(
     return model
 
 
-def prompt_lines(path: str) -> tuple[str, ...]:
-    """The prompts of a file, which may be a shipped one (assets/...)."""
+def prompt_lines(path: str, where: str = "") -> tuple[str, ...]:
+    """The prompts of a file, which may be a shipped one (assets/...); ``where`` begins the sentence
+    that says what is wrong with it.
+    """
     try:
         return read_prompts(settings({"prompts": path})["prompts"])
     except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{where}{error}") from None

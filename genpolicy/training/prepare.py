@@ -52,7 +52,7 @@ from genpolicy.training.workspace import Workspace
 def evaluation_prompts(experiment: Experiment, task: Task) -> tuple[str, ...]:
     """The prompts of the evaluation set: its own file's, or the task's first ones, each once."""
     if experiment.eval.prompts is not None:
-        return prompt_lines(experiment.eval.prompts)
+        return prompt_lines(experiment.eval.prompts, "eval: prompts: ")
     return tuple(dict.fromkeys(task.reset(range(experiment.eval.samples)).prompts))
 
 

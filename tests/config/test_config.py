@@ -160,10 +160,15 @@ def test_a_kernel_that_does_not_fit_is_one_sentence(kernel, said):
 
 
 @pytest.mark.parametrize(
-    "kernel", [{"name": "ddim", "eta": -1.0}, {"name": "ddim", "eta": float("nan")}]
+    ("eta", "said"),
+    [
+        (-1.0, "at step 0; it must be at least 0"),
+        (float("nan"), "kernel ddim: eta is nan; it must be a number"),
+    ],
 )
-def test_a_kernel_without_a_std_is_one_sentence(kernel):
-    with pytest.raises(ConfigError, match="at step 0; it must be at least 0"):
+def test_a_kernel_without_a_std_is_one_sentence(eta, said):
+    kernel = {"name": "ddim", "eta": eta}
+    with pytest.raises(ConfigError, match=said):
         make_policy(Toy(), ChainConfig(steps=4, kernel=kernel))
     make_policy(Toy(), ChainConfig(steps=4))  # control
 
