@@ -30,6 +30,7 @@ from genpolicy.learning.objective import (
     Scored,
     clip_metrics,
     clipped_surrogate,
+    divergence,
     log_ratio_unequal,
 )
 from genpolicy.methods.parts.baseline import LEAST, DecisionValue
@@ -161,5 +162,5 @@ class ReinFlow:
         surrogate = clipped_surrogate(log_rho, step.advantage, self.clip)
         spread = step.new.std.expand_as(step.new.mean).flatten(1).log().mean(1)
         metrics = clip_metrics(log_rho, step.advantage, surrogate)
-        metrics |= {"kl": (log_rho.exp() - 1 - log_rho).detach(), "log_std": spread.detach()}
+        metrics |= {"kl": divergence(log_rho), "log_std": spread.detach()}
         return surrogate.loss - self.entropy * spread, metrics

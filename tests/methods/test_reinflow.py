@@ -151,11 +151,12 @@ def test_the_ratio_is_that_of_whole_chains(tmp_path, slow, reduce):
         difference = difference * 5 / 4  # ours leaves the prior, which cancels, out of the mean
     advantage = torch.randn(len(chains))
     loss, metrics = method.loss(scored_chains(run, chains, advantage))
-    ratio = metrics["ratio_mean"].view(len(chains), 4)
+    ratio = metrics["ratio_mean"].float().view(len(chains), 4)
     assert torch.equal(ratio, ratio[:, :1].expand_as(ratio)), "a chain has one ratio"
     assert torch.allclose(ratio[:, 0].log(), difference, atol=1e-3)
     assert difference.abs().max() > 1e-2
-    assert torch.allclose(loss, -advantage.repeat_interleave(4) * metrics["ratio_mean"], rtol=1e-4)
+    expected = -advantage.repeat_interleave(4) * metrics["ratio_mean"].float()
+    assert torch.allclose(loss, expected, rtol=1e-4)
     single = (
         Normal(mean, std).log_prob(chains.x[:, 1:])
         - Normal(chains.mean, chains.std).log_prob(chains.x[:, 1:])
