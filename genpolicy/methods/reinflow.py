@@ -92,6 +92,11 @@ class ReinFlow:
             raise ConfigError(
                 "method reinflow is derived for flow policies: this one does not predict a velocity"
             )
+        if run.policy.chain.noisy:
+            raise ConfigError(
+                f"method reinflow learns the noise of its steps, and kernel"
+                f" {run.policy.chain.kernel} draws its own: take {{name: ddim, eta: 0.0}}"
+            )
         noise = self._noise(run)
         noise_optimizer = run.new_optimizer(
             noise.parameters(), OptimizerConfig(lr=self.noise_lr, weight_decay=0.0)
