@@ -17,6 +17,7 @@ import torch
 
 from genpolicy.chain import DDIM, Mean, Noise
 from genpolicy.config import leaves, parse
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.policy.files import saved
@@ -68,8 +69,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     experiment = parse.load(args.run / "config.yaml")
-    task = leaves.make("tasks", experiment.task)
-    cloned = make_policy(control_model(experiment.policy, task, None), experiment.chain)
+    task = leaves.make("tasks", experiment.task, PERSON)
+    cloned = make_policy(control_model(experiment.policy, task, None, PERSON), experiment.chain)
     trained = make_policy(saved(args.run).load().model, experiment.chain)
     environments = task.environments(SLOTS, trained.model.history)
     seeds = range(args.seed, args.seed + 20)

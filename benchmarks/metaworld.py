@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from genpolicy.config import leaves, parse
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import ControlTask
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.policy.files import saved
@@ -64,7 +65,7 @@ def main() -> None:
         folder = args.out / name
         section = {"name": "metaworld", "env": name}
         clone(section, DEMONSTRATIONS[name], folder)
-        task = leaves.make("tasks", section)
+        task = leaves.make("tasks", section, PERSON)
         tell(
             args.out,
             task=name,
@@ -129,7 +130,7 @@ def with_sampler(folder: Path, task: ControlTask, sampler: str) -> ChainPolicy:
     trained with; the clone also with the sampler that reinforcement learning will deploy.
     """
     own = saved(folder)
-    control_model(own.policy, task, None)
+    control_model(own.policy, task, None, PERSON)
     if sampler == "mean":
         return own.load()
     if sampler == "new sampler":

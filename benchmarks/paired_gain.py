@@ -15,6 +15,7 @@ import torch
 from scipy.stats import t
 
 from genpolicy.config import leaves, parse
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import ControlTask
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.evaluation.statistics import paired
@@ -45,10 +46,10 @@ def main() -> None:
     gains: list[float] = []
     for run in args.runs:
         experiment = parse.load(run / "config.yaml")
-        task, end = leaves.make("tasks", experiment.task), saved(run)
+        task, end = leaves.make("tasks", experiment.task, PERSON), saved(run)
         key = str(experiment.policy)
         if key not in starts:
-            start = make_policy(control_model(experiment.policy, task, None), end.sampler)
+            start = make_policy(control_model(experiment.policy, task, None, PERSON), end.sampler)
             starts[key] = success(start, task, args.episodes, args.seed)
         after = success(end.load(), task, args.episodes, args.seed)
         gain, low, high = paired(starts[key], after, args.episodes)

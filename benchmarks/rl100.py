@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from genpolicy.config import leaves, parse
+from genpolicy.config.origin import PERSON
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.evaluation.statistics import interval
 from genpolicy.policy.files import load
@@ -132,7 +133,7 @@ def judged(
     on the report's starts from ``first`` on.
     """
     policy = load(path, **sampler)
-    environments = leaves.make("tasks", section).environments(SLOTS, policy.model.history)
+    environments = leaves.make("tasks", section, PERSON).environments(SLOTS, policy.model.history)
     found = evaluate_control(policy, environments, episodes=episodes, seed=first)
     environments.close()
     failures = (found.success == 0).nonzero().flatten().tolist()

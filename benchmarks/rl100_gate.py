@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks import rl100
 from genpolicy.config import leaves, parse
+from genpolicy.config.origin import PERSON
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.evaluation.statistics import paired
 from genpolicy.learning.acceptance import rank_correlation
@@ -70,7 +71,7 @@ def learn(name: str, seed: int, runs: Path) -> None:
     if folder.exists() and finished(folder):
         return
     experiment = parse.load("metaworld_rl100", [f"--data.root={data}"])
-    method = leaves.make("methods", experiment.method)
+    method = leaves.make("methods", experiment.method, PERSON)
     # imitate, collect, criticise, improve
     iterations = method.imitation.iterations + 2 + method.offline.candidates
     train(
@@ -182,7 +183,7 @@ def told(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]
 def rate(name: str, path: Path, seeds: range) -> Tensor:
     """Success of a saved policy from each of the starts."""
     policy = saved(path).load()
-    environments = leaves.make("tasks", {"name": "metaworld", "env": name}).environments(
+    environments = leaves.make("tasks", {"name": "metaworld", "env": name}, PERSON).environments(
         SLOTS, policy.model.history
     )
     found = evaluate_control(policy, environments, episodes=len(seeds), seed=seeds.start)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from genpolicy.config.leaves import make, names
+from genpolicy.config.origin import PERSON
 from genpolicy.training.prepare import required
 from genpolicy.training.requirements import WORLDS
 
@@ -35,7 +36,7 @@ def disagreements(text: str) -> list[str]:
     for method, cells in rows:
         if method not in names("methods"):
             continue
-        worlds = required(make("methods", {"name": method})).worlds
+        worlds = required(make("methods", {"name": method}, PERSON)).worlds
         for world, cell in zip(WORLDS, cells, strict=True):
             refused = cell == "no" or cell.startswith(("no:", "no "))
             if refused != (world not in worlds):

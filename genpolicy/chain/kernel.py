@@ -72,9 +72,11 @@ class CPS:
 
 @dataclass(frozen=True)
 class SDE:
-    """The reverse SDE of a linear schedule, Euler-Maruyama, v = eps - x0, dt = s - t < 0:
+    """The reverse SDE of a linear schedule by Euler-Maruyama (Flow-GRPO, DanceGRPO).
 
-    mean = x + [v + g^2/(2t) (x + (1-t) v)] dt,  std = g sqrt(-dt),  and x + (1-t) v = eps.
+    With v = eps - x0 and dt = s - t < 0, where x + (1-t) v = eps:
+
+    mean = x + [v + g^2/(2t) (x + (1-t) v)] dt,  std = g sqrt(-dt).
 
     ``noise='flow_grpo'``: g = a sqrt(t/(1-t)), at t = 1 with the next grid time in the denominator
     (Flow-GRPO, arXiv 2505.05470; a = .7 is flow_grpo config/base.py's noise_level): the patched

@@ -33,8 +33,8 @@ def _rows(time: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Heun:
-    """Heun's method on the probability-flow ODE dx = x0 dalpha + eps dsigma, second order on every
-    schedule:
+    """Heun's method on the probability-flow ODE dx = x0 dalpha + eps dsigma, of second order on
+    every schedule.
 
     x_s = x + (alpha_s - alpha_t)(x0_t + x0_s)/2 + (sigma_s - sigma_t)(eps_t + eps_s)/2, two
     evaluations a step, and one (Euler) for the last step. On EDM this is arXiv 2206.00364 alg. 1

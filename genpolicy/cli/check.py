@@ -10,6 +10,7 @@ from genpolicy.cli.method_laws import method_laws
 from genpolicy.cli.reward_laws import Verdict, reward_laws
 from genpolicy.config import leaves
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.origin import PERSON
 
 KINDS = {
     "method": ("train",),
@@ -26,7 +27,7 @@ def run(args: Namespace) -> int:
     `ConfigError` for what can't be checked.
     """
     dotted = _dotted(args.leaf)
-    entry = leaves.leaf("leafs", dotted)
+    entry = leaves.leaf("leafs", dotted, PERSON)
     kind = _kind(entry)
     laws: dict[str, Callable[[str], Iterator[Verdict]]] = {
         "reward": reward_laws,
@@ -54,6 +55,7 @@ def _dotted(name: str) -> str:
     """
     if ":" in name:
         return name
+    PERSON.admit(name, "module")
     try:
         module = importlib.import_module(name)
     except ImportError as error:

@@ -3,7 +3,6 @@ and one figure.
 """
 
 import gc
-import json
 import os
 import sys
 from argparse import Namespace
@@ -12,11 +11,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from genpolicy.config import parse, shipped, whole_file
+from genpolicy.config.documents import yaml_value
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make
+from genpolicy.config.origin import Origin
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.task import is_control
 from genpolicy.evaluation import metrics_file
@@ -37,7 +36,7 @@ def run(args: Namespace) -> int:
     in what.
     """
     out, all_seeds = Path(args.out), seeds(args.seeds)
-    arms = [Arm(_name(path), parse.load(path, args.overrides)) for path in args.configs]
+    arms = [_arm(path, args.overrides, args.trust) for path in args.configs]
     _require_comparable(arms)
     asked = [(arm, seed, out / arm.name / f"seed-{seed}") for seed in all_seeds for arm in arms]
     complete = _train(asked)
@@ -67,7 +66,8 @@ def _train(asked: Sequence[tuple[Arm, int, Path]]) -> bool:
         print(f"[{place}/{len(asked)}] {arm.name}, seed {seed}: {folder}", file=sys.stderr)
         if finished(folder):
             continue
-        result = train(folder / "config.yaml" if folder in begun else _with(arm, seed, folder))
+        experiment = folder / "config.yaml" if folder in begun else _with(arm, seed, folder)
+        result = train(experiment, trust=arm.origin.trust)
         gc.collect()  # one model at a time
         if not spent(result.summary):
             print("stopped; the same command goes on from here", file=sys.stderr)
@@ -88,11 +88,10 @@ def _write(runs: Sequence[Finished], out: Path) -> None:
 # Before
 
 
-def _name(path: str) -> str:
-    try:
-        return shipped.find_config(path).stem
-    except FileNotFoundError as error:
-        raise ConfigError(str(error)) from None
+def _arm(path: str, overrides: Sequence[str], trust: bool) -> Arm:
+    experiment = parse.load(path, overrides)
+    file = shipped.find_config(path)
+    return Arm(file.stem, experiment, Origin(trust=trust, folder=str(file.parent)))
 
 
 def _with(arm: Arm, seed: int, folder: Path) -> Experiment:
@@ -111,36 +110,38 @@ def _require_comparable(arms: Sequence[Arm]) -> None:
                 f"two of the configs are called {name}: arms are told apart by their file names"
             )
     for arm in arms:
-        for what, value in _shared(arm.experiment).items():
-            other = _shared(first.experiment)[what]
+        for what, value in _shared(arm).items():
+            other = _shared(first)[what]
             if value != other:
                 place = _difference(other, value)
                 raise ConfigError(
                     f"{first.name} and {arm.name} can't be compared: their {what} differs{place}"
                 )
-    task = make("tasks", first.experiment.task)
+    task = make("tasks", first.experiment.task, first.origin)
     for arm in arms:
-        experiment = arm.experiment
-        make("methods", experiment.method)
+        experiment, origin = arm.experiment, arm.origin
+        make("methods", experiment.method, origin)
         if is_control(task):
-            model = control_model(experiment.policy, task, make_data(experiment.data))
-            make_policy(model, experiment.chain)
+            data = make_data(experiment.data, origin)
+            model = control_model(experiment.policy, task, data, origin)
+            make_policy(model, experiment.chain, origin=origin)
         else:
-            make_rewards(experiment.reward)
+            make_rewards(experiment.reward, origin)
     if not is_control(task):
-        model = make("models", first.experiment.policy)
+        model = make("models", first.experiment.policy, first.origin)
         for arm in arms:
-            make_policy(model, arm.experiment.chain)
+            make_policy(model, arm.experiment.chain, origin=arm.origin)
 
 
-def _shared(experiment: Experiment) -> dict[str, Any]:
+def _shared(arm: Arm) -> dict[str, Any]:
     """The settings that must be the same for a comparison to mean anything, by what they are
     called.
 
     Where a policy acts it is deployed with the mean of the kernel that it was trained with: that
     may differ, but not what a decision costs.
     """
-    evaluation, task = experiment.eval, make("tasks", experiment.task)
+    experiment, evaluation = arm.experiment, arm.experiment.eval
+    task = make("tasks", experiment.task, arm.origin)
     shared: dict[str, Any] = {
         "start (the policy section)": experiment.policy,
         "budget": asdict(experiment.budget),
@@ -180,10 +181,8 @@ def _require_same(experiment: Experiment, folder: Path) -> None:
     file = folder / "config.yaml"
     if not file.is_file():
         return
-    there, asked = (
-        yaml.safe_load(file.read_text(encoding="utf-8")),
-        yaml.safe_load(parse.to_yaml(experiment)),
-    )
+    there = parse.read_yaml(file)
+    asked = yaml_value(parse.to_yaml(experiment), "the experiment")
     if there != asked:
         place = _difference(there, asked)
         raise ConfigError(
@@ -192,6 +191,8 @@ def _require_same(experiment: Experiment, folder: Path) -> None:
 
 
 def _read(arm: str, seed: int, folder: Path) -> Finished:
-    experiment = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    experiment = parse.read_yaml(folder / "config.yaml")
+    summary = metrics_file.read_sealed(folder / "summary.json")
+    for number in metrics_file.damaged(folder):
+        print(f"{folder / metrics_file.METRICS}: line {number} is damaged and left out")
     return Finished(arm, seed, folder, experiment, summary, metrics_file.read(folder))

@@ -6,12 +6,13 @@ from pathlib import Path
 from genpolicy.cli.options import NOISE
 from genpolicy.cli.sections import named_task, task_section
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.origin import Origin
 from genpolicy.rollout.demonstrations import demonstrate
 
 
 def run(args: Namespace) -> int:
     """Records ``args.episodes`` episodes into --out, or to where the YAML's data section looks."""
-    task = task_section(args, {})
+    task, origin = task_section(args, {}, Origin(trust=args.trust))
     data = named_task(args.task).get("data")
     out = args.out or (data.get("root") if isinstance(data, dict) else None)
     if out is None:
@@ -20,7 +21,13 @@ def run(args: Namespace) -> int:
     if noise is None:
         noise = NOISE if args.by is None else 0.0
     done = demonstrate(
-        task, Path(out), episodes=args.episodes, noise=noise, seed=args.seed, policy=args.by
+        task,
+        Path(out),
+        episodes=args.episodes,
+        noise=noise,
+        seed=args.seed,
+        policy=args.by,
+        origin=origin,
     )
     kept = f"{done.episodes} episodes of {done.tried} tried, {done.successes} of them successful"
     print(f"{out}: {kept}, {done.frames} frames")

@@ -12,6 +12,7 @@ from genpolicy.cli import evaluate_episodes
 from genpolicy.cli.sections import sampler_keys
 from genpolicy.config import leaves, parse
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.origin import PERSON
 from genpolicy.config.schema import EvalConfig
 from genpolicy.evaluation import metrics_file
 from genpolicy.evaluation.prompt_scores import draw, measure
@@ -28,15 +29,14 @@ OF_EPISODES = ("episodes", "environments", "gifs", "samplers", "task")
 
 def run(args: Namespace) -> int:
     """Evaluates the deployed sampler and writes eval.json."""
-    found = saved(args.policy, **sampler_keys(args))
+    found = saved(args.policy, trust=args.trust, **sampler_keys(args))
     out = Path(args.out or (args.policy if found.run is not None else "."))
     if found.acts:
         options = "--task, --episodes, --environments, --samplers"
         _refuse(args, OF_PROMPTS, f"{args.policy} acts: judge it with {options}")
         return evaluate_episodes.run(args, found, out)
     _refuse(args, OF_EPISODES, f"{args.policy} draws: judge it with --prompts, --samples, --reward")
-    raw_rewards, prompts, source, samples, seed = _evaluation_set(args, found)
-    rewards = make_rewards(raw_rewards)
+    rewards, prompts, source, samples, seed = _evaluation_set(args, found)
     load_rewards(rewards)
     policy = found.load()
     measured, per_sample = measure(policy, rewards, prompts=prompts, samples=samples, seed=seed)
@@ -71,25 +71,30 @@ def _refuse(args: Namespace, names: Sequence[str], why: str) -> None:
         raise ConfigError(f"--{given[0] if given else 'task'} does not apply: {why}")
 
 
-def _evaluation_set(
-    args: Namespace, found: Saved
-) -> tuple[dict[str, Any], tuple[str, ...], str, int, int]:
+def _evaluation_set(args: Namespace, found: Saved) -> tuple[Any, tuple[str, ...], str, int, int]:
     """The rewards, the prompts and their source, the number of samples and the seed: those of the
     run, or those that were asked for.
     """
     if args.samples is not None and args.samples < 1:
         raise ConfigError(f"--samples is {args.samples}; it must be at least 1")
+    of_rewards = PERSON
     rewards: dict[str, Any] = dict.fromkeys(args.reward or (), 1.0)
     source, defaults = args.prompts, EvalConfig()
     prompts = prompt_lines(source) if source is not None else ()
     if found.run is not None:
-        experiment = parse.load(found.run / "config.yaml")
-        rewards, defaults = rewards or experiment.reward, experiment.eval
-        prompts = prompts or evaluation_prompts(experiment, leaves.make("tasks", experiment.task))
+        config = found.run / "config.yaml"
+        experiment, origin = parse.load(config), found.origin.reached(config)
+        defaults = experiment.eval
+        if not rewards:
+            rewards, of_rewards = experiment.reward, origin
+        if not prompts:
+            task = leaves.make("tasks", experiment.task, origin)
+            prompts = evaluation_prompts(experiment, task)
         source = source or defaults.prompts or str(experiment.task.get("prompts"))
     if source is None or not rewards:
         raise ConfigError(
             f"{args.policy} comes from no run of ours: name its --prompts FILE and --reward NAME"
         )
     seed = defaults.seed if args.seed is None else args.seed
-    return rewards, prompts, source, args.samples or defaults.samples, seed
+    made = make_rewards(rewards, of_rewards)
+    return made, prompts, source, args.samples or defaults.samples, seed

@@ -17,6 +17,7 @@ from genpolicy.cli.sections import task_section
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError, RenderError
 from genpolicy.config.leaves import make
+from genpolicy.config.origin import Origin
 from genpolicy.config.schema import EvalConfig, Experiment
 from genpolicy.contracts.model import ControlModel, require_fit
 from genpolicy.contracts.task import ControlTask, Environments, is_control
@@ -28,6 +29,7 @@ from genpolicy.evaluation.samplers import Variant, variants
 from genpolicy.evaluation.statistics import latency, paired
 from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.guard import guarded
 
 DECISIONS, WARM_UP, SECONDS = 200, 10, 20.0
 """Decisions whose latency is measured, decisions that go before, and the longest time, seconds."""
@@ -98,13 +100,15 @@ class Measured:
 
 def run(args: Namespace, found: Saved, out: Path) -> int:
     """Evaluates the policy ``found`` as ``args`` say, or as its run did; writes out/eval.json."""
-    made_by = parse.load(found.run / "config.yaml") if found.run is not None else None
     settings, side_by_side, task = EvalConfig(), Experiment.environments, {}
-    if made_by is not None:
+    origin = found.origin
+    if found.run is not None:
+        config = found.run / "config.yaml"
+        made_by, origin = parse.load(config), origin.reached(config)
         settings, side_by_side, task = made_by.eval, made_by.environments, made_by.task
         if made_by.threads is not None:
             torch.set_num_threads(made_by.threads)
-    section = task_section(args, task)
+    section, origin = task_section(args, task, origin)
     if not section:
         raise ConfigError(
             f"{args.policy} comes from no run of ours: name its --task, "
@@ -116,18 +120,23 @@ def run(args: Namespace, found: Saved, out: Path) -> int:
         environments=side_by_side if args.environments is None else args.environments,
         gifs=2 if args.gifs is None else args.gifs,
     )
-    evaluate_episodes(found, section, asked, args.samplers or (), out)
+    evaluate_episodes(found, section, origin, asked, args.samplers or (), out)
     return 0
 
 
 def evaluate_episodes(
-    found: Saved, section: Mapping[str, Any], asked: Asked, samplers: Sequence[str], out: Path
+    found: Saved,
+    section: Mapping[str, Any],
+    origin: Origin,
+    asked: Asked,
+    samplers: Sequence[str],
+    out: Path,
 ) -> dict[str, Any]:
-    """Plays, measures and films a policy in the task of ``section``, with its deployed sampler and
+    """Plays, measures and films a policy in the task of ``section`` and its ``origin``, with its deployed sampler and
     the other ``samplers`` (see `variants`); prints a table, writes out/eval.json and returns what
     it holds.
     """
-    task = make("tasks", section)
+    task = make("tasks", section, origin)
     if not is_control(task):
         raise ConfigError(f"task {section['name']} has no environments to act in")
     chosen = variants(samplers, found)
@@ -137,7 +146,8 @@ def evaluate_episodes(
     model: ControlModel = policy.model  # type: ignore[assignment]  # its caller saw that it acts
     require_fit(model, task)
     policies = [variant.of(policy) for variant in chosen]
-    environments = task.environments(min(asked.environments, asked.episodes), model.history)
+    name, count = str(section["name"]), min(asked.environments, asked.episodes)
+    environments = guarded(task, name, count, model.history)
     measured: list[Measured] = []
     try:
         # a line of the table as soon as its sampler is measured

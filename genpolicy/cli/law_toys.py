@@ -13,6 +13,7 @@ from torch import Tensor
 
 from genpolicy.cli.reward_laws import PROMPTS, law_pictures
 from genpolicy.config import leaves
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.dataset import frames
 from genpolicy.contracts.task import Context
 from genpolicy.training.requirements import Needs, World
@@ -79,7 +80,7 @@ class Walks:
     episodes: int = 8  # reset seeds 0, 1, ...
 
     def __post_init__(self) -> None:
-        task = leaves.make("tasks", robots_task(LONG))
+        task = leaves.make("tasks", robots_task(LONG), PERSON)
         self.fps = task.fps
         self._instruction: str = task.instruction
         made = [task.demonstrate(seed, 0.1) for seed in range(self.episodes)]

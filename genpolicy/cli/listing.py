@@ -1,8 +1,10 @@
 """The verb list: what ships, with one line each."""
 
 import ast
+import re
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from genpolicy.config.shipped import configs
@@ -20,15 +22,14 @@ def run(args: Namespace) -> int:
 
 
 def _listed(kind: str) -> Iterator[tuple[str, str]]:
-    """The (name, first paragraph of its description) of everything of a kind.
+    """The (name, first paragraph or sentence of its description) of everything of a kind.
 
     Leaves are read, not imported: some bring half a minute of libraries. Kernels and samplers,
     which need torch, are imported when they are asked for.
     """
     if kind == "configs":
         for name, file in sorted(configs().items()):
-            first = file.read_text(encoding="utf-8").lstrip().partition("\n")[0]
-            yield name, first.removeprefix("#").strip() if first.startswith("#") else ""
+            yield name, _first_sentence(file.read_text(encoding="utf-8"))
     elif kind == "kernels":
         from genpolicy.policy.sampler import kernels
 
@@ -42,6 +43,13 @@ def _listed(kind: str) -> Iterator[tuple[str, str]]:
         for file in sorted((PACKAGE / kind).glob("[!_]*.py")):
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
             yield file.stem, _first_paragraph(text)
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of the comment that a file begins with, in one line."""
+    lines = takewhile(lambda line: line.startswith("#"), text.lstrip().splitlines())
+    comment = " ".join(line.lstrip("#").strip() for line in lines)
+    return re.split(r"(?<=\.)\s", comment, maxsplit=1)[0]
 
 
 def _first_paragraph(text: str) -> str:

@@ -15,6 +15,7 @@ from genpolicy.cli.law_toys import ITERATIONS, Toy, small, toys
 from genpolicy.cli.reward_laws import Verdict
 from genpolicy.config import leaves, parse
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.origin import PERSON
 from genpolicy.evaluation import metrics_file
 from genpolicy.training import checkpoint
 from genpolicy.training.prepare import prepare, required
@@ -43,7 +44,7 @@ def method_laws(dotted: str) -> Iterator[Verdict]:
     """Trains a few iterations on the toy of each world that the method trains, with rewards that
     teach something, and one with rewards that do not.
     """
-    method = leaves.make("methods", {"name": dotted})
+    method = leaves.make("methods", {"name": dotted}, PERSON)
     needs = required(method)
     section = {"name": dotted, **small(method)}
     for world in needs.worlds:

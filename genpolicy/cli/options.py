@@ -15,6 +15,7 @@ WORLDS = ("both", "pictures", "robot")
 NOISE = 0.1
 """Standard deviation of the noise on an expert's actions, unless it is asked for (in actions)."""
 POLICY = "a run's folder, its policy/ or policy_best/, a diffusers or LeRobot folder or hub id"
+TRUST = "let the policy's and the data's files import the code that they name (docs/security.md)"
 OVERRIDES = "any key of the experiment, for example --optimizer.lr=1e-5"
 
 
@@ -80,7 +81,7 @@ def _quickstart(verbs: Any) -> None:
 def _train(verbs: Any) -> None:
     text = "Run an experiment, or resume one from its run's config.yaml."
     verb = _verb(verbs, "train", text, "train", keys="")
-    verb.usage = "genpolicy train CONFIG [--section.key=value ...] [--plan]"
+    verb.usage = "genpolicy train CONFIG [--section.key=value ...] [--plan] [--trust]"
     verb.add_argument(
         "config", help="a YAML, or the name of a shipped one (genpolicy list configs)"
     )
@@ -89,6 +90,7 @@ def _train(verbs: Any) -> None:
         action="store_true",
         help="only measure one iteration: cost, time, memory; writes nothing",
     )
+    _trust(verb)
     verb.add_argument("--section.key=value", action="store_true", dest="overrides", help=OVERRIDES)
 
 
@@ -110,6 +112,7 @@ def _evaluate(verbs: Any) -> None:
         metavar="DIR",
         help="folder of eval.json (default: the policy's, else the current one)",
     )
+    _trust(verb)
     _sampler_options(verb)
     _evaluate_prompts(verb.add_argument_group("of policies that draw"))
     _evaluate_episodes(verb.add_argument_group("of policies that act"))
@@ -183,6 +186,7 @@ def _demonstrate(verbs: Any) -> None:
         "--seed", type=int, default=10_000, help="of the first start (default: %(default)s)"
     )
     verb.add_argument("--by", metavar="POLICY", help="who acts (default: the task's expert)")
+    _trust(verb)
 
 
 def _compare(verbs: Any) -> None:
@@ -198,6 +202,7 @@ def _compare(verbs: Any) -> None:
     verb.add_argument(
         "--out", required=True, metavar="DIR", help="folder of the runs, the table and the figure"
     )
+    _trust(verb)
     verb.add_argument(
         "--section.key=value", action="store_true", dest="overrides", help=f"{OVERRIDES}; for all"
     )
@@ -218,6 +223,7 @@ def _sample(verbs: Any) -> None:
         "--n", type=int, default=1, help="samples of each prompt (default: %(default)s)"
     )
     verb.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    _trust(verb)
     _sampler_options(verb)
 
 
@@ -230,6 +236,10 @@ def _check(verbs: Any) -> None:
     text = "Test the laws that a reward or a method of your own must keep."
     verb = _verb(verbs, "check", text, "check")
     verb.add_argument("leaf", help="mypkg.mod or mypkg.mod:entry")
+
+
+def _trust(verb: Any) -> None:
+    verb.add_argument("--trust", action="store_true", help=TRUST)
 
 
 def _sampler_options(verb: Any) -> None:

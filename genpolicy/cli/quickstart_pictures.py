@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from genpolicy.config.leaves import make
+from genpolicy.config.origin import PERSON
 from genpolicy.config.schema import Experiment
 from genpolicy.evaluation import metrics_file, pictures
 from genpolicy.evaluation.prompt_scores import Evaluation, measure
@@ -67,9 +68,10 @@ def report(experiment: Experiment, out: Path, seed: int) -> list[str]:
 
 def _measured(experiment: Experiment, out: Path, seed: int) -> tuple[Evaluation, Evaluation]:
     """Evaluates the base and the trained policy with the same sampler, prompts and noise."""
-    rewards, prompts = make_rewards(experiment.reward), prompt_lines(str(experiment.eval.prompts))
+    rewards = make_rewards(experiment.reward, PERSON)
+    prompts = prompt_lines(str(experiment.eval.prompts))
     sampler = deployed_sampler(experiment.chain, experiment.eval.sampler)
-    base = make_policy(make("models", experiment.policy), sampler)
+    base = make_policy(make("models", experiment.policy, PERSON), sampler, origin=PERSON)
     samples, shown = PER_CAPTION * len(prompts), len(prompts)
     before, after = (
         measure(policy, rewards, prompts=prompts, samples=samples, seed=seed, shown=shown)[0]

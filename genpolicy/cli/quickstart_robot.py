@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from genpolicy.config.errors import RenderError
 from genpolicy.config.leaves import make
+from genpolicy.config.origin import PERSON
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import ControlTask
@@ -16,6 +17,7 @@ from genpolicy.evaluation.statistics import interval, paired
 from genpolicy.policy.files import saved
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import deployed_sampler, make_policy
+from genpolicy.rollout.guard import guarded
 from genpolicy.training.build import control_model
 from genpolicy.training.rehearsal import Rehearsal
 
@@ -53,18 +55,17 @@ def report(experiment: Experiment, out: Path, seed: int) -> list[str]:
     writes quickstart.json and a film; returns lines that name what there is to look at.
     """
     print("\nMeasuring before and after on starts that nothing has used yet ...")
-    task = make("tasks", experiment.task)
+    task = make("tasks", experiment.task, PERSON)
     sampler = deployed_sampler(experiment.chain, experiment.eval.sampler, control=True)
     policies = {
         CLONE: saved(experiment.policy["pretrained"]).load(),
-        RESAMPLED: make_policy(control_model(experiment.policy, task, None), sampler),
+        RESAMPLED: make_policy(
+            control_model(experiment.policy, task, None, PERSON), sampler, origin=PERSON
+        ),
         TRAINED: saved(out).load(),
     }
     first = FRESH_STARTS + 1000 * seed
-    found = {
-        name: _play(policy, task, experiment.environments, first)
-        for name, policy in policies.items()
-    }
+    found = {name: _play(policy, task, experiment, first) for name, policy in policies.items()}
     _print_and_write(found, out, first)
     return [
         *_film(policies, found, task, first, out / "figures" / "before_after.gif"),
@@ -74,9 +75,13 @@ def report(experiment: Experiment, out: Path, seed: int) -> list[str]:
     ]
 
 
-def _play(policy: ChainPolicy, task: ControlTask, slots: int, first: int) -> ControlEvaluation:
+def _play(
+    policy: ChainPolicy, task: ControlTask, experiment: Experiment, first: int
+) -> ControlEvaluation:
     """Plays `EPISODES` episodes from the reset seeds ``first``, ``first`` + 1, ..."""
-    environments = task.environments(slots, cast(ControlModel, policy.model).history)
+    name, slots = str(experiment.task["name"]), experiment.environments
+    history = cast(ControlModel, policy.model).history
+    environments = guarded(task, name, slots, history, experiment.patience)
     try:
         return evaluate_control(policy, environments, episodes=EPISODES, seed=first)
     finally:

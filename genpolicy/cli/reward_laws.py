@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.config import leaves
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import Context
 from genpolicy.training.build import load_rewards
@@ -53,7 +54,7 @@ def law_pictures() -> Tensor:
 
 def reward_laws(dotted: str) -> Iterator[Verdict]:
     """Tries the reward of a dotted path, law by law."""
-    rewards = WeightedRewards({dotted: (leaves.make("rewards", {"name": dotted}), 1.0)})
+    rewards = WeightedRewards({dotted: (leaves.make("rewards", {"name": dotted}, PERSON), 1.0)})
     load_rewards(rewards)
     pictures, context = law_pictures(), Context(PROMPTS)
 

@@ -22,7 +22,7 @@ def run(args: Namespace) -> int:
     """Draws ``args.n`` samples of each prompt into the folder ``args.out``."""
     if args.n < 1:
         raise ConfigError(f"--n is {args.n}; it must be at least 1")
-    found = saved(args.policy, **sampler_keys(args))
+    found = saved(args.policy, trust=args.trust, **sampler_keys(args))
     if found.acts:
         raise ConfigError(
             f"{args.policy} acts, it does not draw: genpolicy evaluate plays and films it"

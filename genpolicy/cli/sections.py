@@ -4,11 +4,13 @@ place of a YAML.
 
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from genpolicy.config import leaves, parse, shipped
 from genpolicy.config.errors import ConfigError, nearest
+from genpolicy.config.origin import Origin
 
 
 def sampler_keys(args: Namespace) -> dict[str, Any]:
@@ -21,14 +23,22 @@ def sampler_keys(args: Namespace) -> dict[str, Any]:
     return asked
 
 
-def task_section(args: Namespace, default: Mapping[str, Any]) -> dict[str, Any]:
-    """The task section that is asked for by name or in a YAML, or else the default one, with
-    --task.key=value; empty where there is neither.
+def task_section(
+    args: Namespace, default: Mapping[str, Any], origin: Origin
+) -> tuple[dict[str, Any], Origin]:
+    """The task section that is asked for by name or in a YAML, or else the default one, whose
+    origin is given, with --task.key=value; empty where there is neither. And its origin.
     """
-    raw = {"task": named_task(args.task)["task"] if args.task is not None else dict(default)}
+    raw: dict[str, Any] = {"task": dict(default)}
+    if args.task is not None:
+        raw, origin = {"task": named_task(args.task)["task"]}, Origin(trust=origin.trust)
+        if Path(args.task).is_file():
+            origin = replace(origin, folder=str(Path(args.task).parent))
+    given: dict[str, Any] = {}
     for text in args.overrides:
         parse.override(raw, text)
-    return raw["task"]
+        parse.override(given, text)
+    return raw["task"], origin.naming(given)
 
 
 def named_task(name: str) -> dict[str, Any]:

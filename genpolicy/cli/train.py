@@ -16,12 +16,12 @@ def run(args: Namespace) -> int:
     """Trains, or only rehearses one iteration with --plan; the first process alone prints."""
     main_process = os.environ.get("RANK", "0") == "0"
     if args.plan:
-        experiment, cost = rehearse(args.config, args.overrides)
+        experiment, cost = rehearse(args.config, args.overrides, trust=args.trust)
         end_processes()
         if main_process:
             _print_plan(experiment, cost)
         return 0
-    result = train(args.config, args.overrides)
+    result = train(args.config, args.overrides, trust=args.trust)
     end_processes()
     if main_process:
         print(f"{result.folder}: {_before_and_after(result.before, result.after)}")

@@ -5,6 +5,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+SHOWN = 200
+"""Characters of a value that an error repeats."""
+GO_ON = "go on with "
+"""The beginning of an error's note that ends with the command that resumes the run."""
+OUTSIDE = "it came out of the task or a reward, and not out of what was asked"
+"""The note of an `OSError` that is no mistake of the person's, and keeps its traceback."""
+
 
 class ConfigError(ValueError):
     """The mistake in what the user asked for, in one sentence."""
@@ -16,6 +23,12 @@ class RenderError(RuntimeError):
     It stands here and not beside `genpolicy.contracts.task.Environments`, because processes that
     only simulate raise it and never import torch.
     """
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, cut where it is long: an error is one sentence."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:
@@ -33,7 +46,7 @@ def nearest(word: str, valid: Sequence[str]) -> str:
 def choice(what: str, value: Any, valid: Sequence[str]) -> None:
     """Raises unless ``value`` is one of ``valid``."""
     if value not in valid:
-        raise ConfigError(f"{what} is {value!r}{nearest(str(value), valid)}")
+        raise ConfigError(f"{what} is {shown(value)}{nearest(str(value), valid)}")
 
 
 def at_least(where: str, section: Any, **least: float) -> None:

@@ -1,13 +1,19 @@
-"""Finds leaves: the class or function that a section of an experiment names."""
+"""Finds leaves: the class or function that a section of an experiment names.
+
+Whoever asks says where the name comes from (`Origin`): a stranger's file has genpolicy's own leaves
+alone, unless the person trusts it.
+"""
 
 import dataclasses
 import importlib
 import pkgutil
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 from genpolicy.config import shipped
-from genpolicy.config.errors import ConfigError, nearest
+from genpolicy.config.errors import ConfigError, nearest, shown
+from genpolicy.config.origin import Origin
 from genpolicy.config.parse import decode
 
 KINDS = ("methods", "models", "rewards", "tasks", "datasets")
@@ -26,11 +32,12 @@ def names(kind: str) -> list[str]:
     )
 
 
-def leaf(kind: str, name: str) -> Any:
+def leaf(kind: str, name: str, origin: Origin) -> Any:
     """The entry of a leaf: the class or function of genpolicy/<kind>/<name>.py, or of a dotted path
-    ``pkg.mod:entry``.
+    ``pkg.mod:entry`` where its origin may import it.
     """
     if ":" in name:
+        origin.admit(name, kind[:-1])
         module_name, _, entry = name.partition(":")
         try:
             return getattr(importlib.import_module(module_name), entry)
@@ -38,7 +45,7 @@ def leaf(kind: str, name: str) -> Any:
             raise ConfigError(f"{kind[:-1]} {name!r} can't be imported: {error}") from None
     if name not in names(kind):
         raise ConfigError(
-            f"there is no {kind[:-1]} {name!r}{nearest(name, names(kind))} "
+            f"there is no {kind[:-1]} {shown(name)}{nearest(name, names(kind))} "
             "(or a dotted path pkg.mod:entry)"
         )
     module = importlib.import_module(f"genpolicy.{kind}.{name}")
@@ -65,17 +72,22 @@ def _resolve(value: Any) -> Any:
     return value
 
 
-def make(kind: str, raw: Mapping[str, Any]) -> Any:
+def make(kind: str, raw: Mapping[str, Any], origin: Origin) -> Any:
     """Builds a leaf from its section: a dataclass is decoded strictly, a plain function is returned
     as it is.
+
+    origin: of the section. A leaf that imports by names of its settings, or of files that they
+    name, has a field of type `Origin`: it is filled in here, and no file can set it.
     """
     if not isinstance(raw.get("name"), str):
         raise ConfigError(
             f"the {kind[:-1]} section needs a name; valid are {', '.join(names(kind))}"
         )
-    entry = leaf(kind, raw["name"])
+    entry = leaf(kind, raw["name"], origin)
     if isinstance(entry, type) and dataclasses.is_dataclass(entry):
-        return decode(entry, settings(raw), f"{kind[:-1]} {raw['name']}")
+        hints = typing.get_type_hints(entry)
+        asks = {f.name: origin for f in dataclasses.fields(entry) if hints[f.name] is Origin}
+        return decode(entry, settings(raw), f"{kind[:-1]} {raw['name']}", asks)
     if isinstance(entry, type):
         raise ConfigError(
             f"{kind[:-1]} {raw['name']} is a plain class: "

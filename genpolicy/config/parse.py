@@ -1,7 +1,7 @@
 """Reads experiments: YAML and command-line overrides to dataclasses, strictly, and back."""
 
 import dataclasses
-import re
+import logging
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,22 +12,14 @@ import draccus
 import yaml
 
 from genpolicy.config import shipped
-from genpolicy.config.errors import ConfigError, choice, nearest
+from genpolicy.config.documents import yaml_value
+from genpolicy.config.errors import ConfigError, choice, nearest, shown
 from genpolicy.config.schema import Experiment
+
+log = logging.getLogger(__name__)
 
 NAMED = ("policy", "task", "method", "kernel", "data")
 """Sections that name a leaf: a bare name means its defaults."""
-
-
-class _Loader(yaml.SafeLoader):
-    """A reader for which 1e-4 is a number, as in YAML 1.2; in PyYAML's YAML 1.1 it is a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -37,9 +29,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
     try:
-        raw = yaml.load(found.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+        text = found.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from None
+    raw = yaml_value(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(
             f"{path} is not an experiment: it must be a YAML mapping with keys policy, task, method"
@@ -62,10 +55,7 @@ def override(raw: dict[str, Any], dotted: str) -> None:
             raise ConfigError(
                 f"override {dotted!r}: {section} is a plain value and has no key {last!r}"
             )
-    try:
-        at[last] = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {dotted!r}: its value is not readable YAML") from None
+    at[last] = yaml_value(text, f"override --{key}: its value")
 
 
 def parse(raw: Mapping[str, Any]) -> Experiment:
@@ -79,21 +69,50 @@ def parse(raw: Mapping[str, Any]) -> Experiment:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Reads a YAML, applies the command line's overrides, and parses."""
+    """Reads a YAML, applies the command line's overrides, and parses.
+
+    An ``eval.select`` of the YAML that names a reward which the overrides have replaced is left
+    out, with a warning.
+    """
     raw = read_yaml(path)
+    named = _rewards(raw)
     for dotted in overrides:
         override(raw, dotted)
+    settings = raw.get("eval")
+    select = str(settings.get("select")) if isinstance(settings, dict) else ""
+    if isinstance(settings, dict) and select.removeprefix("reward/") in named - _rewards(raw):
+        del settings["select"]
+        log.warning(
+            "eval.select is %s in %s, a reward that was replaced: the best policy is chosen by the"
+            " sum of the rewards that there are",
+            select,
+            path,
+        )
     return parse(raw)
 
 
-def decode[T](kind: type[T], raw: Mapping[str, Any], where: str) -> T:
+def _rewards(raw: Mapping[str, Any]) -> set[str]:
+    """The names of the rewards of a raw config."""
+    section = raw.get("reward")
+    if isinstance(section, str):
+        return {section}
+    return set(map(str, section)) if isinstance(section, Mapping) else set()
+
+
+def decode[T](
+    kind: type[T], raw: Mapping[str, Any], where: str, given: Mapping[str, Any] | None = None
+) -> T:
     """Decodes a mapping as the dataclass ``kind``, strictly; every error is one sentence that names
     the key.
+
+    given: values of fields that no file can set.
     """
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
+    given = given or {}
+    every = [f for f in dataclasses.fields(kind) if f.init]  # type: ignore[arg-type]
+    fields = {f.name: f for f in every if f.name not in given}
     for key in raw:
         if key not in fields:
-            raise ConfigError(f"{where} has no key {key!r}{nearest(str(key), list(fields))}")
+            raise ConfigError(f"{where} has no key {shown(key)}{nearest(str(key), list(fields))}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in raw:
@@ -101,7 +120,7 @@ def decode[T](kind: type[T], raw: Mapping[str, Any], where: str) -> T:
     hints = typing.get_type_hints(kind)
     values = {key: _value(hints[key], value, where, key) for key, value in raw.items()}
     try:
-        return kind(**values)
+        return kind(**values, **given)
     except ConfigError:
         raise
     except (ValueError, OSError) as error:
@@ -127,7 +146,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
             raise ValueError
         return draccus.decode(hint, value)
     except Exception:  # draccus raises whatever its decoders do, and says it in several lines
-        raise ConfigError(f"{where}: {key} is {value!r}; it must be {_called(hint)}") from None
+        raise ConfigError(f"{where}: {key} is {shown(value)}; it must be {_called(hint)}") from None
 
 
 def _called(hint: Any) -> str:

@@ -145,12 +145,16 @@ class Experiment:
     # rows per forward and backward; auto takes all, halved when memory runs out
     micro_batch: int | str = "auto"
     checkpoint_every: int = 20  # iterations between checkpoints
+    # seconds that the environments may take for a decision, or a reward for the rows that it is
+    # given at once, before the run stops and says so; None waits for ever
+    patience: float | None = 1800.0
     trackers: list[str] = field(default_factory=list)  # accelerate's: tensorboard, wandb, ...
     seed: int = 0  # of everything that is drawn in training
     output: str = "runs/experiment"  # the run's folder
 
     def __post_init__(self) -> None:
         at_least("the experiment", self, checkpoint_every=1, threads=1, environments=1)
+        positive("the experiment", self, "patience")
         rows = self.micro_batch
         if rows != "auto" and not (isinstance(rows, int) and rows >= 1):
             raise ConfigError(

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+STAGED = ".staged."
+"""The beginning of the name of a file that is being written."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -14,9 +17,12 @@ def replacing(path: Path) -> Iterator[Path]:
     takes the place of ``path`` when the block ends, and is dropped where the block raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".staged.{path.name}")
+    staged = path.with_name(f"{STAGED}{path.name}")
     try:
         yield staged
+        # the contents reach the disk before the name does: a power cut leaves no empty file
+        with open(staged, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)

@@ -47,6 +47,10 @@ class Context:
         )
 
 
+class TaskError(ValueError):
+    """The answer of a task that can't be learned from (not a finite number), or none at all."""
+
+
 @runtime_checkable
 class Task(Protocol):
     """Episodes by number. The same number is the same episode on any machine and any number of

@@ -2,7 +2,6 @@
 without importing lerobot.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genpolicy.config.documents import json_file
+from genpolicy.config.seal import changed, unsealed
 from genpolicy.datasets._lerobot_import import arrow
 
 INFO = "meta/info.json"
+MADE = "meta/genpolicy.json"
+"""The file that says how a data set of ours was made, beside LeRobot's own."""
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -24,7 +27,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is no LeRobotDataset: it has no {INFO}")
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
+        info = json_file(file)
         version = [
             info[key]
             for key in ("features", "fps", "total_frames", "total_episodes", "codebase_version")
@@ -40,8 +43,8 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def check_whole(folder: Path, info: Mapping[str, Any]) -> None:
-    """Raises unless every frame and episode is in files that were closed: parquet writes its footer
-    last.
+    """Raises unless every frame and episode is in files that were closed (parquet writes its footer
+    last), and where a file of a data set of ours is not as it was written.
     """
     for part, total in (("data", "total_frames"), ("meta/episodes", "total_episodes")):
         counts = [_count(file) for file in _files(folder / part)]
@@ -51,6 +54,17 @@ def check_whole(folder: Path, info: Mapping[str, Any]) -> None:
                 f"LeRobotDataset.finalize(), so that {part} can't be read as {info[total]} "
                 f"{total.removeprefix('total_')}; record it again"
             )
+    if (folder / MADE).is_file():
+        try:
+            made = unsealed((folder / MADE).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{folder / MADE} is damaged: {error}") from None
+        wrong = changed(folder, made.get("files", {}))
+        if wrong:
+            raise ValueError(
+                f"{wrong}: the data set is damaged; put it back from a copy, or, if you have changed"
+                f" it yourself, delete {folder / MADE}"
+            )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -58,10 +72,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _count(file: Path) -> int | None:
-    """The number of rows of a parquet file, None if it was never closed."""
+    """The number of rows of a parquet file, None if it was never closed or its end is damaged."""
     try:
         return arrow().parquet.read_metadata(file).num_rows
-    except arrow().ArrowInvalid:
+    except (arrow().ArrowInvalid, OSError):
         return None
 
 

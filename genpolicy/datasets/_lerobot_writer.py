@@ -1,6 +1,5 @@
 """Writes demonstrations as a LeRobotDataset (v3), whole or not at all."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,18 +9,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from genpolicy.config.seal import digests, sealed
 from genpolicy.contracts.task import ControlTask, Demonstration
+from genpolicy.datasets import _lerobot_files as files
 from genpolicy.datasets._lerobot_import import quiet
-
-MADE = "genpolicy.json"
-"""The file that says how the data set was made, beside LeRobot's own files in meta/."""
 
 
 @contextmanager
 def recording(
     out: Path, task: ControlTask, made: Mapping[str, Any]
 ) -> Iterator[Callable[[Demonstration], None]]:
-    """Fills `genpolicy.contracts.dataset.DatasetWriter`; ``made`` becomes meta/genpolicy.json."""
+    """Fills `genpolicy.contracts.dataset.DatasetWriter`; ``made`` becomes meta/genpolicy.json, with
+    the checksums of all other files.
+    """
     if out.exists():
         raise FileExistsError(f"{out} exists already: choose another folder, or delete it")
     staged = out.with_name(f".{out.name}.staged")
@@ -42,7 +42,8 @@ def recording(
                 yield lambda episode: _add(writing, episode, task.instruction)
             finally:
                 writing.finalize()
-        (staged / "meta" / MADE).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        told = sealed({**made, "files": digests(staged)}, indent=2)
+        (staged / files.MADE).write_text(told + "\n", encoding="utf-8")
         staged.rename(out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)

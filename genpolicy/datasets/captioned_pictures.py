@@ -4,7 +4,6 @@ Each line of metadata.jsonl is {"file_name": "0001.png", "text": "a red circle"}
 relative to the folder.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from genpolicy.config.documents import json_value
 from genpolicy.contracts.task import Context
 
 METADATA = "metadata.jsonl"
@@ -89,7 +89,7 @@ class CaptionedPictures:
 def _entry(line: str, where: str) -> tuple[str, str]:
     """The file name and the caption of one line."""
     try:
-        entry = json.loads(line)
+        entry = json_value(line, where)
         name = entry["file_name"]
         caption = entry["text"]
     except (ValueError, KeyError, TypeError):

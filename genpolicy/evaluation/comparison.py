@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from genpolicy.config.origin import PERSON, Origin
 from genpolicy.config.schema import Experiment
 from genpolicy.evaluation.curves import COLOURS, EPISODES, Panel, by_experience, save_panels, smooth
 from genpolicy.evaluation.metrics_file import series
@@ -38,6 +39,7 @@ class Arm:
 
     name: str
     experiment: Experiment
+    origin: Origin = PERSON
 
 
 @dataclass(frozen=True)

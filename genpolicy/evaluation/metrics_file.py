@@ -1,4 +1,4 @@
-"""The file metrics.jsonl: one JSON object per line, appended, read and cut."""
+"""The file metrics.jsonl: one JSON object per line, with its checksum, appended, read and cut."""
 
 import json
 import math
@@ -9,38 +9,77 @@ from typing import Any
 import numpy as np
 
 from genpolicy.config import whole_file
+from genpolicy.config.errors import ConfigError
+from genpolicy.config.seal import sealed, unsealed
 
 METRICS = "metrics.jsonl"
 
 
 def append(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Appends one line, a JSON object; numbers that are not finite become null."""
+    """Appends one line, a JSON object with its checksum; numbers that are not finite become null."""
     with open(folder / METRICS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(metrics)) + "\n")
+        file.write(sealed(_finite(metrics)) + "\n")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Reads the lines of metrics.jsonl; a last line cut short by a kill is left out."""
-    path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    metrics = []
-    for line in lines:
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return metrics
+    """Reads the lines of metrics.jsonl; one that is damaged, or cut short by a kill, is left out."""
+    return [metrics for _, metrics in _lines(folder) if metrics is not None]
+
+
+def damaged(folder: Path) -> list[int]:
+    """Returns the numbers, from 1, of the lines that `read` leaves out."""
+    return [number for number, (_, found) in enumerate(_lines(folder), 1) if found is None]
 
 
 def truncate(folder: Path, iteration: int) -> None:
-    """Drops the lines after ``iteration``: the run resumes there and writes them again."""
-    kept = [m for m in read(folder) if m["iteration"] <= iteration]
-    whole_file.write_text(folder / METRICS, "".join(json.dumps(m) + "\n" for m in kept))
+    """Drops the lines after ``iteration``: the run resumes there and writes them again. A damaged
+    line before them stays as it is, but for the last one, where a kill has cut it short.
+    """
+    kept: list[bytes] = []
+    lines = _lines(folder)
+    for line, metrics in lines:
+        if metrics is not None and metrics["iteration"] > iteration:
+            break
+        if metrics is not None or line.endswith(b"\n"):
+            kept.append(line)
+    if len(kept) < len(lines):
+        with whole_file.replacing(folder / METRICS) as staged:
+            staged.write_bytes(b"".join(kept))
+
+
+def _lines(folder: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Every line as it stands, with its end, and what it says: None for a damaged one."""
+    path = folder / METRICS
+    # JSON's own line ends only
+    whole = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    lines = [line + b"\n" for line in whole[:-1]] + [line for line in whole[-1:] if line]
+    return [(line, _said(line)) for line in lines]
+
+
+def _said(line: bytes) -> dict[str, Any] | None:
+    try:
+        metrics = unsealed(line.decode("utf-8"))
+    except ValueError:
+        return None
+    return metrics if isinstance(metrics.get("iteration"), int) else None
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Writes a whole file or none; numbers that are not finite become null, as JSON has no NaN."""
     whole_file.write_text(path, json.dumps(_finite(data), indent=1) + "\n")
+
+
+def write_sealed(path: Path, data: Mapping[str, Any]) -> None:
+    """Does the same as `write_json`, with a checksum for `read_sealed`."""
+    whole_file.write_text(path, sealed(_finite(data), indent=1) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Reads what `write_sealed` wrote. Raises `ConfigError` where it is damaged."""
+    try:
+        return unsealed(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from None
 
 
 def _finite(value: Any) -> Any:

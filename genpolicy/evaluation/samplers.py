@@ -9,6 +9,7 @@ from typing import Any
 
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError, choice
+from genpolicy.config.origin import Origin
 from genpolicy.config.schema import ChainConfig
 from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
@@ -36,10 +37,11 @@ class Variant:
 
     name: str
     sampler: ChainConfig
+    origin: Origin  # of the sampler's section
 
     def of(self, policy: ChainPolicy) -> ChainPolicy:
         """The policy with this sampler: the same model and the same parts."""
-        return make_policy(policy.model, self.sampler, policy.parts)
+        return make_policy(policy.model, self.sampler, policy.parts, origin=self.origin)
 
     def description(self) -> dict[str, Any]:
         """The sampler's entry in eval.json."""
@@ -56,23 +58,28 @@ def variants(asked: Sequence[str], found: Saved) -> list[Variant]:
 
 
 def _variant(name: str, found: Saved) -> Variant:
-    deployed = found.sampler
     if "=" in name:
         asked: dict[str, Any] = {}
         parse.override(asked, f"--{name}")
-        return Variant(name, resampled(asdict(deployed), asked))
+        own = asdict(found.sampler)
+        return Variant(name, resampled(own, asked), found.origin.naming(asked))
+    return Variant(name, _preset(name, found), found.origin)
+
+
+def _preset(name: str, found: Saved) -> ChainConfig:
+    """The sampler of one of `PRESETS`."""
+    deployed = found.sampler
     several = BEST_OF.fullmatch(name)
     if several:
         # .975 on 200 episodes of peg-insert-side; with noise in the last step too .96, the ODE .91
-        return Variant(name, replace(_variant("last_mean", found).sampler, best_of=int(several[1])))
+        return replace(_preset("last_mean", found), best_of=int(several[1]))
     choice("--samplers: a sampler", name, list(PRESETS))
     if name == DEPLOYED:
-        return Variant(name, deployed)
+        return deployed
     if name == "ode":
         ode = {"name": "ddim", "eta": 0.0}
         # no step is inside the window, so that a learned std acts nowhere either
-        nowhere = replace(deployed, kernel=ode, window=(0, 0), window_size=None, best_of=1)
-        return Variant(name, nowhere)
+        return replace(deployed, kernel=ode, window=(0, 0), window_size=None, best_of=1)
     if name == "native":
         own = native_sampler(str(found.policy.get("pretrained")))
         if own is None:
@@ -80,17 +87,13 @@ def _variant(name: str, found: Saved) -> Variant:
                 "--samplers: native is LeRobot's own sampler, "
                 f"and {found.where} is no LeRobot policy"
             )
-        return Variant(name, resampled(own, {"grid": "native"}))
+        return resampled(own, {"grid": "native"})
     stochastic = replace(
         resampled(asdict(_trained(name, found)), {"steps": deployed.steps}), window_size=None
     )
     if name == "mean":
-        return Variant(
-            name, replace(stochastic, kernel={"name": "mean", "kernel": stochastic.kernel})
-        )
-    if name == "last_mean":
-        return Variant(name, without_last_noise(stochastic))
-    return Variant(name, stochastic)
+        return replace(stochastic, kernel={"name": "mean", "kernel": stochastic.kernel})
+    return without_last_noise(stochastic) if name == "last_mean" else stochastic
 
 
 def _trained(name: str, found: Saved) -> ChainConfig:

@@ -14,7 +14,8 @@ from peft.utils import get_peft_model_state_dict
 from genpolicy.models._diffusers_load import first_line
 
 ADAPTER = "policy"
-WEIGHTS = "pytorch_lora_weights.safetensors"
+SUFFIX = ".safetensors"
+WEIGHTS = f"pytorch_lora_weights{SUFFIX}"
 ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *(
@@ -79,12 +80,14 @@ def add(pipeline: Any, denoiser: torch.nn.Module, lora: Lora) -> None:
 
 
 def _start(pipeline: Any, denoiser: torch.nn.Module, start: Path) -> None:
-    files = [start] if start.is_file() else sorted(start.glob("*.safetensors"))
+    # a pickle is no LoRA, whatever it is called
+    alone = start.is_file() and start.suffix == SUFFIX
+    files = [start] if alone else sorted(start.glob(f"*{SUFFIX}"))
     if len(files) > 1:
         files = [file for file in files if file.name == WEIGHTS]
     if len(files) != 1:
         raise FileNotFoundError(
-            f"lora.start {start} is neither a .safetensors file nor a folder with {WEIGHTS}"
+            f"lora.start {start} is neither a {SUFFIX} file nor a folder with {WEIGHTS}"
         )
     kind = type(denoiser).__name__
     try:

@@ -6,7 +6,6 @@ LeRobot is imported inside the functions: it takes seconds, and it is an extra.
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from genpolicy.config.documents import json_file
+from genpolicy.config.origin import Origin
+from genpolicy.models._remote_code import unasked
 
 STATE = "observation.state"
 """LeRobot's name of the robot's own state."""
@@ -26,15 +29,32 @@ WEIGHTS = "model.safetensors"
 PREPROCESSOR = "policy_preprocessor.json"
 POSTPROCESSOR = "policy_postprocessor.json"
 
+STEPS = (
+    "absolute_actions_processor",
+    "device_processor",
+    "normalizer_processor",
+    "pi05_prepare_state_tokenizer_processor_step",
+    "pi0_new_line_processor",
+    "relative_actions_processor",
+    "rename_observations_processor",
+    "smolvla_new_line_processor",
+    "to_batch_processor",
+    "tokenizer_processor",
+    "unnormalizer_processor",
+)
+"""The steps, by their registered names, that LeRobot's processors of these policies are made of."""
+
 Renamed = Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
 """(policy, a file's tensors) -> the same tensors under the policy's own names."""
 
 
 @contextlib.contextmanager
 def lerobot() -> Any:
-    """Speak to LeRobot: without its prints, and with one sentence where it is missing."""
+    """Speak to LeRobot: without its prints, without a question whether to run the code that lies
+    beside a tokenizer (the answer is no), and with one sentence where it is missing.
+    """
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), unasked():
             yield
     except ImportError as error:
         raise ValueError(
@@ -58,13 +78,30 @@ def find(pretrained: str, revision: str | None, kinds: Sequence[str]) -> Path:
                 f"policy.pretrained {pretrained} has no {file}: LeRobot before 0.4 made it;"
                 " convert it with lerobot.processor.migrate_policy_normalization"
             )
-    kind = json.loads((folder / CONFIG).read_text()).get("type")
+    settings = json_file(folder / CONFIG)
+    kind = settings.get("type") if isinstance(settings, dict) else None
     if kind not in kinds:
         raise ValueError(
             f"policy.pretrained {pretrained} is a LeRobot policy of type {kind}; valid here:"
             f" {', '.join(kinds)}"
         )
     return folder
+
+
+def require_steps(folder: Path, origin: Origin) -> None:
+    """Raises where a processor beside a policy has a step that is not one of `STEPS`, and the
+    folder's ``origin`` may not import it: LeRobot calls any class that a step names, and some of
+    its own steps run the code that they find beside a tokenizer.
+    """
+    for file in (PREPROCESSOR, POSTPROCESSOR):
+        document = json_file(folder / file)
+        steps = document.get("steps") if isinstance(document, dict) else None
+        if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+            raise ValueError(f"{folder / file} is damaged: it must hold a list of steps")
+        for step in steps:
+            if step.get("registry_name") not in STEPS:
+                named = step.get("registry_name", step.get("class"))
+                origin.reached(folder / file).admit(str(named), "step")
 
 
 def _download(pretrained: str, revision: str | None) -> Path:

@@ -6,7 +6,6 @@ preprocessor names a tokenizer. Where such a name is a folder, what is in it is 
 weights, in `SHIPPED`, and found there on another machine.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from draccus.utils import DecodingError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from genpolicy.config.documents import json_file
+from genpolicy.config.origin import Origin
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.models import _lerobot as theirs
 from genpolicy.models._lerobot_flow_families import FAMILIES
@@ -36,19 +37,26 @@ class Files:
     """The place that a policy comes from.
 
     words: the tokenizer (of SmolVLA the VLM) to use instead of the one that the policy names.
+    origin: of the section that names the folder.
     """
 
     folder: Path
     words: str | None
     device: torch.device
+    origin: Origin
 
     @classmethod
     def find(
-        cls, source: str, revision: str | None, tokenizer: str | None, device: torch.device
+        cls,
+        source: str,
+        revision: str | None,
+        tokenizer: str | None,
+        device: torch.device,
+        origin: Origin,
     ) -> "Files":
         """Raises with one sentence where there is no policy that lerobot_flow can be."""
         folder = theirs.find(source, revision, tuple(FAMILIES))
-        settings = json.loads((folder / theirs.CONFIG).read_text())
+        settings = json_file(folder / theirs.CONFIG)
         for name in UNSUPPORTED:
             if settings.get(name):
                 raise ValueError(
@@ -56,14 +64,15 @@ class Files:
                     " undo; it needs absolute actions and whole weights"
                 )
         shipped = folder / SHIPPED
-        return cls(folder, tokenizer or (str(shipped) if shipped.is_dir() else None), device)
+        words = tokenizer or (str(shipped) if shipped.is_dir() else None)
+        return cls(folder, words, device, origin)
 
     def policy(self) -> Any:
         """The policy in eval mode, verified. Its configuration is the file's; only while it is
         built, names are replaced, nothing is compiled and no other weights are fetched first.
         """
         settings: dict[str, Any] = {"compile_model": False}
-        if json.loads((self.folder / theirs.CONFIG).read_text())["type"] == "smolvla":
+        if json_file(self.folder / theirs.CONFIG)["type"] == "smolvla":
             settings["load_vlm_weights"] = False
             if self.words is not None:
                 settings["vlm_model_name"] = self.words
@@ -73,11 +82,14 @@ class Files:
     def processors(self, config: Any) -> Processors:
         """The processors beside the policy."""
         with self._explained():
-            processors = load_processors(config, self.folder, self.device, **self._tokenizer())
+            processors = load_processors(
+                config, self.folder, self.device, self.origin, **self._tokenizer()
+            )
         return self._named(processors)
 
     def new_processors(self, config: Any, dataset: Dataset) -> Processors:
         """The processors beside the policy, with a data set's statistics in place of their own."""
+        theirs.require_steps(self.folder, self.origin)
         with theirs.lerobot(), self._explained():
             from lerobot.policies.factory import make_pre_post_processors
 
@@ -109,7 +121,7 @@ class Files:
     def _named(self, processors: Processors) -> Processors:
         """Restores the tokenizer's name that the file has, under which the step is saved again."""
         step = tokenizer_step(processors)
-        steps = json.loads((self.folder / theirs.PREPROCESSOR).read_text())["steps"]
+        steps = json_file(self.folder / theirs.PREPROCESSOR)["steps"]
         self.local = Path(step.tokenizer_name).is_dir()
         (step.tokenizer_name,) = (
             saved["config"]["tokenizer_name"]

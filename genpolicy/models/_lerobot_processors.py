@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genpolicy.config.origin import Origin
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
-from genpolicy.models._lerobot import lerobot
+from genpolicy.models._lerobot import lerobot, require_steps
 from genpolicy.models._observed import observed
 
 STATISTICS = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99")}
@@ -77,11 +78,12 @@ class Processors:
 
 
 def load_processors(
-    config: Any, folder: Path, device: torch.device, **overrides: Mapping[str, Any]
+    config: Any, folder: Path, device: torch.device, origin: Origin, **overrides: Mapping[str, Any]
 ) -> Processors:
     """The processors saved beside a policy, on ``device``; ``overrides`` are settings of the
-    preprocessor's steps by their registered names.
+    preprocessor's steps by their registered names, ``origin`` says what they may import.
     """
+    require_steps(folder, origin)
     with lerobot():
         from lerobot.policies.factory import make_pre_post_processors
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from genpolicy.chain import Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
+from genpolicy.config.origin import PERSON, Origin
 from genpolicy.contracts.task import Context
 from genpolicy.models import _diffusers_lora as lora_files
 from genpolicy.models import _head
@@ -59,6 +60,7 @@ class DiffusersPipeline:
     gradient_checkpointing: less memory for about a third more time where gradients are taken.
     offload: the denoiser alone stays on the device; text encoders and VAE visit it when they work.
     device: None takes this process's accelerator if there is one.
+    origin: of this section.
     """
 
     pretrained: str
@@ -72,6 +74,7 @@ class DiffusersPipeline:
     gradient_checkpointing: bool = False
     offload: bool = False
     device: Any = None
+    origin: Origin = field(default=PERSON, repr=False)
 
     acts: ClassVar[bool] = False
     draws: ClassVar[int] = 0
@@ -96,7 +99,7 @@ class DiffusersPipeline:
         """
         frozen = PRECISIONS[self.precision]
         learning = torch.float32 if self.train == "full" else frozen
-        self.pipeline = load_pipeline(self.pretrained, self.revision, frozen, learning)
+        self.pipeline = load_pipeline(self.pretrained, self.revision, frozen, learning, self.origin)
         kind = type(self.pipeline).__name__
         self._call = PipelineCall.of(self.pipeline, self.call, self.pretrained)
         self._times = Times(self._call.scheduler, mu=None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from genpolicy.chain import Prediction, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
+from genpolicy.config.origin import PERSON, Origin
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
 from genpolicy.models import _head
@@ -63,6 +64,7 @@ class LeRobotDiffusion:
     spacing: the grid that `grid` gives, "trailing" from the noisiest level or "lerobot" as its own
         sampler visits it (`native_grid`, which does not depend on it).
     device: None takes this process's accelerator if there is one.
+    origin: of this section.
     """
 
     pretrained: str | None = None
@@ -72,6 +74,7 @@ class LeRobotDiffusion:
     train: Literal["full", "denoiser"] = "full"
     spacing: Literal["trailing", "lerobot"] = "trailing"
     device: Any = None
+    origin: Origin = field(default=PERSON, repr=False)
 
     acts: ClassVar[bool] = True
     draws: ClassVar[int] = 0
@@ -91,7 +94,7 @@ class LeRobotDiffusion:
                 _head.tell(head, policy.config.prediction_type)
                 policy.config.prediction_type = head
                 policy.diffusion.noise_scheduler.register_to_config(prediction_type=head)
-            self._adopt(policy, load_processors(policy.config, folder, self.device))
+            self._adopt(policy, load_processors(policy.config, folder, self.device, self.origin))
             return
         self._config = configure(self.config, head, self.device)
         self._describe(self._config)

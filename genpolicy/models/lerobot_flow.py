@@ -17,6 +17,7 @@ from torch.nn import functional
 from genpolicy.chain import Linear, Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation, expand
+from genpolicy.config.origin import PERSON, Origin
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
 from genpolicy.models import _head
@@ -64,6 +65,7 @@ class LeRobotFlow:
     precision: dtype that what is frozen is stored in, and that the networks run in (autocast). What
         learns is fp32, and so is the kernel algebra.
     device: null takes this process's accelerator if there is one.
+    origin: of this section.
     """
 
     pretrained: str | None = None
@@ -76,6 +78,7 @@ class LeRobotFlow:
     keep: bool = True
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Any = None
+    origin: Origin = field(default=PERSON, repr=False)
     shapes: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict)
     action_dim: int = field(init=False, default=0)
 
@@ -93,7 +96,7 @@ class LeRobotFlow:
             self.prediction_type, "velocity", _head.FLOW, "lerobot_flow"
         )
         self.device = default_device() if self.device is None else torch.device(self.device)
-        self._files = Files.find(source, self.revision, self.tokenizer, self.device)
+        self._files = Files.find(source, self.revision, self.tokenizer, self.device, self.origin)
         self.policy = self._files.policy()  # in eval mode while it learns too: replay must be exact
         config = self.policy.config
         self._family = FAMILIES[config.type]

@@ -23,6 +23,8 @@ from torch import Tensor
 from genpolicy.chain import Linear, Prediction, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
+from genpolicy.config.documents import json_file
+from genpolicy.config.parse import decode
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
 from genpolicy.models import _head
@@ -42,6 +44,14 @@ HEADS: dict[str, tuple[Parametrisation, ...]] = {
     "gaussian": ("sample",),
 }
 """The heads that each family can have; its default is the first."""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The sizes of what a saved one sees and does."""
+
+    shapes: dict[str, list[int]]  # of observations, by name
+    action_dim: int
 
 
 @dataclass(eq=False)
@@ -182,19 +192,25 @@ class MLP:
             raise FileNotFoundError(
                 f"policy.pretrained {folder} is no saved mlp: it has no {SETTINGS} and {WEIGHTS}"
             )
-        settings = json.loads((folder / SETTINGS).read_text())
-        shapes = {name: tuple(shape) for name, shape in settings.pop("shapes").items()}
-        action_dim = settings.pop("action_dim")
-        settings.pop("shift", None)  # is of this run's imitation, not of the network
-        head = settings.pop("prediction_type", None)  # policies saved before it was a setting: none
-        for name, value in settings.items():
-            setattr(self, name, value)
-        _head.tell(self.prediction_type, head or HEADS[self.family][0])
-        self.prediction_type = self.prediction_type or head
+        file = folder / SETTINGS
+        document = json_file(file)
+        if not isinstance(document, dict):
+            raise ValueError(f"{file} is damaged: it must hold the settings of an mlp")
+        facts = {name: document.pop(name) for name in ("shapes", "action_dim") if name in document}
+        sizes = decode(_Sizes, facts, str(file))
+        shapes = {name: tuple(shape) for name, shape in sizes.shapes.items()}
+        # its settings are checked as a new one's are
+        new = decode(type(self), document, str(file), {"pretrained": None, "device": self.device})
+        # shift is of this run's imitation, not of the network
+        for name in document.keys() - {"shift", "prediction_type"}:
+            setattr(self, name, getattr(new, name))
+        # policies saved before the head was a setting have none
+        _head.tell(self.prediction_type, new.prediction_type or HEADS[self.family][0])
+        self.prediction_type = self.prediction_type or new.prediction_type
         self._settle()
         tensors = load_file(folder / WEIGHTS, device=str(self.device))
         statistics = {n: value for n, value in tensors.items() if not n.startswith(PREFIXES)}
-        self._build(shapes, action_dim, Scaling(statistics))
+        self._build(shapes, sizes.action_dim, Scaling(statistics))
         for prefix, module in zip(PREFIXES, self._modules(), strict=True):
             mine = [name for name in tensors if name.startswith(prefix)]
             module.load_state_dict({name.removeprefix(prefix): tensors[name] for name in mine})

@@ -1,7 +1,6 @@
 """A policy and its folder: save it with its sampler and parts, find it, load it."""
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -14,7 +13,9 @@ import torch
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import leaf, make, names, settings
+from genpolicy.config.origin import PERSON, STRANGER, Origin
 from genpolicy.config.schema import ChainConfig
+from genpolicy.config.seal import changed, digests, sealed, unsealed
 from genpolicy.contracts.model import Model
 from genpolicy.policy.policy import ChainPolicy, Part
 from genpolicy.policy.pretrained import foreign
@@ -31,7 +32,8 @@ OLD_BASE, OLD_JUDGE = "base", "judge"
 def save_policy(
     policy: ChainPolicy, section: Mapping[str, Any], sampler: ChainConfig, folder: Path
 ) -> None:
-    """Write the policy in its ecosystem's format, with its sampler and parts beside it.
+    """Write the policy in its ecosystem's format, with its sampler, its parts and the checksums of
+    all beside it.
 
     section: the experiment's policy section. The folder that was there is set aside until the new
     one is in its place, so that a process that is killed leaves one of them for `whole`.
@@ -51,8 +53,9 @@ def save_policy(
             name: {"kind": part.kind, "version": part.version}
             for name, part in policy.parts.items()
         },
+        "files": digests(staged),
     }
-    (staged / SAMPLER).write_text(json.dumps(description, indent=1) + "\n")
+    (staged / SAMPLER).write_text(sealed(description, indent=1) + "\n", encoding="utf-8")
     aside = _set_aside(folder)
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -80,22 +83,25 @@ class Saved:
     policy: its policy section.
     sampler: the one it is deployed with.
     run: the folder of the run that made it, if it lies in one.
+    origin: of all that, a stranger's with what the person has replaced.
     """
 
     where: str
     policy: dict[str, Any]
     sampler: ChainConfig
     run: Path | None
+    origin: Origin
 
     @property
     def acts(self) -> bool:
         """True where its samples are chunks of actions (`ControlModel`)."""
-        return bool(leaf("models", self.policy["name"]).acts)
+        return bool(leaf("models", str(self.policy.get("name")), self.origin).acts)
 
     def load(self) -> ChainPolicy:
         """The policy with its sampler and its parts."""
-        model = make("models", self.policy)
-        return make_policy(model, self.sampler, load_parts(self.policy, model))
+        model = make("models", self.policy, self.origin)
+        parts = load_parts(self.policy, model, self.origin)
+        return make_policy(model, self.sampler, parts, origin=self.origin)
 
 
 def completed(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,6 +116,7 @@ def completed(section: Mapping[str, Any]) -> dict[str, Any]:
         own["lora"] = {**own["lora"], **_found(own["lora"], "start", "policy.lora.start")}
     folder = _origin(own)
     if folder is not None:
+        _require_whole(folder)
         head = _described(folder)["policy"].get("prediction_type")
         if head is not None and own.get("prediction_type") is None:
             own["prediction_type"] = head
@@ -130,11 +137,16 @@ def _found(section: Mapping[str, Any], key: str, called: str) -> dict[str, str]:
             f"its policy is {policy}" if whole(policy).is_dir() else "it has saved no policy yet"
         )
         raise ConfigError(f"{called} is {where}, the folder of a run: {which}")
+    _require_described(folder)
     return {} if folder == Path(where) else {key: str(folder)}
 
 
-def load_parts(section: Mapping[str, Any], model: Model) -> dict[str, Part]:
+def load_parts(
+    section: Mapping[str, Any], model: Model, origin: Origin = STRANGER
+) -> dict[str, Part]:
     """The parts of the saved policy that a policy section names, by name; none where it names none.
+
+    origin: of the section.
 
     Raises `ConfigError` for a part that is missing, damaged, newer than this version of genpolicy,
     or of an unknown kind: a policy without one of its parts is another policy.
@@ -144,7 +156,7 @@ def load_parts(section: Mapping[str, Any], model: Model) -> dict[str, Part]:
         return {}
     description = _described(folder)
     if "parts" not in description:
-        return _old_parts(section, folder, description, model)
+        return _old_parts(section, folder, description, model, origin)
     return {
         name: _load_part(name, entry, folder / PARTS / name, model)
         for name, entry in description["parts"].items()
@@ -168,7 +180,9 @@ def require_savable(name: str, part: Part, model: Model) -> None:
     weights nor settings.
     """
     kind = getattr(part, "kind", None)
-    if kind not in names("policy.parts") or leaf("policy.parts", str(kind)) is not type(part):
+    if kind not in names("policy.parts") or leaf("policy.parts", str(kind), PERSON) is not type(
+        part
+    ):
         raise ConfigError(
             f"the policy's part {name!r} is a {type(part).__name__}, which can't be saved with it;"
             f" kinds of parts are {', '.join(names('policy.parts'))}"
@@ -197,7 +211,7 @@ def _load_part(name: str, entry: Mapping[str, Any], folder: Path, model: Model) 
             f"{folder}: the policy's part {name!r} is of kind {kind!r}, which this version of"
             f" genpolicy does not know; it knows {', '.join(names('policy.parts'))}"
         )
-    found = leaf("policy.parts", str(kind))
+    found = leaf("policy.parts", str(kind), PERSON)  # one of ours, see above
     if not isinstance(version, int) or not 1 <= version <= found.version:
         raise ConfigError(
             f"{folder}: the policy's part {name!r} ({kind}) has version {version}; this version of"
@@ -219,15 +233,21 @@ def _read[T](name: str, folder: Path, load: Callable[[], T]) -> T:
 
 
 def _old_parts(
-    section: Mapping[str, Any], folder: Path, description: Mapping[str, Any], model: Model
+    section: Mapping[str, Any],
+    folder: Path,
+    description: Mapping[str, Any],
+    model: Model,
+    origin: Origin,
 ) -> dict[str, Part]:
     """The parts of a policy that was saved before they had a contract."""
     found: dict[str, Part] = {}
     if description.get("base_above") is not None:
-        base = make("models", {**section, "pretrained": str(folder / OLD_BASE)})
-        found["base"] = leaf("policy.parts", "base").of(base, float(description["base_above"]))
+        base = make("models", {**section, "pretrained": str(folder / OLD_BASE)}, origin)
+        found["base"] = leaf("policy.parts", "base", PERSON).of(
+            base, float(description["base_above"])
+        )
     if (folder / OLD_JUDGE).is_dir():
-        judge, best_of = folder / OLD_JUDGE, leaf("policy.parts", "best_of")
+        judge, best_of = folder / OLD_JUDGE, leaf("policy.parts", "best_of", PERSON)
         found["best_of"] = _read("best_of", judge, lambda: best_of.load(judge, model))
     return found
 
@@ -245,9 +265,34 @@ def _origin(section: Mapping[str, Any]) -> Path | None:
     return next((folder for folder in folders if (folder / SAMPLER).is_file()), None)
 
 
+def _require_described(folder: Path) -> None:
+    """Raise `ConfigError` where a policy of a run (RUN/policy, RUN/stages/NAME) has lost its
+    genpolicy.json: it would be loaded as if somebody else had saved it, without its sampler and its
+    parts.
+    """
+    runs = [home for home in folder.absolute().parents[:2] if (home / "config.yaml").is_file()]
+    if runs and folder.is_dir() and not (folder / SAMPLER).is_file():
+        raise ConfigError(
+            f"{folder / SAMPLER} is missing: it says how the policy of the run {runs[0]} is loaded;"
+            " put it back from a copy, or take another policy of the run"
+        )
+
+
+def _require_whole(folder: Path) -> None:
+    """Raise `ConfigError` where a file of a saved policy has changed or is missing; policies that
+    were saved before they had checksums are taken as they are.
+    """
+    wrong = changed(folder, _described(folder).get("files", {}))
+    if wrong:
+        raise ConfigError(
+            f"{wrong}: the saved policy {folder} is damaged; put it back from a copy, or take"
+            " another (a run writes its policy again when it is resumed)"
+        )
+
+
 def _described(folder: Path) -> dict[str, Any]:
     try:
-        description = json.loads((folder / SAMPLER).read_text(encoding="utf-8"))
+        description = unsealed((folder / SAMPLER).read_text(encoding="utf-8"))
         sections = {name: dict(description[name]) for name in ("policy", "chain")}
         # policies saved before parts had a contract have no such key
         if "parts" in description:
@@ -256,8 +301,9 @@ def _described(folder: Path) -> dict[str, Any]:
         return {**description, **sections}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(
-            f"{folder / SAMPLER} is damaged: it must hold the sections policy and chain, and what"
-            " it says of parts must have a section for each"
+            f"{folder / SAMPLER} is damaged: it must hold the sections policy and chain, what it"
+            " says of parts must have a section for each, and its checksum crc32 must fit (whoever"
+            " has changed the file leaves that key out)"
         ) from None
 
 
@@ -287,12 +333,13 @@ def _contents(value: Any) -> dict[str, Any]:
     return {"state": value.state_dict(), **attributes}
 
 
-def saved(path: str | Path, **overrides: Any) -> Saved:
+def saved(path: str | Path, *, trust: bool = False, **overrides: Any) -> Saved:
     """Find a policy: a run's folder (its policy/), a saved policy's folder, a shipped asset, a
     diffusers or LeRobot folder, a hub id.
 
     overrides: keys of `ChainConfig` that replace the saved sampler's (steps, guidance, kernel,
     ...). What is no policy of ours comes with the sampler that `foreign` says.
+    trust: the person trusts who saved it: its files may import the code that they name.
     """
     folder = whole(Path(settings({"path": str(path)})["path"]))
     if not folder.is_dir() and (folder.is_absolute() or str(path).count("/") != 1):
@@ -306,20 +353,24 @@ def saved(path: str | Path, **overrides: Any) -> Saved:
                 f"run {run} has saved no policy yet: it does so at its first checkpoint after"
                 " iteration 0"
             )
+    _require_described(folder)
     if not (folder / SAMPLER).is_file():
         section, sampler = foreign(str(folder))
-        return Saved(str(path), section, resampled(sampler, overrides), None)
+        origin = Origin(trust=trust).reached(folder).naming(overrides)
+        return Saved(str(path), section, resampled(sampler, overrides), None, origin)
+    _require_whole(folder)
     description = _described(folder)
     section, sampler = description["policy"], description["chain"]
     if section.get("train") == "lora":
         section["lora"] = {**(section.get("lora") or {}), "start": str(folder)}
     else:
         section["pretrained"] = str(folder)
-    return Saved(str(folder), section, resampled(sampler, overrides), run)
+    origin = Origin(trust=trust).reached(folder / SAMPLER).naming(overrides)
+    return Saved(str(folder), section, resampled(sampler, overrides), run, origin)
 
 
-def load(path: str | Path, **overrides: Any) -> ChainPolicy:
-    """Load a policy with its deployed sampler; see `saved` for what ``path`` and ``overrides`` may
-    be.
+def load(path: str | Path, *, trust: bool = False, **overrides: Any) -> ChainPolicy:
+    """Load a policy with its deployed sampler; see `saved` for what ``path``, ``trust`` and
+    ``overrides`` may be.
     """
-    return saved(path, **overrides).load()
+    return saved(path, trust=trust, **overrides).load()

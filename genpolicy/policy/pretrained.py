@@ -1,9 +1,9 @@
 """Policies that others have saved: which leaf they are, and the sampler that they come with."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from genpolicy.config.documents import json_file
 from genpolicy.config.errors import ConfigError
 
 LEAVES = {
@@ -51,17 +51,10 @@ def _settings(where: str) -> dict[str, Any] | None:
     if (folder / PIPELINE).is_file():
         return None
     file = folder / POLICY if folder.is_dir() else _downloaded(where)
-    try:
-        settings = (
-            json.loads(file.read_text(encoding="utf-8"))
-            if file is not None and file.is_file()
-            else {}
-        )
-    except ValueError:
-        raise ConfigError(f"{file} is damaged: it is no JSON") from None
-    if "type" not in settings:
+    settings = json_file(file) if file is not None and file.is_file() else {}
+    if not isinstance(settings, dict) or "type" not in settings:
         return None
-    if settings["type"] not in LEAVES:
+    if str(settings["type"]) not in LEAVES:
         raise ConfigError(
             f"{where} is a LeRobot policy of type {settings['type']}; those that denoise,"
             " and can be loaded, are"

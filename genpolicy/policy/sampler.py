@@ -10,6 +10,7 @@ from genpolicy.chain import Chain, kernel, solver
 from genpolicy.chain.kernel import StdKernel
 from genpolicy.config.errors import ConfigError, nearest
 from genpolicy.config.leaves import leaf, settings
+from genpolicy.config.origin import PERSON, STRANGER, Origin
 from genpolicy.config.parse import decode
 from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.model import Model
@@ -30,13 +31,13 @@ def kernels() -> dict[str, Callable[..., Any]]:
     }
 
 
-def make_kernel(raw: Mapping[str, Any]) -> Any:
-    """A kernel or solver of `kernels` by name, or a dotted path."""
+def make_kernel(raw: Mapping[str, Any], origin: Origin) -> Any:
+    """A kernel or solver of `kernels` by name, or a dotted path where its origin may import it."""
     name = raw.get("name")
     if not isinstance(name, str):
         raise ConfigError("chain: kernel needs a name, for example {name: ddim, eta: 1.0}")
     if ":" in name:
-        return decode(leaf("kernels", name), settings(raw), f"kernel {name}")
+        return decode(leaf("kernels", name, origin), settings(raw), f"kernel {name}")
     valid = kernels()
     if name not in valid:
         raise ConfigError(f"there is no kernel {name!r}{nearest(name, list(valid))}")
@@ -47,16 +48,16 @@ def make_kernel(raw: Mapping[str, Any]) -> Any:
             raise ConfigError(f"kernel {name} has no key {key!r}{nearest(key, list(known))}")
         if known[key] in (int, float) and not isinstance(value, int | float):
             raise ConfigError(f"kernel {name}: {key} is {value!r}; it must be a number")
-        inner[key] = _wrapped(name, known[key], value) if key == "kernel" else value
+        inner[key] = _wrapped(name, known[key], value, origin) if key == "kernel" else value
     try:
         return valid[name](**inner)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"kernel {name} does not fit: {error}") from None
 
 
-def _wrapped(name: str, kind: Any, value: Any) -> Any:
+def _wrapped(name: str, kind: Any, value: Any, origin: Origin) -> Any:
     """The kernel inside of a kernel, by its section or bare name."""
-    made = make_kernel(value if isinstance(value, Mapping) else {"name": value})
+    made = make_kernel(value if isinstance(value, Mapping) else {"name": value}, origin)
     asked = "std" if kind is StdKernel else "coefficients"
     if not callable(getattr(made, asked, None)):
         raise ConfigError(f"kernel {name} can't go around {type(made).__name__.lower()}")
@@ -74,9 +75,15 @@ def require_trainable(chain: ChainConfig) -> None:
 
 
 def make_policy(
-    model: Model, sampler: ChainConfig, parts: Mapping[str, Part] | None = None
+    model: Model,
+    sampler: ChainConfig,
+    parts: Mapping[str, Part] | None = None,
+    *,
+    origin: Origin = STRANGER,
 ) -> ChainPolicy:
     """A model with a sampler and the parts of its policy, attached in their order.
+
+    origin: of the sampler's section; a stranger's has the kernels of genpolicy.chain alone.
 
     Raises `ConfigError` where sampler, parts and model do not fit together.
     """
@@ -85,7 +92,8 @@ def make_policy(
             grid = model.native_grid(sampler.steps)
         else:
             grid = model.grid(sampler.steps, sampler.start)
-        built = Chain(model.schedule, grid, make_kernel(sampler.kernel), window=sampler.window)
+        kernel = make_kernel(sampler.kernel, origin)
+        built = Chain(model.schedule, grid, kernel, window=sampler.window)
         interval = sampler.guidance_interval or (0.0, float("inf"))
         policy = ChainPolicy(model, built, sampler.guidance, interval, sampler.negative_gradient)
         if bool((grid.diff(dim=0) > 0).any()):
@@ -151,7 +159,7 @@ def without_idle_window(model: Model, sampler: ChainConfig) -> ChainConfig:
     Such a window changes nothing but where a learned std would draw. A kernel ``mean`` keeps its
     window: its steps outside are the ODE's.
     """
-    made = make_policy(model, replace(sampler, best_of=1)).chain
+    made = make_policy(model, replace(sampler, best_of=1), origin=PERSON).chain
     idle = not made.noisy and not isinstance(made.kernel, chain.Mean)
     return replace(sampler, window=None) if idle else sampler
 

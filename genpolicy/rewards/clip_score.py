@@ -23,14 +23,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from genpolicy.config.documents import json_file
 from genpolicy.config.errors import ConfigError, at_least, choice
 from genpolicy.contracts.task import Context
+from genpolicy.models._remote_code import unasked
 from genpolicy.rewards._pictures import centre_crop, normalise, resize, shortest_edge
 
 
@@ -157,14 +160,16 @@ class ClipScore:
         if repo and schema != "local-dir":
             require_repo(repo, "clip_score")
         try:
-            clip = open_clip.create_model_from_pretrained(
-                self.model,
-                pretrained=self.pretrained if schema is None else None,
-                # open_clip itself only warns of the wrong one
-                force_quick_gelu=tag.get("quick_gelu", False),
-                return_transform=False,
-            )
-            self._tokenize = open_clip.get_tokenizer(self.model)
+            _require_no_code(open_clip, self.model)
+            with unasked():
+                clip = open_clip.create_model_from_pretrained(
+                    self.model,
+                    pretrained=self.pretrained if schema is None else None,
+                    # open_clip itself only warns of the wrong one
+                    force_quick_gelu=tag.get("quick_gelu", False),
+                    return_transform=False,
+                )
+                self._tokenize = open_clip.get_tokenizer(self.model)
         except Exception as error:
             source = self.model if schema else f"{self.model} from {self.pretrained}"
             raise OSError(f"clip_score cannot load {source}: {brief(error)}") from error
@@ -217,6 +222,22 @@ class ClipScore:
             self.micro_batch,
         )
         return self.scale * cosine
+
+
+def _require_no_code(open_clip: Any, model: str) -> None:
+    """Raises where the configuration of a folder or a hub repository asks that the code beside its
+    tokenizer be run.
+    """
+    schema, name = open_clip.factory.parse_model_name(model)
+    if schema == "local-dir":
+        config = json_file(Path(name) / "open_clip_config.json")
+    elif schema is not None:
+        config = open_clip.factory._get_hf_config(name)
+    else:
+        return
+    asked = config["model_cfg"].get("text_cfg", {}).get("tokenizer_kwargs", {})
+    if asked.get("trust_remote_code"):
+        raise ConfigError("its tokenizer comes with code (trust_remote_code), which is never run")
 
 
 def _tag(open_clip: Any, model: str, pretrained: str) -> dict[str, Any]:

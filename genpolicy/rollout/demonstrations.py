@@ -13,11 +13,13 @@ from tqdm import tqdm
 from genpolicy.chain import Noise
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import leaf, make
+from genpolicy.config.origin import PERSON, Origin
 from genpolicy.contracts.dataset import DatasetWriter
 from genpolicy.contracts.model import ControlModel, require_fit
 from genpolicy.contracts.task import Context, ControlTask, Demonstration, TaskStep, is_control
 from genpolicy.policy.files import saved
 from genpolicy.rollout.episodes import play
+from genpolicy.rollout.guard import guarded
 
 WRITER = "lerobot_dataset"
 """The leaf of datasets/ that episodes are recorded as."""
@@ -45,6 +47,7 @@ def demonstrate(
     noise: float,
     seed: int,
     policy: str | None = None,
+    origin: Origin = PERSON,
 ) -> Recorded:
     """Writes a data set of ``episodes`` to the new folder ``out``; they begin from the reset seeds
     ``seed``, ``seed`` + 1, ...
@@ -53,6 +56,8 @@ def demonstrate(
     does, and only what succeeds is kept; a policy (a run's or a policy's folder) acts with its
     deployed sampler, and everything is kept ("next.success" tells). The folder appears when it is
     complete; meta/genpolicy.json says how it was made.
+
+    origin: of the task section; ``policy`` is a stranger's, unless the person trusts those.
     """
     if episodes < 1:
         raise ConfigError(f"episodes is {episodes}; it must be at least 1")
@@ -63,16 +68,17 @@ def demonstrate(
         )
     if out.exists():
         raise ConfigError(f"{out} exists already: choose another folder, or delete it")
-    task = make("tasks", task_section)
+    task = make("tasks", task_section, origin)
     if not is_control(task):
         raise ConfigError(f"task {task_section['name']} has no environments to act in")
     if policy is None:
         source = _by_expert(task, range(seed, seed + PATIENCE * episodes), noise)
     else:
-        source = _by_policy(task, range(seed, seed + episodes), policy, seed)
+        name, seeds = str(task_section["name"]), range(seed, seed + episodes)
+        source = _by_policy(task, name, seeds, policy, seed, origin.trust)
     done = Recorded()
     made = {"task": dict(task_section), "policy": policy, "noise": noise, "seed": seed}
-    writer: DatasetWriter = leaf("datasets", WRITER)
+    writer: DatasetWriter = leaf("datasets", WRITER, PERSON)
     with (
         writer.recording(out, task, made) as keep,
         tqdm(total=episodes, desc="demonstrate", unit="episode", file=sys.stderr) as bar,
@@ -105,10 +111,10 @@ def _by_expert(task: ControlTask, seeds: Sequence[int], noise: float) -> Iterato
 
 
 def _by_policy(
-    task: ControlTask, seeds: Sequence[int], policy: str, seed: int
+    task: ControlTask, name: str, seeds: Sequence[int], policy: str, seed: int, trust: bool
 ) -> Iterator[Demonstration]:
     """Plays the policy's episodes, and yields them in the order of their seeds."""
-    found = saved(policy)
+    found = saved(policy, trust=trust)
     if not found.acts:
         raise ConfigError(f"{policy} draws, it does not act: it can't demonstrate anything")
     actor = found.load()
@@ -122,7 +128,7 @@ def _by_policy(
         for row, episode in enumerate(playing):
             logs[episode].add(seen, action, step, row)
 
-    environments = task.environments(min(SIDE_BY_SIDE, len(seeds)), model.history)
+    environments = guarded(task, name, min(SIDE_BY_SIDE, len(seeds)), model.history)
     try:
         noise = Noise.rows(seed, 0, torch.arange(len(seeds)), 1)
         written = 0

@@ -2,15 +2,25 @@
 done, or counted, twice.
 """
 
-import os
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from genpolicy.config.errors import ConfigError
+from genpolicy.rollout import tensor_file
 
 FOLDER = "episodes"
 """The folder of episodes in a run's folder: episodes/ITERATION/GROUP-MEMBER-ORIGIN.pt."""
+EPISODES = "[0-9]*.pt"
+"""The names of whole episodes: one that is being written begins with a dot."""
+COLLECTED = "collected"
+"""The key of an episode for how many groups and members were collected with it, [2]."""
+LOST = (
+    "it was collected by weights that have learned since and can't be played again: put it back"
+    " from a copy, or begin the run anew in another output"
+)
+"""The end of a sentence about an episode that is gone."""
 
 
 class EpisodeStore:
@@ -20,31 +30,30 @@ class EpisodeStore:
     experiment meanwhile, the name's last part tells: the origin.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / FOLDER
+    def __init__(self, folder: Path, say: Callable[[str], None] = lambda text: None) -> None:
+        self.folder, self.say = folder / FOLDER, say
         self.pinned: set[int] = set()  # iterations whose episodes are learned from for longer
 
     def read(self, iteration: int, name: str) -> dict[str, Any] | None:
-        """Returns the episode that was written under this name, if there is one."""
-        path = self._path(iteration, name)
-        return torch.load(path, weights_only=True) if path.is_file() else None
-
-    def write(self, iteration: int, name: str, episode: dict[str, Any]) -> None:
-        """Write an episode (tensors, texts, and lists and mappings of them) by staging and one
-        rename.
+        """Returns the episode that was written under this name, if there is one; a damaged one is
+        none, and is played again.
         """
         path = self._path(iteration, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(".staged")
-        with open(staged, "wb") as file:
-            torch.save(episode, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(staged, path)
+        if not path.is_file():
+            return None
+        try:
+            return tensor_file.read(path)
+        except ValueError as error:
+            self.say(f"{error}; it is played again")
+            return None
+
+    def write(self, iteration: int, name: str, episode: dict[str, Any]) -> None:
+        """Write an episode: tensors, texts, and lists and mappings of them."""
+        tensor_file.write(self._path(iteration, name), episode)
 
     def forget_others(self, iteration: int, origin: str) -> None:
         """Delete an iteration's episodes of any other origin."""
-        for path in (self.folder / str(iteration)).glob("*.pt"):
+        for path in (self.folder / str(iteration)).glob(EPISODES):
             if not path.stem.endswith(f"-{origin}"):
                 path.unlink(missing_ok=True)
 
@@ -57,10 +66,32 @@ class EpisodeStore:
                 shutil.rmtree(folder)
 
     def episodes(self, iteration: int) -> list[dict[str, Any]]:
-        """All of an iteration, of whatever process, by group and member."""
-        names = [path.stem for path in (self.folder / str(iteration)).glob("*.pt")]
+        """All of an iteration, of whatever process, by group and member.
+
+        Raises `ConfigError` where one is damaged, or missing of as many as were collected: the
+        others alone would teach something else.
+        """
+        folder = self.folder / str(iteration)
+        names = [path.stem for path in folder.glob(EPISODES)]
         ordered = sorted(names, key=lambda name: [int(number) for number in name.split("-")[:2]])
-        return [torch.load(self._path(iteration, name), weights_only=True) for name in ordered]
+        try:
+            found = [tensor_file.read(self._path(iteration, name)) for name in ordered]
+        except ValueError as error:
+            raise ConfigError(f"{error}; {LOST}") from None
+        missing = _missing(ordered, found)
+        if missing:
+            raise ConfigError(f"{folder} has lost the episode {missing} (GROUP-MEMBER); {LOST}")
+        return found
 
     def _path(self, iteration: int, name: str) -> Path:
         return self.folder / str(iteration) / f"{name}.pt"
+
+
+def _missing(names: Sequence[str], episodes: Sequence[Mapping[str, Any]]) -> str:
+    """The first GROUP-MEMBER that was collected with these episodes and is not among their names."""
+    there = {tuple(name.split("-")[:2]) for name in names}
+    # episodes of older runs do not say how many they were
+    counts = [episode[COLLECTED].tolist() for episode in episodes if COLLECTED in episode]
+    groups, members = max(counts, default=(0, 0))
+    asked = ((str(group), str(member)) for group in range(groups) for member in range(members))
+    return next(("-".join(pair) for pair in asked if pair not in there), "")

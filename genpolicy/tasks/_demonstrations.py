@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from genpolicy.contracts.task import Demonstration
+from genpolicy.contracts.task import Demonstration, TaskError
 from genpolicy.tasks._environments import raw
 from genpolicy.tasks._slots import Frame, Simulation
 
@@ -18,7 +18,8 @@ def record(
     limit: int,
     std: Any = 0.0,
 ) -> Demonstration:
-    """Plays ``expert`` from this seed until success, the episode's end or ``limit`` steps.
+    """Plays ``expert`` from this seed until success, the episode's end or ``limit`` steps. Raises
+    `TaskError` where the simulation's reward or observation is not finite.
 
     Its action is clipped to the action space, given Gaussian noise of ``std`` (a number, or one
     per action dimension; a pure function of the seed), clipped again, and recorded as executed.
@@ -34,6 +35,12 @@ def record(
         actions.append(wanted.clip(low, high).astype(np.float32))
         frame, reward, terminated, truncated, info = simulation.step(actions[-1])
         rewards.append(reward)
+        for name, value in {"its reward": reward, **frame}.items():
+            if not np.isfinite(value).all():
+                raise TaskError(
+                    f"step {len(actions)} of the episode from reset seed {seed}: {name} is not"
+                    " finite; rewards and observations must be"
+                )
         over = terminated or truncated
         success = bool(info["success"])
     return Demonstration(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from genpolicy.config.errors import ConfigError, RenderError, nearest
+from genpolicy.config.origin import Origin
 from genpolicy.tasks._simulators import library, quiet
 
 WORLD = "observation.environment_state"
@@ -17,19 +18,24 @@ GOAL = ("observation", "achieved_goal", "desired_goal")
 SUCCESS = ("is_success", "success", "goal_achieved")
 """Names under which an environment's info says that it is done."""
 LEAF = "task gymnasium"
+PACKAGES = ("gymnasium_robotics", "gym_pusht")
+"""Packages of environments that genpolicy itself depends on, and imports whoever names them."""
+INDIRECT = ("GymV21Environment-v0", "GymV26Environment-v0")
+"""Environments that make another one, whose id may name a module, too."""
 
 
 class Gym:
     """A `genpolicy.tasks._slots.Simulation` of a registered environment, without its time limit.
 
     An id that Gymnasium does not know may come from the package it is in the namespace of
-    (gym_pusht/PushT-v0 is gym_pusht's) or from gymnasium_robotics. spec: the registered one.
-    reports_success: whether the info of the last step said so.
+    (gym_pusht/PushT-v0 is gym_pusht's) or from gymnasium_robotics; any other package is imported
+    only where ``origin``, which the id comes from, may. spec: the registered one. reports_success:
+    whether the info of the last step said so.
     """
 
-    def __init__(self, env: str, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, env: str, kwargs: Mapping[str, Any], origin: Origin) -> None:
         gymnasium = library("gymnasium", LEAF)
-        self.spec = _spec(gymnasium, env)
+        self.spec = _spec(gymnasium, env, origin)
         modes = {"render_mode": "rgb_array", **kwargs}
         try:
             with quiet():
@@ -82,14 +88,19 @@ class Gym:
         self._env.close()
 
 
-def _spec(gymnasium: Any, env: str) -> Any:
+def _spec(gymnasium: Any, env: str, origin: Origin) -> Any:
     """The registered specification of an id, after its package was asked to register it."""
     module, _, name = env.rpartition(":")
     missing = ""
+    if name in INDIRECT:
+        origin.admit(env, f"env of {LEAF}")
     if module:
+        origin.admit(env, f"env of {LEAF}")
         library(module, f"{LEAF}: {env}")
     elif name not in gymnasium.registry:
-        package = name.rpartition("/")[0] or "gymnasium_robotics"
+        package = name.rpartition("/")[0] or PACKAGES[0]
+        if package not in PACKAGES:
+            origin.admit(env, f"env of {LEAF}")
         try:
             library(package, LEAF)
         except ConfigError:

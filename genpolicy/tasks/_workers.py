@@ -6,6 +6,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable
@@ -13,11 +15,13 @@ from typing import IO, Any
 
 PATIENCE = 5.0
 """Seconds that a worker has to end by itself before it is killed."""
+GLANCE = 1.0
+"""Seconds between two looks of a worker at whether its parent still lives."""
 BEGIN = """
 import pickle, sys
 sys.path[:] = pickle.load(sys.stdin.buffer)
 from genpolicy.tasks._workers import serve
-serve()
+serve(int(sys.argv[1]))
 """
 
 
@@ -32,7 +36,10 @@ class Worker:
     def __init__(self, make: Callable[[], Any]) -> None:
         first = pickle.dumps(sys.path) + pickle.dumps(make)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", BEGIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            # -P: what lies in the current folder is no module before the path is set
+            [sys.executable, "-P", "-c", BEGIN, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         self.close = weakref.finalize(self, _stop, self._process)
         self._send(first)
@@ -70,12 +77,15 @@ class Worker:
         )
 
 
-def serve() -> None:
-    """Makes the object, then calls what is asked until the pipe closes: the life of a worker."""
+def serve(parent: int) -> None:
+    """Makes the object, then calls what is asked until the pipe closes: the life of a worker of the
+    process ``parent``.
+    """
     # these signals are for the parent, which may finish its iteration first
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a simulation prints must not stand between the answers
     made: list[Any] = []
@@ -89,10 +99,22 @@ def serve() -> None:
             _answer(answers, getattr(made[0], verb), *arguments)
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has ended, also where a simulation hangs and nobody reads
+    the pipe; one that hangs with Python's lock held does not let this thread look.
+    """
+    while os.getppid() == parent:
+        time.sleep(GLANCE)
+    os._exit(1)
+
+
 def _answer(pipe: IO[bytes], call: Callable[..., Any], *arguments: Any) -> None:
     """Sends (True, the call's result) or (False, its exception, with the traceback as a note)."""
     try:
         message = pickle.dumps((True, call(*arguments)))
+    except SystemExit as error:  # a simulation's; it must not look like a worker that was told to
+        said = f"a simulation has called sys.exit({error.code!r})"
+        message = pickle.dumps((False, RuntimeError(said)))
     except Exception as error:
         error.add_note(traceback.format_exc())
         message = pickle.dumps(

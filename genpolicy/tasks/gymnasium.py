@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from genpolicy.config.errors import ConfigError, at_least
+from genpolicy.config.origin import PERSON, Origin
 from genpolicy.contracts.task import Demonstration
 from genpolicy.tasks._environments import Environments
 from genpolicy.tasks._gym import Gym
@@ -26,10 +27,11 @@ class Gymnasium:
     workers: int = 0  # processes that simulate; 0 is this one
     # the arguments that the environment is made with, e.g. {obs_type: pixels}
     kwargs: dict[str, Any] = field(default_factory=dict)
+    origin: Origin = field(default=PERSON, repr=False)  # of this section
 
     def __post_init__(self) -> None:
         at_least("task gymnasium", self, limit=1, workers=0)
-        probe = Gym(self.env, self.kwargs)
+        probe = Gym(self.env, self.kwargs, self.origin)
         self.limit = self.limit or probe.spec.max_episode_steps
         if self.limit is None:
             raise ConfigError(
@@ -50,7 +52,7 @@ class Gymnasium:
 
     def environments(self, count: int, history: int) -> Environments:
         assert self.limit is not None  # see __post_init__
-        make = partial(Gym, self.env, self.kwargs)
+        make = partial(Gym, self.env, self.kwargs, self.origin)
         return Environments(make, count, history, self.limit, self.instruction, self.workers)
 
     def demonstrate(self, seed: int, noise: float) -> Demonstration:

@@ -1,31 +1,38 @@
 """Builds live objects from an experiment; saves a policy to its folder and loads it back."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make, settings
+from genpolicy.config.origin import Origin
+from genpolicy.config.schema import Experiment
 from genpolicy.contracts.dataset import Dataset, Merged, Pictures
 from genpolicy.contracts.model import ControlModel, require_fit
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import ControlTask, read_prompts
 
 
-def make_rewards(raw: Mapping[str, Any]) -> Any:
-    """The reward section, name -> weight or {weight, settings...}, as `WeightedRewards`."""
+def make_rewards(
+    raw: Mapping[str, Any], origin: Origin, patience: float | None = Experiment.patience
+) -> WeightedRewards:
+    """The reward section, name -> weight or {weight, settings...}, as `WeightedRewards`; patience:
+    see `Experiment`.
+    """
     rewards: dict[str, tuple[Any, float]] = {}
     for name, value in raw.items():
         section = dict(value) if isinstance(value, dict) else {"weight": value}
         weight = section.pop("weight", 1.0)
-        if not isinstance(weight, int | float):
-            raise ConfigError(f"reward {name}: its weight must be a number, got {weight!r}")
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ConfigError(f"reward {name}: its weight must be a finite number, got {weight!r}")
         short = name.rpartition(":")[2]
         if short in rewards:
             raise ConfigError(f"two rewards are called {short}: rename one of them")
-        rewards[short] = (make("rewards", {"name": name, **section}), float(weight))
+        rewards[short] = (make("rewards", {**section, "name": name}, origin), float(weight))
     if not rewards:
         raise ConfigError("the reward section names no reward")
-    return WeightedRewards(rewards)
+    return WeightedRewards(rewards, patience)
 
 
 def load_rewards(rewards: WeightedRewards) -> None:
@@ -39,14 +46,16 @@ def load_rewards(rewards: WeightedRewards) -> None:
             raise ConfigError(str(error)) from None
 
 
-def make_data(raw: Mapping[str, Any] | Sequence[Any] | None) -> Dataset | Pictures | None:
+def make_data(
+    raw: Mapping[str, Any] | Sequence[Any] | None, origin: Origin
+) -> Dataset | Pictures | None:
     """The data section: a data set, or a list of several that are learned from as one; a text in it
     is a LeRobotDataset's folder.
     """
     if raw is None:
         return None
     if isinstance(raw, Mapping):
-        return make("datasets", raw)
+        return make("datasets", raw, origin)
     sections = [
         {"name": "lerobot_dataset", "root": one} if isinstance(one, str) else one for one in raw
     ]
@@ -55,7 +64,7 @@ def make_data(raw: Mapping[str, Any] | Sequence[Any] | None) -> Dataset | Pictur
             raise ConfigError(f"data: {section!r} is neither a folder nor a data set's section")
     if not sections:
         raise ConfigError("the data section is an empty list: name a folder, or leave it out")
-    made = [make("datasets", section) for section in sections]
+    made = [make("datasets", section, origin) for section in sections]
     if any(isinstance(one, Pictures) for one in made):
         raise ConfigError(
             "data: several folders are learned from as one only where they hold episodes"
@@ -67,12 +76,12 @@ def make_data(raw: Mapping[str, Any] | Sequence[Any] | None) -> Dataset | Pictur
 
 
 def control_model(
-    section: Mapping[str, Any], task: ControlTask, data: Dataset | Pictures | None
+    section: Mapping[str, Any], task: ControlTask, data: Dataset | Pictures | None, origin: Origin
 ) -> ControlModel:
     """A model for a task of many decisions, given its shapes and statistics by the data set where
     it is new. Raises `ConfigError` where model and task do not fit.
     """
-    model = make("models", section)
+    model = make("models", section, origin)
     if not model.acts:
         raise ConfigError(
             f"model {section['name']} has no actions: it can't act in a task of environments"

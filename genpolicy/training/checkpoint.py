@@ -1,16 +1,14 @@
 """Checkpoints: written whole or not at all, read with care, one run to a folder."""
 
 import fcntl
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from genpolicy.config.errors import ConfigError
+from genpolicy.rollout import tensor_file
 
 STATE = "state.pt"
 LOCK = ".lock"
@@ -88,17 +86,14 @@ class RunState:
 
 
 def write(folder: Path, iteration: int, state: Any, keep: int = 2) -> None:
-    """checkpoints/ITERATION/state.pt by staging and one move; only the last ``keep`` stay."""
+    """checkpoints/ITERATION/state.pt, whole or not at all; only the last ``keep`` stay, and none of
+    a later iteration: a run that goes on from before a damaged one comes there again.
+    """
     root = folder / "checkpoints"
-    final = root / str(iteration)
-    final.mkdir(parents=True, exist_ok=True)
-    staged = root / f".{iteration}.{STATE}"
-    with open(staged, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, final / STATE)
-    for old in iterations(folder)[:-keep]:
+    tensor_file.write(root / str(iteration) / STATE, state)
+    there = iterations(folder)
+    later = [number for number in there if number > iteration]
+    for old in later + there[: len(there) - len(later)][:-keep]:
         shutil.rmtree(root / str(old))
 
 
@@ -108,21 +103,24 @@ def iterations(folder: Path) -> list[int]:
     return sorted(int(name) for name in found if name.isdigit())
 
 
-def latest(folder: Path) -> Any | None:
-    """The newest checkpoint's state on the CPU, or None; a damaged one raises one sentence that
-    says what to do.
+def latest(folder: Path, say: Callable[[str], None] = lambda text: None) -> Any | None:
+    """The newest checkpoint's state on the CPU, or None where there is none. ``say`` is told of
+    every damaged one, in the place of which the one before is taken; where all are damaged, raises
+    `ConfigError`.
     """
     there = iterations(folder)
-    if not there:
-        return None
-    path = folder / "checkpoints" / str(there[-1])
-    try:
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except Exception:
-        older = f" to resume from iteration {there[-2]}" if len(there) > 1 else " to start again"
+    for number in reversed(there):
+        try:
+            return tensor_file.read(folder / "checkpoints" / str(number) / STATE)
+        except ValueError as error:
+            say(f"{error}; it is left out, and an older checkpoint is looked for")
+    if there:
         raise ConfigError(
-            f"checkpoint {path} is damaged (cut short or not ours): delete that folder{older}"
-        ) from None
+            f"checkpoint {folder / 'checkpoints' / str(there[-1])} is damaged (cut short or not"
+            " ours), and there is no older one: put it back from a copy, or delete the run's folder"
+            " to start again"
+        )
+    return None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from genpolicy.training.iteration_metrics import IterationMetrics
 
 @dataclass(frozen=True)
 class Request:
-    """What a method wants collected; `ConfigError` for counts below 1."""
+    """The request of a method for a rollout; `ConfigError` for counts below 1."""
 
     groups: int  # M, prompts or start states
     members: int  # N, samples or episodes of each

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.origin import PERSON
 from genpolicy.config.schema import ChainConfig, Experiment
 from genpolicy.evaluation import metrics_file
 from genpolicy.policy.files import save_policy
@@ -22,6 +23,8 @@ from genpolicy.training.workspace import Workspace
 
 STAGES = "stages"
 """In a run's folder: the policies of its milestones."""
+KEPT = ("before", "last", "best", "evaluated_at")
+"""The metrics that a checkpoint keeps, and when they were taken."""
 
 
 class Deployment:
@@ -49,7 +52,8 @@ class Deployment:
             # the window was that of another kernel: a deterministic one stays deterministic
             sampler = without_idle_window(policy.model, sampler)
         self.sampler = sampler
-        self.policy = make_policy(policy.model, self.sampler, policy.parts)
+        # the experiment is the person's
+        self.policy = make_policy(policy.model, self.sampler, policy.parts, origin=PERSON)
         self.before: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
         self.best = -math.inf
@@ -94,7 +98,8 @@ class Deployment:
             sampler, policy, metrics = self.sampler, self.policy, self.evaluate(iteration)
         else:
             sampler = deployed_sampler(self.experiment.chain, {"best_of": best_of}, control=True)
-            policy = make_policy(self.policy.model, sampler, self.policy.parts)
+            model, parts = self.policy.model, self.policy.parts
+            policy = make_policy(model, sampler, parts, origin=PERSON)
             metrics = self.examine(policy, iteration)
         if self.processes.main:
             self._tell(name, metrics)
@@ -124,17 +129,17 @@ class Deployment:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the metrics, and when they were taken."""
-        names = ("before", "last", "best", "evaluated_at")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in KEPT}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up metrics."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in KEPT:
+            setattr(self, name, state[name])
 
     def _record(self, name: str, iteration: int, metrics: dict[str, Any]) -> None:
         line = {"iteration": iteration, **{f"{name}/{key}": v for key, v in metrics.items()}}
         metrics_file.append(self.folder, line)
+        self.processes.log(line, iteration)
 
     def _tell(self, text: str, metrics: dict[str, Any]) -> None:
         measured = self.evaluator.measured

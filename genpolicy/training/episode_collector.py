@@ -16,7 +16,7 @@ from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.episodes import reset_seed
 from genpolicy.rollout.recorder import Lived, live
 from genpolicy.rollout.rollout import Decisions, Rollout
-from genpolicy.rollout.store import EpisodeStore
+from genpolicy.rollout.store import COLLECTED, EpisodeStore
 from genpolicy.training.collector import Request, acting
 from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.processes import Processes
@@ -54,11 +54,10 @@ class EpisodeCollector:
         starts = starts or [reset_seed(self.seed, iteration, group) for group in range(groups)]
         # play this process's episodes; the members of a group begin in the same state
         seeds = [starts[group] for group in local.tolist() for _ in range(members)]
-        ledger = (
-            _Page(self.store, iteration, noise, self._origin(policy, starts))
-            if request.keep
-            else None
-        )
+        ledger = None
+        if request.keep:
+            origin = self._origin(policy, starts)
+            ledger = _Page(self.store, iteration, noise, origin, (groups, members))
         phase = self.metrics.phase
         with acting(policy, self.model, self.metrics):
             lived = live(policy, self.environments, seeds, noise, ledger=ledger, on_phase=phase)
@@ -126,13 +125,14 @@ class EpisodeCollector:
 @dataclass(frozen=True)
 class _Page:
     """One iteration's episodes in the store, by their group and member: the names that all
-    processes agree on.
+    processes agree on. collected: how many groups and members all processes collect.
     """
 
     store: EpisodeStore
     iteration: int
     noise: Noise
     origin: str
+    collected: tuple[int, int]
 
     def __post_init__(self) -> None:
         self.store.forget_others(self.iteration, self.origin)
@@ -141,7 +141,8 @@ class _Page:
         return self.store.read(self.iteration, self._name(episode))
 
     def write(self, episode: int, rows: dict[str, Any]) -> None:
-        self.store.write(self.iteration, self._name(episode), rows)
+        told = {**rows, COLLECTED: torch.tensor(self.collected)}
+        self.store.write(self.iteration, self._name(episode), told)
 
     def _name(self, episode: int) -> str:
         return f"{int(self.noise.group[episode])}-{int(self.noise.member[episode])}-{self.origin}"

@@ -7,17 +7,21 @@ from typing import Any
 import torch
 
 from genpolicy.config import parse, whole_file
+from genpolicy.config.seal import marked
 from genpolicy.evaluation import metrics_file
 from genpolicy.training import resume
 from genpolicy.training.run import Run
 from genpolicy.training.stop_request import StopRequest
+from genpolicy.training.workspace import CONFIG
 
 
 def iterations(run: Run) -> Iterator[int]:
     """Yield 1, 2, ... until the budget is spent or a signal asks to stop."""
     resume.resume(run)
     if run.processes.main:
-        whole_file.write_text(run.folder / "config.yaml", parse.to_yaml(run.experiment))
+        whole_file.write_text(run.folder / CONFIG, marked(parse.to_yaml(run.experiment)))
+    if run.experiment.trackers:  # now, not before: they write into the folder
+        run.processes.start_trackers(parse.to_yaml(run.experiment))
     if run.iteration == 0 and not run.deployment.before:
         run.deployment.before = run.deployment.evaluate(0)
         resume.save(run)
@@ -34,7 +38,7 @@ def iterations(run: Run) -> Iterator[int]:
         if stop.asked:
             run.say(
                 f"stopped at iteration {run.iteration}; go on with"
-                f" genpolicy train {run.folder / 'config.yaml'}"
+                f" genpolicy train {run.folder / CONFIG}"
             )
         if run.iteration > begun:  # what was resumed and went no further is saved already
             resume.save(run)

@@ -8,10 +8,12 @@ import torch
 
 from genpolicy.config.errors import ConfigError, choice
 from genpolicy.config.leaves import make
+from genpolicy.config.origin import PERSON, Origin
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.task import Task
 from genpolicy.policy.files import completed, load_parts
 from genpolicy.policy.sampler import make_policy, require_trainable
+from genpolicy.rollout.guard import guarded
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.store import EpisodeStore
 from genpolicy.training import loop
@@ -61,23 +63,28 @@ def required(method: Method) -> Needs:
 
 
 def prepare(
-    experiment: Experiment, folder: Path, processes: Processes, rehearsal: Rehearsal | None = None
+    experiment: Experiment,
+    folder: Path,
+    processes: Processes,
+    rehearsal: Rehearsal | None = None,
+    origin: Origin = PERSON,
 ) -> tuple[Run, Method]:
     """Build everything an experiment names; what does not fit raises before any work starts.
 
     rehearsal: records one iteration of each stage in the place of the loop.
+    origin: of the experiment, which is the person's; what its policy and data sections name is not.
     """
     experiment = dataclasses.replace(experiment, policy=completed(experiment.policy))
     require_trainable(experiment.chain)
     torch.manual_seed(experiment.seed)
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
-    method = make("methods", experiment.method)
-    task: Any = make("tasks", experiment.task)
+    method = make("methods", experiment.method, origin)
+    task: Any = make("tasks", experiment.task, origin)
     name, needs = str(experiment.method["name"]), required(method)
     world = world_of(task)
     require_sections(name, needs, world, experiment.data is not None)
-    data = make_data(experiment.data)
+    data = make_data(experiment.data, origin)
     require_kind(world, data)
     # what every run has, and what the two worlds have each
     metrics, display = IterationMetrics(processes), Display(experiment, folder, processes.main)
@@ -92,22 +99,29 @@ def prepare(
                 f"task {experiment.task['name']} brings its own reward: leave the reward section"
                 " out"
             )
-        model = control_model(experiment.policy, task, data)
-        environments = task.environments(experiment.environments, model.history)
+        model = control_model(experiment.policy, task, data, origin)
+        environments = guarded(
+            task,
+            str(experiment.task["name"]),
+            experiment.environments,
+            model.history,
+            experiment.patience,
+        )
         evaluator = EpisodeEvaluator(environments, task.has_success, settings)
         circumstances = repr((experiment.task, experiment.chain, experiment.environments))
-        store = EpisodeStore(folder)
+        store = EpisodeStore(folder, display.say)
         collector = EpisodeCollector(
             seed, model, circumstances, environments, processes, metrics, store
         )
     else:
-        reward = make_rewards(experiment.reward)
+        reward = make_rewards(experiment.reward, origin, experiment.patience)
         evaluator = PromptEvaluator(reward, evaluation_prompts(experiment, task), settings)
         load_rewards(reward)
-        model = make("models", experiment.policy)
+        model = make("models", experiment.policy, origin)
         collector = PromptCollector(seed, model, task, reward, processes, metrics, micro_batches)
     choice("eval: select", settings.select or evaluator.measured[0], evaluator.measured)
-    policy = make_policy(model, experiment.chain, load_parts(experiment.policy, model))
+    parts = load_parts(experiment.policy, model, origin)
+    policy = make_policy(model, experiment.chain, parts, origin=origin)
     require_chain(name, needs, policy)
     require_shape(model, data)
     run = Run(

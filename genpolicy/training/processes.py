@@ -94,13 +94,21 @@ class Processes:
         mean = first / count
         return (values - mean) / (max(second / count - mean**2, 0.0) ** 0.5 + 1e-8)
 
-    def log(self, metrics: Mapping[str, float], iteration: int) -> None:
-        """Hand an iteration's metrics to the trackers."""
-        self.accelerator.log(dict(metrics), step=iteration)
+    def log(self, metrics: Mapping[str, Any], iteration: int) -> None:
+        """Hand the numbers among an iteration's metrics to the trackers."""
+        numbers = {name: v for name, v in metrics.items() if isinstance(v, int | float)}
+        self.accelerator.log(numbers, step=iteration)
 
     def start_trackers(self, text: str) -> None:
-        """Begin the trackers' records with the experiment as text."""
-        self.accelerator.init_trackers("genpolicy", config={"experiment": text})
+        """Begin the trackers' records with the experiment as text; `ConfigError` where one can't
+        (it has no key, or no server answers).
+        """
+        try:
+            self.accelerator.init_trackers("genpolicy", config={"experiment": text})
+        except Exception as error:  # each tracker has errors of its own
+            raise ConfigError(
+                f"the experiment: trackers: one can't begin: {' '.join(str(error).split())}"
+            ) from error
 
     def finish_trackers(self) -> None:
         """End the trackers' records."""
@@ -113,12 +121,23 @@ class Processes:
 
 
 def start_processes(experiment: Experiment, folder: Path | None) -> Processes:
-    """Join the processes that launched this run; its trackers will write to ``folder``."""
+    """Join the processes that launched this run; its trackers will write to ``folder``.
+
+    Raises `ConfigError` for a tracker that is unknown or not installed.
+    """
     try:
         accelerator = Accelerator(log_with=list(experiment.trackers) or None, project_dir=folder)
-        return Processes(accelerator)
     except ValueError as error:
         raise ConfigError(f"the experiment: trackers: {error}") from None
+    # accelerate leaves out what is not installed without a word
+    found = {str(tracker) for tracker in accelerator.log_with}
+    missing = [name for name in experiment.trackers if name not in found]
+    if missing:
+        raise ConfigError(
+            f"the experiment: trackers: {', '.join(missing)} can't be imported: install it, or"
+            " leave it out"
+        )
+    return Processes(accelerator)
 
 
 def end_processes() -> None:

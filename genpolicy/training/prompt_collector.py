@@ -8,9 +8,10 @@ from torch import Tensor
 
 from genpolicy.chain import Noise
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.outside import outside
 from genpolicy.contracts.model import Model
 from genpolicy.contracts.reward import WeightedRewards
-from genpolicy.contracts.task import Context, Task
+from genpolicy.contracts.task import Context, Task, TaskError
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches, recount
 from genpolicy.rollout.prompts import Judged, collect, concatenate
@@ -103,4 +104,5 @@ class PromptCollector:
     def _prompts(self, iteration: int, count: int) -> tuple[str, ...]:
         """The prompts of an iteration: the task's, one iteration's after the other's."""
         first = (iteration - 1) * count
-        return tuple(self.task.reset(range(first, first + count)).prompts)
+        with outside("the task", self.reward.patience, TaskError):
+            return tuple(self.task.reset(range(first, first + count)).prompts)

@@ -3,9 +3,11 @@
 from typing import Any
 
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.seal import edited
 from genpolicy.evaluation import metrics_file
 from genpolicy.training import checkpoint
 from genpolicy.training.run import Run
+from genpolicy.training.workspace import CONFIG
 
 
 def save(run: Run) -> None:
@@ -27,12 +29,28 @@ def save(run: Run) -> None:
 
 
 def resume(run: Run) -> None:
-    """Take up the newest checkpoint in the run's folder, if there is one."""
-    state = checkpoint.latest(run.folder)
+    """Take up the newest whole checkpoint in the run's folder, if there is one.
+
+    Raises `ConfigError` where all are damaged, where iterations were measured and no checkpoint is
+    left, and where the checkpoint does not fit the experiment.
+    """
+    for number in metrics_file.damaged(run.folder):
+        run.say(f"{run.folder / metrics_file.METRICS}: line {number} is damaged and left out")
+    state = checkpoint.latest(run.folder, run.say)
     if state is None:
+        measured = max((m["iteration"] for m in metrics_file.read(run.folder)), default=0)
+        if measured:
+            raise ConfigError(
+                f"run {run.folder} has measured {measured} iterations and has no checkpoint: put"
+                f" its folder checkpoints back from a copy, or delete {metrics_file.METRICS} to"
+                " start again"
+            )
         if run.processes.main:
             metrics_file.truncate(run.folder, -1)
         return
+    config = run.folder / CONFIG
+    if config.is_file() and edited(config.read_text(encoding="utf-8")):
+        run.say(f"{config} has changed since the run wrote it: the run goes on as it says now")
     try:
         _restore(run, state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

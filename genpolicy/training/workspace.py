@@ -10,6 +10,9 @@ from genpolicy.training.display import Display
 from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.processes import Processes
 
+CONFIG = "config.yaml"
+"""In a run's folder: the resolved experiment, which is trained to resume the run."""
+
 
 @dataclass(frozen=True)
 class Workspace:

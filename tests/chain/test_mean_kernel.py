@@ -5,6 +5,7 @@ import torch
 
 from genpolicy.chain import CPS, DDIM, SDE, Chain, ClipStd, FloorStd, Linear, Mean, Noise
 from genpolicy.chain.schedule import step
+from genpolicy.config.origin import PERSON
 from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.task import Context
 from genpolicy.models.toy import Toy
@@ -88,13 +89,13 @@ TRAINED = ChainConfig(
 
 def test_actions_are_deployed_with_the_mean_of_the_kernel_that_was_trained():
     deployed = deployed_sampler(TRAINED, {}, control=True)
-    assert make_kernel(deployed.kernel) == Mean(FloorStd(DDIM(1.0), 0.1))
+    assert make_kernel(deployed.kernel, PERSON) == Mean(FloorStd(DDIM(1.0), 0.1))
     assert (deployed.steps, deployed.window, deployed.window_size) == (6, (2, 6), None)
 
 
 def test_pictures_are_deployed_with_the_ode():
     deployed = deployed_sampler(TRAINED, {})
-    assert make_kernel(deployed.kernel) == DDIM(0.0)
+    assert make_kernel(deployed.kernel, PERSON) == DDIM(0.0)
     assert (deployed.steps, deployed.window, deployed.window_size) == (6, None, None)
 
 
@@ -102,7 +103,11 @@ def test_pictures_are_deployed_with_the_ode():
 def test_what_is_asked_of_the_deployed_sampler_wins(control):
     asked = {"steps": 3, "kernel": {"name": "cps", "a": 0.2}, "window": None}
     deployed = deployed_sampler(TRAINED, asked, control=control)
-    assert (deployed.steps, make_kernel(deployed.kernel), deployed.window) == (3, CPS(0.2), None)
+    assert (deployed.steps, make_kernel(deployed.kernel, PERSON), deployed.window) == (
+        3,
+        CPS(0.2),
+        None,
+    )
 
 
 def test_the_deployed_means_are_those_that_training_scores():

@@ -15,7 +15,8 @@ from genpolicy.cli import compare
 from genpolicy.cli.main import main
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make, names
-from genpolicy.evaluation import comparison
+from genpolicy.config.origin import PERSON
+from genpolicy.evaluation import comparison, metrics_file
 from genpolicy.evaluation.prompt_scores import EVALUATION, draw, evaluate, measure
 from genpolicy.policy.files import saved
 from genpolicy.rollout.micro_batch import MicroBatches
@@ -93,6 +94,15 @@ def test_list(capsys, kind: str, name: str, text: str):
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows[name].startswith(text)
     assert not any(row.startswith("_") for row in rows)
+
+
+@pytest.mark.parametrize(
+    "kind", ["methods", "models", "rewards", "tasks", "datasets", "kernels", "configs"]
+)
+def test_no_line_of_a_list_stops_in_the_middle_of_a_sentence(capsys, kind: str):
+    assert main(["list", kind]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert line.endswith((".", "?")), line
 
 
 def test_version_and_interruption(capsys, monkeypatch):
@@ -174,7 +184,7 @@ def test_plan_measures_and_leaves_nothing(tmp_path: Path, capsys, monkeypatch):
 
 
 def test_evaluate_a_run_repeats_its_last_evaluation(run: Path, capsys):
-    assert main(["evaluate", str(run)]) == 0
+    assert main(["evaluate", "--trust", str(run)]) == 0
     found = json.loads((run / "eval.json").read_text())
     after = json.loads((run / "summary.json").read_text())["after"]
     for name in ("brightness", "brightness_strict", "total"):
@@ -205,7 +215,15 @@ def test_evaluate_as_asked(run: Path, tmp_path: Path):
     sampler = ["--steps", "6", "--guidance", "2", "--sampler", "kernel.name=heun"]
     assert (
         main(
-            ["evaluate", str(run / "policy_best"), *asked, *sampler, "--out", str(tmp_path / "out")]
+            [
+                "evaluate",
+                "--trust",
+                str(run / "policy_best"),
+                *asked,
+                *sampler,
+                "--out",
+                str(tmp_path / "out"),
+            ]
         )
         == 0
     )
@@ -221,7 +239,10 @@ def test_evaluate_as_asked(run: Path, tmp_path: Path):
 
 
 def test_evaluation_is_that_of_any_batch(run: Path):
-    policy, rewards = saved(run).load(), make_rewards({"tests.toy:brightness": 1.0})
+    policy, rewards = (
+        saved(run, trust=True).load(),
+        make_rewards({"tests.toy:brightness": 1.0}, PERSON),
+    )
     results = [
         evaluate(
             policy,
@@ -237,7 +258,10 @@ def test_evaluation_is_that_of_any_batch(run: Path):
 
 
 def test_measure_halves_the_batch_when_memory_runs_out(run: Path, monkeypatch):
-    policy, rewards = saved(run).load(), make_rewards({"tests.toy:brightness": 1.0})
+    policy, rewards = (
+        saved(run, trust=True).load(),
+        make_rewards({"tests.toy:brightness": 1.0}, PERSON),
+    )
     whole, _ = measure(policy, rewards, prompts=PROMPTS, samples=64, seed=3)
     decode = policy.model.decode
 
@@ -254,8 +278,8 @@ def test_measure_halves_the_batch_when_memory_runs_out(run: Path, monkeypatch):
 
 def test_sample_draws_what_evaluation_draws(run: Path, tmp_path: Path):
     """One naming of noise: sample m of prompt p is evaluation's row of the same seed."""
-    policy = saved(run).load()
-    rewards = make_rewards({"tests.toy:brightness": 1.0})
+    policy = saved(run, trust=True).load()
+    rewards = make_rewards({"tests.toy:brightness": 1.0}, PERSON)
     seen = evaluate(policy, rewards, prompts=PROMPTS, samples=8, seed=9).outputs  # prompt i mod 4
     drawn = draw(policy, PROMPTS, 2, 9).view(4, 2, 3, 8, 8).transpose(0, 1).flatten(0, 1)
     assert EVALUATION < 0, "training's iterations must not draw the same"
@@ -266,7 +290,7 @@ def test_sample_writes_a_picture_each_and_a_grid(run: Path, tmp_path: Path, caps
     (tmp_path / "prompts.txt").write_text("bright\ndark\n")
     asked = ["--prompts", str(tmp_path / "prompts.txt"), "--n", "3", "--seed", "4"]
     for name in ("one", "two"):
-        assert main(["sample", str(run), *asked, "--out", str(tmp_path / name)]) == 0
+        assert main(["sample", "--trust", str(run), *asked, "--out", str(tmp_path / name)]) == 0
     assert "6 samples of 2 prompts" in capsys.readouterr().out
     names = sorted(path.name for path in (tmp_path / "one").glob("*.png"))
     assert names == [*(f"{p:03d}_{m:02d}.png" for p in range(2) for m in range(3)), "grid.png"]
@@ -284,7 +308,17 @@ def test_sample_writes_a_picture_each_and_a_grid(run: Path, tmp_path: Path, caps
 
 def test_sample_of_one_text(run: Path, tmp_path: Path):
     assert (
-        main(["sample", str(run), "--prompts", "bright picture", "--out", str(tmp_path / "out")])
+        main(
+            [
+                "sample",
+                "--trust",
+                str(run),
+                "--prompts",
+                "bright picture",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
         == 0
     )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -301,7 +335,15 @@ def test_videos_become_gifs(tmp_path: Path):
     assert main(["train", path]) == 0
     assert (
         main(
-            ["sample", str(tmp_path / "run"), "--prompts", "bright", "--out", str(tmp_path / "out")]
+            [
+                "sample",
+                "--trust",
+                str(tmp_path / "run"),
+                "--prompts",
+                "bright",
+                "--out",
+                str(tmp_path / "out"),
+            ]
         )
         == 0
     )
@@ -314,10 +356,10 @@ def test_a_saved_policy_carries_its_sampler(run: Path, tmp_path: Path):
     moved = tmp_path / "elsewhere"
     (run / "policy").rename(moved)
     try:
-        alone = saved(moved)
+        alone = saved(moved, trust=True)
         assert alone.run is None
         assert alone.sampler.kernel == {"name": "ddim", "eta": 0.0}
-        assert saved(moved, steps=7).load().chain.K == 7
+        assert saved(moved, trust=True, steps=7).load().chain.K == 7
     finally:
         moved.rename(run / "policy")
 
@@ -405,8 +447,8 @@ def test_compare_skips_what_is_finished_and_resumes_what_is_not(compared: Path, 
     kept = out / "flow_grpo" / "seed-0" / "checkpoints" / "3" / "state.pt"
     broken = out / "grpo_guard" / "seed-1"
     stamp, weights = kept.stat().st_mtime_ns, (broken / "policy" / "toy.safetensors").read_bytes()
-    summary = json.loads((broken / "summary.json").read_text())
-    (broken / "summary.json").write_text(json.dumps({**summary, "iterations": 2}))
+    summary = metrics_file.read_sealed(broken / "summary.json")
+    metrics_file.write_sealed(broken / "summary.json", {**summary, "iterations": 2})
     paths = [str(compared / f"{name}.yaml") for name in ARMS]
     asked = [*paths, "--seeds", "0-1", "--out", str(out), "--optimizer.lr=3e-2"]
     assert main(["compare", *asked, "--budget.iterations=3"]) == 0
@@ -639,7 +681,7 @@ def test_check_knows_what_a_leaf_is(capsys, leaf: str, kind: str):
 @pytest.mark.parametrize("method", names("methods"))
 def test_shipped_methods_keep_the_laws(capsys, method: str):
     """Every shipped method keeps the laws in every world that it trains in."""
-    needs = required(make("methods", {"name": method}))
+    needs = required(make("methods", {"name": method}, PERSON))
     assert main(["check", f"genpolicy.methods.{method}"]) == 0
     text = capsys.readouterr().out
     for world in needs.worlds:

@@ -13,6 +13,7 @@ from genpolicy.cli import compare
 from genpolicy.cli.main import main
 from genpolicy.config import errors, parse
 from genpolicy.config.errors import RenderError
+from genpolicy.config.seal import unsealed
 from genpolicy.evaluation import comparison
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.evaluation.samplers import variants
@@ -45,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluated(out: Path, *arguments: str) -> dict[str, Any]:
-    assert main(["evaluate", *arguments, "--out", str(out)]) == 0
+    assert main(["evaluate", "--trust", *arguments, "--out", str(out)]) == 0
     return json.loads((out / "eval.json").read_text())
 
 
@@ -53,7 +54,7 @@ def evaluated(out: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_evaluate_a_run_repeats_its_last_evaluation(run: Path, capsys):
-    assert main(["evaluate", str(run), "--gifs", "0"]) == 0
+    assert main(["evaluate", "--trust", str(run), "--gifs", "0"]) == 0
     found = json.loads((run / "eval.json").read_text())
     after = json.loads((run / "summary.json").read_text())["after"]
     for name in ("success_rate", "return", "length"):
@@ -104,7 +105,13 @@ def test_a_policy_of_no_run_needs_a_task(run: Path, tmp_path: Path, capsys):
     (run / "policy").rename(moved)
     try:
         said = complaint(
-            capsys, tmp_path / "out", "evaluate", str(moved), "--out", str(tmp_path / "out")
+            capsys,
+            tmp_path / "out",
+            "evaluate",
+            "--trust",
+            str(moved),
+            "--out",
+            str(tmp_path / "out"),
         )
         assert "comes from no run of ours: name its --task" in said
         (tmp_path / "mine.yaml").write_text(
@@ -185,7 +192,7 @@ def test_a_window_over_the_whole_chain_stays_whole(tmp_path: Path, run: Path):
     (folder / "config.yaml").write_text(yaml.safe_dump(raw))
     for file in (run / "policy").iterdir():
         (folder / "policy" / file.name).write_bytes(file.read_bytes())
-    description = json.loads((folder / "policy" / "genpolicy.json").read_text())
+    description = unsealed((folder / "policy" / "genpolicy.json").read_text())
     description["chain"]["window"] = [0, 4]
     (folder / "policy" / "genpolicy.json").write_text(json.dumps(description))
     whole = {
@@ -320,12 +327,16 @@ def test_what_does_not_fit_is_one_sentence(
     run: Path, tmp_path: Path, capsys, arguments: list[str], said: str
 ):
     out = tmp_path / "out"
-    assert said in complaint(capsys, out, "evaluate", str(run), "--out", str(out), *arguments)
+    assert said in complaint(
+        capsys, out, "evaluate", "--trust", str(run), "--out", str(out), *arguments
+    )
 
 
 def test_a_lerobot_policy_that_does_not_denoise(tmp_path: Path, capsys):
     (tmp_path / "config.json").write_text('{"type": "act"}')
-    said = complaint(capsys, tmp_path / "out", "evaluate", str(tmp_path), "--task", "metaworld")
+    said = complaint(
+        capsys, tmp_path / "out", "evaluate", "--trust", str(tmp_path), "--task", "metaworld"
+    )
     assert (
         "of type act; those that denoise, and can be loaded, are diffusion, smolvla, pi0, pi05"
         in said
@@ -342,7 +353,9 @@ def test_select_what_the_task_does_not_measure(tmp_path: Path, capsys):
 
 def test_a_policy_that_acts_does_not_draw(run: Path, tmp_path: Path, capsys):
     out = tmp_path / "out"
-    said = complaint(capsys, out, "sample", str(run), "--prompts", "x", "--out", str(out))
+    said = complaint(
+        capsys, out, "sample", "--trust", str(run), "--prompts", "x", "--out", str(out)
+    )
     assert "acts, it does not draw: genpolicy evaluate plays and films it" in said
 
 

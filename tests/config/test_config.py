@@ -9,6 +9,7 @@ import yaml
 from genpolicy.chain import DDIM, EDM, SDE, ClipStd, Heun, Mean
 from genpolicy.config import leaves, parse, shipped
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.origin import PERSON
 from genpolicy.config.schema import ChainConfig, Experiment
 from genpolicy.contracts.task import is_control
 from genpolicy.methods.flow_grpo import FlowGRPO
@@ -84,10 +85,10 @@ def test_a_bare_name_means_its_defaults(tmp_path):
         "chain": {"kernel": "cps"},
     }
     experiment = parse.parse(toy.experiment(tmp_path, **bare))
-    assert leaves.make("methods", experiment.method) == FlowGRPO()
-    assert isinstance(leaves.make("models", experiment.policy), Toy)
+    assert leaves.make("methods", experiment.method, PERSON) == FlowGRPO()
+    assert isinstance(leaves.make("models", experiment.policy, PERSON), Toy)
     assert experiment.reward == {"shapes_strict": 1.0}
-    assert make_kernel(experiment.chain.kernel) == kernels()["cps"]()
+    assert make_kernel(experiment.chain.kernel, PERSON) == kernels()["cps"]()
 
 
 def test_config_yaml_is_the_experiment(tmp_path):
@@ -107,14 +108,14 @@ def test_config_yaml_is_the_experiment(tmp_path):
 def test_every_shipped_config_parses(name: str):
     """Strictly, down to its leaves; rewards and models are not built, some need weights."""
     experiment = parse.load(name)
-    leaves.make("methods", experiment.method)
-    task = leaves.make("tasks", experiment.task)
-    make_kernel(experiment.chain.kernel)
+    leaves.make("methods", experiment.method, PERSON)
+    task = leaves.make("tasks", experiment.task, PERSON)
+    make_kernel(experiment.chain.kernel, PERSON)
     if is_control(task):
         assert not experiment.reward
     else:
-        make_rewards(experiment.reward)
-    model = leaves.leaf("models", experiment.policy["name"])
+        make_rewards(experiment.reward, PERSON)
+    model = leaves.leaf("models", experiment.policy["name"], PERSON)
     known = set(model.__dataclass_fields__)
     assert set(experiment.policy) - {"name"} <= known
     if experiment.eval.prompts is not None:
@@ -143,7 +144,7 @@ def test_every_shipped_config_is_short_and_explained(name: str):
 )
 def test_a_kernel_that_does_not_fit_is_one_sentence(kernel, said):
     with pytest.raises(ConfigError, match=said):
-        make_kernel(kernel)
+        make_kernel(kernel, PERSON)
 
 
 @pytest.mark.parametrize(
@@ -164,19 +165,21 @@ def test_a_grid_that_does_not_fall_is_one_sentence():
 
 
 def test_kernels_by_name_and_nested():
-    assert make_kernel({"name": "mean", "kernel": "ddim"}) == Mean(DDIM())
-    assert make_kernel({"name": "sde", "a": 1.0}) == SDE(1.0)
-    assert make_kernel({"name": "heun"}) == Heun()
-    assert make_kernel({"name": "clipstd", "kernel": {"name": "ddim"}, "high": 0.1}) == ClipStd(
-        DDIM(), high=0.1
-    )
-    assert make_kernel({"name": "genpolicy.chain.kernel:DDIM", "eta": 0.5}) == DDIM(0.5)
+    assert make_kernel({"name": "mean", "kernel": "ddim"}, PERSON) == Mean(DDIM())
+    assert make_kernel({"name": "sde", "a": 1.0}, PERSON) == SDE(1.0)
+    assert make_kernel({"name": "heun"}, PERSON) == Heun()
+    assert make_kernel(
+        {"name": "clipstd", "kernel": {"name": "ddim"}, "high": 0.1}, PERSON
+    ) == ClipStd(DDIM(), high=0.1)
+    assert make_kernel({"name": "genpolicy.chain.kernel:DDIM", "eta": 0.5}, PERSON) == DDIM(0.5)
 
 
 def test_dotted_leaves():
-    assert leaves.leaf("models", "tests.toy:ToyModel") is Toy
-    assert leaves.make("rewards", {"name": "tests.toy:brightness"}) is toy.brightness
-    rewards = make_rewards({"tests.toy:brightness": 0.5, "tests.toy:constant": {"weight": 2}})
+    assert leaves.leaf("models", "tests.toy:ToyModel", PERSON) is Toy
+    assert leaves.make("rewards", {"name": "tests.toy:brightness"}, PERSON) is toy.brightness
+    rewards = make_rewards(
+        {"tests.toy:brightness": 0.5, "tests.toy:constant": {"weight": 2}}, PERSON
+    )
     assert rewards.weights == {"brightness": 0.5, "constant": 2.0}
 
 
@@ -188,9 +191,9 @@ class Plain:
 
 def test_leaves_that_can_not_be_built():
     with pytest.raises(ConfigError, match="make it a @dataclass"):
-        leaves.make("rewards", {"name": "tests.config.test_config:Plain"})
+        leaves.make("rewards", {"name": "tests.config.test_config:Plain"}, PERSON)
     with pytest.raises(ConfigError, match="takes no settings, got scale"):
-        leaves.make("rewards", {"name": "tests.toy:brightness", "scale": 2})
+        leaves.make("rewards", {"name": "tests.toy:brightness", "scale": 2}, PERSON)
 
 
 def test_shipped_paths_are_found_from_anywhere(tmp_path, monkeypatch):
@@ -217,7 +220,7 @@ def test_a_section_that_names_no_folder_goes_on_from_no_policy(section):
 @pytest.mark.parametrize("entry", [3, None, ["a"]])
 def test_an_entry_of_the_data_section_that_is_no_data_set_is_one_sentence(entry):
     with pytest.raises(ConfigError, match="neither a folder nor a data set's section"):
-        make_data([entry])
+        make_data([entry], PERSON)
 
 
 def test_a_saved_window_that_is_no_window_is_one_sentence():
@@ -231,3 +234,18 @@ def test_a_saved_window_that_is_no_window_is_one_sentence():
 def test_needs_of_worlds_that_there_are_not_are_one_sentence(worlds):
     with pytest.raises(ConfigError, match="a tuple of prompts and robots"):
         Needs(worlds)
+
+
+def test_a_selected_reward_that_is_replaced_leaves_the_choice_to_the_sum(caplog):
+    """Swapping a preset's reward on the command line needs no second override."""
+    swapped = parse.load("grpo_guard_sd35m", ["--reward=jpeg_compressibility"])
+    assert swapped.eval.select is None
+    assert "eval.select is reward/pickscore" in caplog.text
+    caplog.clear()
+    kept = parse.load("grpo_guard_sd35m", ["--reward.jpeg_compressibility=0.1"])
+    assert kept.eval.select == "reward/pickscore"
+    wrong = parse.load(
+        "grpo_guard_sd35m", ["--reward=jpeg_compressibility", "--eval.select=reward/jpeg"]
+    )
+    assert wrong.eval.select == "reward/jpeg", "a person's own mistake is not mended in silence"
+    assert not caplog.text

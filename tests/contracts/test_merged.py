@@ -5,6 +5,7 @@ import torch
 
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.dataset import Merged
 from genpolicy.training.build import make_data
 from tests.rl100_toy import Outcomes
@@ -63,14 +64,14 @@ def test_what_does_not_fit_is_told():
     with pytest.raises(ValueError, match="do not fit together"):
         Merged([one, two])
     with pytest.raises(ConfigError, match="empty list"):
-        make_data([])
+        make_data([], PERSON)
     with pytest.raises(ConfigError):
-        make_data(["there/is/no/such/folder"])
+        make_data(["there/is/no/such/folder"], PERSON)
 
 
 def test_a_list_in_the_data_section():
     section = {"name": "tests.rl100_toy:Outcomes", "episodes": 2}
     raw = {"policy": "mlp", "task": "metaworld", "method": "bc", "data": [section, section]}
-    data = make_data(parse.parse(raw).data)
+    data = make_data(parse.parse(raw).data, PERSON)
     assert isinstance(data, Merged)
     assert len(data.parts) == 2

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from genpolicy.config import errors, leaves
+from genpolicy.config.origin import PERSON
 from genpolicy.datasets import lerobot_dataset
 from genpolicy.datasets._lerobot_import import quiet
 from genpolicy.datasets.lerobot_dataset import STATISTICS, LeRobotDataset
@@ -181,7 +182,7 @@ def test_vectors_are_read_fast_and_without_lerobot(tmp_path: Path):
 
 def sentence(**settings) -> str:
     with pytest.raises(errors.ConfigError) as caught:
-        leaves.make("datasets", {"name": "lerobot_dataset", **settings})
+        leaves.make("datasets", {"name": "lerobot_dataset", **settings}, PERSON)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -1,16 +1,25 @@
 """A recording is there whole or not at all, and LeRobot reads it."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from genpolicy.config.errors import RenderError
+from genpolicy.config.seal import unsealed
 from genpolicy.datasets._lerobot_import import quiet
 from genpolicy.datasets.lerobot_dataset import LeRobotDataset
 from genpolicy.tasks.metaworld import MetaWorld
 from tests.datasets.cart import CAMERA, STATE, Cart
+
+
+def made_of(folder: Path) -> dict:
+    """What a data set says about its making; its checksums are those of all its other files."""
+    said = unsealed((folder / "meta" / "genpolicy.json").read_text())
+    files = said.pop("files")
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert set(files) == there - {"meta/genpolicy.json"}
+    return said
 
 
 def test_lerobot_reads_what_was_written(tmp_path: Path, capfd):
@@ -42,7 +51,7 @@ def test_lerobot_reads_what_was_written(tmp_path: Path, capfd):
     )
     assert {item["task"] for item in items} == {task.instruction}
     assert theirs.fps == task.fps
-    assert json.loads((tmp_path / "set" / "meta" / "genpolicy.json").read_text()) == {
+    assert made_of(tmp_path / "set") == {
         "seed": 0,
         "tried": 3,
     }

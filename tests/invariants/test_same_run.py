@@ -73,7 +73,8 @@ def write(folder: Path, **sections) -> Path:
 def metrics(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time", "memory"))} for line in lines
+        {k: v for k, v in line.items() if not k.startswith(("time", "memory", "crc32"))}
+        for line in lines
     ]
 
 

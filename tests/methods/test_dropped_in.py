@@ -10,6 +10,7 @@ import pytest
 
 import genpolicy.methods
 from genpolicy.config.leaves import names
+from genpolicy.config.origin import PERSON
 from genpolicy.methods import flow_grpo, reinflow
 from tests.methods import test_laws
 
@@ -150,7 +151,7 @@ def test_a_dropped_file_keeps_every_law_that_its_needs_ask_for(tmp_path, laws, m
 
 def test_control_a_dropped_file_that_breaks_a_law_is_found(tmp_path, laws):
     """A loss that goes on without an advantage has a gradient where there must be none."""
-    method = laws.leaves.leaf("methods", "zz_compares")
+    method = laws.leaves.leaf("methods", "zz_compares", PERSON)
     honest = method.loss
 
     def pulled(self, step):

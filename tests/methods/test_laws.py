@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genpolicy.config import errors, leaves, parse
 from genpolicy.config.leaves import names
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.tasks._environments import Environments
@@ -104,7 +105,7 @@ class Turned(toy_control.Point):
 
 def needs_of(method):
     """The needs of a method with the settings that it has by default."""
-    return required(leaves.make("methods", {"name": method}))
+    return required(leaves.make("methods", {"name": method}, PERSON))
 
 
 def compares(needs):
@@ -133,7 +134,7 @@ KERNELLED = [(m, kernel) for m in METHODS for kernel in kernels(NEEDS[m])]
 
 def section(method, **sizes):
     """A method's section with those of the sizes that it knows."""
-    known = {f.name for f in fields(leaves.leaf("methods", method))}
+    known = {f.name for f in fields(leaves.leaf("methods", method, PERSON))}
     return {
         "name": method,
         **{name: value for name, value in {**CLIP, **sizes}.items() if name in known},
@@ -391,7 +392,7 @@ def test_a_field_called_group_brings_no_law_of_ratios():
 @pytest.mark.parametrize(("method", "weight"), [("flow_grpo", "std/dt"), ("grpo_guard", "1/dt")])
 def test_step_weights_reach_the_loss(tmp_path, method, weight):
     run, plain = prepared(tmp_path, method)
-    weighted = leaves.make("methods", {"name": method, "weight": weight, **CLIP})
+    weighted = leaves.make("methods", {"name": method, "weight": weight, **CLIP}, PERSON)
     rollout, advantage = run.collect(4, 4), torch.randn(4, 4)
     step = run.policy.score(rollout.trajectory, 1, rollout.rows(advantage), None)
     ratio = {"std/dt": step.std / step.dt, "1/dt": abs(step.gain) / step.dt}[weight]

@@ -3,6 +3,7 @@
 import pytest
 
 from genpolicy.config.leaves import leaf, names
+from genpolicy.config.origin import PERSON
 
 ACTS = {
     "diffusers_pipeline": False,
@@ -24,7 +25,7 @@ def test_every_model_is_listed_here() -> None:
 
 @pytest.mark.parametrize("name", ACTS)
 def test_a_class_says_whether_its_samples_are_actions(name: str) -> None:
-    kind = leaf("models", name)
+    kind = leaf("models", name, PERSON)
     assert kind.acts is ACTS[name]
     wanted = OF_EVERY_MODEL + (OF_THOSE_THAT_ACT if kind.acts else ())
     assert [member for member in wanted if not hasattr(kind, member)] == []

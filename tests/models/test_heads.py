@@ -16,6 +16,7 @@ from genpolicy.chain import DDIM, Chain, Noise
 from genpolicy.chain.noise import PRIOR
 from genpolicy.chain.values import expand
 from genpolicy.config.leaves import make
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.models import mlp, toy
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
@@ -222,9 +223,9 @@ def test_a_fresh_diffusion_policy_gets_the_head_that_is_asked_for() -> None:
 def test_a_flow_students_head_is_carried_by_its_policy_section(tmp_path: Path) -> None:
     section = {"name": "lerobot_flow", "device": "cpu", "prediction_type": "sample"}
     source = lerobot_tiny_vla.saved("smolvla")
-    student = make("models", {**section, "pretrained": str(source)})
+    student = make("models", {**section, "pretrained": str(source)}, PERSON)
     student.save(tmp_path)
-    again = make("models", {**section, "pretrained": str(tmp_path)})
+    again = make("models", {**section, "pretrained": str(tmp_path)}, PERSON)
     context = Context(
         [*lerobot_tiny_vla.PROMPTS] * 2,
         lerobot_tiny_vla.observation(ROWS),

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from genpolicy.chain import DDIM, SDE, Chain, Noise, Trajectory
 from genpolicy.chain.noise import PRIOR
 from genpolicy.config import leaves
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.learning.objective import log_ratio
 from genpolicy.models.lerobot_flow import LeRobotFlow
@@ -548,6 +549,7 @@ def test_found_by_name():
     made = leaves.make(
         "models",
         {"name": "lerobot_flow", "pretrained": str(tiny.saved("smolvla")), "device": "cpu"},
+        PERSON,
     )
     assert isinstance(made, LeRobotFlow)
 

@@ -19,6 +19,7 @@ from genpolicy.cli.main import main
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import ChainConfig
+from genpolicy.config.seal import unsealed
 from genpolicy.evaluation.samplers import PRESETS, variants
 from genpolicy.learning.critic import Critic, Support, pessimistic
 from genpolicy.models.mlp import MLP
@@ -293,7 +294,7 @@ def judged(model: MLP, folder: Path, **entry: Any) -> dict[str, Any]:
     """The policy section of a saved policy with a judge; ``entry`` is changed in genpolicy.json."""
     save_policy(make_policy(model, SAMPLER, {"best_of": judge()}), {"name": "mlp"}, SAMPLER, folder)
     file = folder / "genpolicy.json"
-    description = json.loads(file.read_text())
+    description = unsealed(file.read_text())
     assert description["parts"] == {"best_of": {"kind": "best_of", "version": 1}}
     description["parts"]["best_of"] |= entry
     file.write_text(json.dumps(description))
@@ -419,7 +420,17 @@ def test_only_its_own_name_draws_several(run: Path):
 
 def test_evaluate_tells_what_it_costs_and_brings(run: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr("genpolicy.cli.evaluate_episodes.DECISIONS", 20)
-    asked = ["evaluate", str(run), "--episodes", "40", "--gifs", "0", "--out", str(tmp_path)]
+    asked = [
+        "evaluate",
+        "--trust",
+        str(run),
+        "--episodes",
+        "40",
+        "--gifs",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*asked, "--samplers", "last_mean", "best_of_4", "best_of_16"]) == 0
     found = json.loads((tmp_path / "eval.json").read_text())
     others = {entry["name"]: entry for entry in found["samplers"]}
@@ -449,7 +460,17 @@ def test_a_wrong_judge_brings_harm(run: Path, tmp_path: Path):
     returns = {}
     for home in (run, tmp_path):
         out = tmp_path / "out"
-        asked = ["evaluate", str(home), "--episodes", "40", "--gifs", "0", "--out", str(out)]
+        asked = [
+            "evaluate",
+            "--trust",
+            str(home),
+            "--episodes",
+            "40",
+            "--gifs",
+            "0",
+            "--out",
+            str(out),
+        ]
         assert main([*asked, "--samplers", "last_mean", "best_of_4"]) == 0
         entries = json.loads((out / "eval.json").read_text())["samplers"]
         returns[home] = {entry["name"]: entry["return"] for entry in entries}
@@ -477,7 +498,9 @@ def test_what_does_not_fit_is_one_sentence(
     run: Path, tmp_path: Path, capsys, arguments: list[str], said: str
 ):
     out = tmp_path / "out"
-    assert said in complaint(capsys, out, "evaluate", str(run), "--out", str(out), *FEW, *arguments)
+    assert said in complaint(
+        capsys, out, "evaluate", "--trust", str(run), "--out", str(out), *FEW, *arguments
+    )
 
 
 def test_a_policy_without_a_judge_says_so(run: Path, tmp_path: Path, capsys):
@@ -486,7 +509,7 @@ def test_a_policy_without_a_judge_says_so(run: Path, tmp_path: Path, capsys):
     save_policy(plain, found.policy, found.sampler, tmp_path / "policy")
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     for arguments in (["--samplers", "best_of_4"], ["--sampler", "best_of=4"]):
-        asked = ["evaluate", str(tmp_path), "--out", out, *arguments]
+        asked = ["evaluate", "--trust", str(tmp_path), "--out", out, *arguments]
         said = complaint(capsys, tmp_path / "out", *asked)
         assert "best_of is 4, but the policy has no critic" in said
 
@@ -497,8 +520,14 @@ def test_a_policy_with_a_damaged_judge_says_so(run: Path, tmp_path: Path, capsys
     file.write_bytes(whole[: len(whole) // 2])
     try:
         said = complaint(
-            capsys, tmp_path / "out", "evaluate", str(run), "--out", str(tmp_path / "out")
+            capsys,
+            tmp_path / "out",
+            "evaluate",
+            "--trust",
+            str(run),
+            "--out",
+            str(tmp_path / "out"),
         )
-        assert f"the policy's part 'best_of' in {file.parent} is damaged" in said
+        assert f"{file} is not as it was written: the saved policy" in said
     finally:
         file.write_bytes(whole)

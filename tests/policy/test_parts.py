@@ -24,6 +24,7 @@ from genpolicy.cli.main import main
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.evaluation import pictures
 from genpolicy.evaluation.prompt_scores import draw
@@ -138,7 +139,7 @@ def test_sample(runs: Runs, tmp_path: Path, name: str):
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("\n".join(toy.PROMPTS) + "\n")
         asked = ["--prompts", str(prompts), "--n", "2", "--seed", "5", "--out", str(out)]
-        assert main(["sample", str(home), *asked]) == 0
+        assert main(["sample", "--trust", str(home), *asked]) == 0
         return np.stack([np.asarray(Image.open(file)) for file in sorted(out.glob("0*.png"))])
 
     assert np.array_equal(drawn(run.folder, tmp_path / "with"), expected)
@@ -163,7 +164,7 @@ def test_evaluate(runs: Runs, tmp_path: Path, name: str):
 
     def played(home: Path, out: Path, *samplers: str) -> dict[str, float]:
         asked = ["--gifs", "0", "--out", str(out), "--samplers", *samplers]
-        assert main(["evaluate", str(home), *asked]) == 0
+        assert main(["evaluate", "--trust", str(home), *asked]) == 0
         found = json.loads((out / "eval.json").read_text())
         others = {each["name"]: each["return"] for each in found["samplers"]}
         return {"deployed": found["return"], **others}
@@ -582,6 +583,7 @@ def test_a_base_of_another_network_is_refused(runs: Runs, tmp_path: Path, change
         tensors.popitem()
     assert load(tmp_path / "policy").parts.keys() == {"base"}, "control"
     save_file(tensors, file)
+    rewritten(tmp_path / "policy/genpolicy.json", lambda description: None)
     with pytest.raises(ConfigError, match=r"part 'base' .*: it was made for another network"):
         load(tmp_path / "policy")
 
@@ -668,7 +670,7 @@ def test_rl100_in_two_rounds_resumes_its_critic_to_the_bit(tmp_path: Path):
 def test_a_shipped_policy_that_acts_loads_as_before():
     policy = load("assets/assembly-clone")
     section = {"name": "mlp", "pretrained": "assets/assembly-clone"}
-    model = make("models", section)
+    model = make("models", section, PERSON)
     assert not policy.parts
     assert not load_parts(section, model)
     sampler = parse.decode(

@@ -269,10 +269,12 @@ def _forget(row: Row, description: dict[str, Any]) -> None:
 
 
 def rewritten(file: Path, change: Callable[[dict[str, Any]], None], language: Any = json) -> None:
-    """Change what a JSON or YAML file says."""
+    """Change what a JSON or YAML file says, and leave the checksums out that it has."""
     load_text = getattr(language, "safe_load", None) or language.loads
     dump_text = getattr(language, "safe_dump", None) or language.dumps
     description = load_text(file.read_text())
+    for checksums in ("crc32", "files"):
+        description.pop(checksums, None)
     change(description)
     file.write_text(dump_text(description))
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import leaf, make
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.rewards.clip_score import ClipScore, mean_cosine
 
@@ -149,6 +150,27 @@ def test_size_mean_std_and_fit_come_from_the_checkpoint(tmp_path, fit):
     assert error * 0.25 * 255 < 1.25
 
 
+@pytest.mark.parametrize("asks", [{"tokenizer_kwargs": {"trust_remote_code": True}}, {}])
+def test_code_beside_a_tokenizer_is_not_run(tmp_path, monkeypatch, asks):
+    """Neither because the checkpoint says so, nor because somebody answers yes to transformers' question."""
+    mark = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+        "from transformers import PreTrainedTokenizer\nclass Evil(PreTrainedTokenizer):\n    pass\n"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["own.Evil", None]}})
+    )
+    text = {**TINY["text_cfg"], "hf_tokenizer_name": "own", **asks}
+    config = {"model_cfg": {**TINY, "text_cfg": text}, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(open_clip.CLIP(**TINY).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with pytest.raises(OSError, match="clip_score cannot load"):
+        ClipScore(model=f"local-dir:{tmp_path}").load()
+    assert not mark.exists()
+
+
 def test_a_row_does_not_depend_on_its_batch(scorer, checkpoint):
     images = pictures(3, size=48)
     whole = score(scorer, images)
@@ -247,10 +269,10 @@ def test_wrong_names_bring_the_nearest(settings, message):
 
 
 def test_is_found_by_its_file_name_and_takes_its_settings_from_yaml():
-    assert leaf("rewards", "clip_score") is ClipScore
-    assert make("rewards", {"name": "clip_score", "scale": 2.5}) == ClipScore(scale=2.5)
+    assert leaf("rewards", "clip_score", PERSON) is ClipScore
+    assert make("rewards", {"name": "clip_score", "scale": 2.5}, PERSON) == ClipScore(scale=2.5)
     with pytest.raises(ConfigError, match="micro_batch is 0"):
-        make("rewards", {"name": "clip_score", "micro_batch": 0})
+        make("rewards", {"name": "clip_score", "micro_batch": 0}, PERSON)
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoint):

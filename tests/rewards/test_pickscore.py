@@ -10,6 +10,7 @@ from PIL import Image
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import leaf
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.rewards.pickscore import PickScore
 
@@ -186,7 +187,7 @@ def test_missing_weights_are_refused_not_random(folder, tmp_path):
 
 
 def test_is_found_by_its_file_name():
-    assert leaf("rewards", "pickscore") is PickScore
+    assert leaf("rewards", "pickscore", PERSON) is PickScore
 
 
 def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch, tmp_path):

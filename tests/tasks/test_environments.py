@@ -258,14 +258,18 @@ def test_workers_hold_no_torch_ignore_signals_and_end(environments):
     assert all(gone(pid) for pid in pids)
 
 
-def test_workers_end_with_a_killed_parent():
-    """The script starts workers without a guard for its name, as notebooks do."""
-    code = """
-import os, signal
+@pytest.mark.parametrize("world", ["Odd", "Stuck"])
+def test_workers_end_with_a_killed_parent(world):
+    """...also in the middle of a step that hangs. The script starts workers without a guard for its name, as notebooks do."""
+    code = f"""
+import os, signal, time, torch
 from genpolicy.tasks._environments import Environments
 from tests.tasks import worlds
-odd = Environments(worlds.Odd, 1, 1, 9, "walk", workers=1)
+odd = Environments(worlds.{world}, 1, 1, 9, "walk", workers=1)
 print(int(odd.reset([0], [0]).observation["observation.state"][0, 0, 0]), flush=True)
+if "{world}" == "Stuck":
+    odd._shares[0].ask("step", [0], torch.zeros(1, 1, 2).numpy())
+    time.sleep(0.5)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from genpolicy.config import errors, leaves
+from genpolicy.config.origin import PERSON
 
 STATE, WORLD, TOP = "observation.state", "observation.environment_state", "observation.images.top"
 KNOWN = [
@@ -16,7 +17,7 @@ KNOWN = [
 
 
 def make(env, **settings):
-    return leaves.make("tasks", {"name": "gymnasium", "env": env, **settings})
+    return leaves.make("tasks", {"name": "gymnasium", "env": env, **settings}, PERSON)
 
 
 def play(environments, names, slot, seed, scale):

@@ -10,6 +10,7 @@ import torch
 
 from genpolicy.config import leaves
 from genpolicy.config.errors import RenderError
+from genpolicy.config.origin import PERSON
 from genpolicy.tasks import _sawyer_pictures
 from genpolicy.tasks._sawyer import PICTURES, POINTS, STATE, WORLD, Cloud, Sawyer, catalogue
 from genpolicy.tasks._sawyer_pictures import Studio, moment
@@ -192,18 +193,18 @@ def test_the_dense_reward_is_metaworlds():
 
 
 def test_what_is_asked_and_how_fast():
-    task = leaves.make("tasks", {"name": "metaworld", "env": PEG})
+    task = leaves.make("tasks", {"name": "metaworld", "env": PEG}, PERSON)
     assert (task.instruction, task.limit, task.action_dim) == ("peg insert side", 150, 4)
     assert task.fps == round(1 / Sawyer(PEG, "sparse")._world.dt)
 
 
 def test_a_wrong_name_gets_the_nearest():
     with pytest.raises(ValueError, match="did you mean peg-insert-side-v3"):
-        leaves.make("tasks", {"name": "metaworld", "env": "peg-insert-v3"})
+        leaves.make("tasks", {"name": "metaworld", "env": "peg-insert-v3"}, PERSON)
     with pytest.raises(ValueError, match="limit is 0"):
         MetaWorld(PEG, limit=0)
     with pytest.raises(ValueError, match="did you mean points"):
-        leaves.make("tasks", {"name": "metaworld", "env": PEG, "see": "point"})
+        leaves.make("tasks", {"name": "metaworld", "env": PEG, "see": "point"}, PERSON)
 
 
 @pytest.mark.parametrize("spread", [0.4, 0.01])

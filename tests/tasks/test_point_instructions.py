@@ -9,6 +9,7 @@ import torch
 from assets import make_tiny_smolvla
 from genpolicy.chain import DDIM, Chain
 from genpolicy.config import errors, leaves
+from genpolicy.config.origin import PERSON
 from genpolicy.evaluation.episode_scores import evaluate_control
 from genpolicy.models.lerobot_flow import LeRobotFlow
 from genpolicy.policy.policy import ChainPolicy
@@ -40,7 +41,7 @@ def straight(plane, slot: int, seed: int, goal: int) -> tuple[float, bool, bool,
 
 
 def test_found_by_name_and_described():
-    task = leaves.make("tasks", {"name": "point_instructions", "goals": 2})
+    task = leaves.make("tasks", {"name": "point_instructions", "goals": 2}, PERSON)
     assert task.goals == 2
     assert task.shapes == {STATE: (2,), CAMERA: (3, PIXELS, PIXELS)}
     assert (task.action_dim, task.limit, task.has_success) == (2, 32, True)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from genpolicy.config import errors, leaves
+from genpolicy.config.origin import PERSON
 from genpolicy.tasks._pusht import Pushing
 from genpolicy.tasks.pusht import PushT
 
@@ -57,7 +58,7 @@ def test_a_demonstration_is_what_happened():
 
 
 def test_what_is_seen():
-    task = leaves.make("tasks", {"name": "pusht"})
+    task = leaves.make("tasks", {"name": "pusht"}, PERSON)
     assert (task.action_dim, task.limit, task.fps) == (2, 300, 10)
     environments = task.environments(2, 2)
     context = environments.reset([0, 1], [0, 1])

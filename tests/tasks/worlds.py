@@ -93,6 +93,14 @@ class Odd(Walk):
         return {"observation.state": np.array([os.getpid(), "torch" in sys.modules], np.float32)}
 
 
+class Stuck(Odd):
+    """Hangs in its first step."""
+
+    def step(self, action):
+        while True:
+            pass
+
+
 class Broken(Walk):
     def __init__(self):
         raise ValueError("there is no such arm")

@@ -79,7 +79,8 @@ class OfflineEvaluation:
 
         # after an episode's last decision nothing was seen of where a whole chunk leads
         known = ~replay.terminated
-        held = replay.episode.unique(return_inverse=True)[1] % round(1 / HELD_OUT) == 0
+        apart = replay.episode[known].unique()[:: round(1 / HELD_OUT)]
+        held = torch.isin(replay.episode, apart)
         learn = (known & ~held).nonzero().flatten()
         test = (known & held).nonzero().flatten()
         lived = (~held).nonzero().flatten()
