@@ -33,7 +33,7 @@ class ControlEvaluation:
         return len(self.returns)
 
     def metrics(self) -> dict[str, Any]:
-        """The success_rate (Wilson's 95 % interval), return (the normal one), length, and n."""
+        """The success_rate (Wilson's 95 % interval), return (Student's), length, and n."""
         found: dict[str, Any] = {
             "return": float(self.returns.mean()),
             "ci95/return": list(interval(self.returns)),
