@@ -33,7 +33,7 @@ class ControlEvaluation:
         return len(self.returns)
 
     def metrics(self) -> dict[str, Any]:
-        """The success_rate (Wilson's 95 % interval), return (the normal one), length, and n."""
+        """The success_rate (Wilson's 95 % interval), return (Student's), length, and n."""
         found: dict[str, Any] = {
             "return": float(self.returns.mean()),
             "ci95/return": list(interval(self.returns)),
@@ -63,12 +63,14 @@ def evaluate_control(
     """
     index, count = process
     share = math.ceil(episodes / count)
-    mine = torch.tensor([min(e, episodes - 1) for e in range(index * share, (index + 1) * share)])
+    mine = torch.arange(episodes)[index * share : (index + 1) * share]
     noise = Noise(seed, EVALUATION, mine, torch.zeros_like(mine))
-    success, returns, lengths = (torch.zeros(len(mine), dtype=torch.float64) for _ in range(3))
-    decided = torch.zeros(len(mine), dtype=torch.float64)
+    success, returns, lengths = (torch.zeros(share, dtype=torch.float64) for _ in range(3))
+    decided = torch.zeros(share, dtype=torch.float64)
     seeds = [seed + e for e in mine.tolist()]
-    for decision in play(policy, environments, seeds, noise, keep=(0, 0), watch=watch):
+    # the last processes may have fewer episodes than the others, or none
+    played = play(policy, environments, seeds, noise, keep=(0, 0), watch=watch) if seeds else ()
+    for decision in played:
         rows, step = decision.episode, decision.step
         success[rows] = step.success.double()
         returns[rows] += step.rewards.double().sum(1)

@@ -9,16 +9,41 @@ from torch import Tensor
 
 
 def interval(value: Tensor, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of the mean of [S] values: Wilson's for rates (every value 0 or 1), the normal
-    one otherwise. z: standard deviations of the normal distribution on either side.
+    """95 % interval of the mean of [S] values: Wilson's for rates (every value 0 or 1), Student's
+    otherwise, which is NaN for a single value. z: standard deviations of the normal distribution
+    on either side, of Wilson's.
     """
     n, mean = len(value), float(value.mean())
     if bool(((value == 0) | (value == 1)).all()):
         centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z / (1 + z**2 / n) * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
     else:
-        centre, half = mean, z * float(value.std(correction=0)) / math.sqrt(n)
+        centre, half = mean, _students(value)
     return centre - half, centre + half
+
+
+def lower_bound(value: Tensor, least: float, worst: float) -> float:
+    """A lower bound of the mean that [S] values are drawn from: the lower end of its 95 % interval.
+
+    Of fewer than two values nothing is claimed, which is ``least``: 0 for rates, -inf for returns.
+    Values that are all alike say nothing of their spread: they are read as a rate, Wilson's, on the
+    scale from ``worst`` to themselves: 0 for rates, the lowest that was ever seen for returns.
+    """
+    if len(value) < 2:
+        return least
+    top = float(value.max())
+    if float(value.min()) < top:
+        return interval(value)[0]
+    share, _ = interval(torch.ones_like(value))
+    return top - (1 - share) * (top - min(worst, top))
+
+
+def _students(value: Tensor) -> float:
+    """Half of the width of Student's 95 % interval of a mean, NaN for a single value."""
+    from scipy.stats import t
+
+    n = len(value)
+    return float(t.ppf(0.975, n - 1)) * float(value.std()) / math.sqrt(n) if n > 1 else math.nan
 
 
 def paired(before: Tensor, after: Tensor, units: int) -> tuple[float, float, float]:
@@ -28,14 +53,9 @@ def paired(before: Tensor, after: Tensor, units: int) -> tuple[float, float, flo
     Samples of one unit (a prompt, an episode's start, a seed) are alike, so that only units count:
     the mean over units of the unit's mean difference, Student's t.
     """
-    from scipy.stats import t
-
     difference = after - before
     means = torch.stack([difference[u::units].mean() for u in range(min(units, len(difference)))])
-    centre = float(means.mean())
-    if len(means) < 2:
-        return centre, math.nan, math.nan
-    half = float(t.ppf(0.975, len(means) - 1)) * float(means.std()) / math.sqrt(len(means))
+    centre, half = float(means.mean()), _students(means)
     return centre, centre - half, centre + half
 
 

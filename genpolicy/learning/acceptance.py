@@ -43,15 +43,21 @@ def compare(new: Tensor, old: Tensor) -> Comparison:
 
 
 def safe_share(floor: float, baseline: float, lower: float) -> float:
-    """The largest share p of episodes that a new policy may play while the expected return of all,
-    p lower + (1 - p) baseline, stays at least floor * baseline; the baseline plays the others.
+    """The largest share p of episodes that a new policy may play while the expected outcome of all,
+    p lower + (1 - p) baseline, stays at least baseline - (1 - floor) |baseline|; the baseline plays
+    the others.
 
-    lower: a lower bound of the new policy's return; floor in [0,1]. 1 where the new policy is good
-    enough by itself.
+    That much may be lost: of a baseline above 0 the share ``floor`` is kept, and one below 0 may
+    lose as much as one above it. With the loss (1 - floor) |baseline| = p (baseline - lower),
+
+        p = (1 - floor) |baseline| / (baseline - lower)
+
+    floor: in [0, 1]. lower: a lower bound of the new policy's outcome, -inf where there is none. 1
+    where the new policy is good enough by itself. Both are of one quantity, success or return.
     """
-    if lower >= floor * baseline:
-        return 1.0
-    return (1 - floor) * baseline / (baseline - lower)
+    allowed = (1 - floor) * abs(baseline)
+    shortfall = baseline - lower
+    return 1.0 if shortfall <= allowed else allowed / shortfall
 
 
 def rank_correlation(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) -> float:

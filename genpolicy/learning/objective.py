@@ -91,14 +91,24 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float | Tensor
     ``clip`` a number or [B].
 
     A row is clipped where its gradient is cut: rho > 1+clip with A > 0, or rho < 1-clip with A < 0.
+    Its gradient is exactly 0, however far the policy has gone: exp(89) is infinite in fp32, and 0
+    times infinity is not a number, so that no clipped row is differentiated through its ratio. A
+    row with A < 0 has no bound above, and where its ratio is infinite so is its loss.
+
     What ``clip`` means depends on the log-ratio's reduction over E: 1e-6..1e-3 for "mean" on
     images, 0.1..0.3 for "sum".
     """
-    ratio, clip = log_ratio.exp(), torch.as_tensor(clip, device=log_ratio.device)
-    bounded = ratio.clamp(1 - clip, 1 + clip)
-    loss = torch.maximum(-advantage * ratio, -advantage * bounded)
-    clipped = ((advantage > 0) & (ratio > 1 + clip)) | ((advantage < 0) & (ratio < 1 - clip))
-    return Surrogate(loss, clipped.detach())
+    clip = torch.as_tensor(clip, device=log_ratio.device)
+    constant = log_ratio.detach().exp()
+    clipped = (advantage > 0) & (constant > 1 + clip)
+    clipped = clipped | ((advantage < 0) & (constant < 1 - clip))
+
+    # no gradient: the clipped rows, and those without an advantage
+    still = clipped | ((advantage == 0) & (constant > 1))
+    ratio = torch.where(still, 0.0, log_ratio).exp()
+    bounded = constant.clamp(1 - clip, 1 + clip)
+    loss = -advantage * torch.where(clipped, bounded, ratio)
+    return Surrogate(loss, clipped)
 
 
 def mean_kl(new: Gaussian, reference: Gaussian, *, reduce: Reduce) -> Tensor:
@@ -113,17 +123,25 @@ def mean_kl(new: Gaussian, reference: Gaussian, *, reduce: Reduce) -> Tensor:
 
 
 def clip_metrics(log_ratio: Tensor, advantage: Tensor, surrogate: Surrogate) -> dict[str, Tensor]:
-    """Per row: the ratio, and whether it was clipped, in all and by the sign of the advantage
-    (shares of all rows).
+    """Per row: the ratio, in fp64, and whether it was clipped, in all and by the sign of the
+    advantage (shares of all rows).
     """
     clipped = surrogate.clipped.float()
     return {
-        "ratio_mean": log_ratio.detach().exp(),
+        "ratio_mean": log_ratio.detach().double().exp(),
         "log_ratio_square": log_ratio.detach() ** 2,
         "clip_fraction": clipped,
         "clip_fraction_positive": clipped * (advantage > 0),
         "clip_fraction_negative": clipped * (advantage < 0),
     }
+
+
+def divergence(log_ratio: Tensor) -> Tensor:
+    """rho - 1 - log rho of every row, [B] fp64 without a graph: the estimate of KL(old || new) in
+    nats whose mean is right and which is never negative.
+    """
+    wide = log_ratio.detach().double()
+    return wide.expm1() - wide
 
 
 @dataclass(frozen=True)

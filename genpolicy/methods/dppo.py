@@ -33,7 +33,13 @@ from torch import Tensor
 
 from genpolicy.chain.values import Gaussian, Reduce
 from genpolicy.config.errors import at_least, positive, share
-from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate, log_ratio
+from genpolicy.learning.objective import (
+    Scored,
+    clip_metrics,
+    clipped_surrogate,
+    divergence,
+    log_ratio,
+)
 from genpolicy.methods.parts.baseline import LEAST, DecisionValue
 from genpolicy.methods.parts.frozen_base import freeze_base
 from genpolicy.rollout.rollout import Rollout
@@ -113,7 +119,7 @@ class DPPO:
         log_rho = self.log_ratio(step.new, step.old, step.x)
         surrogate = clipped_surrogate(log_rho, advantage, self.clip_range(step.index, step.steps))
         metrics = clip_metrics(log_rho, advantage, surrogate)
-        metrics["kl"] = (log_rho.exp() - 1 - log_rho).detach()
+        metrics["kl"] = divergence(log_rho)
         return surrogate.loss, metrics
 
     def discount(self, index: int | Tensor, steps: int) -> Tensor:

@@ -30,6 +30,7 @@ from genpolicy.learning.objective import (
     Scored,
     clip_metrics,
     clipped_surrogate,
+    divergence,
     log_ratio_unequal,
 )
 from genpolicy.methods.parts.baseline import LEAST, DecisionValue
@@ -90,6 +91,11 @@ class ReinFlow:
         if run.policy.model.parametrisation != "velocity":
             raise ConfigError(
                 "method reinflow is derived for flow policies: this one does not predict a velocity"
+            )
+        if run.policy.chain.noisy:
+            raise ConfigError(
+                f"method reinflow learns the noise of its steps, and kernel"
+                f" {run.policy.chain.kernel} draws its own: take {{name: ddim, eta: 0.0}}"
             )
         noise = self._noise(run)
         noise_optimizer = run.new_optimizer(
@@ -161,5 +167,5 @@ class ReinFlow:
         surrogate = clipped_surrogate(log_rho, step.advantage, self.clip)
         spread = step.new.std.expand_as(step.new.mean).flatten(1).log().mean(1)
         metrics = clip_metrics(log_rho, step.advantage, surrogate)
-        metrics |= {"kl": (log_rho.exp() - 1 - log_rho).detach(), "log_std": spread.detach()}
+        metrics |= {"kl": divergence(log_rho), "log_std": spread.detach()}
         return surrogate.loss - self.entropy * spread, metrics

@@ -16,6 +16,9 @@ from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.model import Model
 from genpolicy.policy.policy import ChainPolicy, Part
 
+ODE = {"name": "ddim", "eta": 0.0}
+"""The kernel without noise."""
+
 
 def kernels() -> dict[str, type[Any]]:
     """The kernels and solvers that genpolicy.chain exports, by name: ddim, sde, cps, consistency,
@@ -141,21 +144,24 @@ def make_policy(
 def deployed_sampler(
     rollout: ChainConfig, overrides: Mapping[str, Any], control: bool = False
 ) -> ChainConfig:
-    """The sampler that is evaluated and saved: the rollout's steps and guidance, unless overridden;
-    pictures with the ODE, which keeps their diversity, actions (``control``) with the mean of the
-    kernel that they were trained with. The best of several actions is picked from the kernel's own
-    samples: its means are nearly the same for all noise.
+    """The sampler that is evaluated and saved: the rollout's steps and guidance, unless overridden.
+
+    Pictures are drawn with the ODE, which keeps their diversity; actions (``control``) with the
+    mean of the kernel that they were trained with. Where a part of the window is drawn for every
+    iteration (``window_size``), training walks along the ODE but for that part, and the mean at all
+    steps is a chain that it never walked: actions then are drawn with the ODE too.
+
+    The best of several actions is picked from the kernel's own samples, because its means are
+    nearly the same for all noise; those of the ODE differ by the noise that they start with.
     """
-    if control:
-        default = replace(
-            rollout, kernel={"name": "mean", "kernel": rollout.kernel}, window_size=None
-        )
+    along_ode = not control or rollout.window_size is not None
+    if along_ode and not (control and "kernel" in overrides):
+        default = replace(rollout, kernel=dict(ODE), window=None, window_size=None)
     else:
-        default = replace(
-            rollout, kernel={"name": "ddim", "eta": 0.0}, window=None, window_size=None
-        )
+        mean = {"name": "mean", "kernel": rollout.kernel}
+        default = replace(rollout, kernel=mean, window_size=None)
     sampler = resampled(dataclasses.asdict(default), overrides, "eval: sampler")
-    if not control or sampler.best_of == 1 or "kernel" in overrides:
+    if along_ode or sampler.best_of == 1 or "kernel" in overrides:
         return sampler
     sampler = replace(sampler, kernel=rollout.kernel)
     return sampler if "window" in overrides else without_last_noise(sampler)

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from genpolicy.policy.sampler import (
     deployed_sampler,
     make_policy,
     without_idle_window,
-    without_last_noise,
 )
 from genpolicy.training.evaluator import Evaluator
 from genpolicy.training.workspace import Workspace
@@ -92,15 +90,14 @@ class Deployment:
         """Evaluate the policy as it stands, log NAME/metric, and keep it as stages/NAME.
 
         best_of: with more than 1 sample, instead of the deployed sampler the best of so many
-        samples of the training kernel (its last step without noise). Raises `ConfigError` for a
-        name that is no folder's.
+        samples of the one that `deployed_sampler` picks from. Raises `ConfigError` for a name that
+        is no folder's.
         """
         _require_folder_name(name)
         if best_of == 1:
             sampler, policy, metrics = self.sampler, self.policy, self.evaluate(iteration)
         else:
-            drawn = replace(self.experiment.chain, window_size=None, best_of=best_of)
-            sampler = without_last_noise(drawn)
+            sampler = deployed_sampler(self.experiment.chain, {"best_of": best_of}, control=True)
             model, parts = self.policy.model, self.policy.parts
             policy = make_policy(model, sampler, parts, origin=PERSON)
             metrics = self.examine(policy, iteration)

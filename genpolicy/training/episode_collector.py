@@ -27,13 +27,14 @@ class EpisodeCollector:
     """Collects episodes in environments; see `genpolicy.training.collector.Collector`.
 
     model: the one that learns. circumstances: all that an episode depends on beside weights and
-    start, in words. store: where episodes that are kept are written.
+    start, in words. judged: the task says what success is. store: where episodes that are kept are written.
     """
 
     seed: int
     model: Model
     circumstances: str
     environments: Environments
+    judged: bool
     processes: Processes
     metrics: IterationMetrics
     store: EpisodeStore
@@ -72,7 +73,8 @@ class EpisodeCollector:
         }
         decisions = _placed(lived, counts, found.pop("decisions"), local)
         success, length = found.pop("success"), found.pop("length")
-        self.metrics.log("episode/success", success.mean().item())
+        if self.judged:
+            self.metrics.log("episode/success", success.mean().item())
         self.metrics.log("episode/length", length.mean().item())
         return Rollout(
             lived.trajectory,
@@ -84,7 +86,7 @@ class EpisodeCollector:
             tuple(f"start {seed}" for seed in starts),
             local,
             decisions,
-            success,
+            success if self.judged else None,
         )
 
     def example(self) -> Context:

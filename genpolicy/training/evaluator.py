@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from torch import Tensor
+
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import EvalConfig
 from genpolicy.contracts.reward import WeightedRewards
@@ -45,9 +47,10 @@ class Evaluator(Protocol):
         metrics: IterationMetrics,
         episodes: int,
         seed: int,
-    ) -> float:
-        """The success rate (or mean return) of ``episodes`` episodes whose reset seeds begin at
-        ``seed``; they count as collected ones. Raises `ConfigError` where the task has none.
+    ) -> Tensor:
+        """The success (or, where the task does not judge, return) of ``episodes`` episodes whose
+        reset seeds begin at ``seed``, [E] fp64; they count as collected ones. Raises `ConfigError`
+        where the task has none.
         """
         ...
 
@@ -94,7 +97,7 @@ class PromptEvaluator:
         metrics: IterationMetrics,
         episodes: int,
         seed: int,
-    ) -> float:
+    ) -> Tensor:
         """Raise `ConfigError`: prompts have no episodes."""
         raise ConfigError(
             "try_out: a policy is tried out in the episodes of a robot's task, and prompts have no"
@@ -145,12 +148,12 @@ class EpisodeEvaluator:
         metrics: IterationMetrics,
         episodes: int,
         seed: int,
-    ) -> float:
-        """The success rate (or mean return) of episodes that count as collected ones."""
+    ) -> Tensor:
+        """The outcomes of episodes that count as collected ones."""
         found = self.play(policy, processes, episodes, seed)
-        metrics.env_steps += float(found.lengths.sum()) / processes.count
-        metrics.collected += int(found.decisions) // processes.count
-        return float((found.success if found.judged else found.returns).mean())
+        metrics.env_steps += processes.share(int(found.lengths.sum()))
+        metrics.collected += processes.share(int(found.decisions))
+        return found.success if found.judged else found.returns
 
     def close(self) -> None:
         self.environments.close()

@@ -33,8 +33,7 @@ def iterations(run: Run) -> Iterator[int]:
             yield run.iteration
             run.state.require_claimed()
             evaluations = run.policy.model.evaluations - counted + run.metrics.evaluations
-            _account(run, time.perf_counter() - started, evaluations)
-            _finish(run, evaluations)
+            _finish(run, _account(run, time.perf_counter() - started, evaluations))
         if stop.asked:
             run.say(
                 f"stopped at iteration {run.iteration}; go on with"
@@ -53,21 +52,24 @@ def conclude(run: Run) -> dict[str, Any]:
     return run.deployment.evaluate(run.iteration)
 
 
-def _account(run: Run, seconds: float, evaluations: float) -> None:
+def _account(run: Run, seconds: float, evaluations: float) -> float:
     """Add an iteration's cost: the main process's clock and everybody's evaluations, the same
-    numbers on every process, because budget and learning rate follow from them.
+    numbers on every process, because budget and learning rate follow from them. Returns the
+    evaluations per row that was collected.
     """
     metrics = run.metrics
-    decisions = metrics.collected if metrics.env_steps else 0
     clock = seconds if run.processes.main else 0.0
-    mine = [clock, evaluations, decisions, metrics.env_steps]
-    run.spent.add(*run.processes.reduce(torch.tensor(mine, dtype=torch.float64)).tolist())
+    mine = [clock, evaluations, metrics.collected, metrics.env_steps]
+    everybody = run.processes.reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
+    clock, evaluations, rows, steps = everybody
+    run.spent.add(clock, evaluations, rows if steps else 0.0, steps)
+    return evaluations / (rows or 1)
 
 
-def _finish(run: Run, evaluations: float) -> None:
+def _finish(run: Run, evaluations_per_row: float) -> None:
     """Log and show the iteration; where they are due, evaluate and checkpoint."""
-    spent, rows = run.spent, run.metrics.collected or 1
-    metrics = {**run.metrics.close(), "nfe_per_sample": evaluations / rows}
+    spent = run.spent
+    metrics = {**run.metrics.close(), "nfe_per_sample": evaluations_per_row}
     if run.evaluator.of_actions:
         metrics |= {"env_decisions": spent.env_decisions, "env_steps": spent.env_steps}
     metrics["time_s"] = spent.seconds

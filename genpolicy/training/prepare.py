@@ -117,7 +117,14 @@ def prepare(
         circumstances = repr((experiment.task, experiment.chain, experiment.environments))
         store = EpisodeStore(folder, display.say)
         collector = EpisodeCollector(
-            seed, model, circumstances, environments, processes, metrics, store
+            seed,
+            model,
+            circumstances,
+            environments,
+            task.has_success,
+            processes,
+            metrics,
+            store,
         )
     else:
         reward = make_rewards(experiment.reward, origin, experiment.patience)

@@ -2,6 +2,7 @@
 enters nowhere else.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ class Processes:
             return value
         return float(self.reduce(torch.tensor([value], dtype=torch.float64)))
 
+    def share(self, total: int) -> int:
+        """This process's share of a count that is everybody's: the shares add up to the total."""
+        return total // self.count + (self.index < total % self.count)
+
     def sums(self, values: Mapping[str, float]) -> dict[str, float]:
         """The sums by name over all processes; a process has nothing under a name that it lacks."""
         if self.count == 1:
@@ -85,14 +90,21 @@ class Processes:
         mine = torch.tensor([values.get(name, 0.0) for name in names], dtype=torch.float64)
         return dict(zip(names, self.reduce(mine).tolist(), strict=True))
 
+    def moments(self, values: Tensor) -> tuple[float, float]:
+        """The mean and the variance (ddof 0) over the rows [R] of all processes, in fp64; NaN where
+        nobody has a row.
+        """
+        wide = values.double()
+        count = self.sum(float(len(wide)))
+        if not count:
+            return math.nan, math.nan
+        mean = self.sum(float(wide.sum())) / count
+        return mean, self.sum(float(((wide - mean) ** 2).sum())) / count
+
     def normalised(self, values: Tensor) -> Tensor:
         """(values - mean) / std over the rows [R] of all processes."""
-        sums = torch.stack([torch.ones_like(values), values, values**2]).double().sum(1)
-        count, first, second = self.reduce(sums).tolist()
-        if not count:
-            return values
-        mean = first / count
-        return (values - mean) / (max(second / count - mean**2, 0.0) ** 0.5 + 1e-8)
+        mean, variance = self.moments(values)
+        return (values - mean) / (variance**0.5 + 1e-8)
 
     def log(self, metrics: Mapping[str, Any], iteration: int) -> None:
         """Hand the numbers among an iteration's metrics to the trackers."""

@@ -92,8 +92,9 @@ class Rehearsal:
     def _cost(
         self, run: Run, stage: str, iterations: int | None, seconds: float, evaluations: float
     ) -> StageCost:
-        samples, count = run.metrics.collected * run.processes.count, run.processes.count
-        env_steps = run.metrics.env_steps * count
+        mine = [run.metrics.collected, run.metrics.env_steps, evaluations]
+        everybody = run.processes.reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
+        samples, env_steps, evaluations = int(everybody[0]), everybody[1], everybody[2]
         did = f"{samples} samples"
         if isinstance(run.evaluator, EpisodeEvaluator):
             lived = f"{samples} decisions in {env_steps:.0f} environment steps"
@@ -101,9 +102,7 @@ class Rehearsal:
         phases = {
             name: (spent, run.metrics.memory[name]) for name, spent in run.metrics.clock.items()
         }
-        return StageCost(
-            stage, iterations, seconds, samples, evaluations * count, env_steps, did, phases
-        )
+        return StageCost(stage, iterations, seconds, samples, evaluations, env_steps, did, phases)
 
     def _evaluate(self, run: Run) -> None:
         settings = run.experiment.eval

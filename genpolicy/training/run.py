@@ -409,8 +409,15 @@ class Run:
         self.deployment.keep(name)
 
     def try_out(self, episodes: int, name: int) -> float:
-        """The success rate (or mean return) of the deployed policy in real episodes, which count as
-        any others that the run collects; of one ``name`` they always begin from the same starts.
+        """The success rate (or mean return) of the deployed policy in real episodes: the mean of
+        their `outcomes`.
+        """
+        return float(self.outcomes(episodes, name).mean())
+
+    def outcomes(self, episodes: int, name: int) -> Tensor:
+        """The success, or where the task does not judge the return, of the deployed policy in real
+        episodes, [E] fp64. They count as any others that the run collects; of one ``name`` they
+        always begin from the same starts.
         """
         seed = reset_seed(self.experiment.seed, name, -1 % 2**32)
         return self.evaluator.try_out(self.deployed, self.processes, self.metrics, episodes, seed)
@@ -430,7 +437,7 @@ class Run:
 
     def seen(self, samples: int) -> None:
         """Count the samples of an iteration that collects none itself."""
-        self.metrics.collected += samples // self.processes.count
+        self.metrics.collected += self.processes.share(samples)
 
     def log(self, name: str, value: float) -> None:
         """Add a number to this iteration's metrics; several in one iteration are averaged."""

@@ -151,11 +151,12 @@ def test_the_ratio_is_that_of_whole_chains(tmp_path, slow, reduce):
         difference = difference * 5 / 4  # ours leaves the prior, which cancels, out of the mean
     advantage = torch.randn(len(chains))
     loss, metrics = method.loss(scored_chains(run, chains, advantage))
-    ratio = metrics["ratio_mean"].view(len(chains), 4)
+    ratio = metrics["ratio_mean"].float().view(len(chains), 4)
     assert torch.equal(ratio, ratio[:, :1].expand_as(ratio)), "a chain has one ratio"
     assert torch.allclose(ratio[:, 0].log(), difference, atol=1e-3)
     assert difference.abs().max() > 1e-2
-    assert torch.allclose(loss, -advantage.repeat_interleave(4) * metrics["ratio_mean"], rtol=1e-4)
+    expected = -advantage.repeat_interleave(4) * metrics["ratio_mean"].float()
+    assert torch.allclose(loss, expected, rtol=1e-4)
     single = (
         Normal(mean, std).log_prob(chains.x[:, 1:])
         - Normal(chains.mean, chains.std).log_prob(chains.x[:, 1:])
@@ -354,6 +355,24 @@ def test_a_run_goes_on_with_the_noise_that_its_policy_has_learned(tmp_path, slow
     assert all(torch.equal(value, state[name]) for name, value in noise.state_dict().items())
 
 
+def test_what_training_has_taught_the_noise_is_saved_with_the_policy(tmp_path, slow):
+    raw = experiment(
+        tmp_path,
+        policy={"name": "mlp", "pretrained": slow},
+        chain=ODE,
+        method={**SMALL, "noise_lr": 1e-2},
+        task=SHORT,
+        budget={"iterations": 2},
+    )
+    folder = train(parse.parse(raw)).folder
+    learned = torch.load(folder / "checkpoints/2/state.pt", weights_only=True)["parts"]["std"]
+    assert learned["network.2.bias"].abs().max() > 0, "control: it has learned"
+    for saved in (folder / "policy", folder / "policy_best"):
+        state = genpolicy.load(saved).parts["std"].state_dict()
+        assert state.keys() == learned.keys()
+        assert all(torch.equal(value, learned[name]) for name, value in state.items())
+
+
 LEARNING = {
     "name": "reinflow",
     "episodes": 64,
@@ -429,6 +448,24 @@ def test_what_it_is_not_derived_for_is_refused(tmp_path, slow):
     ):
         with pytest.raises(ConfigError, match=said):
             ReinFlow(**wrong)
+
+
+FLOORED = {"name": "floorstd", "floor": 0.1, "kernel": {"name": "ddim", "eta": 0.0}}
+
+
+@pytest.mark.parametrize(
+    "kernel", [{"name": "ddim", "eta": 1.0}, {"name": "sde", "a": 0.7}, FLOORED]
+)
+def test_a_kernel_with_noise_of_its_own_is_refused(tmp_path, slow, kernel):
+    """Its mean leaves room for its own std, and the learned one would be drawn around it."""
+    sections = {"policy": {"name": "mlp", "pretrained": slow}, "method": SMALL, "task": SHORT}
+    run, method = prepared(tmp_path, chain={**ODE, "kernel": kernel}, **sections)
+    with run, pytest.raises(ConfigError, match="learns the noise of its steps, and kernel"):
+        method.train(run)
+    own = run.policy.chain.coefficients(1)
+    (tmp_path / "ode").mkdir()
+    ode = prepared(tmp_path / "ode", chain=ODE, **sections)[0].policy.chain.coefficients(1)
+    assert float((own.eps - ode.eps).abs()) > 1e-3, "control: it is no Euler step"
 
 
 def test_a_chain_that_explores_nowhere_is_refused(tmp_path, slow):

@@ -70,9 +70,9 @@ class DecisionValue:
         )
         returns = advantage + now
 
-        # the share of the returns' variance that V explains
-        variance = float(returns.var(correction=0))
-        unexplained = float(advantage.var(correction=0))
+        # the share of the returns' variance that V explains, over the rows of all processes
+        _, variance = self.run.processes.moments(returns)
+        _, unexplained = self.run.processes.moments(advantage)
         explained = 1 - unexplained / variance if variance else math.nan
         self.run.log("critic/explained", explained)
         return advantage, returns.float()

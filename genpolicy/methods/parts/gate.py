@@ -6,6 +6,7 @@ of its decisions (AM-Q, RL-100 arXiv 2510.14830), with the sampler that would be
 
 from dataclasses import KW_ONLY, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -133,13 +134,12 @@ class OfflineEvaluation:
     @torch.no_grad()
     def __call__(self, replay: Replay, features: Tensor) -> Tensor:
         """The score of the policy as it stands from every start, [S], divided by the horizon, so
-        that it reads like a value.
+        that it reads like a value. Each process imagines its share of the starts.
         """
         run = self.run
         deployed = run.deployed
-        drawn = run.generator("imagined starts").integers(len(replay), size=self.starts)
-        rows = replay.now[torch.from_numpy(drawn)]
-        place = torch.arange(self.starts)
+        rows = replay.now[run.rows(len(replay), self.starts, "imagined starts")]
+        place = run.mine(np.arange(self.starts))
         noise = run.noise("imagination", place)
 
         def actor(seen: Tensor, h: int) -> Tensor:
@@ -156,6 +156,11 @@ class OfflineEvaluation:
         # what success pays, and the sum along the way
         over = replay.terminated & replay.success
         pays = float(replay.rewards[over].sum(1).mean()) if bool(over.any()) else 0.0
-        starts = features[rows]
-        total = imagined(actor, score, self.model, starts, self.horizon, noise, ends, pays)
-        return total / self.horizon
+        totals = features.new_zeros(self.starts)
+        if len(place):
+            starts = features[rows]
+            mine = imagined(actor, score, self.model, starts, self.horizon, noise, ends, pays)
+            totals[place.to(totals.device)] = mine
+
+        # every start is 0 but in the process that imagined it
+        return run.processes.reduce(totals) / self.horizon

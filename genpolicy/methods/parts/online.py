@@ -5,12 +5,15 @@ learns beside it.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-from genpolicy.config.errors import at_least, positive, share
+from genpolicy.config.errors import ConfigError, at_least, positive, share
 from genpolicy.config.schema import OptimizerConfig
-from genpolicy.evaluation.statistics import interval
+from genpolicy.contracts.task import ControlTask
+from genpolicy.evaluation.statistics import lower_bound
 from genpolicy.learning.acceptance import safe_share
 from genpolicy.learning.critic import StateValue
 from genpolicy.methods.parts.anchor import Anchor
@@ -18,6 +21,11 @@ from genpolicy.methods.parts.baseline import LEAST, DecisionValue
 from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.replay_check import LogRatio
 from genpolicy.training.run import Run
+
+LEAST_PLAYED = 2
+"""The episodes of the latest policy in an iteration under a floor, at least: of a single one nothing
+can be claimed.
+"""
 
 
 @dataclass
@@ -37,8 +45,10 @@ class Online:
     # share of the episodes that begin where an earlier one failed, as far as there are such starts:
     # they are rare, and without it they are hardly ever met again
     retry: float = 0.25
-    # for hardware: share of the return of the policy that the stage began with; that policy plays
-    # as many of the episodes as keep the expected return of all above it. 0 is no floor
+    # for hardware: share of the success (of a task that does not judge, the return) of the policy
+    # that the stage began with, as it is deployed; that policy plays as many of the episodes as
+    # keep what is expected of all at that share. 0 is no floor; at 1 nothing may be lost, and the
+    # policy that learns plays two episodes until it is surely as good
     floor: float = 0.0
     critic_lr: float = 1e-3  # learning rate of the value
     critic_epochs: int = 10  # passes of the value over the rollout
@@ -49,6 +59,11 @@ class Online:
         at_least("method: online", self, **LEAST)
         positive("method: online", self, "lr", "clip", "critic_lr")
         share("method: online", self, "lam", "final", "ema", "retry", "floor")
+        if self.floor and self.episodes < LEAST_PLAYED:
+            raise ConfigError(
+                f"method: online: episodes is {self.episodes}; under a floor it must be at least"
+                f" {LEAST_PLAYED}, because nothing can be claimed of a single episode"
+            )
 
     def optimizer(self, common: OptimizerConfig) -> OptimizerConfig:
         """The stage's optimiser, with the experiment's own betas, eps, decay and norm."""
@@ -98,7 +113,7 @@ class OnPolicy:
         starts = self.failures.mixed(run.starts(episodes), settings.retry)
         rollout = run.collect(episodes, 1, keep=True, starts=starts)
         self.failures.note(starts, rollout.success)
-        self.floor.note(rollout.rewards)
+        self.floor.note(rollout)
 
         # their advantages
         rollout = run.verified(rollout, log_ratio, settings.clip / 10)
@@ -147,42 +162,67 @@ class Failures:
 
 
 class Floor:
-    """A floor under the return of the collected episodes; saved and resumed with the run.
+    """A floor under what comes of the collected episodes: their success, or where the task does not
+    judge their return. Saved and resumed with the run.
 
-    The policy that the stage began with plays so many of the episodes that their expected return
-    stays at least ``share`` of its own (`safe_share`). lower: the lower 95 % bound of the return of
-    the latest policy; infinite before the stage's first iteration, in which both are the same.
+    The policy that the stage began with, with the sampler that is deployed, plays so many of the
+    episodes that the expected outcome of all stays at least its own, less the share 1 - ``share`` of
+    its size (`safe_share`).
+
+    baseline [n]: outcomes of its episodes in this stage. lower: a lower bound of the outcome of the
+    latest policy with the noise that it collects with; nothing is known of it before it has played,
+    whatever its weights are. worst: the lowest outcome of any episode of this stage.
     """
 
     def __init__(self, run: Run, share: float, anchor: Anchor) -> None:
         self.run = run
         self.share = share
         self.anchor = anchor
-        self.lower = math.inf
+        judged = cast(ControlTask, run.task).has_success
+        self.least = 0.0 if judged else -math.inf  # what a lower bound is where nothing is known
+        self.baseline = torch.zeros(0, dtype=torch.float64)
+        self.lower = self.least
+        self.worst = 0.0 if judged else math.inf
         run.register(floor=self)
 
     def episodes(self, wanted: int) -> int:
-        """Returns how many of the ``wanted`` episodes the latest policy may play, at least one in
-        each process and equally many; plays the others.
+        """Returns how many of the ``wanted`` episodes the latest policy may play, equally many in
+        each process and at least two in all, without which nothing would be learned of it; plays
+        the others.
         """
-        anchor = self.anchor
-        processes = self.run.processes.count
-        rate = anchor.rate_of(anchor.weights, wanted)
+        run = self.run
+        if not len(self.baseline):
+            self._play(wanted, self.anchor.iteration)
+        rate = float(self.baseline.mean())
         share = safe_share(self.share, rate, self.lower)
+        processes = run.processes.count
         allowed = math.floor(share * wanted + 1e-9)  # 7.999 is 8
-        mine = max(allowed // processes, 1) * processes
+        mine = max(allowed // processes, math.ceil(LEAST_PLAYED / processes)) * processes
         if wanted > mine:
-            with anchor.weights.using():
-                baseline = self.run.try_out(wanted - mine, self.run.iteration)
-            self.run.log("floor/baseline", baseline)
+            self._play(wanted - mine, run.iteration)
+        run.log("floor/baseline", rate)
+        run.log("floor/lower", self.lower)
+        run.log("floor/share", mine / wanted)
         return mine
 
-    def note(self, returns: Tensor) -> None:
-        """Notes the returns [M,N] of the latest policy's episodes."""
-        self.lower = interval(returns.flatten())[0]
+    def _play(self, episodes: int, name: int) -> None:
+        """Adds ``episodes`` of the policy that the stage began with; name: of their starts."""
+        with self.anchor.weights.using():
+            outcomes = self.run.outcomes(episodes, name)
+        self.baseline = torch.cat([self.baseline, outcomes])
+        self.worst = min(self.worst, float(outcomes.min()))
 
-    def state_dict(self) -> dict[str, float]:
-        return {"lower": self.lower}
+    def note(self, rollout: Rollout) -> None:
+        """Notes the outcomes of the latest policy's episodes."""
+        success = rollout.success
+        outcomes = (rollout.rewards if success is None else success).flatten()
+        self.worst = min(self.worst, float(outcomes.min()))
+        self.lower = lower_bound(outcomes, self.least, self.worst)
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return {"baseline": self.baseline, "lower": self.lower, "worst": self.worst}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.baseline = state["baseline"]
         self.lower = state["lower"]
+        self.worst = state["worst"]

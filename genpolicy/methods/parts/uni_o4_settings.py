@@ -96,7 +96,7 @@ class Practice:
     clip: float = 0.2  # eps of the chunk's ratio
     ema: float = 0.998  # decay per update of the averaged weights that are evaluated and saved
     retry: float = 0.25  # share of the episodes that begin where an earlier one failed
-    floor: float = 0.0  # share of the first policy's return to be kept; 0 is no floor
+    floor: float = 0.0  # share of the first policy's success to be kept; 0 is no floor
     critic_lr: float = 1e-3  # learning rate of V
     critic_epochs: int = 10  # passes of V over the rollout
     critic_minibatch: int = 256  # decisions per update of V

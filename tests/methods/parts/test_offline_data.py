@@ -2,10 +2,12 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from genpolicy.config.errors import ConfigError
 from genpolicy.learning.acceptance import safe_share
 from genpolicy.methods.parts.anchor import Anchor
 from genpolicy.methods.parts.online import Failures, Floor, Online, OnPolicy
@@ -55,50 +57,138 @@ def test_failures_take_their_share_of_the_starts_and_no_more(run):
 # -- the floor -------------------------------------------------------------------------------------
 
 
-def floored(run, share, rate, monkeypatch):
-    """A floor whose baseline comes to ``rate``, and the episodes that were played for it."""
+def floored(run, share, outcomes, monkeypatch):
+    """A floor whose baseline has the ``outcomes`` again and again, and the episodes that were
+    played for it.
+    """
     played = []
 
-    def try_out(episodes, name):
+    def again(episodes, name):
         played.append((episodes, name))
-        return rate
+        told = torch.tensor(outcomes, dtype=torch.float64)
+        return told.repeat(math.ceil(episodes / len(told)))[:episodes]
 
-    monkeypatch.setattr(run, "try_out", try_out)
+    monkeypatch.setattr(run, "outcomes", again)
     return Floor(run, share, Anchor(run)), played
 
 
+def played(returns, success=None):
+    """A rollout of episodes with these returns, and their success where the task judges."""
+    told = [None if v is None else torch.tensor(v).double()[:, None] for v in (returns, success)]
+    return SimpleNamespace(rewards=told[0], success=told[1])
+
+
+HALF = [1.0, 0.0]
+"""A baseline that succeeds in half of its episodes."""
+ALL, NONE = [1.0] * 40, [0.0] * 40
+
+
 def test_the_floor_holds_in_expectation(run, monkeypatch):
-    floor, played = floored(run, 0.8, 0.5, monkeypatch)
-    assert floor.episodes(40) == 40, "the new policy is still the baseline"
-    assert played == [(40, floor.anchor.iteration)], "whose rate is measured once"
-    floor.note(torch.zeros(40, 1))  # it has failed altogether; Wilson: at least 0
+    floor, ran = floored(run, 0.8, HALF, monkeypatch)
+    assert floor.episodes(40) == 8, "of what it does with its noise nothing is known yet"
+    assert ran[0] == (40, floor.anchor.iteration), "the baseline is measured first"
+    assert ran[1:] == [(32, run.iteration)], "and plays the others"
+    floor.note(played(NONE, NONE))  # it has failed altogether; Wilson: at least 0
     mine = floor.episodes(40)
     assert floor.lower <= 1e-9
     assert mine == 8, "a fifth"
-    assert played[1:] == [(40 - mine, run.iteration)], "the baseline plays the others"
     assert mine * floor.lower + (40 - mine) * 0.5 >= 0.8 * 0.5 * 40 - 1e-6
     assert (mine + 1) * floor.lower + (39 - mine) * 0.5 < 0.8 * 0.5 * 40, (
         "control: one more would be too many"
     )
-    floor.note(torch.ones(40, 1))
+    floor.note(played(NONE, ALL))
     assert floor.episodes(40) == 40
 
 
 def test_the_floor_goes_by_a_lower_bound(run, monkeypatch):
-    floor, _ = floored(run, 0.95, 0.5, monkeypatch)
-    floor.note(
-        torch.arange(40).remainder(2).double()[:, None]
-    )  # .5, as good as the baseline: but of 40 only
+    floor, _ = floored(run, 0.95, HALF, monkeypatch)
+    half = HALF * 20
+    floor.note(played(half, half))  # .5, as good as the baseline: but of 40 only
     assert 0.3 < floor.lower < 0.5
     assert floor.episodes(40) == math.floor(safe_share(0.95, 0.5, floor.lower) * 40) < 40
 
 
-def test_a_hopeless_policy_plays_one_episode_in_each_process(tmp_path, monkeypatch):
+def test_a_policy_that_always_fails_is_held_whatever_its_returns_are(run, monkeypatch):
+    """The toy pays about 50 for coming near; the baseline succeeds in half of its episodes."""
+    floor, _ = floored(run, 0.9, HALF, monkeypatch)
+    floor.note(played([50.0, 51.0] * 10, [0.0] * 20))
+    assert floor.episodes(20) == 2
+    assert safe_share(0.9, 0.5, 50.0) == 1.0, "control: returns beside a success rate"
+
+
+def test_where_nobody_judges_returns_are_compared_with_returns(tmp_path, monkeypatch):
+    task = {"name": "tests.toy_control:Point", "judged": False}
+    run = prepared(tmp_path, task=task, **CLONING)[0]
+    rollout = run.collect(4, 1)
+    assert rollout.success is None
+    floor, _ = floored(run, 0.9, [20.0, 30.0], monkeypatch)
+    assert floor.lower == -math.inf
+    assert floor.episodes(20) == 2, "as few as can be learned from"
+    floor.note(played([24.0, 25.0, 26.0, 25.0] * 5))
+    assert floor.episodes(20) == 20
+    floor.note(rollout)
+    assert floor.lower < float(rollout.rewards.mean()) < 20
+    assert floor.episodes(20) == 2
+
+
+def test_a_baseline_of_negative_returns_may_lose_as_much_as_a_positive_one(tmp_path, monkeypatch):
+    task = {"name": "tests.toy_control:Point", "judged": False}
+    run = prepared(tmp_path, task=task, **CLONING)[0]
+    floor, _ = floored(run, 0.8, [-9.0, -11.0], monkeypatch)
+    floor.note(played([-9.5, -10.5] * 10))  # as good; its bound is within the two that may be lost
+    assert -12 < floor.lower < -10
+    assert floor.episodes(20) == 20
+    floor.note(played([-29.0, -31.0] * 10))
+    mine = floor.episodes(40)
+    assert mine == 3
+    assert mine * floor.lower + (40 - mine) * -10 >= -12 * 40
+    assert (mine + 1) * floor.lower + (39 - mine) * -10 < -12 * 40, "control: it is used up"
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_one_lucky_episode_is_no_lower_bound(tmp_path, monkeypatch, judged):
+    task = {"name": "tests.toy_control:Point", "judged": judged}
+    run = prepared(tmp_path, task=task, **CLONING)[0]
+    floor, _ = floored(run, 0.9, HALF, monkeypatch)
+    floor.note(played([1.0], [1.0] if judged else None))
+    assert floor.lower == (0.0 if judged else -math.inf)
+    with pytest.raises(ConfigError, match="nothing can be claimed of a single episode"):
+        Online(episodes=1, floor=0.9)
+
+
+def test_the_baseline_is_measured_with_the_sampler_that_plays_it(tmp_path, monkeypatch):
+    """The policy that is deployed, of the weights that the stage began with, both times."""
+    run = prepared(tmp_path, **CLONING)[0]
+    floor = Floor(run, 0.9, Anchor(run))
+    begun = [parameter.detach().clone() for parameter in run.trainable]
+    for parameter in run.trainable:
+        parameter.data += 1.0
+    seen = []
+    honest = run.evaluator.try_out
+
+    def watched(policy, *rest):
+        same = all(torch.equal(p, b) for p, b in zip(run.trainable, begun, strict=True))
+        seen.append((policy is run.deployed, same))
+        return honest(policy, *rest)
+
+    monkeypatch.setattr(type(run.evaluator), "try_out", staticmethod(watched))
+    mine = floor.episodes(12)
+    assert seen == [(True, True)] * 2
+    assert len(floor.baseline) == 12 + 12 - mine, "what it plays is known of it from then on"
+    saved = Floor.__new__(Floor)
+    saved.load_state_dict(floor.state_dict())
+    assert torch.equal(saved.baseline, floor.baseline)
+    assert (saved.lower, saved.worst) == (floor.lower, floor.worst)
+
+
+def test_a_hopeless_policy_plays_two_episodes_in_all_and_equally_many_in_each_process(
+    tmp_path, monkeypatch
+):
     accelerators = peers(2)
     for share, expected in ((1.0, 2), (0.8, 6)):  # .2 of 33 are 6.6: six, three to each
         runs = [prepared(tmp_path, each, **CLONING)[0] for each in accelerators]
         for each in runs:
-            floor = floored(each, share, 0.5, monkeypatch)[0]
+            floor = floored(each, share, HALF, monkeypatch)[0]
             floor.lower = 0.0
             assert floor.episodes(33) == expected
     starts = runs[0].starts(6)
@@ -144,4 +234,4 @@ def test_what_failed_comes_again(run):
     begun = [int(prompt.removeprefix("start ")) for prompt in again.prompts]
     assert begun[:3] == run.starts(6)[:3]
     assert set(begun[3:]) <= set(failed)
-    assert math.isinf(on_policy.floor.lower) is False
+    assert 0 <= on_policy.floor.lower < 0.6
