@@ -413,7 +413,8 @@ class Run:
         any others that the run collects; of one ``name`` they always begin from the same starts.
         """
         seed = reset_seed(self.experiment.seed, name, -1 % 2**32)
-        return self.evaluator.try_out(self.deployed, self.processes, self.metrics, episodes, seed)
+        rate = self.evaluator.try_out(self.deployed, self.processes, self.metrics, episodes, seed)
+        return self.processes.agreed([rate])[0]
 
     def show(self, rollout: Rollout, advantage: Tensor) -> None:
         """Draw, where an evaluation is due, one group of pictures with its rewards and advantages

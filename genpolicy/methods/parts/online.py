@@ -168,7 +168,7 @@ class Floor:
         anchor = self.anchor
         processes = self.run.processes.count
         rate = anchor.rate_of(anchor.weights, wanted)
-        share = safe_share(self.share, rate, self.lower)
+        (share,) = self.run.processes.agreed([safe_share(self.share, rate, self.lower)])
         allowed = math.floor(share * wanted + 1e-9)  # 7.999 is 8
         mine = max(allowed // processes, 1) * processes
         if wanted > mine:
