@@ -47,6 +47,7 @@ class Toy:
     hidden: width of the network.
     frames: if set, samples are videos of so many frames.
     train: "full", the only way it learns.
+    device: where it computes.
     """
 
     pretrained: str | None = None
@@ -56,6 +57,7 @@ class Toy:
     seed: int = 0
     frames: int | None = None
     train: Literal["full"] = "full"
+    device: str = "cpu"
 
     acts: ClassVar[bool] = False
     learns_from: ClassVar[float] = 0.0
@@ -63,7 +65,7 @@ class Toy:
 
     def __post_init__(self) -> None:
         at_least("model toy", self, hidden=1, frames=1)
-        self.device = torch.device("cpu")
+        self.device = torch.device(self.device)
         self.precision: Literal["fp32", "bf16", "fp16"] = "fp32"
         self.clip: tuple[float, bool] | None = None
         self.evaluations = 0.0
@@ -103,12 +105,14 @@ class Toy:
     def _weigh(self) -> None:
         if self.pretrained is not None:
             self.network.load_state_dict(load_file(self._file()))
+            self.network.to(self.device)
             return
         generator = torch.Generator().manual_seed(self.seed)
         for layer, scale in ((self.network[0], 1.0), (self.network[2], 0.1)):
             for parameter in layer.parameters():
                 bound = scale / layer.in_features**0.5  # type: ignore[operator]
                 parameter.data.uniform_(-bound, bound, generator=generator)
+        self.network.to(self.device)
 
     def grid(self, steps: int, start: float | None = None) -> Tensor:
         """The schedule's own K+1 noise times, from ``start`` (None: the noisiest) to 0."""
@@ -120,7 +124,7 @@ class Toy:
 
     def encode(self, context: Context) -> Tensor:
         """[B,WORD]: the mean of the words' vectors, zeros for an empty prompt."""
-        return torch.stack([_meaning(prompt) for prompt in context.prompts])
+        return torch.stack([_meaning(prompt) for prompt in context.prompts]).to(self.device)
 
     def negative(self, condition: Tensor) -> Tensor:
         """The empty prompt's zeros."""
@@ -135,7 +139,7 @@ class Toy:
             "velocity": sigma - alpha,
             "v_prediction": torch.zeros_like(alpha),  # alpha eps - sigma x0 does not covary with x
         }[self.parametrisation]
-        times = torch.stack([t, t**2], -1).to(x.dtype).expand(len(x), 2)
+        times = torch.stack([t, t**2], -1).to(x).expand(len(x), 2)
         learned = self.network(torch.cat([x.flatten(1), times, condition], -1)).view_as(x)
         output = expand(known / (alpha**2 + sigma**2), x) * x + learned
         self.evaluations += len(x) * (2 if output.requires_grad else 1)
@@ -151,7 +155,7 @@ class Toy:
 
     def supervised(self, context: Context, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """`encode`, and 0 for every row."""
-        return self.encode(context), torch.zeros(len(context))
+        return self.encode(context), torch.zeros(len(context), device=self.device)
 
     def scored(self, value: Tensor) -> Tensor:
         """Every dim counts."""
@@ -175,6 +179,7 @@ class Toy:
         """The inverse of `decode` where that clamped nothing: the latents nearest to the pictures'
         colours.
         """
+        outputs = outputs.to(self.device)
         pixels = outputs.unflatten(-1, (4, 2)).unflatten(-3, (4, 2)).mean((-3, -1)) - 0.5
         inverse = torch.linalg.pinv(torch.tensor(MIX, dtype=torch.float64)).to(pixels)
         return torch.tensordot(pixels, inverse, ([-3], [1])).movedim(-1, 1)

@@ -150,11 +150,11 @@ def _episodes(
     """(which seed's, its rows) of every episode as it ends."""
     going: dict[int, list[dict[str, Any]]] = {}
     for decision in play(policy, environments, seeds, noise):
-        chain, step = decision.trajectory, decision.step
+        chain, step = _kept(decision.trajectory), decision.step
         last = (step.terminated | step.truncated).tolist()
         for row, episode in enumerate(decision.episode.tolist()):
             one = slice(row, row + 1)
-            made: dict[str, Any] = {name: getattr(chain, name)[one].clone() for name in CHAIN}
+            made: dict[str, Any] = {name: value[one].clone() for name, value in chain.items()}
             made |= {name: getattr(step, name)[one].clone() for name in OUTCOME}
             made |= {
                 "actions": decision.actions[one].clone(),
@@ -175,6 +175,13 @@ def _episodes(
                 whole["prompts"] = [prompt for r in rows for prompt in r["prompts"]]
                 whole["final"] = _observed(step.context, one)
                 yield episode, whole
+
+
+def _kept(trajectory: Trajectory) -> dict[str, Tensor]:
+    """The tensors of a trajectory that are recorded, by name, on the CPU: there they meet episodes
+    that are read again and those of data sets.
+    """
+    return {name: getattr(trajectory, name).cpu() for name in CHAIN}
 
 
 def _observed(context: Context, one: slice) -> dict[str, Tensor]:

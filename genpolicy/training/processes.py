@@ -3,7 +3,7 @@ enters nowhere else.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,15 @@ class Processes:
         if self.count == 1:
             return value
         return self.accelerator.reduce(value.to(self.accelerator.device), "sum").to(value.device)
+
+    def agreed(self, values: Sequence[float]) -> list[float]:
+        """The main process's numbers, on every process. Each may have computed its own with another
+        last bit; whoever decides by one asks here first, so that all decide alike.
+        """
+        if self.count == 1:
+            return list(values)
+        mine = torch.tensor([list(values)], dtype=torch.float64)
+        return self.gather(mine)[0].tolist()
 
     def sum(self, value: float) -> float:
         """The sum of a number over all processes."""

@@ -398,9 +398,7 @@ class Run:
     # Evaluating and telling
 
     def milestone(self, name: str, best_of: int = 1) -> None:
-        """Evaluate the policy as it stands, log NAME/metric, and keep it as stages/NAME; a
-        rehearsal passes none (see `Deployment.milestone`).
-        """
+        """Evaluate the policy as it stands, and keep it (`Deployment.milestone`)."""
         if not self.rehearsal:
             self.deployment.milestone(name, self.iteration, best_of)
 
@@ -409,9 +407,7 @@ class Run:
         self.deployment.keep(name)
 
     def try_out(self, episodes: int, name: int) -> float:
-        """The success rate (or mean return) of the deployed policy in real episodes: the mean of
-        their `outcomes`.
-        """
+        """The success rate (or mean return) of the deployed policy: the mean of `outcomes`."""
         return float(self.outcomes(episodes, name).mean())
 
     def outcomes(self, episodes: int, name: int) -> Tensor:
@@ -420,12 +416,11 @@ class Run:
         always begin from the same starts.
         """
         seed = reset_seed(self.experiment.seed, name, -1 % 2**32)
-        return self.evaluator.try_out(self.deployed, self.processes, self.metrics, episodes, seed)
+        found = self.evaluator.try_out(self.deployed, self.processes, self.metrics, episodes, seed)
+        return torch.tensor(self.processes.agreed(found.tolist()), dtype=torch.float64)
 
     def show(self, rollout: Rollout, advantage: Tensor) -> None:
-        """Draw, where an evaluation is due, one group of pictures with its rewards and advantages
-        [M,N].
-        """
+        """Draw one group of pictures with its advantages [M,N] where an evaluation is due."""
         if self.evaluation_due and not self.evaluator.of_actions:
             self.display.draw_group(rollout, advantage, self.iteration)
 

@@ -24,7 +24,9 @@ from genpolicy.methods.rl100 import RL100, _Pipeline
 from genpolicy.policy.files import saved
 from genpolicy.rollout.minibatch import Batch
 from genpolicy.training.experiment import rehearse, train
+from genpolicy.training.processes import Processes
 from tests import toy_control
+from tests.peers import peers, together
 from tests.rl100_toy import CLIPPED, SMALL, experiment
 
 BETTER, WORSE = Comparison(1.0, 0.0, 1.0), Comparison(-1.0, 0.0, 1.0)
@@ -414,6 +416,30 @@ def test_the_verdict_compares_the_candidate_with_what_it_came_from(tmp_path):
             .mean()
         )
     assert verdict.old == pytest.approx(float(old), abs=1e-6)
+
+
+@pytest.mark.parametrize("agreeing", [True, False])
+def test_a_process_that_finds_another_verdict_follows_the_main_one(tmp_path, monkeypatch, agreeing):
+    accelerators = peers(2)
+    pipelines = []
+    for index, accelerator in enumerate(accelerators):
+        offline = {"episodes": 0, "lr": 1e-2, "far": 1e9, "delta": 0.0, "z": 0.0}
+        run, pipeline = built(
+            tmp_path / str(index), {"stage": "offline", "offline": offline}, accelerator=accelerator
+        )
+        toy_control.enter(run, "improve")
+        # the candidate's score, then that of the policy in force: one bit apart
+        scores = iter([torch.full((2,), 1.0 - 2**-23 * index), torch.full((2,), 1.0 - 2**-24)])
+        pipeline.offline.evaluation = lambda replay, features, scores=scores: next(scores)
+        pipelines.append(pipeline)
+    if not agreeing:
+        monkeypatch.setattr(Processes, "agreed", lambda self, values: list(values))
+    together([pipeline.improve for pipeline in pipelines], accelerators)
+    accepted = [pipeline.run.metrics.numbers["gate/accepted"] for pipeline in pipelines]
+    weights = [pipeline.run.weights().values for pipeline in pipelines]
+    alike = all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert accepted == ([[1.0], [1.0]] if agreeing else [[1.0], [0.0]])
+    assert alike == agreeing
 
 
 def test_who_went_too_far_is_refused_whatever_the_gate_says(tmp_path):

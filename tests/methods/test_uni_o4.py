@@ -18,9 +18,11 @@ from genpolicy.methods.uni_o4 import _Pipeline, joint_weight
 from genpolicy.policy.files import saved
 from genpolicy.policy.weights import Weights
 from genpolicy.training.experiment import train
+from genpolicy.training.processes import Processes
 from tests import toy_control
 from tests.invariants.test_control_run import same_state
 from tests.invariants.test_same_run import largest_difference, weights
+from tests.peers import peers, together
 
 STD = 0.1
 ONE_STEP = {
@@ -99,6 +101,26 @@ def improving(folder, verdict=None, **offline):
     if verdict is not None:
         pipeline.offline.verdict = lambda in_force: verdict
     return run, pipeline
+
+
+@pytest.mark.parametrize("agreeing", [True, False])
+def test_members_are_judged_as_the_main_process_finds_them(tmp_path, monkeypatch, agreeing):
+    accelerators = peers(2)
+    pipelines = []
+    for index, accelerator in enumerate(accelerators):
+        run, pipeline = built(
+            tmp_path / str(index), {"members": 1, "offline": {"lr": 1e-2}}, accelerator=accelerator
+        )
+        pipeline.members.enter("improve")
+        toy_control.enter(run, "improve")
+        scores = iter([torch.full((2,), 1.0 - index), torch.full((2,), 0.5)])
+        pipeline.offline.evaluation = lambda replay, features, scores=scores: next(scores)
+        pipelines.append(pipeline)
+    if not agreeing:
+        monkeypatch.setattr(Processes, "agreed", lambda self, values: list(values))
+    together([pipeline.improve for pipeline in pipelines], accelerators)
+    accepted = [pipeline.run.metrics.numbers["gate/accepted"] for pipeline in pipelines]
+    assert accepted == ([[1.0], [1.0]] if agreeing else [[1.0], [0.0]])
 
 
 def tensors(each):

@@ -128,8 +128,9 @@ class OfflineEvaluation:
         errors = self.model.hold_out(
             now, scored(replay.event[test].to(now)), features[replay.after[test]]
         )
-        self.model.choose_elites(errors)
-        self.run.log("world/held_out", float(errors.min()))
+        agreed = torch.tensor(self.run.processes.agreed(errors.tolist()))
+        self.model.choose_elites(agreed)
+        self.run.log("world/held_out", float(agreed.min()))
 
     @torch.no_grad()
     def __call__(self, replay: Replay, features: Tensor) -> Tensor:

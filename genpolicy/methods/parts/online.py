@@ -194,8 +194,8 @@ class Floor:
         if not len(self.baseline):
             self._play(wanted, self.anchor.iteration)
         rate = float(self.baseline.mean())
-        share = safe_share(self.share, rate, self.lower)
         processes = run.processes.count
+        (share,) = run.processes.agreed([safe_share(self.share, rate, self.lower)])
         allowed = math.floor(share * wanted + 1e-9)  # 7.999 is 8
         mine = max(allowed // processes, math.ceil(LEAST_PLAYED / processes)) * processes
         if wanted > mine:

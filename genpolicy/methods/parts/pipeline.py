@@ -87,11 +87,12 @@ class OfflineLearner:
 
     def verdict(self, in_force: Weights) -> Comparison:
         """J of the policy as it stands against J of the weights ``in_force``, from the same starts
-        with the same luck.
+        with the same luck, as the main process finds it: all must decide alike.
         """
         replay = self.experience.replay
         features = self.experience.features
         new = self.evaluation(replay, features)
         with in_force.using():
             old = self.evaluation(replay, features)
-        return compare(new, old)
+        found = compare(new, old)
+        return Comparison(*self.run.processes.agreed([found.difference, found.error, found.old]))

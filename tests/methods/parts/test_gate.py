@@ -335,7 +335,7 @@ def test_processes_share_what_is_drawn(stage):
     )
     for count in (1, 3):
         for index in range(count):
-            stage.run.processes = SimpleNamespace(index=index, count=count)
+            stage.run.processes = SimpleNamespace(index=index, count=count, agreed=list)
             drawn[count, index] = made = []
             stage.run.descend = lambda losses, rows, name, optimizer, made=made: made.append(
                 losses(slice(0, rows))

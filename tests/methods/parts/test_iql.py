@@ -147,10 +147,13 @@ def test_rows_are_drawn_alike_anew_and_the_same_by_any_number_of_processes(tmp_p
     assert len({row for rows in whole for row in rows}) > 30
     for index in range(3):
         seen.clear()
-        run.processes = SimpleNamespace(index=index, count=3)
+        run.processes = SimpleNamespace(index=index, count=3, share=lambda total: total)
         value.learn(replay, features, 3)
         assert seen == [rows[index::3] for rows in whole]
-    run.processes, run.spent.iteration = SimpleNamespace(index=0, count=1), 2
+    run.processes, run.spent.iteration = (
+        SimpleNamespace(index=0, count=1, share=lambda total: total),
+        2,
+    )
     seen.clear()
     value.learn(replay, features, 3)
     assert seen != whole

@@ -11,6 +11,7 @@ from genpolicy.config.errors import ConfigError
 from genpolicy.learning.acceptance import safe_share
 from genpolicy.methods.parts.anchor import Anchor
 from genpolicy.methods.parts.online import Failures, Floor, Online, OnPolicy
+from genpolicy.training.processes import Processes
 from tests.peers import peers, together
 from tests.toy_control import prepared
 
@@ -187,13 +188,28 @@ def test_a_hopeless_policy_plays_two_episodes_in_all_and_equally_many_in_each_pr
     accelerators = peers(2)
     for share, expected in ((1.0, 2), (0.8, 6)):  # .2 of 33 are 6.6: six, three to each
         runs = [prepared(tmp_path, each, **CLONING)[0] for each in accelerators]
-        for each in runs:
-            floor = floored(each, share, HALF, monkeypatch)[0]
+        floors = [floored(each, share, HALF, monkeypatch)[0] for each in runs]
+        for floor in floors:
             floor.lower = 0.0
-            assert floor.episodes(33) == expected
+        played = together([partial(floor.episodes, 33) for floor in floors], accelerators)
+        assert played == [expected, expected]
     starts = runs[0].starts(6)
     rollouts = together([partial(each.collect, 6, 1, starts=starts) for each in runs], accelerators)
     assert [len(rollout.local) for rollout in rollouts] == [3, 3]
+
+
+def test_processes_whose_bounds_differ_play_as_many_as_the_main_one_says(tmp_path, monkeypatch):
+    accelerators = peers(2)
+    runs = [prepared(tmp_path, each, **CLONING)[0] for each in accelerators]
+    floors = [floored(each, 0.8, HALF, monkeypatch)[0] for each in runs]
+    floors[0].lower, floors[1].lower = 0.0, 0.3
+
+    def episodes():
+        return together([partial(floor.episodes, 32) for floor in floors], accelerators)
+
+    assert episodes() == [6, 6]
+    monkeypatch.setattr(Processes, "agreed", lambda self, values: list(values))
+    assert episodes() == [6, 16], "control: each by its own number"
 
 
 # -- on the policy ---------------------------------------------------------------------------------
