@@ -137,7 +137,8 @@ class Experiment:
     method: dict[str, Any]  # a leaf of methods/ and its settings
     # leaves of rewards/ by name, with their weights, of prompts; environments bring their own
     reward: dict[str, Any] = field(default_factory=dict)
-    # a leaf of datasets/, the recorded episodes to learn from; a list is several as one
+    # a leaf of datasets/, the recorded episodes to learn from; a list is several as one, of which
+    # each says for itself what came of its episodes (next.success, next.reward)
     data: dict[str, Any] | list[Any] | None = None
     chain: ChainConfig = field(default_factory=ChainConfig)  # the sampler that is trained
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -89,10 +89,13 @@ class Merged:
     things or were recorded at different rates.
 
     Statistics are those of all frames together (quantiles, which can't be had from the parts',
-    their mean by frames). columns: what all parts have.
+    their mean by frames). columns: what all parts have; what came of episodes is told part by part
+    (`recordings`), because one that does not say it must not silence the others. names: what the
+    parts are called, in words to the person.
     """
 
     parts: Sequence[Dataset]
+    names: Sequence[str]
 
     def __post_init__(self) -> None:
         first = self.parts[0]
@@ -147,6 +150,15 @@ class Merged:
         square = (weight * (values["std"] ** 2 + values["mean"] ** 2)).sum(0)
         pooled["std"] = (square - pooled["mean"] ** 2).clamp_min(0).sqrt()
         return pooled
+
+
+def recordings(data: Dataset, name: str) -> list[tuple[str, Dataset]]:
+    """The data sets that a data set is made of, each with what it is called: the parts of a
+    `Merged`, or itself, called ``name``.
+    """
+    if isinstance(data, Merged):
+        return list(zip(data.names, data.parts, strict=True))
+    return [(name, data)]
 
 
 def _told(data: Dataset) -> str:

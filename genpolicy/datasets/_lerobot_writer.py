@@ -39,7 +39,7 @@ def recording(
                 use_videos=False,
             )
             try:
-                yield lambda episode: _add(writing, episode, task.instruction)
+                yield lambda episode: _add(writing, episode, task)
             finally:
                 writing.finalize()
         told = sealed({**made, "files": digests(staged)}, indent=2)
@@ -58,7 +58,8 @@ def _features(task: ControlTask) -> dict[str, dict[str, Any]]:
     }
     features["action"] = {"dtype": "float32", "shape": (task.action_dim,), "names": None}
     features["next.reward"] = {"dtype": "float32", "shape": (1,), "names": None}
-    features["next.success"] = {"dtype": "bool", "shape": (1,), "names": None}
+    if task.has_success:
+        features["next.success"] = {"dtype": "bool", "shape": (1,), "names": None}
     return features
 
 
@@ -66,8 +67,10 @@ def _is_picture(name: str) -> bool:
     return name.startswith("observation.image")
 
 
-def _add(writing: Any, episode: Demonstration, instruction: str) -> None:
-    """Adds one episode; "next.success" comes true with the last action of one that succeeded."""
+def _add(writing: Any, episode: Demonstration, task: ControlTask) -> None:
+    """Adds one episode; "next.success", where the task judges, comes true with the last action of
+    one that succeeded.
+    """
     seen = {name: _frames(name, value) for name, value in episode.observation.items()}
     actions = episode.actions.numpy()
     rewards = episode.rewards.numpy()
@@ -78,9 +81,9 @@ def _add(writing: Any, episode: Demonstration, instruction: str) -> None:
             | {
                 "action": actions[h],
                 "next.reward": rewards[h : h + 1],
-                "next.success": success,
-                "task": instruction,
+                "task": task.instruction,
             }
+            | ({"next.success": success} if task.has_success else {})
         )
     writing.save_episode()
 

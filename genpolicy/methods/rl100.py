@@ -141,7 +141,12 @@ class _Pipeline:
             "improve": self.improve,
             "online": self.online,
         }
-        train_stages(self.run, acts, self._leave, self.parts)
+        train_stages(self.run, acts, self._leave, self.parts, self._ready)
+
+    def _ready(self) -> None:
+        """Refuses data that can't be valued beside the task's rewards."""
+        if self.parts:
+            self.offline.experience.require_one_reward()
 
     def _leave(self, stage: str) -> None:
         """Ends a stage."""

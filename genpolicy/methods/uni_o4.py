@@ -128,7 +128,8 @@ class _Pipeline:
             "improve": self.improve,
             "online": self.online,
         }
-        train_stages(self.run, acts, self._leave, {})
+        ready = self.offline.experience.require_one_reward
+        train_stages(self.run, acts, self._leave, {}, ready)
 
     def _leave(self, stage: str) -> None:
         """Ends a stage."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain.values import Condition
-from genpolicy.contracts.dataset import Dataset
+from genpolicy.contracts.dataset import Dataset, Merged
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context
 
@@ -106,21 +106,19 @@ class Replay:
     @classmethod
     def of_dataset(cls, data: Dataset, model: ControlModel, cut_fails: bool = False) -> "Replay":
         """A data set's frames, each as the decision that it could have been: the chunk that follows
-        it.
+        it. What came of it is decided by `outcome`, of several data sets for each by itself.
 
-        Without "next.success" an episode succeeded where it was rewarded, and without "next.reward"
-        too it is a demonstration, rewarded with 1 at its last frame. It ended by itself where it
-        succeeded; where it was cut, what comes after its last chunk was not recorded, and that
-        chunk is left out, unless nothing does (``cut_fails``).
+        An episode ended by itself where it succeeded; where it was cut, what comes after its last
+        chunk was not recorded, and that chunk is left out, unless nothing does (``cut_fails``).
         """
+        if isinstance(data, Merged):
+            return cls.cat([cls.of_dataset(part, model, cut_fails) for part in data.parts])
         number = data.episode.unique_consecutive(return_inverse=True)[1]
         lengths = number.bincount()
         last = (lengths.cumsum(0) - 1)[number]
         frame, steps = torch.arange(len(number)), torch.arange(model.executed)
-        judged = data.columns.get(SUCCESS, data.columns.get(REWARD, (frame == last).float()))
-        success = judged.flatten() > 0
-        reward = data.columns.get(REWARD, success.float()).flatten().double()
-        succeeded = torch.zeros(len(lengths)).index_add(0, number, success.float())[number] > 0
+        reward, success = outcome(data)
+        succeeded = success[number]
         executed = (last - frame + 1).clamp_max(model.executed)
         ends = frame + model.executed > last
         views, actions, _ = data.rows(frame, model.history, model.horizon)
@@ -162,6 +160,24 @@ class Replay:
         """The views as conditions of the policy, [F], by the encoder as it is now."""
         parts = [model.encode(self.views[rows]) for rows in _slices(len(self.views))]
         return torch.cat(parts)  # type: ignore[arg-type]
+
+
+def outcome(data: Dataset) -> tuple[Tensor, Tensor]:
+    """What came of the N episodes of one data set: the reward of every frame [F] fp64, and which
+    episodes succeeded, bool [N].
+
+    Without "next.success" an episode succeeded where it was rewarded, and without "next.reward" too
+    it is a demonstration, which succeeded at its last frame. Without "next.reward" a frame of
+    success is rewarded with 1.
+    """
+    number = data.episode.unique_consecutive(return_inverse=True)[1]
+    last = torch.ones_like(number, dtype=torch.bool)
+    last[:-1] = number[1:] != number[:-1]
+    judged = data.columns.get(SUCCESS, data.columns.get(REWARD, last.float()))
+    success = judged.flatten() > 0
+    reward = data.columns.get(REWARD, success.float()).flatten().double()
+    count = torch.zeros(int(number.max()) + 1).index_add(0, number, success.float())
+    return reward, count > 0
 
 
 ROWS = ("now", "after", "event", "rewards", "executed", "terminated", "success", "episode", "first")

@@ -78,9 +78,14 @@ def make_data(
             "data: several folders are learned from as one only where they hold episodes"
         )
     try:
-        return Merged(made)
+        return Merged(made, [called(section) for section in sections])
     except ValueError as error:
         raise ConfigError(f"data: {error}") from None
+
+
+def called(section: Mapping[str, Any]) -> str:
+    """What a data set is called in words to the person: its folder, its hub id, or its leaf."""
+    return str(section.get("root") or section.get("repo_id") or section["name"])
 
 
 def control_model(

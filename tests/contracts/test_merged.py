@@ -17,7 +17,7 @@ def parts():
 
 def test_a_row_is_its_own_data_sets_row():
     one, two = parts()
-    both = Merged([one, two])
+    both = Merged([one, two], ["one", "two"])
     assert len(both) == len(one) + len(two)
     index = torch.tensor([len(one) + 2, 0, len(one) - 1, len(one)])
     context, actions, pad = both.rows(index, 2, range(3))
@@ -42,7 +42,7 @@ def test_episodes_stay_apart_and_statistics_are_of_all_frames():
             name: {**part.stats[name], "std": v.std(0, correction=0), "mean": v.mean(0)}
             for name, v in values.items()
         }
-    both = Merged([one, two])
+    both = Merged([one, two], ["one", "two"])
     assert len(both.episode.unique()) == 7
     seen, chunk, _ = both.rows(torch.arange(len(both)), 1, range(1))
     for name, values in {
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_told():
     one, two = parts()
     two.fps = one.fps + 1
     with pytest.raises(ValueError, match="do not fit together"):
-        Merged([one, two])
+        Merged([one, two], ["one", "two"])
     with pytest.raises(ConfigError, match="empty list"):
         make_data([], PERSON)
     with pytest.raises(ConfigError):

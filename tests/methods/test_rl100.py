@@ -871,7 +871,7 @@ def learned(folder, iterations):
         folder,
         policy={"name": "mlp", "hidden": 32, "blocks": 1, "chunk": 2},
         chain={"steps": 4, "kernel": CLIPPED, "window": [0, 4]},
-        data={"name": "tests.toy_control:Recorded", "episodes": 12, "skill": 0.25},
+        data={"name": "tests.rl100_toy:Outcomes", "episodes": 12, "skill": 0.25},
         task={"name": "tests.toy_control:Point", "limit": 8},
         method=LEARNING,
         optimizer={"weight_decay": 0.0, "max_grad_norm": 0.5},

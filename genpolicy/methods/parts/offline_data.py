@@ -2,6 +2,8 @@
 has collected itself.
 """
 
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -10,11 +12,12 @@ from torch import Tensor
 
 from genpolicy.chain.values import Condition
 from genpolicy.config.errors import ConfigError
-from genpolicy.contracts.dataset import Dataset
+from genpolicy.contracts.dataset import Dataset, recordings
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context
-from genpolicy.rollout.replay import Replay
+from genpolicy.rollout.replay import REWARD, SUCCESS, Replay, outcome
 from genpolicy.rollout.rollout import Rollout
+from genpolicy.training.build import called
 from genpolicy.training.run import Run
 
 
@@ -23,9 +26,10 @@ class Experience:
     memory.
 
     A checkpoint holds the iterations' numbers; the episodes themselves are in the run's folder
-    (`EpisodeStore`), where every process reads all of them. cut_fails: True where nothing comes
-    after an episode that its time limit cut. own: True where `replay` holds the run's own episodes
-    alone, and the data section's are only imitated.
+    (`EpisodeStore`), where every process reads all of them. What came of the data section's is
+    told to the person when it is read. cut_fails: True where nothing comes after an episode that
+    its time limit cut. own: True where `replay` holds the run's own episodes alone, and the data
+    section's are only imitated.
     """
 
     def __init__(self, run: Run, cut_fails: bool, own: bool = False) -> None:
@@ -35,6 +39,7 @@ class Experience:
         self.own = own
         self.iterations: list[int] = []
         self._everything: tuple[Replay, Replay] | None = None
+        self._told = False
         self.renew()
         run.register(experience=self)
 
@@ -59,9 +64,12 @@ class Experience:
             parts: list[Replay] = []
             if data is not None:
                 parts.append(Replay.of_dataset(data, self.model, self.cut_fails))
+                self._tell()
             given = sum(map(len, parts))
             for iteration in self.iterations:
-                parts.append(Replay.of_episodes(self.run.kept(iteration), self.cut_fails))
+                kept = self.run.kept(iteration)
+                self._require_one_reward([_returns(kept)])
+                parts.append(Replay.of_episodes(kept, self.cut_fails))
             if not parts or (self.own and not self.iterations):
                 raise ConfigError(
                     "there is nothing to learn from: name recorded episodes in the data section,"
@@ -71,6 +79,65 @@ class Experience:
             learned = whole[torch.arange(given, len(whole))] if self.own else whole
             self._everything = whole, learned
         return self._everything
+
+    @cached_property
+    def _recordings(self) -> list[tuple[str, Dataset]]:
+        """The data sets of the data section, each with what it is called."""
+        data = cast(Dataset | None, self.run.data)
+        section = self.run.experiment.data
+        name = called(section) if isinstance(section, Mapping) else "data"
+        return [] if data is None else recordings(data, name)
+
+    def _tell(self) -> None:
+        """Says once how many of the data section's episodes succeeded, and what does not say it."""
+        if self._told:
+            return
+        self._told = True
+        found = [(name, part, outcome(part)[1]) for name, part in self._recordings]
+        episodes = sum(len(success) for _, _, success in found)
+        succeeded = sum(int(success.sum()) for _, _, success in found)
+        text = f"data: {succeeded} of {episodes} episodes succeeded"
+        for name, part, success in found:
+            if SUCCESS in part.columns:
+                continue
+            if REWARD in part.columns:
+                text += f"; {name} has no {SUCCESS}: an episode counts as one where it was rewarded"
+            else:
+                text += f"; {name} records no outcome: its {len(success)} count as successes"
+        self.run.say(text)
+
+    def require_one_reward(self) -> None:
+        """Raises `ConfigError` where a data set without rewards would be valued beside an
+        environment, or a data set, that has rewards of its own. Call it when the policy has played
+        its first evaluation.
+        """
+        before = self.run.deployment.before
+        others = [(before["return"], before.get("success_rate", 0.0))] if before else []
+        for _, part in self._recordings:
+            if REWARD not in part.columns:
+                continue
+            reward, success = outcome(part)
+            episode = part.episode.unique_consecutive(return_inverse=True)[1]
+            returns = torch.zeros(len(success), dtype=torch.float64).index_add(0, episode, reward)
+            worst = (returns - success.double()).abs().argmax()
+            others.append((float(returns[worst]), float(success[worst])))
+        self._require_one_reward(others)
+
+    def _require_one_reward(self, found: Sequence[tuple[float, float]]) -> None:
+        """Raises where a data set has no rewards, unless success alone is paid in what was found:
+        (return, success) of episodes, or of their means.
+        """
+        lacking = [name for name, part in self._recordings if REWARD not in part.columns]
+        if self.own or not lacking:
+            return
+        for paid, success in found:
+            if abs(paid - success) > 1e-6:
+                raise ConfigError(
+                    f"data: {lacking[0]} has no column {REWARD}: its successes would be valued at"
+                    f" 1, beside rewards of another kind (a return of {paid:g} at a success of"
+                    f" {success:g}); record {REWARD}, take the task's sparse reward, or only imitate"
+                    " the data (method rl100: offline.demonstrations: false)"
+                )
 
     @property
     def everything(self) -> Replay:
@@ -140,3 +207,9 @@ class Experience:
             self.run.pin(iteration)
         self._everything = None
         self.renew()
+
+
+def _returns(episodes: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """The return and the success of the episode in which they differ most."""
+    both = [(float(e["rewards"].sum()), float(e["success"][-1])) for e in episodes]
+    return max(both, key=lambda pair: abs(pair[0] - pair[1]))

@@ -31,14 +31,18 @@ def train_stages(
     acts: Mapping[str, Act],
     leave: Callable[[str], None],
     parts: Mapping[str, Part],
+    ready: Callable[[], None],
 ) -> None:
     """Trains one stage after the other until the last is through or the budget is spent.
 
-    acts: by the stage's name. leave: called with the name of a stage that is through. parts: of the
+    ready: called before anything is learned, when the policy has played its first evaluation; it
+    raises where the run can't go on. acts: by the stage's name. leave: called with the name of a stage that is through. parts: of the
     policy, by name, that some stage attaches; a resumed run takes up those that its checkpoint has
     before a stage changes anything.
     """
-    for _ in run.iterations():
+    for number, _ in enumerate(run.iterations()):
+        if number == 0:
+            ready()
         run.attach(**{name: part for name, part in parts.items() if run.awaits(name)})
         through = acts[run.stages.now.name]()
         run.advance(bool(through), leave)

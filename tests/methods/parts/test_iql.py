@@ -13,6 +13,7 @@ from genpolicy.contracts.task import Context
 from genpolicy.methods.parts import iql
 from genpolicy.methods.parts.iql import ActionValue
 from genpolicy.rollout.replay import ROWS, Replay
+from genpolicy.training.processes import Processes
 from tests.toy_control import prepared
 
 GAMMA, LENGTH = 0.9, 10
@@ -136,6 +137,11 @@ def test_two_members_and_pessimism_one_are_read_as_their_minimum(tmp_path):
     assert (hopeful.lower(value.q, features, event) - least > 1e-4).any(), "control"
 
 
+def one_of(count, index):
+    """One of so many processes, which meets no other."""
+    return Processes(SimpleNamespace(num_processes=count, process_index=index))
+
+
 def test_rows_are_drawn_alike_anew_and_the_same_by_any_number_of_processes(tmp_path, monkeypatch):
     run, value = built(tmp_path, batch=30)
     replay, features = some(40)
@@ -147,13 +153,10 @@ def test_rows_are_drawn_alike_anew_and_the_same_by_any_number_of_processes(tmp_p
     assert len({row for rows in whole for row in rows}) > 30
     for index in range(3):
         seen.clear()
-        run.processes = SimpleNamespace(index=index, count=3, share=lambda total: total)
+        run.processes = one_of(3, index)
         value.learn(replay, features, 3)
         assert seen == [rows[index::3] for rows in whole]
-    run.processes, run.spent.iteration = (
-        SimpleNamespace(index=0, count=1, share=lambda total: total),
-        2,
-    )
+    run.processes, run.spent.iteration = one_of(1, 0), 2
     seen.clear()
     value.learn(replay, features, 3)
     assert seen != whole
