@@ -21,7 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield staged
         # the contents reach the disk before the name does: a power cut leaves no empty file
-        with open(staged, "rb") as file:
+        with open(staged, "rb+") as file:  # Windows syncs no file that can't be written
             os.fsync(file.fileno())
         os.replace(staged, path)
     finally:

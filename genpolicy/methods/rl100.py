@@ -100,6 +100,11 @@ class _Pipeline:
         stages = self._stages()
         run.plan(stages)
         names = [stage.name for stage in stages]
+        if "collect" in names:
+            run.require_split("method: offline.episodes", settings.offline.episodes)
+        # under a floor the stage's first policy plays what is left over
+        if "online" in names and not settings.online.floor:
+            run.require_split("method: online.episodes", settings.online.episodes)
         self.anchor = Anchor(run)
         self.parts: dict[str, Part] = {}
         if "improve" in names:

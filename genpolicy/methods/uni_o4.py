@@ -90,6 +90,11 @@ class _Pipeline:
         self.model = cast(ControlModel, run.policy.model)
         _require_gaussian(self.model, run.policy.chain.K)
         assert run.data is not None
+        for member in range(settings.members):
+            name = f"method: offline.episodes, the share of member {member},"
+            run.require_split(name, self._share(member))
+        if not settings.online.floor:
+            run.require_split("method: online.episodes", settings.online.episodes)
         run.plan(self._stages())
         self.members = Members(run, settings.members, self._optimizers())
         source = recorded(run.data, self.model)
@@ -181,11 +186,14 @@ class _Pipeline:
     def collect(self) -> None:
         """D <- D + the next member's share of the episodes, noise and all."""
         member = self.run.stages.done
-        count = len(self.members)
-        episodes = (self.settings.offline.episodes + count - 1 - member) // count
         with self.members.weights[member].using():
-            self.run.collect(episodes, 1, keep=True)
+            self.run.collect(self._share(member), 1, keep=True)
         self.offline.experience.add(self.run.iteration)
+
+    def _share(self, member: int) -> int:
+        """The number of episodes that a member plays in the offline stage."""
+        count = self.settings.members
+        return (self.settings.offline.episodes + count - 1 - member) // count
 
     def criticise(self) -> None:
         """Q, V <- IQL(D);  T <- transition model(D)."""

@@ -1,11 +1,12 @@
 """Checkpoints: written whole or not at all, read with care, one run to a folder."""
 
-import fcntl
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.rollout import tensor_file
@@ -129,11 +130,15 @@ def locked(folder: Path) -> Iterator[None]:
     However the process ends, the lock goes with it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"folder {folder} is in use by another run: choose another output"
-            ) from None
+    # the file stays, because it marks the folder; a lock that outlives its process is none of ours
+    lock = FileLock(folder / LOCK, timeout=0, fallback_to_soft=False, preserve_lock_file=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"folder {folder} is in use by another run: choose another output"
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()

@@ -1,6 +1,5 @@
 """The metrics of one iteration: numbers by name, seconds and memory by phase, rows collected."""
 
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -62,11 +61,15 @@ class IterationMetrics:
 
 def _peak_gigabytes() -> float:
     """The accelerator's memory at its highest since the last call; without one, this process's at
-    its highest so far.
+    its highest so far, or 0 on Windows, where Python does not know it.
     """
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.reset_peak_memory_stats()
         return peak
+    if sys.platform == "win32":
+        return 0.0
+    import resource  # which Windows lacks
+
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -9,7 +9,7 @@ import torch
 from genpolicy.config.errors import ConfigError, choice
 from genpolicy.config.leaves import make
 from genpolicy.config.origin import PERSON, Origin
-from genpolicy.config.schema import Experiment
+from genpolicy.config.schema import EvalConfig, Experiment
 from genpolicy.contracts.task import Task
 from genpolicy.policy.files import completed, load_parts
 from genpolicy.policy.sampler import (
@@ -34,7 +34,7 @@ from genpolicy.training.display import Display
 from genpolicy.training.episode_collector import EpisodeCollector
 from genpolicy.training.evaluator import EpisodeEvaluator, Evaluator, PromptEvaluator
 from genpolicy.training.iteration_metrics import IterationMetrics
-from genpolicy.training.processes import Processes
+from genpolicy.training.processes import Processes, launch_remark
 from genpolicy.training.prompt_collector import PromptCollector
 from genpolicy.training.rehearsal import Rehearsal
 from genpolicy.training.requirements import (
@@ -67,6 +67,17 @@ def required(method: Method) -> Needs:
     return needs
 
 
+def _require_one_sample(settings: EvalConfig) -> None:
+    """Raise `ConfigError` where the best of several outputs is asked for of prompts."""
+    asked = settings.sampler.get("best_of", 1)
+    if asked != 1:
+        raise ConfigError(
+            f"eval: sampler: best_of is {asked}; of prompts it must be 1: a critic that picks one"
+            " sample of several is learned from decisions that follow one another, and no method"
+            " learns one from prompts"
+        )
+
+
 def prepare(
     experiment: Experiment,
     folder: Path,
@@ -94,6 +105,9 @@ def prepare(
     require_kind(world, data)
     # what every run has, and what the two worlds have each
     metrics, display = IterationMetrics(processes), Display(experiment, folder, processes.main)
+    remark = launch_remark(processes)
+    if remark is not None:
+        display.say(remark)
     micro_batches = MicroBatches(experiment.micro_batch, display.say)
     workspace = Workspace(folder, processes, metrics, micro_batches, display)
     seed, settings = experiment.seed, experiment.eval
@@ -127,6 +141,7 @@ def prepare(
             store,
         )
     else:
+        _require_one_sample(settings)
         reward = make_rewards(experiment.reward, origin, experiment.patience)
         evaluator = PromptEvaluator(reward, evaluation_prompts(experiment, task), settings)
         load_rewards(reward)

@@ -3,6 +3,7 @@ enters nowhere else.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import Experiment
+
+LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""The variables in which torchrun and mpirun say how many processes they have started."""
 
 
 class Processes:
@@ -39,6 +43,18 @@ class Processes:
                 f" processes: the number of groups must be a multiple of {updates * self.count}"
             )
         return torch.arange(groups).view(updates, self.count, -1)[:, self.index].flatten()
+
+    def require_split(self, setting: str, groups: int, updates: int = 1) -> None:
+        """Raise `ConfigError` where so many groups, or episodes, can't be split into whole ones
+        (see `groups`). setting: its name in the experiment.
+        """
+        multiple = updates * self.count
+        if groups % multiple:
+            over = f"into {updates} updates on" if updates > 1 else "over"
+            raise ConfigError(
+                f"{setting} is {groups}, which can't be split evenly {over} {self.count}"
+                f" processes: it must be a multiple of {multiple}"
+            )
 
     def gather_groups(self, local: Tensor, updates: int) -> Tensor:
         """[m,N] of this process to [M,N] of all, in the groups' global order."""
@@ -150,6 +166,12 @@ def start_processes(experiment: Experiment, folder: Path | None) -> Processes:
         accelerator = Accelerator(log_with=list(experiment.trackers) or None, project_dir=folder)
     except ValueError as error:
         raise ConfigError(f"the experiment: trackers: {error}") from None
+    started = max(int(os.environ.get(name, "1")) for name in LAUNCHED)
+    if started > accelerator.num_processes:
+        raise ConfigError(
+            f"{started} processes were started, and accelerate has joined none of them, so that"
+            " each would be the whole run: on CPUs, set ACCELERATE_USE_CPU=true for them"
+        )
     # accelerate leaves out what is not installed without a word
     found = {str(tracker) for tracker in accelerator.log_with}
     missing = [name for name in experiment.trackers if name not in found]
@@ -159,6 +181,21 @@ def start_processes(experiment: Experiment, folder: Path | None) -> Processes:
             " leave it out"
         )
     return Processes(accelerator)
+
+
+def launch_remark(processes: Processes) -> str | None:
+    """A line for the person where a launcher was asked for several processes and started one;
+    None elsewhere.
+    """
+    asked = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if processes.count > 1 or not (asked and cpu):
+        return None
+    return (
+        "accelerate launch --cpu has started one process, whatever --num_processes says: for"
+        " several, set ACCELERATE_USE_CPU=true and start them with torchrun --nproc_per_node N -m"
+        " genpolicy"
+    )
 
 
 def end_processes() -> None:

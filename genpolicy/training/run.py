@@ -184,6 +184,12 @@ class Run:
         self.metrics.log_all(rollout.metrics())
         return rollout
 
+    def require_split(self, setting: str, groups: int, updates: int = 1) -> None:
+        """Raise `ConfigError` where `collect` could not split so many groups over the processes;
+        call it before `iterations`. setting: its name in the experiment.
+        """
+        self.processes.require_split(setting, groups, updates)
+
     def starts(self, groups: int) -> list[int]:
         """The reset seeds of this iteration's groups."""
         seed = self.experiment.seed

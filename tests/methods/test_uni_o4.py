@@ -109,7 +109,9 @@ def test_members_are_judged_as_the_main_process_finds_them(tmp_path, monkeypatch
     pipelines = []
     for index, accelerator in enumerate(accelerators):
         run, pipeline = built(
-            tmp_path / str(index), {"members": 1, "offline": {"lr": 1e-2}}, accelerator=accelerator
+            tmp_path / str(index),
+            {"members": 1, "offline": {"episodes": 8, "lr": 1e-2}, "online": {"episodes": 8}},
+            accelerator=accelerator,
         )
         pipeline.members.enter("improve")
         toy_control.enter(run, "improve")
