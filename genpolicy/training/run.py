@@ -185,9 +185,7 @@ class Run:
         return rollout
 
     def require_split(self, setting: str, groups: int, updates: int = 1) -> None:
-        """Raise `ConfigError` where `collect` could not split so many groups over the processes;
-        call it before `iterations`. setting: its name in the experiment.
-        """
+        """Raise `ConfigError` where ``groups`` (of the ``setting``) don't split over processes."""
         self.processes.require_split(setting, groups, updates)
 
     def starts(self, groups: int) -> list[int]:
@@ -376,8 +374,7 @@ class Run:
         """Give the policy that collects and the one that is deployed a part, saved with them and
         resumed with the run; a part of the same name is replaced.
 
-        Raises `ConfigError` where it can't be saved or does not fit, and `ValueError` where it has
-        another owner.
+        Raises `ConfigError` where it can't be saved or fit, `ValueError` where another owns it.
         """
         for name, part in parts.items():
             policy = attached(self.policy, name, part)
@@ -388,9 +385,7 @@ class Run:
             self.deployment.attach(name, part)
 
     def awaits(self, name: str) -> bool:
-        """True where the run was resumed and its checkpoint has a part of this name that has not
-        been attached again.
-        """
+        """True where the checkpoint has a part of this name that is not attached again yet."""
         return name in self.state.unclaimed
 
     def save_point(self) -> tuple[Weights, Any]:
@@ -417,9 +412,8 @@ class Run:
         return float(self.outcomes(episodes, name).mean())
 
     def outcomes(self, episodes: int, name: int) -> Tensor:
-        """The success, or where the task does not judge the return, of the deployed policy in real
-        episodes, [E] fp64. They count as any others that the run collects; of one ``name`` they
-        always begin from the same starts.
+        """Success (or return) of the deployed policy in real episodes, [E] fp64, which count as any
+        others that the run collects; of one ``name`` they always begin from the same starts.
         """
         seed = reset_seed(self.experiment.seed, name, -1 % 2**32)
         found = self.evaluator.try_out(self.deployed, self.processes, self.metrics, episodes, seed)
