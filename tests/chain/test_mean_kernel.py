@@ -1,5 +1,7 @@
 """The kernel Mean: where another kernel's noise would have taken the chain, without the noise."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,9 +84,10 @@ TRAINED = ChainConfig(
     steps=6,
     kernel={"name": "floorstd", "kernel": {"name": "ddim", "eta": 1.0}, "floor": 0.1},
     window=(2, 6),
-    window_size=1,
     guidance=1.0,
 )
+DRAWN = replace(TRAINED, window_size=1)
+"""A sampler whose window is drawn for every iteration."""
 
 
 def test_actions_are_deployed_with_the_mean_of_the_kernel_that_was_trained():
@@ -94,7 +97,14 @@ def test_actions_are_deployed_with_the_mean_of_the_kernel_that_was_trained():
 
 
 def test_pictures_are_deployed_with_the_ode():
-    deployed = deployed_sampler(TRAINED, {})
+    for trained in (TRAINED, DRAWN):
+        deployed = deployed_sampler(trained, {})
+        assert make_kernel(deployed.kernel, PERSON) == DDIM(0.0)
+        assert (deployed.steps, deployed.window, deployed.window_size) == (6, None, None)
+
+
+def test_actions_are_deployed_with_the_ode_where_the_window_is_drawn():
+    deployed = deployed_sampler(DRAWN, {}, control=True)
     assert make_kernel(deployed.kernel, PERSON) == DDIM(0.0)
     assert (deployed.steps, deployed.window, deployed.window_size) == (6, None, None)
 
