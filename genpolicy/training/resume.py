@@ -26,7 +26,7 @@ def save(run: Run) -> None:
         kept = run.state.registered
         state = {
             **run.learner.state_dict(),
-            "policy": run.experiment.policy,
+            "policy": _meaning(run),
             "kept": run.state.waiting | {name: value.state_dict() for name, value in kept.items()},
             "parts": run.state.parts_state(),
         }
@@ -89,18 +89,24 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
     run.state.load_parts(state["parts"])
 
 
-def _require_same_policy(run: Run, before: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` where the policy section says another thing than when the checkpoint was
-    made, `FREE` settings aside.
+def _require_same_policy(run: Run, then: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where the policy section gives the weights another meaning than when the
+    checkpoint was made.
     """
-    then, now = _flat(before), _flat(run.experiment.policy)
+    now = _meaning(run)
     for key in dict.fromkeys([*now, *then]):
-        if key not in FREE and then.get(key) != now.get(key):
+        if then.get(key) != now.get(key):
             raise ConfigError(
                 f"policy.{key} is {now.get(key)!r}, and was {then.get(key)!r} when the checkpoint in"
                 f" {run.folder} was made: it would give what was learned another meaning; leave it"
                 " as it was, or begin another run from this one's policy folder"
             )
+
+
+def _meaning(run: Run) -> dict[str, Any]:
+    """The settings of the policy section by name, `FREE` ones aside."""
+    flat = _flat(run.experiment.policy)
+    return {key: value for key, value in flat.items() if key not in FREE}
 
 
 def _flat(section: Mapping[str, Any]) -> dict[str, Any]:
