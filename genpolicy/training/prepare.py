@@ -9,7 +9,7 @@ import torch
 from genpolicy.config.errors import ConfigError, choice
 from genpolicy.config.leaves import make
 from genpolicy.config.origin import PERSON, Origin
-from genpolicy.config.schema import EvalConfig, Experiment
+from genpolicy.config.schema import Experiment
 from genpolicy.contracts.task import Task
 from genpolicy.policy.files import completed, load_parts
 from genpolicy.policy.sampler import (
@@ -65,17 +65,6 @@ def required(method: Method) -> Needs:
             " attribute needs = genpolicy.training.requirements.Needs(...)"
         )
     return needs
-
-
-def _require_one_sample(settings: EvalConfig) -> None:
-    """Raise `ConfigError` where the best of several outputs is asked for of prompts."""
-    asked = settings.sampler.get("best_of", 1)
-    if asked != 1:
-        raise ConfigError(
-            f"eval: sampler: best_of is {asked}; of prompts it must be 1: a critic that picks one"
-            " sample of several is learned from decisions that follow one another, and no method"
-            " learns one from prompts"
-        )
 
 
 def prepare(
@@ -141,7 +130,6 @@ def prepare(
             store,
         )
     else:
-        _require_one_sample(settings)
         reward = make_rewards(experiment.reward, origin, experiment.patience)
         evaluator = PromptEvaluator(reward, evaluation_prompts(experiment, task), settings)
         load_rewards(reward)

@@ -79,7 +79,7 @@ OVERRIDES = {
     ),
     "the best of several without a critic": (
         ["--eval.sampler.best_of=4"],
-        "eval: sampler: best_of is 4; of prompts it must be 1",
+        "leave best_of at 1, or go on from a policy that has one",
     ),
     "the best of several in training": (
         ["--chain.best_of=4"],

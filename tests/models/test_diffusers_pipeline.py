@@ -23,6 +23,7 @@ from genpolicy.chain.kernel import Kernel
 from genpolicy.chain.noise import PRIOR
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make
+from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.models._diffusers_lora import ADAPTER, WEIGHTS
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
@@ -829,7 +830,7 @@ def test_a_list_in_a_yaml_is_no_negative_prompt(negative):
     """It was read as the text that Python writes for it."""
     raw = {"name": "diffusers_pipeline", "pretrained": "x", "negative_prompt": negative}
     with pytest.raises(ConfigError, match=r"negative_prompt is .*; it must be text or null"):
-        make("models", raw)
+        make("models", raw, PERSON)
 
 
 def test_offload_changes_nothing_but_the_place():

@@ -82,7 +82,9 @@ def test_a_launcher_that_started_one_process_of_several_is_told(
     assert ("has started one process" in capsys.readouterr().err) == asked
 
 
-def test_the_best_of_several_pictures_is_refused(tmp_path):
+def test_the_best_of_several_pictures_without_a_critic_is_refused(tmp_path):
     raw = toy.experiment(tmp_path, eval={"samples": 4, "sampler": {"best_of": 4}})
-    with pytest.raises(ConfigError, match="best_of is 4; of prompts it must be 1"):
+    with pytest.raises(
+        ConfigError, match="leave best_of at 1, or go on from a policy that has one"
+    ):
         train(parse.parse(raw))

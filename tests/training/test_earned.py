@@ -418,12 +418,18 @@ def test_a_weighted_sum_that_is_not_finite_is_told_with_its_terms():
     assert rewards.total({"a": parts["a"][:1]}).isfinite().all(), "control"
 
 
-@pytest.mark.parametrize("weight", [".inf", ".nan"])
-def test_a_weight_that_is_not_finite_is_refused(tmp_path, capsys, weight):
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (".inf", "its weight must be a finite number"),
+        (".nan", "reward is {'tests.toy:brightness': nan}"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_refused(tmp_path, capsys, weight, said):
     path = prompts(tmp_path, "brightness")
     asked = "--reward={tests.toy:brightness: " + weight + "}"
     assert main(["train", path, asked]) == 2
-    assert "its weight must be a finite number" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 # What hangs
