@@ -26,7 +26,7 @@ def test_every_model_is_listed_here() -> None:
 @pytest.mark.parametrize("name", ACTS)
 def test_our_own_networks_learn_at_all_times(name: str) -> None:
     if name != "diffusers_pipeline":  # says it once it is loaded
-        assert leaf("models", name).learns_from == 0.0
+        assert leaf("models", name, PERSON).learns_from == 0.0
 
 
 @pytest.mark.parametrize("name", ACTS)
