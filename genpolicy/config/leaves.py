@@ -25,7 +25,7 @@ VERBS = {
     "tasks": ("reset", "environments"),
     "datasets": ("rows", "pictures"),
 }
-"""What is called of an entry of each shelf; a dotted path may lead to something else."""
+"""The verb of an entry of each shelf that is called; a dotted path may lead to something else."""
 SHIPPED = ("assets/", "configs/", "robots/")
 """Paths of what ships begin like this."""
 

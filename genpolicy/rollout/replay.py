@@ -163,7 +163,7 @@ class Replay:
 
 
 def outcome(data: Dataset) -> tuple[Tensor, Tensor]:
-    """What came of the N episodes of one data set: the reward of every frame [F] fp64, and which
+    """The outcome of the N episodes of one data set: the reward of every frame [F] fp64, and which
     episodes succeeded, bool [N].
 
     Without "next.success" an episode succeeded where it was rewarded, and without "next.reward" too

@@ -84,7 +84,7 @@ def make_data(
 
 
 def called(section: Mapping[str, Any]) -> str:
-    """What a data set is called in words to the person: its folder, its hub id, or its leaf."""
+    """The name of a data set in words to the person: its folder, its hub id, or its leaf."""
     return str(section.get("root") or section.get("repo_id") or section["name"])
 
 
