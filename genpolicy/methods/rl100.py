@@ -218,7 +218,7 @@ class _Pipeline:
             if samples > 1:
                 advantage = leave_one_out(advantage.view(-1, samples)).flatten()
             better = run.normalised(advantage.cpu())
-            self._learn(rollout, better, settings, self.anchor.weights)
+            self._learn(rollout, better, settings, self.anchor.weights, sweep)
         run.keep(f"candidate-{run.iteration}")
 
         # the gate
@@ -262,11 +262,14 @@ class _Pipeline:
         advantage: Tensor,
         settings: Offline | Online,
         reference: Weights | None = None,
+        sweep: int = 0,
     ) -> None:
-        """Passes over a rollout; advantage [R]. reference: what the KL holds the policy to."""
+        """Passes over a rollout; advantage [R]. reference: what the KL holds the policy to. sweep:
+        the rollout's number in its iteration.
+        """
         loss = partial(self.loss, clip=settings.clip, kl=self.settings.offline.kl)
         update = self.settings.update
-        for epoch in range(settings.epochs):
+        for epoch in range(sweep * settings.epochs, (sweep + 1) * settings.epochs):
             for batch in batches(self.run, rollout, update, settings.minibatch, epoch):
                 self.run.update(rollout, batch, advantage, loss, reference)
 

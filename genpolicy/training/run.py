@@ -41,6 +41,9 @@ from genpolicy.training.stages import Stage, Stages
 from genpolicy.training.updates import Loss, Losses, Updates
 from genpolicy.training.workspace import Workspace
 
+PASS = "pass over"
+"""The purpose of the order in which the policy passes over a rollout."""
+
 
 class Method(Protocol):
     """One paper: ``train(run)`` is its loop in the verbs of Run; ``needs`` is what that takes."""
@@ -267,25 +270,40 @@ class Run:
     # Learning
 
     def minibatches(
-        self, rollout: Rollout, updates: int, epochs: int = 1, chosen: Chosen = None
+        self,
+        rollout: Rollout,
+        updates: int,
+        epochs: int = 1,
+        chosen: Chosen = None,
+        purpose: str = PASS,
     ) -> Batches:
-        """`minibatch.rows`, ``epochs`` times; only of the ``chosen`` rows, bool [R]."""
+        """`minibatch.rows`, ``epochs`` times; only of the ``chosen`` rows, bool [R]. purpose: of
+        the order, where the policy is not the only one that passes over rows in an iteration.
+        """
         for epoch in range(epochs):
-            yield from self._pass(minibatch.rows, rollout, updates, epoch, chosen)
+            yield from self._pass(minibatch.rows, rollout, updates, epoch, chosen, purpose)
 
     def pairs(self, rollout: Rollout, updates: int, epoch: int, chosen: Chosen = None) -> Batches:
-        """`minibatch.pairs` in an order that is the epoch's own."""
-        return self._pass(minibatch.pairs, rollout, updates, epoch, chosen)
+        """`minibatch.pairs` in an order that is the epoch's own; of several rollouts in one
+        iteration, each has epochs of its own.
+        """
+        return self._pass(minibatch.pairs, rollout, updates, epoch, chosen, PASS)
 
     def chains(self, rollout: Rollout, updates: int, epoch: int, chosen: Chosen = None) -> Batches:
-        """`minibatch.chains` in an order that is the epoch's own."""
-        return self._pass(minibatch.chains, rollout, updates, epoch, chosen)
+        """`minibatch.chains`, with epochs as those of `pairs`."""
+        return self._pass(minibatch.chains, rollout, updates, epoch, chosen, PASS)
 
     def _pass(
-        self, kind: Pass, rollout: Rollout, updates: int, epoch: int, chosen: Chosen
+        self,
+        kind: Pass,
+        rollout: Rollout,
+        updates: int,
+        epoch: int,
+        chosen: Chosen,
+        purpose: str,
     ) -> Batches:
         """The minibatches of a pass that have a row in some process."""
-        order = self.generator(f"pass over {kind.__name__}", epoch)
+        order = self.generator(f"{purpose} {kind.__name__}", epoch)
         batches = kind(rollout, updates, order, chosen)
         return (batch for batch in batches if self.processes.sum(float(len(batch))))
 

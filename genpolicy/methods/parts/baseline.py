@@ -82,7 +82,9 @@ class DecisionValue:
         features = self.run.policy.model.features(rollout.trajectory.condition)
         returns = returns.to(features.device)
         updates = math.ceil(rollout.decisions.total / self.minibatch)
-        for batch in self.run.minibatches(rollout, updates, self.epochs):
+        for batch in self.run.minibatches(
+            rollout, updates, self.epochs, purpose="the value's pass over"
+        ):
             seen = features[batch.rows]
             target = returns[batch.rows]
 
