@@ -39,6 +39,9 @@ Chosen = Tensor | None
 Pass = Callable[[Rollout, int, np.random.Generator, Chosen], Batches]
 """(rollout, updates, order, chosen rows) -> the minibatches of a pass: one of those below."""
 
+PASS = "pass over"
+"""The purpose of the order in which the policy passes over a rollout."""
+
 
 def rows(
     rollout: Rollout, updates: int, order: np.random.Generator, chosen: Chosen = None

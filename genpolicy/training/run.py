@@ -24,7 +24,7 @@ from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch
 from genpolicy.rollout.episodes import reset_seed
 from genpolicy.rollout.examples import shown
-from genpolicy.rollout.minibatch import Batch, Batches, Chosen, Pass
+from genpolicy.rollout.minibatch import PASS, Batch, Batches, Chosen, Pass
 from genpolicy.rollout.rollout import Rollout, unjudged
 from genpolicy.training.budget import Spent
 from genpolicy.training.checkpoint import RunState, Stateful
@@ -40,9 +40,6 @@ from genpolicy.training.requirements import Needs
 from genpolicy.training.stages import Stage, Stages
 from genpolicy.training.updates import Loss, Losses, Updates
 from genpolicy.training.workspace import Workspace
-
-PASS = "pass over"
-"""The purpose of the order in which the policy passes over a rollout."""
 
 
 class Method(Protocol):
@@ -270,37 +267,24 @@ class Run:
     # Learning
 
     def minibatches(
-        self,
-        rollout: Rollout,
-        updates: int,
-        epochs: int = 1,
-        chosen: Chosen = None,
-        purpose: str = PASS,
+        self, rollout: Rollout, updates: int, epochs: int = 1, chosen: Chosen = None, of: str = PASS
     ) -> Batches:
-        """`minibatch.rows`, ``epochs`` times; only of the ``chosen`` rows, bool [R]. purpose: of
-        the order, where the policy is not the only one that passes over rows in an iteration.
+        """`minibatch.rows`, ``epochs`` times; only of the ``chosen`` rows, bool [R]. of: the order's
+        purpose, where the policy is not the only one that passes over rows.
         """
         for epoch in range(epochs):
-            yield from self._pass(minibatch.rows, rollout, updates, epoch, chosen, purpose)
+            yield from self._pass(minibatch.rows, rollout, updates, epoch, chosen, of)
 
     def pairs(self, rollout: Rollout, updates: int, epoch: int, chosen: Chosen = None) -> Batches:
-        """`minibatch.pairs` in an order that is the epoch's own; of several rollouts in one
-        iteration, each has epochs of its own.
-        """
+        """`minibatch.pairs` in an order of the epoch's own, which no other rollout's may share."""
         return self._pass(minibatch.pairs, rollout, updates, epoch, chosen, PASS)
 
     def chains(self, rollout: Rollout, updates: int, epoch: int, chosen: Chosen = None) -> Batches:
-        """`minibatch.chains`, with epochs as those of `pairs`."""
+        """`minibatch.chains` in an order of the epoch's own, as `pairs`."""
         return self._pass(minibatch.chains, rollout, updates, epoch, chosen, PASS)
 
     def _pass(
-        self,
-        kind: Pass,
-        rollout: Rollout,
-        updates: int,
-        epoch: int,
-        chosen: Chosen,
-        purpose: str,
+        self, kind: Pass, rollout: Rollout, updates: int, epoch: int, chosen: Chosen, purpose: str
     ) -> Batches:
         """The minibatches of a pass that have a row in some process."""
         order = self.generator(f"{purpose} {kind.__name__}", epoch)

@@ -22,6 +22,9 @@ LEAST = {
 }
 """The smallest values of the settings that all methods with this baseline have, by their names."""
 
+OWN_PASS = "the value's pass over"
+"""The purpose of the order in which the value passes over a rollout: not the policy's."""
+
 
 @dataclass(eq=False)
 class DecisionValue:
@@ -82,9 +85,7 @@ class DecisionValue:
         features = self.run.policy.model.features(rollout.trajectory.condition)
         returns = returns.to(features.device)
         updates = math.ceil(rollout.decisions.total / self.minibatch)
-        for batch in self.run.minibatches(
-            rollout, updates, self.epochs, purpose="the value's pass over"
-        ):
+        for batch in self.run.minibatches(rollout, updates, self.epochs, of=OWN_PASS):
             seen = features[batch.rows]
             target = returns[batch.rows]
 
