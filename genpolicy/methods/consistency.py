@@ -87,7 +87,7 @@ class Consistency:
 class _Lesson:
     """B rows to learn from.
 
-    place [B]: their numbers in the iteration. condition: the student's. taught: the teacher's. x
+    place [B]: their numbers in the iteration, or in a minibatch. condition: the student's. taught: the teacher's. x
     [B,*E], t [B]: where the student jumps from. target [B,*E]: where to; of loss consistency the
     teacher's next state, and ``s`` [B] its time; of loss score nothing that is used.
     """
@@ -211,13 +211,16 @@ class _Distillation:
         return x, t, following(teacher, x, k, taught), s
 
     def _minibatch(self, lesson: _Lesson, purpose: str, number: int) -> _Lesson:
-        """This process's share of rows that are drawn with repetition."""
+        """This process's share of rows that are drawn with repetition, numbered anew: each draw of
+        a row has noise of its own.
+        """
         settings, run = self.settings, self.run
         drawn = torch.from_numpy(
             run.generator(purpose, number).integers(settings.batch, size=settings.minibatch)
         )
         mine = torch.searchsorted(lesson.place, drawn).clamp_max(len(lesson) - 1)
-        return lesson[mine[lesson.place[mine] == drawn]]
+        chosen = (lesson.place[mine] == drawn).nonzero().flatten()
+        return replace(lesson[mine[chosen]], place=chosen)
 
     # The losses
 

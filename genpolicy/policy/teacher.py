@@ -11,6 +11,7 @@ teacher's parts: what they do is taught.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from genpolicy.config.errors import ConfigError, shown
@@ -60,7 +61,10 @@ def load_teacher(section: Mapping[str, Any], origin: Origin) -> ChainPolicy | No
     if TEACHER not in section:
         return None
     path, sampler = _asked(section)
-    teacher = saved(path, trust=origin.trust, **sampler).load()
+    found = saved(path, trust=origin.trust, **sampler)
+    # where the student computes, if it says so
+    device = {name: section[name] for name in ("device",) if name in section}
+    teacher = replace(found, policy=found.policy | device).load()
     if teacher.best_of > 1:
         raise ConfigError(
             f"policy.teacher picks the best of {teacher.best_of} samples, which is no function of"
