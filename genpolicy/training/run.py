@@ -6,7 +6,7 @@ pipeline's own code keeps running.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol, Self
 
@@ -242,15 +242,11 @@ class Run:
         size = self.experiment.chain.window_size
         return self._draws.window(self.iteration, self.window, size)
 
-    @contextmanager
-    def counting(self, policy: ChainPolicy) -> Iterator[None]:
-        """Sample with a policy, which may be another than the one that learns: its time is the
-        sampling's, and its network evaluations are counted.
+    def counting(self, policy: ChainPolicy) -> AbstractContextManager[None]:
+        """Count the network evaluations of a policy, which may be another than the one that learns,
+        while the block runs.
         """
-        self.metrics.phase("sample")
-        with torch.no_grad(), acting(policy, self.policy.model, self.metrics):
-            yield
-        self.metrics.phase(None)
+        return acting(policy, self.policy.model, self.metrics)
 
     # Drawing
 
