@@ -38,7 +38,7 @@ TENSOR_FILE, TENSOR_PLACE = 13, 14
 class OnnxFile:
     """The facts of an ONNX file.
 
-    opset: version of ONNX's operators that it uses; 0 where it names none. foreign: its first
+    opset: version of ONNX's operators that it uses. foreign: its first
     operator that is not ONNX's own, "domain:name"; None where there is none. outside: True where a
     tensor lies in another file.
     """
@@ -49,7 +49,7 @@ class OnnxFile:
 
 
 def read(data: bytes) -> OnnxFile:
-    """Returns the facts of an ONNX file; raises `ValueError` where it is no protobuf message."""
+    """Returns the facts of an ONNX file; raises `ValueError` where it is none."""
     opset, foreign, outside = 0, None, False
     waiting = [("model", memoryview(data))]
     while waiting:
@@ -72,6 +72,8 @@ def read(data: bytes) -> OnnxFile:
             foreign = foreign or f"{texts[NODE_DOMAIN]}:{texts.get(NODE_OPERATOR, '')}"
         if kind == "tensor" and numbers.get(TENSOR_PLACE, 0) != 0:
             outside = True
+    if opset == 0:
+        raise ValueError("it names no opset")
     return OnnxFile(opset, foreign, outside)
 
 
@@ -93,10 +95,10 @@ def _fields(message: memoryview) -> Iterator[tuple[int, "memoryview | int"]]:
         if wire == 2:
             size, start = _varint(message, place)
         elif size == 0:
-            raise ValueError(f"wire type {wire}")
+            raise ValueError(f"it has wire type {wire}")
         place = start + size
         if place > len(message):
-            raise ValueError("a field that is longer than the file")
+            raise ValueError("it has a field that is longer than the file")
         if wire == 2:
             yield tag >> 3, message[start:place]
 
@@ -106,10 +108,10 @@ def _varint(message: memoryview, place: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if place >= len(message):
-            raise ValueError("a number that the file's end cuts")
+            raise ValueError("it has a number that the file's end cuts")
         byte = message[place]
         place += 1
         value |= (byte & 127) << shift
         if byte < 128:
             return value, place
-    raise ValueError("a number of more than ten bytes")
+    raise ValueError("it has a number of more than ten bytes")
