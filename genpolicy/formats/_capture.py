@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import get_decompositions
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -24,6 +25,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context
 from genpolicy.policy.policy import ChainPolicy
+
+BACKWARD = (
+    torch.ops.aten.silu_backward,
+    torch.ops.aten.native_layer_norm_backward,
+    torch.ops.aten._softmax_backward_data,
+)
+"""The gradients that a refiner takes of a critic: ONNX has no operators for them, so that they are
+written down as what they are made of.
+"""
 
 
 @dataclass(eq=False)
@@ -117,7 +127,8 @@ def captured(function: Callable[..., Tensor], *inputs: Tensor) -> GraphModule:
         with _Folding():
             return function(*tensors)
 
-    traced = make_fx(folding, tracing_mode="real")(*inputs)
+    backward = get_decompositions(BACKWARD)
+    traced = make_fx(folding, decomposition_table=backward, tracing_mode="real")(*inputs)
     return _tidied(traced).eval()
 
 
@@ -137,8 +148,19 @@ class _Folding(TorchDispatchMode):
     ) -> Any:
         given = tree_leaves((args, kwargs or {}))
         tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
-        if any(isinstance(a, Tensor) and has_proxy_slot(a, tracer) for a in given):
-            return func(*args, **(kwargs or {}))
+
+        def traced(value: Tensor) -> bool:
+            return has_proxy_slot(value, tracer)
+
+        def kept(value: Tensor) -> Tensor:
+            # as it is now: a parameter may hold other values later (a policy's base)
+            with disable_proxy_modes_tracing():
+                return value if traced(value) else value.detach()
+
+        if any(isinstance(value, Tensor) and traced(value) for value in given):
+            return func(
+                *tree_map_only(Tensor, kept, args), **tree_map_only(Tensor, kept, kwargs or {})
+            )
         with disable_proxy_modes_tracing():
             if func._schema.is_mutable:
                 return func(*args, **(kwargs or {}))
@@ -160,7 +182,7 @@ def _tidied(traced: GraphModule) -> GraphModule:
         if node.op == "get_attr":
             value = getattr(traced, node.target)
             node.target = constants.setdefault(_identity(value), f"constant_{len(constants)}")
-            root.register_buffer(node.target, value.detach().contiguous())
+            root.register_buffer(node.target, value.detach())
         elif node.op != "call_function" or _changes(node):
             continue
         key = (node.op, node.target, repr(node.args), repr(node.kwargs))

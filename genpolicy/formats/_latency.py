@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from genpolicy.formats import _graph
 from genpolicy.formats._capture import Draws, blank, decide

@@ -90,7 +90,7 @@ def exported(
     parity = _parity.measure(session, policy, shape, data)
     if not parity.holds:
         raise ConfigError(
-            f"the exported graph does not act as the policy: its actions differ by {parity.worst:.1e}"
+            f"the exported graph does not act as the policy: its actions differ by {parity.largest:.1e}"
             f" in normalised units, and {parity.bound:.1e} is the bound; nothing was written"
         )
     manifest = {
@@ -119,7 +119,7 @@ def exported(
         "sampler": asdict(found.sampler),
         "evaluations": evaluations(policy),
         "parity": {
-            "largest": parity.worst,
+            "largest": parity.largest,
             "bound": parity.bound,
             "observations": parity.observations,
             "units": "normalised",
