@@ -107,7 +107,7 @@ def _evaluate(verbs: Any) -> None:
     )
     verb = _verb(verbs, "evaluate", text, "evaluate", keys="--task.")
     verb.usage = "genpolicy evaluate POLICY [options] [--task.key=value ...]"
-    verb.add_argument("policy", help=POLICY)
+    verb.add_argument("policy", help=f"{POLICY}; or an export, played through genpolicy_runtime")
     verb.add_argument(
         "--seed",
         type=int,
