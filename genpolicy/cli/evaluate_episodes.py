@@ -65,20 +65,8 @@ class Measured:
 
     def entry(self) -> dict[str, Any]:
         """The sampler's part of eval.json."""
-        metrics = self.evaluation.metrics()
-        rates = {
-            name: value
-            for name, value in metrics.items()
-            if not name.startswith("ci95/") and name != "n"
-        }
-        intervals = {
-            name.removeprefix("ci95/"): value
-            for name, value in metrics.items()
-            if name.startswith("ci95/")
-        }
         return {
-            **rates,
-            "ci95": intervals,
+            **rates(self.evaluation),
             "sampler": self.variant.description(),
             "nfe_per_decision": self.nfe,
             "latency_ms": dict(self.latency),
@@ -96,6 +84,22 @@ class Measured:
         return {
             name: {"mean": mean, "ci95": [low, high]} for name, (mean, low, high) in found.items()
         }
+
+
+def rates(evaluation: ControlEvaluation) -> dict[str, Any]:
+    """An evaluation's numbers as eval.json has them: each, and under "ci95" its interval."""
+    metrics = evaluation.metrics()
+    intervals = {
+        name.removeprefix("ci95/"): value
+        for name, value in metrics.items()
+        if name.startswith("ci95/")
+    }
+    plain = {
+        name: value
+        for name, value in metrics.items()
+        if not name.startswith("ci95/") and name != "n"
+    }
+    return {**plain, "ci95": intervals}
 
 
 def run(args: Namespace, found: Saved, out: Path) -> int:
