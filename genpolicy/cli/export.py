@@ -20,7 +20,8 @@ def run(args: Namespace) -> int:
     write = leaf("formats", args.format, PERSON)
     found = saved(args.policy, trust=args.trust, **sampler_keys(args))
     data, task = known(found)
-    print(write(found, Path(args.out), data=data, task=task))
+    out, told = Path(args.out), args.instruction
+    print(write(found, out, data=data, task=task, instruction=told))
     return 0
 
 

@@ -244,6 +244,11 @@ def _export(verbs: Any) -> None:
         metavar="NAME",
         help="one of genpolicy list formats (default: %(default)s)",
     )
+    verb.add_argument(
+        "--instruction",
+        metavar="TEXT",
+        help="what a policy that reads words is to do (default: what its run's task says)",
+    )
     _trust(verb)
     _sampler_options(verb)
 

@@ -81,22 +81,24 @@ class Counting:
         return torch.zeros(self.rows, *shape, device=device)
 
 
-def decide(policy: ChainPolicy, observation: Mapping[str, Tensor], noise: Any) -> Tensor:
+def decide(
+    policy: ChainPolicy, observation: Mapping[str, Tensor], noise: Any, instruction: str = ""
+) -> Tensor:
     """The decision of B rows, as it is played: observation name -> [B,history,*shape] and noise to
     actions [B,n,D] in the environment's units.
     """
-    condition = policy.model.encode(Context([""] * len(noise), observation))
+    condition = policy.model.encode(Context([instruction] * len(noise), observation))
     drawn = policy.sample(condition, noise, keep=(0, 0))
     return policy.model.decode(drawn.x0)
 
 
-def acting(policy: ChainPolicy) -> Callable[..., Tensor]:
+def acting(policy: ChainPolicy, instruction: str = "") -> Callable[..., Tensor]:
     """The decision as a function of tensors: the observations in the model's order, then noise."""
     names = list(policy.model.shapes)  # type: ignore[attr-defined]  # it acts
 
     def function(*values: Tensor) -> Tensor:
         *seen, noise = values
-        return decide(policy, dict(zip(names, seen, strict=True)), Draws(noise))
+        return decide(policy, dict(zip(names, seen, strict=True)), Draws(noise), instruction)
 
     return function
 
@@ -107,6 +109,15 @@ def noise_shape(policy: ChainPolicy) -> tuple[int, ...]:
     counting = Counting(1)
     decide(policy, blank(policy.model, 1), counting)  # type: ignore[arg-type]
     return (counting.width * len(counting.asked), *policy.model.event_shape)
+
+
+@torch.no_grad()
+def reads(policy: ChainPolicy) -> bool:
+    """True for a policy that decides by its instruction, too."""
+    seen = blank(policy.model, 1)  # type: ignore[arg-type]
+    noise = torch.zeros(1, *noise_shape(policy))
+    decisions = [decide(policy, seen, Draws(noise), words) for words in ("left", "go right")]
+    return not torch.equal(*decisions)
 
 
 def blank(model: ControlModel, rows: int) -> dict[str, Tensor]:
@@ -127,7 +138,7 @@ def captured(function: Callable[..., Tensor], *inputs: Tensor) -> GraphModule:
         with _Folding():
             return function(*tensors)
 
-    backward = get_decompositions(BACKWARD)
+    backward: Any = get_decompositions(BACKWARD)
     traced = make_fx(folding, decomposition_table=backward, tracing_mode="real")(*inputs)
     return _tidied(traced).eval()
 
@@ -180,9 +191,10 @@ def _tidied(traced: GraphModule) -> GraphModule:
     root, constants, seen = nn.Module(), {}, {}
     for node in list(traced.graph.nodes):
         if node.op == "get_attr":
-            value = getattr(traced, node.target)
-            node.target = constants.setdefault(_identity(value), f"constant_{len(constants)}")
-            root.register_buffer(node.target, value.detach())
+            value: Tensor = getattr(traced, str(node.target))
+            name = constants.setdefault(_identity(value), f"constant_{len(constants)}")
+            root.register_buffer(name, value.detach())
+            node.target = name
         elif node.op != "call_function" or _changes(node):
             continue
         key = (node.op, node.target, repr(node.args), repr(node.kwargs))

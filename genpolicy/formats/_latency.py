@@ -20,7 +20,9 @@ FEWEST = 5
 
 
 @torch.no_grad()
-def measure(session: Any, policy: ChainPolicy, shape: tuple[int, ...]) -> dict[str, Any]:
+def measure(
+    session: Any, policy: ChainPolicy, shape: tuple[int, ...], instruction: str = ""
+) -> dict[str, Any]:
     """The contents of latency.json: of each the minimum and the median, in milliseconds per
     decision, both in turns on one thread, with observations of zeros.
 
@@ -30,7 +32,7 @@ def measure(session: Any, policy: ChainPolicy, shape: tuple[int, ...]) -> dict[s
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     feed = _graph.fed({**observation, "noise": noise}, 0)
     calls = {
-        "torch": lambda: decide(policy, observation, Draws(noise)),
+        "torch": lambda: decide(policy, observation, Draws(noise), instruction),
         "onnxruntime": lambda: session.run(None, feed),
     }
     threads = torch.get_num_threads()

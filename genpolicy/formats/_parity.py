@@ -1,6 +1,6 @@
 """Parity: the exported graph against the policy that was exported, observation by observation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -81,7 +81,11 @@ class Parity:
 
 @torch.no_grad()
 def measure(
-    session: Any, policy: ChainPolicy, shape: tuple[int, ...], data: Dataset | None
+    session: Any,
+    policy: ChainPolicy,
+    shape: tuple[int, ...],
+    data: Dataset | None,
+    instruction: str = "",
 ) -> Parity:
     """Runs the graph and the policy on the same observations and noise.
 
@@ -101,10 +105,10 @@ def measure(
                 inputs["noise"] = torch.randn(AT_ONCE, *shape, generator=generator)
                 # the policy, and how clearly it picked
                 judged = _Judged(policy)
-                wanted = acting(judged.policy)(*inputs.values())
+                wanted = acting(judged.policy, instruction)(*inputs.values())
                 clear = judged.clear(AT_ONCE)
                 if exact is None:
-                    exact = _exact(policy, inputs, wanted)
+                    exact = _exact(acting(policy, instruction), inputs, wanted)
                 # the graph
                 got = torch.cat([_run(session, inputs, row, bar) for row in range(AT_ONCE)])
                 error = (got - wanted).abs() * gain
@@ -134,11 +138,13 @@ def _run(session: Any, inputs: Mapping[str, Tensor], row: int, bar: Any) -> Tens
     return torch.from_numpy(session.run(None, _graph.fed(inputs, row))[0])
 
 
-def _exact(policy: ChainPolicy, inputs: Mapping[str, Tensor], wanted: Tensor) -> GraphModule:
+def _exact(
+    function: Callable[..., Tensor], inputs: Mapping[str, Tensor], wanted: Tensor
+) -> GraphModule:
     """The policy in fp64, a function of as many rows as ``inputs`` have; in fp32 what was written
     down must give the actions that are ``wanted`` of these, or it would excuse its own mistakes.
     """
-    graph = captured(acting(policy), *inputs.values())
+    graph = captured(function, *inputs.values())
     if not torch.allclose(graph(*inputs.values()), wanted, rtol=1e-6, atol=0.0):
         raise ConfigError(
             "the policy can't be written down as one graph: running it once and running what was"

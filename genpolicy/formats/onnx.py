@@ -22,7 +22,7 @@ from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import ControlTask
 from genpolicy.formats import _graph, _latency, _parity
-from genpolicy.formats._capture import Counting, acting, blank, captured, decide, noise_shape
+from genpolicy.formats._capture import Counting, acting, blank, captured, decide, noise_shape, reads
 from genpolicy.formats._folder import fresh, require_free
 from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
@@ -32,7 +32,14 @@ FORMAT, VERSION = "genpolicy-export", 1
 MANIFEST = "manifest.json"
 
 
-def onnx(found: Saved, out: Path, *, data: Dataset | None, task: ControlTask | None) -> str:
+def onnx(
+    found: Saved,
+    out: Path,
+    *,
+    data: Dataset | None,
+    task: ControlTask | None,
+    instruction: str | None,
+) -> str:
     """Writes the folder ``out``: policy.onnx, manifest.json, parity.json and latency.json.
 
     Raises `ConfigError`, and leaves nothing, where the graph's actions are not the policy's.
@@ -45,8 +52,9 @@ def onnx(found: Saved, out: Path, *, data: Dataset | None, task: ControlTask | N
     _graph.require_packages()
     require_free(out, is_export)
     policy = _on_cpu(found)
+    told = _told(policy, task, instruction)
     with fresh(out, is_export) as folder:
-        manifest, parity, latency = exported(policy, found, folder, data, task)
+        manifest, parity, latency = exported(policy, found, folder, data, task, told)
         for name, contents in (
             (MANIFEST, manifest),
             ("parity.json", parity.report()),
@@ -78,16 +86,17 @@ def exported(
     folder: Path,
     data: Dataset | None,
     task: ControlTask | None,
+    told: str | None,
 ) -> tuple[dict[str, Any], _parity.Parity, dict[str, Any]]:
     """Writes policy.onnx and returns the manifest, the parity and the latency.
 
-    Raises `ConfigError` where the parity does not hold.
+    told: the instruction, None where the policy reads none. Raises `ConfigError` where the parity does not hold.
     """
     model: ControlModel = policy.model  # type: ignore[assignment]  # the caller saw that it acts
-    shape = noise_shape(policy)
-    entry = write_policy(policy, shape, folder / "policy.onnx")
+    shape, words = noise_shape(policy), told or ""
+    entry = write_policy(policy, shape, folder / "policy.onnx", words)
     session = _graph.session(folder / entry["file"])
-    parity = _parity.measure(session, policy, shape, data)
+    parity = _parity.measure(session, policy, shape, data, words)
     if not parity.holds:
         raise ConfigError(
             f"the exported graph does not act as the policy: its actions differ by {parity.largest:.1e}"
@@ -114,7 +123,7 @@ def exported(
             "units": "environment",
         },
         "rate_hz": None if task is None else task.fps,
-        "instruction": None,
+        "instruction": None if told is None else {"text": told, "tokens": {}},
         "state": None,
         "sampler": asdict(found.sampler),
         "evaluations": evaluations(policy),
@@ -125,15 +134,18 @@ def exported(
             "units": "normalised",
         },
     }
-    return manifest, parity, _latency.measure(session, policy, shape)
+    return manifest, parity, _latency.measure(session, policy, shape, words)
 
 
-def write_policy(policy: ChainPolicy, shape: tuple[int, ...], file: Path) -> dict[str, Any]:
+def write_policy(
+    policy: ChainPolicy, shape: tuple[int, ...], file: Path, instruction: str = ""
+) -> dict[str, Any]:
     """Writes the graph "policy", (observations, noise [1,draws,*E]) -> actions [1,n,D], and returns
     its entry of the manifest.
     """
     inputs = {**blank(policy.model, 1), "noise": torch.zeros(1, *shape)}  # type: ignore[arg-type]
-    return _graph.write(captured(acting(policy), *inputs.values()), inputs, ["actions"], file)
+    graph = captured(acting(policy, instruction), *inputs.values())
+    return _graph.write(graph, inputs, ["actions"], file)
 
 
 @torch.no_grad()
@@ -159,6 +171,23 @@ def weights_digest(policy: ChainPolicy) -> str:
     add("model", policy.model.trainable())
     add("parts", {name: part.state_dict() for name, part in policy.parts.items()})
     return digest.hexdigest()
+
+
+def _told(policy: ChainPolicy, task: ControlTask | None, instruction: str | None) -> str | None:
+    """The instruction that is written into the graph, as tokens: the one that is asked for, or the
+    task's; None for a policy that reads none.
+    """
+    if not reads(policy):
+        if instruction is not None:
+            raise ConfigError("--instruction does not apply: this policy reads no words")
+        return None
+    told = instruction if instruction is not None or task is None else task.instruction
+    if told is None:
+        raise ConfigError(
+            "the policy does what it is told, and its instruction becomes a part of the graph:"
+            " give --instruction TEXT"
+        )
+    return told
 
 
 def _on_cpu(found: Saved) -> ChainPolicy:

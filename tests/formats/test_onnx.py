@@ -18,7 +18,7 @@ from genpolicy.config.schema import ChainConfig
 from genpolicy.formats import _graph, _parity
 from genpolicy.formats import onnx as exporter
 from genpolicy.formats._capture import acting, noise_shape
-from genpolicy.policy.files import Saved, save_policy, saved
+from genpolicy.policy.files import Saved, load, save_policy, saved
 from genpolicy.policy.policy import ChainPolicy
 from tests.formats.policies import ODE, POLICIES, STATE, Recorded, mlp, policy
 
@@ -39,7 +39,7 @@ class Exported:
         session = _graph.session(file or self.file)
         return _parity.measure(session, self.policy, noise_shape(self.policy), data)
 
-    def write(self, _policy: Any, _shape: Any, file: Path) -> dict[str, Any]:
+    def write(self, _policy: Any, _shape: Any, file: Path, _words: str) -> dict[str, Any]:
         """In the place of `write_policy`, which takes seconds."""
         shutil.copy(self.file, file)
         return self.entry
@@ -122,21 +122,18 @@ def test_an_action_that_is_no_number_is_seen(small: Exported) -> None:
     assert not parity.holds
 
 
-def test_a_policy_that_is_written_down_wrongly_is_no_excuse(
-    small: Exported, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_parity, "acting", lambda acts: acting(small.policy))
+def test_a_policy_that_is_written_down_wrongly_is_no_excuse(small: Exported) -> None:
     torch.manual_seed(1)
     other = policy(mlp(family="flow"), steps=2, kernel=ODE)
     inputs = {STATE: torch.randn(3, 1, 3), "noise": torch.randn(3, 1, 4, 2)}
     wanted = acting(other)(*inputs.values())
     with pytest.raises(ConfigError, match="can't be written down"):
-        _parity._exact(other, inputs, wanted)
+        _parity._exact(acting(small.policy), inputs, wanted)
 
 
 def test_the_folder_and_its_manifest(quick: Exported, tmp_path: Path) -> None:
     out = tmp_path / "exported"
-    text = exporter.onnx(quick.found, out, data=None, task=None)
+    text = exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
     assert str(out / "manifest.json") in text
     assert {path.name for path in out.iterdir()} == {
         *("manifest.json", "policy.onnx", "parity.json", "latency.json")
@@ -175,15 +172,15 @@ def test_other_weights_have_another_digest(small: Exported) -> None:
 
 def test_an_older_export_is_replaced_and_nothing_else(quick: Exported, tmp_path: Path) -> None:
     out = tmp_path / "exported"
-    exporter.onnx(quick.found, out, data=None, task=None)
+    exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
     (out / "stale").touch()
-    exporter.onnx(quick.found, out, data=None, task=None)
+    exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
     assert not (out / "stale").exists()
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "precious").touch()
     with pytest.raises(ConfigError, match="is no older export"):
-        exporter.onnx(quick.found, theirs, data=None, task=None)
+        exporter.onnx(quick.found, theirs, data=None, task=None, instruction=None)
     assert [path.name for path in theirs.iterdir()] == ["precious"]
 
 
@@ -193,12 +190,12 @@ def test_an_export_above_the_bound_leaves_things_as_they_were(
 ) -> None:
     out = tmp_path / "exported"
     if older:
-        exporter.onnx(quick.found, out, data=None, task=None)
+        exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(_parity, "BOUND", 1e-12)
     monkeypatch.setattr(_parity, "OWN", 0.0)
     with pytest.raises(ConfigError, match="does not act as the policy"):
-        exporter.onnx(quick.found, out, data=None, task=None)
+        exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -220,6 +217,8 @@ def test_the_shipped_clone_by_the_command_line(
     [
         (["assets/assembly-clone", "--format", "onxx"], "did you mean onnx"),
         (["assets/shapes-sd3"], "onnx is for policies that act"),
+        (["assets/assembly-clone", "--instruction", "go"], "this policy reads no words"),
+        (["assets/point-smolvla"], "give --instruction TEXT"),
         (["assets/assembly-clone", "--sampler", "kernel.name=heum"], "did you mean heun"),
     ],
 )
@@ -261,6 +260,24 @@ def test_best_of_n_picks_the_same_sample(tmp_path: Path) -> None:
         [torch.from_numpy(session.run(None, _graph.fed(moved, row))[0]) for row in range(40)]
     )
     assert torch.allclose(again, picked, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_shipped_smolvla_exports_with_its_instruction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_parity, "COUNTS", dict.fromkeys(_parity.COUNTS, 20))
+    monkeypatch.setattr(_parity, "AT_ONCE", 20)
+    words = ["--instruction", "go to the red circle", "--steps", "1"]
+    assert main(["export", "assets/point-smolvla", "--out", str(tmp_path / "out"), *words]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["instruction"] == {"text": words[1], "tokens": {}}
+    assert manifest["parity"]["largest"] < 1e-5
+    # the control: told something else it acts otherwise
+    acts = load("assets/point-smolvla", steps=1)
+    session = _graph.session(tmp_path / "out" / "policy.onnx")
+    other = _parity.measure(session, acts, noise_shape(acts), None, "go to the blue square")
+    assert not other.holds
 
 
 @pytest.mark.slow
