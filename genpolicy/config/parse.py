@@ -31,8 +31,8 @@ MISUSE = (
     RuntimeError,
     TypeError,
 )
-"""Errors, beside `ValueError` and `OSError`, of a class whose fields have the right types and values
-that it can't work with: torch, for example, has a `RuntimeError` for a size below 0.
+"""Errors, beside `ValueError` and `OSError`, of a class whose fields have the right types and
+values that it can't work with: torch, for example, has a `RuntimeError` for a size below 0.
 """
 
 

@@ -70,8 +70,8 @@ def resume(run: Run) -> None:
         _require_same_policy(run, state["policy"])
     else:
         run.say(
-            f"the checkpoint in {run.folder} is of an older genpolicy, which did not keep its policy"
-            " section: what was learned keeps its meaning only if that section is as it was"
+            f"the checkpoint in {run.folder} is of an older genpolicy, which did not keep its"
+            " policy section: what was learned keeps its meaning only if that section is as it was"
         )
     try:
         _restore(run, state)
@@ -103,9 +103,9 @@ def _require_same_policy(run: Run, then: Mapping[str, Any]) -> None:
     for key in dict.fromkeys([*now, *then]):
         if then.get(key) != now.get(key):
             raise ConfigError(
-                f"policy.{key} is {now.get(key)!r}, and was {then.get(key)!r} when the checkpoint in"
-                f" {run.folder} was made: it would give what was learned another meaning; leave it"
-                " as it was, or begin another run from this one's policy folder"
+                f"policy.{key} is {now.get(key)!r}, and was {then.get(key)!r} when the checkpoint"
+                f" in {run.folder} was made: it would give what was learned another meaning; leave"
+                " it as it was, or begin another run from this one's policy folder"
             )
 
 
