@@ -57,13 +57,13 @@ class Trajectory:
             low, high, stride = rows.indices(len(self))
             if stride != 1 or low % self.shared or high % self.shared:
                 raise ValueError(
-                    f"rows {low}:{high}:{stride} skip rows or cut a group of {self.shared} that shares"
-                    " its start"
+                    f"rows {low}:{high}:{stride} skip rows or cut a group of {self.shared} that"
+                    " shares its start"
                 )
         elif self.shared > 1:
             raise ValueError(
-                f"an index may cut a group of {self.shared} that shares its start: give a stretch of"
-                " groups"
+                f"an index may cut a group of {self.shared} that shares its start: give a stretch"
+                " of groups"
             )
         return replace(
             self,
@@ -113,8 +113,8 @@ class Chain:
     A grid may begin below the schedule's noisiest time (``schedule.grid(K, start=t)``). There x_t
     is no longer pure noise: alpha x_0 is a part of it, and the prior stands in for that part with
     noise of its size, N(0, ``scale``^2 I). This is the distribution of x_t exactly for Gaussian
-    data of mean 0 and variance 1, and an approximation for other data that are standardised. A network
-    that was trained to start elsewhere needs a ``prior`` that says so.
+    data of mean 0 and variance 1, and an approximation for other data that are standardised. A
+    network that was trained to start elsewhere needs a ``prior`` that says so.
     """
 
     schedule: Schedule
@@ -189,7 +189,8 @@ class Chain:
         """
         if isinstance(self.kernel, Solver):
             raise ValueError(
-                f"{type(self.kernel).__name__} is a solver: it samples and has no transition to score"
+                f"{type(self.kernel).__name__} is a solver: it samples and has no transition to"
+                " score"
             )
         if isinstance(k, int):
             return self.kernel if k in self.stochastic else ODE

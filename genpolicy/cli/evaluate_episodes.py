@@ -136,9 +136,9 @@ def evaluate_episodes(
     samplers: Sequence[str],
     out: Path,
 ) -> dict[str, Any]:
-    """Plays, measures and films a policy in the task of ``section`` and its ``origin``, with its deployed sampler and
-    the other ``samplers`` (see `variants`); prints a table, writes out/eval.json and returns what
-    it holds.
+    """Plays, measures and films a policy in the task of ``section`` and its ``origin``, with its
+    deployed sampler and the other ``samplers`` (see `variants`); prints a table, writes
+    out/eval.json and returns what it holds.
     """
     task = make("tasks", section, origin)
     if not is_control(task):

@@ -112,10 +112,10 @@ class EvalConfig:
     episodes: int = 100  # episodes per evaluation, in environments
     select: str | None = None  # metric that decides policy_best; None takes the first one measured
     # keys of `ChainConfig` that the deployed sampler replaces; without any it has the same steps
-    # and guidance, on prompts with the ODE, in environments with the mean of the kernel (`Mean`), or
-    # with the ODE where chain.window_size draws the noisy steps anew for every iteration; a kernel
-    # without noise (ddim with eta 0) stays without a learned std too, unless a window is named
-    # beside it
+    # and guidance, on prompts with the ODE, in environments with the mean of the kernel (`Mean`),
+    # or with the ODE where chain.window_size draws the noisy steps anew for every iteration; a
+    # kernel without noise (ddim with eta 0) stays without a learned std too, unless a window is
+    # named beside it
     sampler: dict[str, Any] = field(default_factory=dict)
     # seed of the evaluation noise and first reset seed of the environments, the same for every run
     # that is to be compared

@@ -41,6 +41,7 @@ from genpolicy.training.prompt_collector import PromptCollector
 from genpolicy.training.rehearsal import Rehearsal
 from genpolicy.training.requirements import (
     Needs,
+    expert_remark,
     require_chain,
     require_kind,
     require_sections,
@@ -98,9 +99,6 @@ def prepare(
     require_kind(world, data)
     # what every run has, and what the two worlds have each
     metrics, display = IterationMetrics(processes), Display(experiment, folder, processes.main)
-    remark = launch_remark(processes)
-    if remark is not None:
-        display.say(remark)
     micro_batches = MicroBatches(experiment.micro_batch, display.say)
     workspace = Workspace(folder, processes, metrics, micro_batches, display)
     seed, settings = experiment.seed, experiment.eval
@@ -145,6 +143,9 @@ def prepare(
     require_chain(name, needs, policy)
     require_shape(model, data)
     teacher = load_teacher(experiment.policy, origin)
+    for remark in (launch_remark(processes), expert_remark(model)):
+        if remark is not None:
+            display.say(remark)
     run = Run(
         experiment,
         policy,

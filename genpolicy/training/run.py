@@ -227,9 +227,8 @@ class Run:
         return unjudged(trajectory, place, total)
 
     def contexts(self, count: int) -> tuple[Context, Tensor]:
-        """This process's share of ``count`` prompts, or recorded observations where the experiment
-        names data, of this iteration, and their numbers among the ``count``; nothing is drawn by
-        the policy.
+        """This process's share of this iteration's ``count`` prompts (recorded observations where
+        there is data) and their numbers among the ``count``; the policy draws nothing.
         """
         place = self.mine(np.arange(count))
         if self.data is None:
@@ -259,9 +258,7 @@ class Run:
     def rows(
         self, count: int, size: int | tuple[int, ...], purpose: str, number: int = 0
     ) -> Tensor:
-        """Draw ``size`` of ``count`` rows with replacement; this process's share of the last
-        dimension.
-        """
+        """This process's share of ``size`` rows of ``count``, drawn with replacement."""
         return self.mine(self.generator(purpose, number).integers(count, size=size))
 
     def generator(self, purpose: str, number: int = 0) -> np.random.Generator:
@@ -278,8 +275,8 @@ class Run:
     def minibatches(
         self, rollout: Rollout, updates: int, epochs: int = 1, chosen: Chosen = None, of: str = PASS
     ) -> Batches:
-        """`minibatch.rows`, ``epochs`` times; only of the ``chosen`` rows, bool [R]. of: the order's
-        purpose, where the policy is not the only one that passes over rows.
+        """`minibatch.rows`, ``epochs`` times; only of the ``chosen`` rows, bool [R]. of: the
+        order's purpose, where the policy is not the only one that passes over rows.
         """
         for epoch in range(epochs):
             yield from self._pass(minibatch.rows, rollout, updates, epoch, chosen, of)
