@@ -115,11 +115,11 @@ def _preset(name: str, found: Saved) -> ChainConfig:
     if name == DEPLOYED:
         return found.sampler
     if name in WARM_STARTS:
-        warm = replace(deployed, execute=1, warm={"name": WARM_STARTS[name]})
+        warm = replace(deployed, execute=1, warm={"name": WARM_STARTS[name]}, best_of=1)
         if name == "sdedit":
             return warm
         kernel = dict(DDPM) if name == "rti" else {"name": "mean", "kernel": dict(DDPM)}
-        return replace(warm, kernel=kernel, window=None, window_size=None, best_of=1)
+        return replace(warm, kernel=kernel, window=None, window_size=None)
     if name == "ode":
         ode = {"name": "ddim", "eta": 0.0}
         # no step is inside the window, so that a learned std acts nowhere either
