@@ -357,6 +357,7 @@ class Chain:
                 x = self._after(self._act(denoiser, x, k, condition), k, noise)
         return x
 
+    @torch.no_grad()
     def relabelled(
         self,
         denoiser: Denoiser,

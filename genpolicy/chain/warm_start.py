@@ -73,7 +73,7 @@ class RTI:
     """
 
     levels: list[int]  # noisier first, the last one 0
-    discrete_dims: list[int] = field(default_factory=list)  # columns of an action
+    discrete_dims: list[int] = field(default_factory=list[int])  # columns of an action
     discrete: Literal["clip", "scale"] = "clip"  # both are the paper's
     factor: float = 1.0  # of "clip"; the paper's code has 1 on states, 10 on images
 
