@@ -147,12 +147,13 @@ class ChainPolicy:
 
         previous [B,T,D]: the plan of the decision before, from which ``warm`` goes on. It is all
         that one decision knows of another: the next plan, ``x0``, is a pure function of it, of the
-        condition and of the noise. Without it the chain begins from noise.
+        condition and of the noise. Without it the chain begins from noise. Raises `ValueError`
+        where there is one and the policy has no warm start.
         """
         if self.best_of > 1:
             return self._best(condition, noise, previous, **options)
-        if self.warm is not None and previous is not None:
-            drawn = self._replan(self.warm, condition, noise, previous)
+        if previous is not None:
+            drawn = self._replan(condition, noise, previous)
         else:
             drawn = self.chain.sample(
                 self.denoiser,
@@ -166,12 +167,12 @@ class ChainPolicy:
             return drawn
         return replace(drawn, x0=self.refiner(self, self.model.features(condition), drawn.x0))
 
-    def _replan(
-        self, warm: WarmStart, condition: Condition, noise: Noise, previous: Tensor
-    ) -> Trajectory:
+    def _replan(self, condition: Condition, noise: Noise, previous: Tensor) -> Trajectory:
+        if self.warm is None:
+            raise ValueError("the policy's sampler has no warm start: it goes on from no plan")
         done = self.execute or self.model.executed  # type: ignore[attr-defined]  # it acts
         guess = shifted(previous, done)
-        return warm.replan(self.chain, self.denoiser, condition, noise, guess)
+        return self.warm.replan(self.chain, self.denoiser, condition, noise, guess)
 
     @torch.no_grad()
     def _best(
