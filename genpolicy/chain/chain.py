@@ -158,6 +158,20 @@ class Chain:
         """True where the kernel draws noise of its own at some step at which it acts."""
         return any(self.acting[k].noisy for k in self.stochastic)
 
+    def below(self, t: Tensor) -> "Chain":
+        """The same chain entered at noise time t (a scalar, above 0): t, then the times of the grid
+        below it. The kernel acts at the steps that are left of its window.
+        """
+        later = self.grid[self.grid < t]
+        if len(later) == self.K and bool(self.grid[0] == t):
+            return self
+        skipped = self.K - len(later)
+        window = self.window and (
+            max(self.window[0] - skipped, 0),
+            max(self.window[1] - skipped, 0),
+        )
+        return replace(self, grid=torch.cat([t.view(1).to(later), later]), window=window)
+
     def step(self, k: int | Tensor, rows: int) -> Step:
         """The coefficients of step k (of each row's own, if k is [rows]) for a batch, from grid[k]
         to grid[k+1]: fp64 on the CPU, whatever device x is on.

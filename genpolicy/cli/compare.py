@@ -21,7 +21,7 @@ from genpolicy.contracts.task import is_control
 from genpolicy.evaluation import metrics_file
 from genpolicy.evaluation.comparison import Arm, Finished, figure, markdown, summarise
 from genpolicy.policy.sampler import deployed_sampler, make_policy
-from genpolicy.training.build import control_model, make_data, make_rewards
+from genpolicy.training.build import control_model, make_data, make_model, make_rewards
 from genpolicy.training.experiment import finished, spent, train
 from genpolicy.training.prepare import evaluation_prompts
 from genpolicy.training.processes import end_processes
@@ -128,7 +128,7 @@ def _require_comparable(arms: Sequence[Arm]) -> None:
         else:
             make_rewards(experiment.reward, origin)
     if not is_control(task):
-        model = make("models", first.experiment.policy, first.origin)
+        model = make_model(first.experiment.policy, first.origin)
         for arm in arms:
             make_policy(model, arm.experiment.chain, origin=arm.origin)
 

@@ -14,8 +14,11 @@ from torch import Tensor
 from genpolicy.cli.reward_laws import PROMPTS, law_pictures
 from genpolicy.config import leaves
 from genpolicy.config.origin import PERSON
+from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.dataset import frames
 from genpolicy.contracts.task import Context
+from genpolicy.policy.files import save_policy
+from genpolicy.policy.sampler import make_policy
 from genpolicy.training.requirements import Needs, World
 
 # Methods
@@ -154,7 +157,7 @@ def small(settings: Any) -> dict[str, Any]:
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
             found[field.name] = small(value)
-        elif field.name in SMALL and type(value) is int:
+        elif field.name in SMALL and type(value) is int and value:  # 0 leaves a thing out
             found[field.name] = SMALL[field.name]
     return found
 
@@ -176,6 +179,11 @@ def toys(needs: Needs, world: World, folder: Path) -> list[Toy]:
     gaussian = {"steps": 1, "window": [0, 1]}
     gaussian["kernel"] = {"name": "floorstd", "floor": 0.1, "kernel": ODE}
     idle = {"task": robots_task(SHORT)}
+    if needs.teacher:
+        return [
+            Toy({**common, **taught({**network, "family": family}, folder, Walks())}, idle)
+            for family in ("flow", "vp")
+        ]
     return [
         Toy({**common, "policy": {**network, "family": "flow"}}, idle),
         Toy({**common, "policy": {**network, "family": "vp"}}, idle),
@@ -194,10 +202,32 @@ def _picture_toys(needs: Needs, chain: dict[str, Any], folder: Path) -> list[Toy
     if needs.data:
         common["data"] = _captioned(folder / "pictures")
     idle = {"reward": {"genpolicy.cli.law_toys:constant": 1.0}}
+    if needs.teacher:
+        return [
+            Toy({**common, **taught({"name": "toy", "family": family}, folder)}, idle)
+            for family in ("flow", "vp")
+        ]
     return [
         Toy({**common, "policy": {"name": "toy", "family": family}}, idle)
         for family in ("flow", "vp")
     ]
+
+
+def taught(section: dict[str, Any], folder: Path, data: Any = None) -> dict[str, Any]:
+    """The policy and chain of a student of two steps, whose teacher is a new policy of four steps
+    that draws no noise. data: gives the teacher its shapes where it acts.
+    """
+    model = leaves.make("models", section, PERSON)
+    if model.acts:
+        model.initialise(data)
+    sampler = ChainConfig(steps=4, kernel=ODE)
+    teacher = folder / f"teacher-{section['family']}"
+    save_policy(make_policy(model, sampler, origin=PERSON), section, sampler, teacher)
+    head = "velocity" if section["family"] == "flow" else "sample"
+    return {
+        "policy": {**section, "teacher": str(teacher), "prediction_type": head},
+        "chain": {"steps": 2, "kernel": {"name": "consistency"}},
+    }
 
 
 def _captioned(folder: Path) -> dict[str, Any]:

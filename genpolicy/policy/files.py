@@ -35,7 +35,7 @@ def save_policy(
     """Write the policy in its ecosystem's format, with its sampler, its parts and the checksums of
     all beside it.
 
-    section: the experiment's policy section. The folder that was there is set aside until the new
+    section: the experiment's policy section, whose teacher is not kept. The folder that was there is set aside until the new
     one is in its place, so that a process that is killed leaves one of them for `whole`.
     ``best_of`` is the policy's, whatever the sampler's.
     """
@@ -47,7 +47,7 @@ def save_policy(
         (staged / PARTS / name).mkdir(parents=True)
         part.save(staged / PARTS / name)
     description = {
-        "policy": dict(section),
+        "policy": {key: value for key, value in section.items() if key != "teacher"},
         "chain": dataclasses.asdict(replace(sampler, best_of=policy.best_of)),
         "parts": {
             name: {"kind": part.kind, "version": part.version}
@@ -144,7 +144,8 @@ def _found(section: Mapping[str, Any], key: str, called: str) -> dict[str, str]:
 def load_parts(
     section: Mapping[str, Any], model: Model, origin: Origin = STRANGER
 ) -> dict[str, Part]:
-    """The parts of the saved policy that a policy section names, by name; none where it names none.
+    """The parts of the saved policy that a policy section names, by name; none where it names none,
+    or where what it names is the start of a student (`genpolicy.policy.teacher`).
 
     origin: of the section.
 
@@ -152,7 +153,7 @@ def load_parts(
     or of an unknown kind: a policy without one of its parts is another policy.
     """
     folder = _origin(section)
-    if folder is None:
+    if folder is None or "teacher" in section:
         return {}
     description = _described(folder)
     if "parts" not in description:
@@ -257,7 +258,7 @@ def _origin(section: Mapping[str, Any]) -> Path | None:
     the one that it takes its weights from; None where neither is one.
     """
     lora = section.get("lora")
-    adapter = lora.get("start") if _adapts(section) and isinstance(lora, Mapping) else None
+    adapter = lora.get("start") if adapts(section) and isinstance(lora, Mapping) else None
     asked = settings({"adapter": adapter, "whole": section.get("pretrained")})
     folders = [Path(where) for where in asked.values() if isinstance(where, str | Path)]
     return next((folder for folder in folders if (folder / SAMPLER).is_file()), None)
@@ -288,7 +289,7 @@ def _require_whole(folder: Path) -> None:
         )
 
 
-def _adapts(section: Mapping[str, Any]) -> bool:
+def adapts(section: Mapping[str, Any]) -> bool:
     """True where an adapter of the pretrained model is what learns, and all that is saved: the
     section says so, or leaves it to its model's default.
     """
@@ -371,7 +372,7 @@ def saved(path: str | Path, *, trust: bool = False, **overrides: Any) -> Saved:
     description = _described(folder)
     section, sampler = description["policy"], description["chain"]
     origin = Origin(trust=trust).reached(folder / SAMPLER).naming(overrides)
-    if _adapts(section):
+    if adapts(section):
         section["lora"] = {**(section.get("lora") or {}), "start": str(folder)}
     else:
         section["pretrained"] = str(folder)

@@ -187,9 +187,15 @@ def deployed_sampler(
     iteration (``window_size``), training walks along the ODE but for that part, and the mean at all
     steps is a chain that it never walked: actions then are drawn with the ODE too.
 
+    A consistency sampler is deployed as it is: the noise that it puts back is a part of it, and a
+    network that was taught at noisy states has never seen others.
+
     The best of several actions is picked from the kernel's own samples, because its means are
     nearly the same for all noise; those of the ODE differ by the noise that they start with.
     """
+    if rollout.kernel.get("name") == "consistency" and "kernel" not in overrides:
+        own = dataclasses.asdict(replace(rollout, window_size=None))
+        return resampled(own, overrides, "eval: sampler")
     along_ode = not control or rollout.window_size is not None
     if along_ode and not (control and "kernel" in overrides):
         default = replace(rollout, kernel=dict(ODE), window=None, window_size=None)

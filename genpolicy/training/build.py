@@ -12,6 +12,7 @@ from genpolicy.contracts.dataset import Dataset, Merged, Pictures
 from genpolicy.contracts.model import ControlModel, require_fit
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import ControlTask, read_prompts
+from genpolicy.policy.teacher import TEACHER, student
 
 
 def make_rewards(
@@ -88,13 +89,19 @@ def called(section: Mapping[str, Any]) -> str:
     return str(section.get("root") or section.get("repo_id") or section["name"])
 
 
+def make_model(section: Mapping[str, Any], origin: Origin) -> Any:
+    """The model of a policy section; a student's begins where its teacher stands."""
+    own = student(section)
+    return make("models", {key: own[key] for key in own if key != TEACHER}, origin)
+
+
 def control_model(
     section: Mapping[str, Any], task: ControlTask, data: Dataset | Pictures | None, origin: Origin
 ) -> ControlModel:
     """A model for a task of many decisions, given its shapes and statistics by the data set where
     it is new. Raises `ConfigError` where model and task do not fit.
     """
-    model = make("models", section, origin)
+    model = make_model(section, origin)
     if not model.acts:
         raise ConfigError(
             f"model {section['name']} has no actions: it can't act in a task of environments"

@@ -18,6 +18,7 @@ from genpolicy.policy.sampler import (
     make_policy,
     require_trainable,
 )
+from genpolicy.policy.teacher import TEACHER, load_teacher, student
 from genpolicy.rollout.guard import guarded
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.store import EpisodeStore
@@ -26,6 +27,7 @@ from genpolicy.training.build import (
     control_model,
     load_rewards,
     make_data,
+    make_model,
     make_rewards,
     prompt_lines,
 )
@@ -43,6 +45,7 @@ from genpolicy.training.requirements import (
     require_kind,
     require_sections,
     require_shape,
+    require_teacher,
     world_of,
 )
 from genpolicy.training.run import Method, Run
@@ -79,7 +82,7 @@ def prepare(
     rehearsal: records one iteration of each stage in the place of the loop.
     origin: of the experiment, which is the person's; what its policy and data sections name is not.
     """
-    experiment = dataclasses.replace(experiment, policy=completed(experiment.policy))
+    experiment = dataclasses.replace(experiment, policy=completed(student(experiment.policy)))
     require_trainable(experiment.chain, origin)
     make_kernel(deployed_sampler(experiment.chain, experiment.eval.sampler).kernel, origin)
     torch.manual_seed(experiment.seed)
@@ -90,6 +93,7 @@ def prepare(
     name, needs = str(experiment.method["name"]), required(method)
     world = world_of(task)
     require_sections(name, needs, world, experiment.data is not None)
+    require_teacher(name, needs, TEACHER in experiment.policy)
     data = make_data(experiment.data, origin)
     require_kind(world, data)
     # what every run has, and what the two worlds have each
@@ -133,13 +137,14 @@ def prepare(
         reward = make_rewards(experiment.reward, origin, experiment.patience)
         evaluator = PromptEvaluator(reward, evaluation_prompts(experiment, task), settings)
         load_rewards(reward)
-        model = make("models", experiment.policy, origin)
+        model = make_model(experiment.policy, origin)
         collector = PromptCollector(seed, model, task, reward, processes, metrics, micro_batches)
     choice("eval: select", settings.select or evaluator.measured[0], evaluator.measured)
     parts = load_parts(experiment.policy, model, origin)
     policy = make_policy(model, experiment.chain, parts, origin=origin)
     require_chain(name, needs, policy)
     require_shape(model, data)
+    teacher = load_teacher(experiment.policy, origin)
     run = Run(
         experiment,
         policy,
@@ -148,6 +153,7 @@ def prepare(
         evaluator,
         workspace,
         data=data,
+        teacher=teacher,
         iterate=loop.iterations if rehearsal is None else rehearsal.record,
         rehearsal=rehearsal is not None,
     )

@@ -23,12 +23,14 @@ class Needs:
     data: recorded examples, named in the data section.
     window: at least one step of the chain at which noise is drawn.
     likelihoods: a density at every step of that window.
+    teacher: a saved policy that the policy section names as its teacher.
     """
 
     worlds: tuple[World, ...] = WORLDS
     data: bool = False
     window: bool = False
     likelihoods: bool = False
+    teacher: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.worlds, str) or not self.worlds or set(self.worlds) - set(WORLDS):
@@ -51,6 +53,19 @@ def require_sections(name: str, needs: Needs, world: World, data: bool) -> None:
     if needs.data and not data:
         raise ConfigError(
             f"method {name} learns from recorded examples: name them in the data section"
+        )
+
+
+def require_teacher(name: str, needs: Needs, taught: bool) -> None:
+    """Raise `ConfigError` where method ``name`` lacks the teacher that it needs, or has one that it
+    would not listen to.
+    """
+    if needs.teacher and not taught:
+        raise ConfigError(f"method {name} learns from a teacher: name its folder as policy.teacher")
+    if taught and not needs.teacher:
+        raise ConfigError(
+            f"policy.teacher is set, and method {name} learns from no teacher: leave it out, and go"
+            " on from a saved policy with policy.pretrained"
         )
 
 

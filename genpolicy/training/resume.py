@@ -12,7 +12,12 @@ from genpolicy.training.run import Run
 from genpolicy.training.workspace import CONFIG
 
 FREE = (
-    *("pretrained", "revision", "lora.start"),  # what was learned from there is in the checkpoint
+    *(
+        "pretrained",
+        "revision",
+        "lora.start",
+        "teacher",
+    ),  # what was learned from there is in the checkpoint
     *("device", "precision", "offload", "gradient_checkpointing"),
 )
 """Settings of a policy that may change when its run is resumed: where files lie, and how it is

@@ -6,7 +6,7 @@ pipeline's own code keeps running.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, Self
 
@@ -28,7 +28,7 @@ from genpolicy.rollout.minibatch import PASS, Batch, Batches, Chosen, Pass
 from genpolicy.rollout.rollout import Rollout, unjudged
 from genpolicy.training.budget import Spent
 from genpolicy.training.checkpoint import RunState, Stateful
-from genpolicy.training.collector import Collector, Request
+from genpolicy.training.collector import Collector, Request, acting
 from genpolicy.training.deployment import Deployment
 from genpolicy.training.draws import Draws
 from genpolicy.training.evaluator import Evaluator
@@ -56,7 +56,8 @@ class Run:
 
     experiment, task, folder, processes: what runs, on what, where, and who runs it.
     policy: the one that learns and collects. deployment: the one that is evaluated and saved.
-    data: the recorded episodes or pictures, if the experiment names some.
+    data: the recorded episodes or pictures, if the experiment names some. teacher: the policy that
+        is distilled, if the policy section names one.
     learner: the weights that learn, the method's stages and their optimisers.
     spent: counters. metrics: of the iteration that is running.
     """
@@ -71,11 +72,13 @@ class Run:
         workspace: Workspace,
         *,
         data: Dataset | Pictures | None = None,
+        teacher: ChainPolicy | None = None,
         iterate: Callable[["Run"], Iterator[int]],
         rehearsal: bool = False,
     ) -> None:
         self.experiment, self.policy, self.task = experiment, policy, task
         self.collector, self.evaluator, self.data = collector, evaluator, data
+        self.teacher = teacher
         self.folder, self.processes = workspace.folder, workspace.processes
         self.metrics, self.display = workspace.metrics, workspace.display
         self.spent = Spent()
@@ -238,6 +241,16 @@ class Run:
         """This iteration's window of steps."""
         size = self.experiment.chain.window_size
         return self._draws.window(self.iteration, self.window, size)
+
+    @contextmanager
+    def counting(self, policy: ChainPolicy) -> Iterator[None]:
+        """Sample with a policy, which may be another than the one that learns: its time is the
+        sampling's, and its network evaluations are counted.
+        """
+        self.metrics.phase("sample")
+        with torch.no_grad(), acting(policy, self.policy.model, self.metrics):
+            yield
+        self.metrics.phase(None)
 
     # Drawing
 

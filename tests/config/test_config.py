@@ -123,7 +123,7 @@ def test_every_shipped_config_parses(name: str):
         make_rewards(experiment.reward, PERSON)
     model = leaves.leaf("models", experiment.policy["name"], PERSON)
     known = set(model.__dataclass_fields__)
-    assert set(experiment.policy) - {"name"} <= known
+    assert set(experiment.policy) - {"name", "teacher"} <= known
     if experiment.eval.prompts is not None:
         assert prompt_lines(experiment.eval.prompts)
     judged = {*(f"reward/{name}" for name in experiment.reward), "success_rate", "return"}

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from genpolicy.cli.law_toys import taught
 from genpolicy.config import errors, leaves, parse
 from genpolicy.config.leaves import names
 from genpolicy.config.origin import PERSON
@@ -162,6 +163,11 @@ def prepared(tmp_path, method, world=None, **sections):
         raw["policy"]["family"] = "flow"
     elif needs.data:
         raw["data"] = {"name": f"{__name__}:Shown"}
+    if needs.teacher:
+        name = {"prompts": "toy", "robots": "mlp"}[world]
+        own = {"family": "flow", **raw["policy"], "name": name}
+        raw |= taught(own, tmp_path, toy_control.Recorded())
+        raw["method"]["minibatch"] = 64
     run, built = prepare(parse.parse(raw), tmp_path / "run", Processes(Accelerator(cpu=True)))
     run.spent.iteration = 1
     return run, built

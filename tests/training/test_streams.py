@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from genpolicy.chain import Noise
+from genpolicy.cli.law_toys import taught
 from genpolicy.config import parse
 from genpolicy.evaluation.prompt_scores import EVALUATION
 from genpolicy.training.deployment import Deployment
@@ -129,7 +130,12 @@ def raw_of(method: str, world: str, folder) -> dict[str, Any]:
     )
     if world == "prompts" and NEEDS[method].data:
         raw["data"] = {"name": f"{test_laws.__name__}:Shown"}
-    if method == "reinflow":
+    if NEEDS[method].teacher:
+        name = {"prompts": "toy", "robots": "mlp"}[world]
+        own = {"family": "flow", **raw["policy"], "name": name}
+        raw |= taught(own, folder, toy_control.Recorded())
+        raw["method"] |= {"loss": "score", "batch": 16}
+    elif method == "reinflow":
         raw["policy"] = {**raw["policy"], "family": "flow"}
         raw["chain"] = {"steps": 4, "kernel": test_laws.ODE, "window": [0, 3]}
     elif NEEDS[method].likelihoods:
@@ -165,6 +171,9 @@ def test_what_one_iteration_draws_is_pairwise_different(tmp_path, drawn, method,
         assert len(own) == 3, "retried failures, the policy's order and the value's"
     elif method == "bc":
         assert purposes == {"imitation"}
+    elif method == "consistency":
+        own = {"times", "distillation", "minibatch", "fake minibatch", "fake", "score"}
+        assert purposes == own | ({"contexts"} if world == "robots" else set())
     else:
         assert purposes >= ({"window"} if NEEDS[method].likelihoods else set())
         assert drawn[0].rows, "what is collected has its noise"
