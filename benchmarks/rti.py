@@ -136,8 +136,8 @@ def tell(out: Path, line: dict[str, Any]) -> None:
     low, high = line["difference_ci95"]
     print(
         f"{line['row']:>28}  {line['success']:.3f} [{line['ci95'][0]:.3f}, {line['ci95'][1]:.3f}]"
-        f"  {line['difference']:+.3f} [{low:+.3f}, {high:+.3f}]  {line['per_action']:6.2f} per action"
-        f"  {line['per_decision']:6.2f} per decision",
+        f"  {line['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        f"  {line['per_action']:6.2f} per action  {line['per_decision']:6.2f} per decision",
         flush=True,
     )
     with open(out, "a", encoding="utf-8") as file:

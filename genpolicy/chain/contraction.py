@@ -11,17 +11,21 @@ behind.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from genpolicy.chain.chain import Chain
+from genpolicy.chain.chain import ODE, Chain
+from genpolicy.chain.solver import Solver
 
 
 def contractions(chain: Chain, spread: float) -> Tensor:
     """c_k of every step of the chain, [K] fp64, for data of std ``spread`` = s given what is seen
-    (in event units).
+    (in event units). A solver stands for the ODE that it solves.
     """
+    if isinstance(chain.kernel, Solver):
+        chain = replace(chain, kernel=ODE, window=None)
     steps, s = chain.steps, spread
     kappa = steps.alpha_t * s**2 / (steps.alpha_t**2 * s**2 + steps.sigma_t**2)
     eps = (1 - steps.alpha_t * kappa) / steps.sigma_t

@@ -157,9 +157,8 @@ def evaluate_episodes(
     policy = found.load()
     model: ControlModel = policy.model  # type: ignore[assignment]  # its caller saw that it acts
     require_fit(model, task)
-    # what does not fit is said before anything is played, levels that are still to be chosen aside
     for variant in chosen:
-        variant.cold(policy)
+        variant.require_fit(policy)
     name, count = str(section["name"]), min(asked.environments, asked.episodes)
     environments = guarded(task, name, count, model.history)
     measured: list[Measured] = []
@@ -248,7 +247,8 @@ def _result(
 def _head(width: int, judged: bool, several: bool) -> str:
     """The heading of the columns of `_line`."""
     rate = "success rate, 95 %" if judged else "return, 95 %"
-    columns = f"{'sampler':>{width}}  {rate:>24}  {'return':>9}  {'steps':>6}  {'NFE':>5}  {'/action':>7}  {'p50 ms':>7}"
+    first = f"{'sampler':>{width}}  {rate:>24}  {'return':>9}  {'steps':>6}"
+    columns = f"{first}  {'NFE':>5}  {'/action':>7}  {'p50 ms':>7}"
     return columns + ("   difference to the deployed one, paired" if several else "")
 
 

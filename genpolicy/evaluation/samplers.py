@@ -14,7 +14,7 @@ from genpolicy.config.errors import ConfigError, choice
 from genpolicy.config.origin import Origin
 from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.task import Environments
-from genpolicy.evaluation.warm_levels import Contraction, samples, settled
+from genpolicy.evaluation.warm_levels import Contraction, samples, settled, with_fewest_levels
 from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.pretrained import native_sampler
@@ -56,10 +56,10 @@ class Variant:
         """The policy with this sampler: the same model and the same parts."""
         return make_policy(policy.model, self.sampler, policy.parts, origin=self.origin)
 
-    def cold(self, policy: ChainPolicy) -> ChainPolicy:
-        """The same without its warm start."""
-        sampler = replace(self.sampler, warm=None)
-        return make_policy(policy.model, sampler, policy.parts, origin=self.origin)
+    def require_fit(self, policy: ChainPolicy) -> None:
+        """Raise `ConfigError` where the policy can't have this sampler, whatever its levels."""
+        sampler = with_fewest_levels(self.sampler)
+        make_policy(policy.model, sampler, policy.parts, origin=self.origin)
 
     def settled(self, policy: ChainPolicy, drawn: Tensor) -> "Variant":
         """The same with the levels of its warm start and their contraction (see `settled`)."""

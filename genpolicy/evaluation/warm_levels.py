@@ -1,6 +1,7 @@
 """Warm starts of which nobody said how far back they go: the levels that follow from the policy."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ J_MAX = 0.3
 """The share of a plan's error that a decision may leave: .43 of a decision's movement behind."""
 EPISODES, OBSERVATIONS, DRAWS = 4, 64, 16
 """Episodes that are looked at, observations of them, and samples N for each."""
+LEAST: dict[str, dict[str, Any]] = {"rti": {"levels": [0]}, "sdedit": {"steps": 0}}
+"""The settings of a warm start that `settled` chooses, at their least."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,14 @@ def spread(drawn: Tensor, discrete_dims: list[int] | None = None) -> float:
     return float(drawn[..., dims].double().var(1).mean().sqrt())
 
 
+def with_fewest_levels(sampler: ChainConfig) -> ChainConfig:
+    """The same sampler; a warm start that names no levels (or steps) has the fewest."""
+    if sampler.warm is None:
+        return sampler
+    named = {key: value for key, value in sampler.warm.items() if value is not None}
+    return replace(sampler, warm={**LEAST.get(str(named.get("name")), {}), **named})
+
+
 def settled(
     sampler: ChainConfig, policy: ChainPolicy, drawn: Tensor, origin: Origin = STRANGER
 ) -> tuple[ChainConfig, Contraction]:
@@ -76,13 +87,13 @@ def settled(
     """
     warm = dict(sampler.warm or {})
     s = spread(drawn, warm.get("discrete_dims"))
-    key = "levels" if warm.get("name") == "rti" else "steps"
+    (key,) = LEAST[warm["name"]]
     if warm.get(key) is None:
         cold = make_policy(policy.model, replace(sampler, warm=None), policy.parts, origin=origin)
         try:
             levels = choose_levels(cold.chain, s, J_MAX)
         except ValueError as error:
-            raise ConfigError(f"warm start {warm.get('name')}: {error}") from None
+            raise ConfigError(f"warm start {warm['name']}: {error}") from None
         warm[key] = levels if key == "levels" else len(levels)
         sampler = replace(sampler, warm=warm)
     made = make_policy(policy.model, sampler, policy.parts, origin=origin)

@@ -284,3 +284,15 @@ def test_what_does_not_fit_is_one_sentence(warm, chain, best_of, said):
 def test_sdedit_fits_every_schedule_and_several_candidates():
     for schedule in (VP, Linear(), EDM()):
         SDEdit(5).require_fit(Chain(schedule, schedule.grid(10)), (4, 2), 16)
+
+
+def test_sdedit_goes_through_a_solver_as_through_its_ode():
+    heun, ode = (Chain(VP, VP.grid(20), kernel) for kernel in (Heun(), DDIM(0.0)))
+    warm, guess = SDEdit(5), constant(0.4)
+    warm.require_fit(heun, (1, 1), 1)
+    assert warm.contraction(heun, 0.1) == warm.contraction(ode, 0.1)
+    ends = [float(replanned(warm, c, guess.float(), Data().denoiser(VP))) for c in (heun, ode)]
+    assert ends[0] == pytest.approx(ends[1], abs=0.1)
+    assert torch.equal(
+        replanned(SDEdit(0), heun, guess.float(), Data().denoiser(VP)), guess.float()
+    )

@@ -1,4 +1,4 @@
-"""Warm starts through the door: levels that are measured, and a policy that is deployed with one."""
+"""Warm starts through the door: levels that are measured, and a policy deployed with one."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Plans of warm starts: an episode's own, from its first decision to its last, and nobody else's."""
+"""Plans of warm starts: an episode's own, from its first decision to its last."""
 
 from dataclasses import replace
 
