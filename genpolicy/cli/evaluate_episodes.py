@@ -257,8 +257,9 @@ def _line(one: Measured, deployed: Measured, width: int) -> str:
     name, entry = "success_rate" if one.evaluation.judged else "return", one.entry()
     low, high = entry["ci95"][name]
     rate = f"{entry[name]:.3f} [{low:.3f}, {high:.3f}]"
-    numbers = f"{entry['return']:9.3f}  {entry['length']:6.1f}  {one.nfe:5.4g}  {one.nfe_per_action:7.4g}  {one.latency['p50']:7.2f}"
-    line = f"{one.variant.name:>{width}}  {rate:>24}  {numbers}"
+    played = f"{entry['return']:9.3f}  {entry['length']:6.1f}"
+    cost = f"{one.nfe:5.4g}  {one.nfe_per_action:7.4g}  {one.latency['p50']:7.2f}"
+    line = f"{one.variant.name:>{width}}  {rate:>24}  {played}  {cost}"
     if one is deployed:
         return line
     difference = one.difference(deployed)[name]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genpolicy.chain import Noise
+from genpolicy.chain import DDIM, Noise
 from genpolicy.chain.contraction import choose_levels
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.origin import STRANGER, Origin
@@ -14,7 +14,7 @@ from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.task import Context, Environments
 from genpolicy.evaluation.prompt_scores import EVALUATION
 from genpolicy.policy.policy import ChainPolicy
-from genpolicy.policy.sampler import ODE, make_policy
+from genpolicy.policy.sampler import make_policy
 from genpolicy.rollout.episodes import play, reset_seed
 
 J_MAX = 0.3
@@ -48,8 +48,9 @@ def samples(policy: ChainPolicy, environments: Environments, seed: int) -> Tenso
     """N samples [O,N,*E] of the policy's ODE, which keeps their distribution, for each of O
     observations that it meets in a few episodes (whose starts are hashes of ``seed``).
     """
-    ode = make_policy(policy.model, ChainConfig(steps=policy.chain.K, kernel=dict(ODE)))
-    ode = replace(ode, chain=replace(ode.chain, grid=policy.chain.grid), base=policy.base)
+    chain = replace(policy.chain, kernel=DDIM(0.0), window=(0, 0))
+    bare = {"best_of": 1, "refiner": None, "noise": None, "warm": None, "execute": None}
+    ode = replace(policy, chain=chain, **bare)
     numbers = torch.arange(EPISODES)
     seeds = [reset_seed(seed, EVALUATION, number) for number in numbers.tolist()]
     names = Noise.rows(seed, EVALUATION, numbers, 1)
