@@ -163,3 +163,28 @@ def test_what_is_trained_begins_from_noise():
         with pytest.raises(ConfigError, match=f"{key} is of a policy that is deployed"):
             require_trainable(sampler, PERSON)
     require_trainable(ChainConfig(), PERSON)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_next_plan_is_one_graph_of_the_plan_before_and_what_is_seen(model):
+    """All that an export needs: inputs condition and previous, outputs plan and actions."""
+    mean = {"name": "mean", "kernel": DDPM}
+    policy = make_policy(model, replace(RTI, kernel=mean, warm={**RTI.warm, "discrete_dims": [1]}))
+
+    def decide(condition, previous):
+        plan = policy.sample(condition, names(2), previous=previous).x0
+        return plan, policy.actions(plan)
+
+    seen = Recorded(episodes=3).rows(torch.arange(4), 1, range(1))[0]
+    condition, previous = model.encode(seen), torch.linspace(-1, 1, 32).view(4, 4, 2)
+    weights = model.trainable().values()
+    for weight in weights:
+        weight.requires_grad_(False)  # constants of the graph
+    graph = torch.jit.trace(decide, (condition[:2], previous[:2]), check_trace=False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    for found, wanted in zip(
+        graph(condition[2:], previous[2:]), decide(condition[2:], previous[2:]), strict=True
+    ):
+        assert torch.allclose(found, wanted, atol=1e-6)
