@@ -1,6 +1,6 @@
 """The chain: sample it, and score the stored steps again through the very same transition."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
@@ -371,6 +371,26 @@ class Chain:
             with torch.set_grad_enabled(wanted and k >= learned):
                 x = self._after(self._act(denoiser, x, k, condition), k, noise)
         return x
+
+    @torch.no_grad()
+    def relabelled(
+        self,
+        denoiser: Denoiser,
+        condition: Condition,
+        noise: Noise,
+        x: Tensor,
+        steps: Sequence[int],
+    ) -> Trajectory:
+        """Take the listed steps from x [B,*E], in their order; no step is kept.
+
+        Each takes x as it stands for x at its own time, grid[k], and goes to grid[k+1]: where the
+        next one of the list is not k + 1, nothing stretches from the one to the other.
+        """
+        begun = x
+        for k in steps:
+            x = self._after(self._act(denoiser, x, k, condition), k, noise)
+        empty = x[:, None][:, :0]
+        return Trajectory(condition, empty, empty, empty, x, self.K, start=begun, chain=self)
 
     def _begin(
         self, condition: Condition, noise: Noise, shape: tuple[int, ...], device: torch.device

@@ -24,7 +24,7 @@ from genpolicy.training.prepare import evaluation_prompts
 
 OF_PROMPTS = ("prompts", "samples", "reward", "guidance")
 """Options that only mean something for policies that draw."""
-OF_EPISODES = ("episodes", "environments", "gifs", "samplers", "task")
+OF_EPISODES = ("episodes", "environments", "gifs", "samplers", "deploy", "task")
 """Options that only mean something for policies that act."""
 
 

@@ -159,8 +159,13 @@ def _evaluate_episodes(group: Any) -> None:
         nargs="+",
         metavar="NAME|K=V",
         help="others to compare it with: ode, mean, stochastic, last_mean, best_of_16 (of so many"
-        " samples the one that the policy's critic picks), native, or a key of the sampler"
-        " (steps=1)",
+        " samples the one that the policy's critic picks), native, rti, rti_mean, sdedit (each"
+        " decision from the plan before it, docs/rti.md), or a key of the sampler (steps=1)",
+    )
+    group.add_argument(
+        "--deploy",
+        metavar="DIR",
+        help="save the policy into a new folder, deployed with the last of the samplers",
     )
     group.add_argument(
         "--gifs", type=int, metavar="N", help="GIFs of so many successes and failures (default: 2)"

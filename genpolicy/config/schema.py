@@ -43,10 +43,16 @@ class ChainConfig:
     grid: Literal["own", "native"] = "own"
     # noise time at which the chain starts, below the noisiest; None is the noisiest
     start: float | None = None
+    # actions of a chunk that are carried out before the next decision; None is all that the model
+    # says. Of a policy that is deployed: what is trained carries out whole chunks
+    execute: int | None = None
+    # {name, ...}: rti or sdedit (genpolicy.chain), every decision of an episode but its first
+    # begins from the plan before it; None is noise each time. Of a policy that is deployed
+    warm: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         at_most("chain", self, steps=10_000)
-        at_least("chain", self, steps=1, guidance=0, window_size=1, best_of=1)
+        at_least("chain", self, steps=1, guidance=0, window_size=1, best_of=1, execute=1)
         positive("chain", self, "start")
         if self.grid == "native" and self.start is not None:
             raise ConfigError("chain: a native grid starts where its library does: leave start out")
