@@ -159,7 +159,7 @@ def run(args: Namespace) -> int:
 
 
 def runtime() -> Any:
-    """The package `genpolicy_runtime`: the installed one, else the one that ships with genpolicy."""
+    """The package `genpolicy_runtime`: the installed one, else the one that genpolicy ships."""
     ships = shipped.code(SOURCE)
     if ships is not None and str(ships) not in sys.path:
         sys.path.append(str(ships))

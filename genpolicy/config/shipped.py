@@ -43,8 +43,8 @@ def path(name: str | Path) -> Path:
 
 
 def code(name: str) -> Path | None:
-    """The shipped folder of Python files called `name`, such as `robots/genpolicy_runtime/src`; never
-    one of the current folder, whose code is not ours.
+    """The shipped folder of Python files called `name`, such as `robots/genpolicy_runtime/src`;
+    never one of the current folder, whose code is not ours.
     """
     folder, *rest = Path(name).parts
     found = (_PACKAGE.parent.joinpath(folder, *rest), _PACKAGE.joinpath(f"_{folder}", *rest))

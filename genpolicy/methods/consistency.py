@@ -87,9 +87,10 @@ class Consistency:
 class _Lesson:
     """B rows to learn from.
 
-    place [B]: their numbers in the iteration, or in a minibatch. condition: the student's. taught: the teacher's. x
-    [B,*E], t [B]: where the student jumps from. target [B,*E]: where to; of loss consistency the
-    teacher's next state, and ``s`` [B] its time; of loss score nothing that is used.
+    place [B]: their numbers in the iteration, or in a minibatch. condition: the student's. taught:
+    the teacher's. x [B,*E], t [B]: where the student jumps from. target [B,*E]: where to; of loss
+    consistency the teacher's next state, and ``s`` [B] its time; of loss score nothing that is
+    used.
     """
 
     place: Tensor

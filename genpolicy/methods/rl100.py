@@ -85,9 +85,9 @@ class RL100:
         share("method rl100", self, "gamma")
         if self.student.updates and self.stage not in ("all", "online"):
             raise ConfigError(
-                f"method rl100: student.updates is {self.student.updates}, and stage {self.stage} has"
-                " no online iterations in which it could follow: leave it out, and distil what the"
-                " stage returns with method consistency"
+                f"method rl100: student.updates is {self.student.updates}, and stage {self.stage}"
+                " has no online iterations in which it could follow: leave it out, and distil what"
+                " the stage returns with method consistency"
             )
 
     @property

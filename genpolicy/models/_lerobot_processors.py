@@ -46,8 +46,9 @@ class Processors:
     def observations(
         self, standard: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, Tensor]:
-        """The observations [B,history,*shape] whose normalised values are ``standard``: every way to
-        normalise a vector is affine, and is read off at 0 and at 1. Pictures are taken as they are.
+        """The observations [B,history,*shape] whose normalised values are ``standard``: every way
+        to normalise a vector is affine, and is read off at 0 and at 1. Pictures are taken as they
+        are.
         """
         ends = []
         for end in (0.0, 1.0):

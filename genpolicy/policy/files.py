@@ -35,9 +35,9 @@ def save_policy(
     """Write the policy in its ecosystem's format, with its sampler, its parts and the checksums of
     all beside it.
 
-    section: the experiment's policy section, whose teacher is not kept. The folder that was there is set aside until the new
-    one is in its place, so that a process that is killed leaves one of them for `whole`.
-    ``best_of`` is the policy's, whatever the sampler's.
+    section: the experiment's policy section, whose teacher is not kept. The folder that was there
+    is set aside until the new one is in its place, so that a process that is killed leaves one of
+    them for `whole`. ``best_of`` is the policy's, whatever the sampler's.
     """
     staged = folder.with_name(folder.name + ".staged")
     shutil.rmtree(staged, ignore_errors=True)

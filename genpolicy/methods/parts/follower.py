@@ -1,5 +1,5 @@
-"""A student that follows a policy while that learns: the same regression as loss same_noise of method
-``consistency``, after every iteration, with the policy as it stands for its teacher (RL-100, arXiv
+"""A student that follows a policy while that learns: the regression of method ``consistency`` (loss
+same_noise) after every iteration, with the policy as it stands for its teacher (RL-100, arXiv
 2510.14830, distils "online" so).
 """
 

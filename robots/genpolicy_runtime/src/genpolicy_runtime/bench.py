@@ -15,7 +15,7 @@ MODES: dict[str, Callable[[Policy, Observation], np.ndarray]] = {
     "chunks": Policy.act,
     "every tick": Policy.plan,
 }
-"""The ways to run a policy: plan when the last chunk of actions is used up, or plan at every tick."""
+"""The ways to run a policy: plan when a chunk of actions is used up, or plan at every tick."""
 WARM_UP = 3
 """Plans that go before and are not measured: onnxruntime makes its memory ready in them."""
 

@@ -25,7 +25,8 @@ def words(manifest: Manifest) -> Iterator[str]:
         f"acts         {_count(action.dim, 'number')} per tick in the units of the"
         f" {action.units}, {rate}"
     )
-    yield f"plans        {_count(action.planned, 'action')}, of which {action.executed} are executed"
+    planned = _count(action.planned, "action")
+    yield f"plans        {planned}, of which {action.executed} are executed"
     yield f"costs        {manifest.evaluations:g} evaluations of the network per plan"
     yield f"noise        {_count(manifest.noise[0], 'draw')} per plan"
     if manifest.state is not None:
