@@ -44,7 +44,8 @@ class Graphs:
             if begun != PROVIDERS[provider]:
                 raise ExportError(
                     f"onnxruntime could not begin with provider {provider} and fell back on"
-                    f" {begun}: libraries that it needs are missing, or do not fit this machine's driver"
+                    f" {begun}: libraries that it needs are missing, or do not fit this machine's"
+                    " driver"
                 )
 
     def run(self, given: Mapping[str, np.ndarray], first: bool) -> dict[str, np.ndarray]:
