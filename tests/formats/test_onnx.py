@@ -281,6 +281,33 @@ def test_the_shipped_smolvla_exports_with_its_instruction(
 
 
 @pytest.mark.slow
+def test_pi0_exports_and_pi05_whose_state_becomes_words_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genpolicy.models.lerobot_flow import LeRobotFlow
+    from tests import lerobot_tiny_vla as tiny
+
+    monkeypatch.setattr(_parity, "COUNTS", dict.fromkeys(_parity.COUNTS, 20))
+    monkeypatch.setattr(_parity, "AT_ONCE", 20)
+    words = tiny.PROMPTS[0]
+    with tiny.sizes():
+        pi0, pi05 = (
+            policy(
+                LeRobotFlow(str(tiny.saved(family)), device="cpu", tokenizer=tiny.words()),
+                steps=1,
+                kernel=ODE,
+            )
+            for family in ("pi0", "pi05")
+        )
+        file = tmp_path / "policy.onnx"
+        exporter.write_policy(pi0, noise_shape(pi0), file, words)
+        parity = _parity.measure(_graph.session(file), pi0, noise_shape(pi0), None, words)
+        assert parity.holds, parity.told()
+        with pytest.raises(ConfigError, match="state into its prompt"):
+            exporter.write_policy(pi05, noise_shape(pi05), file, words)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("camera", [False, True])
 def test_lerobots_diffusion_policy_exports(
     camera: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
