@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from genpolicy.cli.export import known
 from genpolicy.cli.main import main
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import ChainConfig
@@ -21,6 +22,7 @@ from genpolicy.formats._capture import acting, noise_shape
 from genpolicy.policy.files import Saved, load, save_policy, saved
 from genpolicy.policy.policy import ChainPolicy
 from tests.formats.policies import ODE, POLICIES, STATE, Recorded, mlp, policy
+from tests.toy_control import cloned
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -210,6 +212,24 @@ def test_the_shipped_clone_by_the_command_line(
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["sampler"]["steps"] == 2
     assert list(manifest["observation"]) == [STATE, "observation.environment_state"]
+
+
+def test_a_run_brings_its_recorded_episodes_and_its_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cloned(tmp_path)
+    data, task = known(saved(folder, trust=True))
+    assert data is not None
+    assert task is not None
+    assert task.fps > 0
+    assert "without the run" not in capsys.readouterr().err
+    seen = _parity.observations(saved(folder).load().model, data, torch.Generator())  # type: ignore[arg-type]
+    assert len(next(iter(seen["recorded"].values()))) == 400
+    # the control: a stranger's run names code, which is not imported
+    assert known(saved(folder)) == (None, None)
+    said = capsys.readouterr().err
+    assert "without the run's recorded episodes" in said
+    assert "without the run's task" in said
 
 
 @pytest.mark.parametrize(
