@@ -90,7 +90,7 @@ def decide(
     """
     condition = policy.model.encode(Context([instruction] * len(noise), observation))
     drawn = policy.sample(condition, noise, keep=(0, 0))
-    return policy.model.decode(drawn.x0)
+    return policy.actions(drawn.x0)
 
 
 def acting(policy: ChainPolicy, instruction: str = "") -> Callable[..., Tensor]:

@@ -205,12 +205,27 @@ def test_the_shipped_clone_by_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "exported"
-    assert main(["export", "assets/assembly-clone", "--out", str(out), "--steps", "2"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "assets/assembly-clone",
+                "--out",
+                str(out),
+                "--steps",
+                "2",
+                "--sampler",
+                "execute=3",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "parity: largest error" in printed
     assert "latency per decision" in printed
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["sampler"]["steps"] == 2
+    assert manifest["action"]["executed"] == 3
     assert list(manifest["observation"]) == [STATE, "observation.environment_state"]
 
 
@@ -240,6 +255,7 @@ def test_a_run_brings_its_recorded_episodes_and_its_task(
         (["assets/assembly-clone", "--instruction", "go"], "this policy reads no words"),
         (["assets/point-smolvla"], "give --instruction TEXT"),
         (["assets/assembly-clone", "--sampler", "kernel.name=heum"], "did you mean heun"),
+        (["assets/assembly-clone", "--sampler", "warm={name: sdedit, steps: 1}"], "warm=null"),
     ],
 )
 def test_bad_input_is_one_sentence(
