@@ -16,7 +16,8 @@ from typing import Any
 
 from genpolicy.config.errors import ConfigError, shown
 from genpolicy.config.origin import Origin
-from genpolicy.policy.files import adapts, saved
+from genpolicy.policy.files import saved
+from genpolicy.policy.folder import adapts
 from genpolicy.policy.policy import ChainPolicy
 
 TEACHER = "teacher"

@@ -11,7 +11,8 @@ from genpolicy.config.leaves import make
 from genpolicy.config.origin import PERSON, Origin
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.task import Task
-from genpolicy.policy.files import completed, load_parts
+from genpolicy.policy.files import completed
+from genpolicy.policy.parts_files import load_parts
 from genpolicy.policy.sampler import (
     deployed_sampler,
     make_kernel,
