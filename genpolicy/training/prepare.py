@@ -42,6 +42,7 @@ from genpolicy.training.requirements import (
     Needs,
     expert_remark,
     require_chain,
+    require_counts,
     require_kind,
     require_sections,
     require_shape,
@@ -92,6 +93,7 @@ def prepare(
     name, needs = str(experiment.method["name"]), required(method)
     world = world_of(task)
     require_sections(name, needs, world, experiment.data is not None)
+    require_counts(method, needs, processes)
     data = make_data(experiment.data, origin)
     require_kind(world, data)
     # what every run has, and what the two worlds have each
