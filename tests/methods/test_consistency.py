@@ -302,6 +302,9 @@ def test_what_does_not_fit_is_said_before_any_work(tmp_path, clone):
         policy={**policy, "teacher": {"path": clone, "kernel": {"name": "ddim", "eta": 1.0}}},
     )
     refused("no states to be taught at", data=None)
+    fresh = {**policy, "pretrained": None, "chunk": 2}
+    other = {"name": "tests.toy_control:Recorded", "episodes": 3}
+    refused("another meaning in actions", policy=fresh, data=other)
     refused("start alike", policy={**policy, "teacher": {"path": clone, "start": 0.5}})
     refused(
         "take loss same_noise",
