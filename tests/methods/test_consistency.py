@@ -123,6 +123,7 @@ def test_the_mean_of_a_kernel_loses_the_smaller_mode_and_a_network_without_noise
             "family": "gaussian",
             "chunk": 2,
         },
+        data={"name": "tests.toy_control:Recorded", "skill": 0.15},  # the clone's own
     )
     mean = Chain(run.teacher.model.schedule, run.teacher.chain.grid, Mean(DDIM(1.0)), (0, 20))
     share, off = modes(drawn(run, replace(run.teacher, chain=mean)))
