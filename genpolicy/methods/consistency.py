@@ -87,9 +87,10 @@ class Consistency:
 class _Lesson:
     """B rows to learn from.
 
-    place [B]: their numbers in the iteration, or in a minibatch. condition: the student's. taught: the teacher's. x
-    [B,*E], t [B]: where the student jumps from. target [B,*E]: where to; of loss consistency the
-    teacher's next state, and ``s`` [B] its time; of loss score nothing that is used.
+    place [B]: their numbers in the iteration, or in a minibatch. condition: the student's. taught:
+    the teacher's. x [B,*E], t [B]: where the student jumps from. target [B,*E]: where to; of loss
+    consistency the teacher's next state, and ``s`` [B] its time; of loss score nothing that is
+    used.
     """
 
     place: Tensor
@@ -261,7 +262,7 @@ class _Distillation:
         at = noised(self.student, x, t, noise)
         real = self.teacher.denoiser(at, t, rows.taught).x0
         with self.copy.using():
-            fake = jump(self.student, at, t, rows.condition)
+            fake = self.student.model.denoise(at, t, rows.condition).x0
         size = expand((x - real).abs().flatten(1).mean(1).clamp_min(1e-6), x)
         return x - (fake - real) / size
 

@@ -23,6 +23,8 @@ from genpolicy.policy.sampler import make_policy, resampled
 
 SAMPLER = "genpolicy.json"
 """Beside a saved policy: how to load it again, the sampler it is deployed with, and its parts."""
+CARD = "README.md"
+"""What a hub shows of a folder; it may be edited, and is no part of the policy."""
 PARTS = "parts"
 """In a saved policy's folder: a folder per part, by its name."""
 OLD_BASE, OLD_JUDGE = "base", "judge"
@@ -35,14 +37,14 @@ def save_policy(
     """Write the policy in its ecosystem's format, with its sampler, its parts and the checksums of
     all beside it.
 
-    section: the experiment's policy section, whose teacher is not kept. The folder that was there is set aside until the new
-    one is in its place, so that a process that is killed leaves one of them for `whole`.
-    ``best_of`` is the policy's, whatever the sampler's.
+    section: the experiment's policy section, whose teacher is not kept. The folder that was there
+    is set aside until the new one is in its place, so that a process that is killed leaves one of
+    them for `whole`. ``best_of`` is the policy's, whatever the sampler's.
     """
     staged = folder.with_name(folder.name + ".staged")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    policy.model.save(staged)
+    policy.model.save(staged, sampler)
     for name, part in policy.parts.items():
         (staged / PARTS / name).mkdir(parents=True)
         part.save(staged / PARTS / name)
@@ -53,7 +55,7 @@ def save_policy(
             name: {"kind": part.kind, "version": part.version}
             for name, part in policy.parts.items()
         },
-        "files": digests(staged),
+        "files": {name: value for name, value in digests(staged).items() if name != CARD},
     }
     (staged / SAMPLER).write_text(sealed(description, indent=1) + "\n", encoding="utf-8")
     aside = _set_aside(folder)

@@ -144,7 +144,7 @@ def prepare(
     policy = make_policy(model, experiment.chain, parts, origin=origin)
     require_chain(name, needs, policy)
     require_shape(model, data)
-    teacher = load_teacher(experiment.policy, origin)
+    teacher = load_teacher(experiment.policy, origin, model)
     run = Run(
         experiment,
         policy,
