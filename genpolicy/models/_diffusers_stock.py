@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from torch import Tensor
 
 from genpolicy.chain import Linear
@@ -72,9 +72,7 @@ class Stock:
         return f"pipe.scheduler = {kind}.from_config(pipe.scheduler.config, {said})"
 
 
-def _asking(
-    stock: Times, grid: Tensor, asked: Asked, takes: Collection[str]
-) -> Mapping[str, Any]:
+def _asking(stock: Times, grid: Tensor, asked: Asked, takes: Collection[str]) -> Mapping[str, Any]:
     """The arguments of the call after which the stock scheduler visits ``grid``: the number of
     steps where its own spacing is that, else the times themselves.
     """
@@ -97,6 +95,16 @@ def _asking(
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).abs().max() < EQUAL)
+
+
+def without_noise(scheduler: Any) -> Any:
+    """The scheduler itself, or the one without noise of a pipeline that was a consistency chain's."""
+    config = scheduler.config
+    if config.get("stochastic_sampling"):
+        return type(scheduler).from_config(config, stochastic_sampling=False)
+    if type(scheduler).__name__ == "LCMScheduler":
+        return DDIMScheduler.from_config(config)
+    return scheduler
 
 
 def card(

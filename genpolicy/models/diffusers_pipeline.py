@@ -32,7 +32,7 @@ from genpolicy.models._diffusers_lora import Lora
 from genpolicy.models._diffusers_parts import Parts
 from genpolicy.models._diffusers_prompts import Embeddings, Entry, Prompts
 from genpolicy.models._diffusers_scheduler import Times
-from genpolicy.models._diffusers_stock import CARD, CONSISTENCY, Stock, card
+from genpolicy.models._diffusers_stock import CARD, CONSISTENCY, Stock, card, without_noise
 from genpolicy.models._diffusers_text import TextEncoders
 from genpolicy.models._diffusers_vae import Vae
 
@@ -306,12 +306,13 @@ class DiffusersPipeline:
         with (with another head, the one that reads it).
 
         Of a consistency ``sampler`` the scheduler is the stock one that draws as it does, and a
-        card has the call (`genpolicy.models._diffusers_stock`).
+        card has the call (`genpolicy.models._diffusers_stock`); that of a pipeline which was saved
+        so, and is no consistency sampler's any more, adds no noise again.
         """
         own = self.pipeline.scheduler
         try:
-            if sampler is not None and sampler.kernel.get("name") == CONSISTENCY:
-                self._tell_stock(directory, sampler)
+            if sampler is not None:
+                self._tell_scheduler(directory, sampler)
             if self.train == "lora":
                 lora_files.save(self.pipeline, self._name, self.denoiser, directory)
             else:
@@ -319,8 +320,13 @@ class DiffusersPipeline:
         finally:
             self.pipeline.scheduler = own
 
-    def _tell_stock(self, directory: Path, sampler: ChainConfig) -> None:
-        """Give the pipeline the stock scheduler of a consistency sampler, and write the card."""
+    def _tell_scheduler(self, directory: Path, sampler: ChainConfig) -> None:
+        """Give the pipeline the stock scheduler of a consistency sampler, and write the card; of
+        another sampler the one that adds no noise.
+        """
+        if sampler.kernel.get("name") != CONSISTENCY:
+            self.pipeline.scheduler = without_noise(self.pipeline.scheduler)
+            return
         steps, takes = sampler.steps, self._call.arguments
         native = sampler.grid == "native"
         grid = self.native_grid(steps) if native else self.grid(steps, sampler.start)

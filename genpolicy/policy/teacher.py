@@ -44,7 +44,8 @@ def student(section: Mapping[str, Any]) -> dict[str, Any]:
     path, _ = _asked(own)
     found = saved(path)
     own.setdefault("name", found.policy["name"])
-    if not adapts(found.policy):
+    start = _adapter(found.policy)
+    if start is None:
         return own | {"pretrained": found.where}
     if not adapts(own):
         raise ConfigError(
@@ -53,7 +54,6 @@ def student(section: Mapping[str, Any]) -> dict[str, Any]:
         )
     lora = {"rank": found.policy["lora"].get("rank"), **(own.get("lora") or {})}
     lora = {key: value for key, value in lora.items() if value is not None}
-    start = found.policy["lora"]["start"]
     return own | {"pretrained": found.policy["pretrained"], "lora": {**lora, "start": start}}
 
 
@@ -102,10 +102,14 @@ def _borrowed(found: Saved, section: Mapping[str, Any], model: Model) -> ChainPo
 
 def _begins(section: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a policy section that say which network a model is before it learns."""
-    lora = section.get("lora")
-    start = lora.get("start") if adapts(section) and isinstance(lora, Mapping) else None
     kept = {key: value for key, value in section.items() if key not in (TEACHER, "train", "lora")}
-    return {**kept, "start": start}
+    return {**kept, "start": _adapter(section)}
+
+
+def _adapter(section: Mapping[str, Any]) -> str | None:
+    """The adapter that a policy section starts from; None where it starts from a whole network."""
+    lora = section.get("lora")
+    return lora.get("start") if adapts(section) and isinstance(lora, Mapping) else None
 
 
 def _asked(section: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
