@@ -24,12 +24,14 @@ CONTRACTS = [
     "No shelf knows a method",
     "Methods do not know each other",
     "A shelf imports contracts, the chain and the cellar",
+    "A format knows policies, and not how they are trained or judged",
     "The mathematics imports torch only (and numpy, for its counter-based noise)",
     "Only leaves know an ecosystem",
     "Only training/processes.py knows accelerate",
 ]
 TRESPASSES = {
     "chain/zz_up.py": "import genpolicy.learning",
+    "formats/zz_trained.py": "import genpolicy.training",
     "chain/zz_wide.py": "import scipy",
     "learning/zz_ecosystem.py": "def late():\n    import diffusers",
     "methods/zz_one.py": "from genpolicy.methods import zz_two",
@@ -47,7 +49,7 @@ CYCLES = {
     "config/zz_c.py": "def late():\n    from genpolicy.config import zz_d",
     "config/zz_d.py": "import genpolicy.config.zz_c",
 }
-SHELVES = {"models", "tasks", "rewards", "datasets"}
+SHELVES = {"models", "tasks", "rewards", "datasets", "formats"}
 GRAPH = """
 import json, grimp
 graph = grimp.build_graph("genpolicy", cache_dir=None)

@@ -6,8 +6,9 @@ operation that meets tensors of both places raises, as it would on a GPU: only s
 mix with the device's tensors, indices of the host may pick its rows, and copies cross.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,8 +20,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from genpolicy.models._diffusers_load import load_pipeline
+
 DEVICE = torch.device("meta")
 """The pretended device."""
+AUTOCAST = torch.autocast
+paused: list[bool] = []
+"""Not empty while a library loads."""
 aten = torch.ops.aten
 CROSSING = {aten.copy_.default, aten._to_copy.default}
 """The operations that carry values from one place to the other."""
@@ -69,6 +75,8 @@ class _Dispatched(TorchDispatchMode):
     """Carries out every operation where its tensors are."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if paused:
+            return func(*args, **(kwargs or {}))
         return _carried_out(func, args, kwargs or {})
 
 
@@ -89,7 +97,8 @@ class TwoDevices(AbstractContextManager):
         self._modes = ExitStack()
         self._modes.enter_context(_Called())
         self._modes.enter_context(_Dispatched())
-        self._modes.enter_context(mock.patch("safetensors.torch.safe_open", _opened))
+        for name, replacement in REPLACED.items():
+            self._modes.enter_context(mock.patch(name, replacement))
 
     def __exit__(self, *error: Any) -> None:
         self._modes.close()
@@ -101,6 +110,39 @@ def _opened(name: Any, framework: str, device: str, **settings: Any) -> Iterator
     with safe_open(name, framework, device="cpu", **settings) as file:
         tensors = {name: tensor.to(device) for name, tensor in file.get_tensors().items()}
         yield SimpleNamespace(get_tensors=lambda: tensors)
+
+
+def _pausing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a library that loads to the CPU by way of its own empty "meta" tensors."""
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        paused.append(True)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            paused.pop()
+
+    return called
+
+
+def _autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+    """Autocast on the device that carries out the operations."""
+    return AUTOCAST("cpu", *args, **kwargs)
+
+
+def _lerobot_knows(device: str) -> bool:
+    return device in ("cpu", str(DEVICE))
+
+
+REPLACED: dict[str, Any] = {
+    "safetensors.torch.safe_open": _opened,
+    "torch.autocast": _autocast,
+    "genpolicy.models.diffusers_pipeline.load_pipeline": _pausing(load_pipeline),
+    "lerobot.configs.policies.is_torch_device_available": _lerobot_knows,
+    "lerobot.configs.policies.is_amp_available": _lerobot_knows,
+}
+"""Functions of libraries that know which devices there are, or that use "meta" themselves."""
 
 
 def _remote(device: Any) -> bool:

@@ -15,11 +15,13 @@ from genpolicy.chain.prior import StandardNormal
 from genpolicy.chain.schedule import EDM, Linear, Step, VariancePreserving
 from genpolicy.chain.solver import DPMSolver, Heun
 from genpolicy.chain.values import Condition, Gaussian, Prediction
+from genpolicy.chain.warm_start import RTI, SDEdit
 
 __all__ = [
     "CPS",
     "DDIM",
     "EDM",
+    "RTI",
     "SDE",
     "Chain",
     "ClipStd",
@@ -35,6 +37,7 @@ __all__ = [
     "Mean",
     "Noise",
     "Prediction",
+    "SDEdit",
     "StandardNormal",
     "Step",
     "Trajectory",

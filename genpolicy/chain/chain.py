@@ -1,6 +1,6 @@
 """The chain: sample it, and score the stored steps again through the very same transition."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
@@ -57,13 +57,13 @@ class Trajectory:
             low, high, stride = rows.indices(len(self))
             if stride != 1 or low % self.shared or high % self.shared:
                 raise ValueError(
-                    f"rows {low}:{high}:{stride} skip rows or cut a group of {self.shared} that shares"
-                    " its start"
+                    f"rows {low}:{high}:{stride} skip rows or cut a group of {self.shared} that"
+                    " shares its start"
                 )
         elif self.shared > 1:
             raise ValueError(
-                f"an index may cut a group of {self.shared} that shares its start: give a stretch of"
-                " groups"
+                f"an index may cut a group of {self.shared} that shares its start: give a stretch"
+                " of groups"
             )
         return replace(
             self,
@@ -114,8 +114,8 @@ class Chain:
     A grid may begin below the schedule's noisiest time (``schedule.grid(K, start=t)``). There x_t
     is no longer pure noise: alpha x_0 is a part of it, and the prior stands in for that part with
     noise of its size, N(0, ``scale``^2 I). This is the distribution of x_t exactly for Gaussian
-    data of mean 0 and variance 1, and an approximation for other data that are standardised. A network
-    that was trained to start elsewhere needs a ``prior`` that says so.
+    data of mean 0 and variance 1, and an approximation for other data that are standardised. A
+    network that was trained to start elsewhere needs a ``prior`` that says so.
     """
 
     schedule: Schedule
@@ -190,7 +190,8 @@ class Chain:
         """
         if isinstance(self.kernel, Solver):
             raise ValueError(
-                f"{type(self.kernel).__name__} is a solver: it samples and has no transition to score"
+                f"{type(self.kernel).__name__} is a solver: it samples and has no transition to"
+                " score"
             )
         if self._inside(k):
             return self.kernel
@@ -198,7 +199,7 @@ class Chain:
         return self.kernel if jumps and bool(torch.as_tensor(k == self.K - 1).all()) else ODE
 
     def _inside(self, k: int | Tensor) -> bool:
-        """True where step k, or each of steps [B], lies in the window; `ValueError` where some do."""
+        """True where step k, or each of [B], lies in the window; `ValueError` where some do."""
         if isinstance(k, int):
             return k in self.stochastic
         inside = (k >= self.stochastic.start) & (k < self.stochastic.stop)
@@ -379,6 +380,26 @@ class Chain:
             with torch.set_grad_enabled(wanted and k >= learned):
                 x = self._after(self._act(denoiser, x, k, condition), k, noise)
         return x
+
+    @torch.no_grad()
+    def relabelled(
+        self,
+        denoiser: Denoiser,
+        condition: Condition,
+        noise: Noise,
+        x: Tensor,
+        steps: Sequence[int],
+    ) -> Trajectory:
+        """Take the listed steps from x [B,*E], in their order; no step is kept.
+
+        Each takes x as it stands for x at its own time, grid[k], and goes to grid[k+1]: where the
+        next one of the list is not k + 1, nothing stretches from the one to the other.
+        """
+        begun = x
+        for k in steps:
+            x = self._after(self._act(denoiser, x, k, condition), k, noise)
+        empty = x[:, None][:, :0]
+        return Trajectory(condition, empty, empty, empty, x, self.K, start=begun, chain=self)
 
     def _begin(
         self, condition: Condition, noise: Noise, shape: tuple[int, ...], device: torch.device

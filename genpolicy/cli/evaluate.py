@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from genpolicy.cli import evaluate_episodes
+from genpolicy.cli import evaluate_episodes, evaluate_exported
 from genpolicy.cli.sections import sampler_keys
 from genpolicy.config import leaves, parse
 from genpolicy.config.errors import ConfigError
@@ -17,18 +17,28 @@ from genpolicy.config.schema import EvalConfig
 from genpolicy.evaluation import metrics_file
 from genpolicy.evaluation.prompt_scores import draw, measure
 from genpolicy.evaluation.statistics import latency
+from genpolicy.formats.onnx import is_export
 from genpolicy.policy.files import Saved, saved
 from genpolicy.training.build import load_rewards, make_rewards, prompt_lines
 from genpolicy.training.prepare import evaluation_prompts
 
 OF_PROMPTS = ("prompts", "samples", "reward", "guidance")
 """Options that only mean something for policies that draw."""
-OF_EPISODES = ("episodes", "environments", "gifs", "samplers", "task")
+OF_EPISODES = ("episodes", "environments", "gifs", "samplers", "deploy", "task")
 """Options that only mean something for policies that act."""
 
 
 def run(args: Namespace) -> int:
     """Evaluates the deployed sampler and writes eval.json."""
+    if is_export(Path(args.policy)):
+        where = f"{args.policy} is an export"
+        _refuse(
+            args, OF_PROMPTS, f"{where} of a policy that acts: judge it with --task, --episodes"
+        )
+        _refuse(args, ("samplers",), f"{where}, whose sampler is in its graph")
+        if sampler_keys(args):
+            raise ConfigError(f"{where}, whose sampler is in its graph: export it with another one")
+        return evaluate_exported.run(args)
     found = saved(args.policy, trust=args.trust, **sampler_keys(args))
     out = Path(args.out or (args.policy if found.run is not None else "."))
     if found.acts:

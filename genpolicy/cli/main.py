@@ -21,8 +21,8 @@ OURS = {
     "genpolicy.contracts.reward": "RewardError",
     "genpolicy.contracts.task": "TaskError",
 }
-"""Errors that are one sentence, by the module that they are in; it brings torch, and is not imported
-for their sake.
+"""Errors that are one sentence, by the module that they are in; it brings torch, and is not
+imported for their sake.
 """
 
 

@@ -8,12 +8,17 @@ from typing import Any, NoReturn
 from genpolicy import __version__
 from genpolicy.config.errors import ConfigError, choice
 
-LISTED = ("methods", "models", "rewards", "tasks", "datasets", "kernels", "samplers", "configs")
+LISTED = (
+    *("methods", "models", "rewards", "tasks", "datasets", "formats"),
+    *("kernels", "samplers", "configs"),
+)
 """The kinds that `genpolicy list` knows."""
 WORLDS = ("both", "pictures", "robot")
 """The halves of the quickstart, and both of them."""
 NOISE = 0.1
 """Standard deviation of the noise on an expert's actions, unless it is asked for (in actions)."""
+FORMAT = "onnx"
+"""The format of an export, unless it is asked for."""
 POLICY = "a run's folder, its policy/ or policy_best/, a diffusers or LeRobot folder or hub id"
 TRUST = "let the policy's and the data's files import the code that they name (docs/security.md)"
 OVERRIDES = "any key of the experiment, for example --optimizer.lr=1e-5"
@@ -51,6 +56,7 @@ def command_line() -> Parser:
     _demonstrate(verbs)
     _compare(verbs)
     _sample(verbs)
+    _export(verbs)
     _list(verbs)
     _check(verbs)
     return parser
@@ -101,7 +107,7 @@ def _evaluate(verbs: Any) -> None:
     )
     verb = _verb(verbs, "evaluate", text, "evaluate", keys="--task.")
     verb.usage = "genpolicy evaluate POLICY [options] [--task.key=value ...]"
-    verb.add_argument("policy", help=POLICY)
+    verb.add_argument("policy", help=f"{POLICY}; or an export, played through genpolicy_runtime")
     verb.add_argument(
         "--seed",
         type=int,
@@ -153,8 +159,13 @@ def _evaluate_episodes(group: Any) -> None:
         nargs="+",
         metavar="NAME|K=V",
         help="others to compare it with: ode, mean, stochastic, last_mean, best_of_16 (of so many"
-        " samples the one that the policy's critic picks), native, or a key of the sampler"
-        " (steps=1)",
+        " samples the one that the policy's critic picks), native, rti, rti_mean, sdedit (each"
+        " decision from the plan before it, docs/rti.md), or a key of the sampler (steps=1)",
+    )
+    group.add_argument(
+        "--deploy",
+        metavar="DIR",
+        help="save the policy into a new folder, deployed with the last of the samplers",
     )
     group.add_argument(
         "--gifs", type=int, metavar="N", help="GIFs of so many successes and failures (default: 2)"
@@ -223,6 +234,26 @@ def _sample(verbs: Any) -> None:
         "--n", type=int, default=1, help="samples of each prompt (default: %(default)s)"
     )
     verb.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    _trust(verb)
+    _sampler_options(verb)
+
+
+def _export(verbs: Any) -> None:
+    text = "Write a policy in another format, such as an ONNX graph that acts without torch."
+    verb = _verb(verbs, "export", text, "export")
+    verb.add_argument("policy", help=POLICY)
+    verb.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    verb.add_argument(
+        "--format",
+        default=FORMAT,
+        metavar="NAME",
+        help="one of genpolicy list formats (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--instruction",
+        metavar="TEXT",
+        help="what a policy that reads words is to do (default: what its run's task says)",
+    )
     _trust(verb)
     _sampler_options(verb)
 

@@ -16,7 +16,7 @@ from genpolicy.config.errors import ConfigError, nearest, shown
 from genpolicy.config.origin import Origin
 from genpolicy.config.parse import decode
 
-KINDS = ("methods", "models", "rewards", "tasks", "datasets")
+KINDS = ("methods", "models", "rewards", "tasks", "datasets", "formats")
 """The shelves of leaves."""
 VERBS = {
     "methods": ("train",),
@@ -24,6 +24,7 @@ VERBS = {
     "rewards": ("__call__",),
     "tasks": ("reset", "environments"),
     "datasets": ("rows", "pictures"),
+    "formats": ("__call__",),
 }
 """The verb of an entry of each shelf that is called; a dotted path may lead to something else."""
 SHIPPED = ("assets/", "configs/", "robots/")

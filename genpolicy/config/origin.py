@@ -1,4 +1,5 @@
-"""The origin of a section: who wrote the file that it was read from, and so whose code it may import.
+"""The origin of a section: who wrote the file that it was read from, and so whose code it may
+import.
 
 What the person who runs genpolicy names themselves (their YAML, their options, their calls) is
 theirs. What is reached through a policy or a data set is a stranger's.
@@ -16,7 +17,7 @@ from genpolicy.config.errors import ConfigError, shown
 
 @dataclass(frozen=True)
 class Origin:
-    """The writer of a section, which everything that imports by a name from it must ask (`admit`)."""
+    """The writer of a section, which all that imports by a name from it must ask (`admit`)."""
 
     # the stranger's file that the section was read from; None: the person wrote it
     file: str | None = None
@@ -43,8 +44,8 @@ class Origin:
         """
         if self.file is not None and not self.trust and path not in self.named:
             raise ConfigError(
-                f"{self.file} names the {what} {shown(path)}, which is code: it is imported only with"
-                " --trust (trust=True in Python), for files whose author you trust"
+                f"{self.file} names the {what} {shown(path)}, which is code: it is imported only"
+                " with --trust (trust=True in Python), for files whose author you trust"
             )
         for folder in (os.getcwd(), self.folder):
             there = {os.path.abspath(entry) for entry in sys.path}

@@ -12,7 +12,7 @@ from genpolicy.config.errors import OUTSIDE
 
 
 class _Expired(BaseException):
-    """The end of the time that a call has; no code that tries again after any `Exception` sees it."""
+    """The end of a call's time; no code that tries again after any `Exception` sees it."""
 
 
 @contextmanager
@@ -21,9 +21,9 @@ def outside(who: str, patience: float | None, failure: type[Exception]) -> Itera
 
     who: names it in a sentence, "reward a". patience: seconds that the block may take; None is no
     limit, and in any thread but the main one there is none. A library that hangs with Python's lock
-    held can't be interrupted: simulations that may do so belong into workers. Raises ``failure`` with one sentence
-    where the time is up, and where sys.exit was called, which would end the run as if it were done.
-    An `OSError` is raised on with the note `OUTSIDE`.
+    held can't be interrupted: simulations that may do so belong into workers. Raises ``failure``
+    with one sentence where the time is up, and where sys.exit was called, which would end the run
+    as if it were done. An `OSError` is raised on with the note `OUTSIDE`.
     """
     try:
         with _limited(patience):

@@ -31,11 +31,17 @@ MISUSE = (
     RuntimeError,
     TypeError,
 )
-"""Errors, beside `ValueError` and `OSError`, of a class whose fields have the right types and values
-that it can't work with: torch, for example, has a `RuntimeError` for a size below 0.
+"""Errors, beside `ValueError` and `OSError`, of a class whose fields have the right types and
+values that it can't work with: torch, for example, has a `RuntimeError` for a size below 0.
 """
 
 
+LARGEST = 1e19
+"""Numbers from here on have squares beyond 3.4e38, where the single precision ends in which
+networks, losses and optimisers compute: they would be infinite at the first update.
+"""
+COUNT = 2**31
+"""Whole numbers from here on count nothing that a run could hold or reach; seeds may be larger."""
 PLAIN = {str, int, float, bool, type(None)}
 """Types of fields that hold no list and no mapping."""
 
@@ -177,6 +183,9 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
         value = int(value)  # 1e3
     _require_plain(value, hint, where, key)
+    counts = int in kinds and isinstance(value, int) and key != "seed"
+    if counts and not -COUNT < value < COUNT:
+        raise ConfigError(f"{where}: {key} is {shown(value)}; it must be below {COUNT} (2^31)")
     if isinstance(value, list) and list[Any] in kinds:
         return value  # draccus would make a mapping of it, where that is allowed too
     try:
@@ -191,29 +200,36 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
 
 
 def _require_plain(value: Any, hint: Any, where: str, key: str) -> None:
-    """Raises for what is wrong as a value of any type: NaN, a whole number of more than 64 bits, a
-    text with a null character, a key that is no text; in a list or a mapping too.
+    """Raises for what is wrong as a value of any type: NaN, a number of `LARGEST` or more, a whole
+    number of more than 64 bits, a text with a null character, a key that is no text; in a list or a
+    mapping too.
     """
-    rest = [value]
+    rest = [(key, value)]
     while rest:
-        at = rest.pop()
+        key, at = rest.pop()
         if isinstance(at, Mapping):
             for name in at:
                 if not isinstance(name, str):
                     raise ConfigError(
                         f"{where}: {key} has the key {shown(name)}; its keys must be text"
                     )
-            rest += [*at, *at.values()]
+            rest += [(key, name) for name in at]
+            rest += [(f"{key}.{name}", inner) for name, inner in at.items()]
         elif isinstance(at, list | tuple):
-            rest += at
+            rest += [(key, inner) for inner in at]
         elif isinstance(at, float) and math.isnan(at):
-            raise ConfigError(f"{where}: {key} is {shown(value)}; it must be {_called(hint)}")
+            raise ConfigError(f"{where}: {key} is {shown(at)}; it must be {_called(hint)}")
+        elif isinstance(at, float) and LARGEST <= abs(at) < math.inf:
+            raise ConfigError(
+                f"{where}: {key} is {shown(at)}; a number must be below {LARGEST:g}, so that its"
+                " square fits into single precision"
+            )
         elif isinstance(at, int) and not LOW <= at <= HIGH:
             raise ConfigError(
-                f"{where}: {key} is {shown(value)}; a whole number must fit into 64 bits"
+                f"{where}: {key} is {shown(at)}; a whole number must fit into 64 bits"
             )
         elif isinstance(at, str) and "\0" in at:
-            raise ConfigError(f"{where}: {key} is {shown(value)}; a text has no null character")
+            raise ConfigError(f"{where}: {key} is {shown(at)}; a text has no null character")
 
 
 def _misread(hint: Any, value: Any) -> bool:

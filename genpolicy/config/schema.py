@@ -43,10 +43,16 @@ class ChainConfig:
     grid: Literal["own", "native"] = "own"
     # noise time at which the chain starts, below the noisiest; None is the noisiest
     start: float | None = None
+    # actions of a chunk that are carried out before the next decision; None is all that the model
+    # says. Of a policy that is deployed: what is trained carries out whole chunks
+    execute: int | None = None
+    # {name, ...}: rti or sdedit (genpolicy.chain), every decision of an episode but its first
+    # begins from the plan before it; None is noise each time. Of a policy that is deployed
+    warm: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         at_most("chain", self, steps=10_000)
-        at_least("chain", self, steps=1, guidance=0, window_size=1, best_of=1)
+        at_least("chain", self, steps=1, guidance=0, window_size=1, best_of=1, execute=1)
         positive("chain", self, "start")
         if self.grid == "native" and self.start is not None:
             raise ConfigError("chain: a native grid starts where its library does: leave start out")
@@ -112,10 +118,10 @@ class EvalConfig:
     episodes: int = 100  # episodes per evaluation, in environments
     select: str | None = None  # metric that decides policy_best; None takes the first one measured
     # keys of `ChainConfig` that the deployed sampler replaces; without any it has the same steps
-    # and guidance, on prompts with the ODE, in environments with the mean of the kernel (`Mean`), or
-    # with the ODE where chain.window_size draws the noisy steps anew for every iteration; a kernel
-    # without noise (ddim with eta 0) stays without a learned std too, unless a window is named
-    # beside it
+    # and guidance, on prompts with the ODE, in environments with the mean of the kernel (`Mean`),
+    # or with the ODE where chain.window_size draws the noisy steps anew for every iteration; a
+    # kernel without noise (ddim with eta 0) stays without a learned std too, unless a window is
+    # named beside it
     sampler: dict[str, Any] = field(default_factory=dict)
     # seed of the evaluation noise and first reset seed of the environments, the same for every run
     # that is to be compared

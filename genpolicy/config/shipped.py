@@ -42,6 +42,15 @@ def path(name: str | Path) -> Path:
     )
 
 
+def code(name: str) -> Path | None:
+    """The shipped folder of Python files called `name`, such as `robots/genpolicy_runtime/src`;
+    never one of the current folder, whose code is not ours.
+    """
+    folder, *rest = Path(name).parts
+    found = (_PACKAGE.parent.joinpath(folder, *rest), _PACKAGE.joinpath(f"_{folder}", *rest))
+    return next((place for place in found if place.is_dir()), None)
+
+
 def configs() -> dict[str, Path]:
     """The YAMLs below `configs/`, by its path there without the suffix, such as
     `debug/grpo_guard`.

@@ -147,6 +147,12 @@ class ControlModel(Model, Protocol):
         """
         ...
 
+    def observations(self, standard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The observations whose normalised values are ``standard``, name -> [B,history,*shape], as
+        far as the network can tell; pictures are taken as they are.
+        """
+        ...
+
 
 def require_fit(model: ControlModel, task: ControlTask) -> None:
     """Raise `ConfigError` where the task does not show what the model needs to see, or takes other

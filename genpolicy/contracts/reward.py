@@ -2,6 +2,7 @@
 their parts by name.
 """
 
+import inspect
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from genpolicy.config.errors import ConfigError
 from genpolicy.config.outside import outside
 from genpolicy.contracts.task import Context
 
@@ -21,11 +23,26 @@ class RewardError(ValueError):
     """A reward that can't be learned from: NaN, infinite, of the wrong shape, or no numbers."""
 
 
+def require_arguments(name: str, reward: Reward) -> None:
+    """Raises `ConfigError` where a reward can't be called with (outputs, context)."""
+    try:
+        taken = inspect.signature(reward)
+    except (TypeError, ValueError):  # some that are written in C do not say what they take
+        return
+    try:
+        taken.bind(None, None)
+    except TypeError as error:
+        raise ConfigError(
+            f"{name} is no reward: it is called with (outputs, context), and takes {taken}: {error}"
+        ) from None
+
+
 def judged(name: str, reward: Reward, outputs: Tensor, context: Context) -> Tensor:
     """The scores of a reward, Float64 of the shape that it returned, on the CPU.
 
-    It judges copies of the outputs and of the list of prompts, without gradients. Raises `RewardError`, with the place in its
-    code, where it raises `ValueError`, and where what it returns is no tensor of numbers.
+    It judges copies of the outputs and of the list of prompts, without gradients. Raises
+    `RewardError`, with the place in its code, where it raises `ValueError`, and where what it
+    returns is no tensor of numbers.
     """
     try:
         with torch.no_grad():

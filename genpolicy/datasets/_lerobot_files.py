@@ -62,8 +62,8 @@ def check_whole(folder: Path, info: Mapping[str, Any]) -> None:
         wrong = changed(folder, made.get("files", {}))
         if wrong:
             raise ValueError(
-                f"{wrong}: the data set is damaged; put it back from a copy, or, if you have changed"
-                f" it yourself, delete {folder / MADE}"
+                f"{wrong}: the data set is damaged; put it back from a copy, or, if you have"
+                f" changed it yourself, delete {folder / MADE}"
             )
 
 

@@ -16,13 +16,13 @@ METRICS = "metrics.jsonl"
 
 
 def append(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Appends one line, a JSON object with its checksum; numbers that are not finite become null."""
+    """Appends a line, a JSON object with its checksum; numbers that are not finite become null."""
     with open(folder / METRICS, "a", encoding="utf-8") as file:
         file.write(sealed(_finite(metrics)) + "\n")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Reads the lines of metrics.jsonl; one that is damaged, or cut short by a kill, is left out."""
+    """Reads the lines of metrics.jsonl; one that is damaged, or cut by a kill, is left out."""
     return [metrics for _, metrics in _lines(folder) if metrics is not None]
 
 

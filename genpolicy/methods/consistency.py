@@ -148,7 +148,7 @@ class _Distillation:
         """This process's share of an iteration's rows."""
         settings, run = self.settings, self.run
         examples = settings.loss in ("full_solve", "consistency")
-        with run.counting(self.teacher):
+        with torch.no_grad(), run.counting(self.teacher):
             context, place, event = self.observations(settings.batch, events=examples)
             condition = self.student.model.encode(context)
             taught = self.teacher.model.encode(context)

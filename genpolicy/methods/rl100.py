@@ -8,6 +8,7 @@ denoising chain throughout.
                     A = Q - mean of Q at other samples, or Q - V
                 pi <- candidate where the gate lets it through
     online      pi <- PPO(pi, A = GAE);  V goes on from the offline one
+                [student <- regression on pi]
 
     loss = mean over the K' steps of
                max(-A rho_k, -A clip(rho_k, 1-eps, 1+eps)) + beta KL(pi || pi at the stage's start)
@@ -33,10 +34,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from genpolicy.config.errors import share
+from genpolicy.config.errors import ConfigError, share
 from genpolicy.learning.advantage import leave_one_out
 from genpolicy.learning.objective import Scored, mean_kl
 from genpolicy.methods.parts.anchor import Anchor
+from genpolicy.methods.parts.follower import Follower, Following
 from genpolicy.methods.parts.imitation import Cloning, Imitation, recorded
 from genpolicy.methods.parts.online import Online, OnPolicy
 from genpolicy.methods.parts.pipeline import constant, train_stages
@@ -76,9 +78,17 @@ class RL100:
     imitation: Cloning = field(default_factory=Cloning)  # the first stage
     offline: Offline = field(default_factory=Offline)  # the second
     online: Online = field(default_factory=Online)  # the third
+    # a student of one step that follows the policy through it, kept as stages/student
+    student: Following = field(default_factory=Following)
 
     def __post_init__(self) -> None:
         share("method rl100", self, "gamma")
+        if self.student.updates and self.stage not in ("all", "online"):
+            raise ConfigError(
+                f"method rl100: student.updates is {self.student.updates}, and stage {self.stage}"
+                " has no online iterations in which it could follow: leave it out, and distil what"
+                " the stage returns with method consistency"
+            )
 
     @property
     def needs(self) -> Needs:
@@ -106,6 +116,7 @@ class _Pipeline:
         if "online" in names and not settings.online.floor:
             run.require_split("method: online.episodes", settings.online.episodes)
         self.anchor = Anchor(run)
+        self.follower = Follower(run, settings.student) if settings.student.updates else None
         self.parts: dict[str, Part] = {}
         if "improve" in names:
             self.offline = settings.offline.learner(run, settings.gamma, settings.cut_fails)
@@ -147,6 +158,8 @@ class _Pipeline:
             "online": self.online,
         }
         train_stages(self.run, acts, self._leave, self.parts, self._ready)
+        if self.follower is not None:
+            self.follower.keep()
 
     def _ready(self) -> None:
         """Refuses data that can't be valued beside the task's rewards."""
@@ -253,6 +266,9 @@ class _Pipeline:
         if run.stages.done >= settings.warm_up:
             self._learn(rollout, run.normalised(advantage), settings)
         self.on_policy.critic.learn(rollout, returns)
+        if self.follower is not None:
+            decisions = rollout.decisions
+            self.follower.follow(rollout.trajectory.condition, decisions.place, decisions.total)
 
     # PPO through the chain
 

@@ -19,7 +19,7 @@ from genpolicy.config.origin import Origin
 from genpolicy.models._remote_code import unasked
 
 INDEX = "model_index.json"
-"""The file that says which pipeline a folder holds, and which class of which library each part is."""
+"""The file that says which pipeline a folder holds, and of which class each part is."""
 LIBRARIES = ("diffusers", "transformers")
 """Libraries whose classes a pipeline's parts may be, beside the pipelines' own modules."""
 UNREADABLE = (

@@ -98,7 +98,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def without_noise(scheduler: Any) -> Any:
-    """The scheduler itself, or the one without noise of a pipeline that was a consistency chain's."""
+    """The scheduler itself; of a pipeline that was a consistency chain's, one without noise."""
     config = scheduler.config
     if config.get("stochastic_sampling"):
         return type(scheduler).from_config(config, stochastic_sampling=False)

@@ -43,6 +43,24 @@ class Processors:
         with lerobot():
             return self.pre(batch)
 
+    def observations(
+        self, standard: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Tensor]:
+        """The observations [B,history,*shape] whose normalised values are ``standard``: every way
+        to normalise a vector is affine, and is read off at 0 and at 1. Pictures are taken as they
+        are.
+        """
+        ends = []
+        for end in (0.0, 1.0):
+            row = {name: torch.full((1, 1, *shape), end) for name, shape in shapes.items()}
+            ends.append(self.observe(Context([""], row), 1, shapes))
+        found = dict(standard)
+        for name, shape in shapes.items():
+            if name in standard and len(shape) == 1:
+                low, high = (end[name].reshape(shape) for end in ends)
+                found[name] = (standard[name] - low) / (high - low)
+        return found
+
     def event(self, actions: Tensor) -> Tensor:
         """Actions [B,T,D] as the network is trained on them."""
         from lerobot.processor import NormalizerProcessorStep

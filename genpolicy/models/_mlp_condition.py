@@ -3,6 +3,7 @@ encoders that learn with it.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -95,6 +96,13 @@ class Sight:
             seen = observed(context, name, (self.history, *shape)).to(self.device)
             found[name] = self.scaling.standardised(name, seen) if len(shape) < 3 else seen
         return found
+
+    def observations(self, standard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inverts `standardised`; pictures stay in [0,1]."""
+        return {
+            name: value if len(self.shapes[name]) == 3 else self.scaling.observed(name, value)
+            for name, value in standard.items()
+        }
 
     def supervised(self, context: Context, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """The condition [B,C] to imitate from, and the encoders' own losses of each row, [B].

@@ -59,6 +59,10 @@ class Scaling:
         standard = (seen - self.tensors[f"{name}.mean"]) / self.tensors[f"{name}.std"]
         return standard.clamp(-OUTLIER, OUTLIER)
 
+    def observed(self, name: str, standard: Tensor) -> Tensor:
+        """Inverts `standardised`, for values in which nothing is clamped."""
+        return standard * self.tensors[f"{name}.std"] + self.tensors[f"{name}.mean"]
+
     def event(self, actions: Tensor) -> Tensor:
         """Scales actions [B,T,D] so that the data's range is [-1, 1]."""
         return (actions - self.tensors["action.middle"]) / self.tensors["action.reach"]

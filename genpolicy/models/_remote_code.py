@@ -10,7 +10,7 @@ from transformers import dynamic_module_utils as transformers_code
 
 @contextmanager
 def unasked() -> Iterator[None]:
-    """Lets transformers refuse such files where it would ask on the terminal whether to run them."""
+    """Lets transformers refuse such files where it would ask on the terminal to run them."""
     seconds = transformers_code.TIME_OUT_REMOTE_CODE
     transformers_code.TIME_OUT_REMOTE_CODE = 0  # its own way to ask nobody
     try:

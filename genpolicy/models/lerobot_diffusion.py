@@ -7,6 +7,7 @@ levels when steps are few (one step starts, and ends, at level 0), so that ours 
 instead.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -240,6 +241,10 @@ class LeRobotDiffusion:
         return (
             ~pad[..., None].to(self.device) if self.policy.config.do_mask_loss_for_padding else None
         )
+
+    def observations(self, standard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of LeRobot's normalisation."""
+        return self.processors.observations(standard, self.shapes)
 
     def decode(self, x0: Tensor) -> Tensor:
         """The executed actions, from the current frame's on, [B,executed,D] in the environment's

@@ -6,6 +6,7 @@ goes through the vision-language model once, and a network evaluation is the act
 the network says v = eps - x_0 (a student may say x_0 itself, see ``prediction_type``).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -247,6 +248,10 @@ class LeRobotFlow:
         counts = torch.ones_like(pad) if self._family.learns_pad else ~pad
         robot = torch.arange(self.event_shape[-1]) < self.action_dim
         return counts.to(self.device)[..., None] & robot.to(self.device)
+
+    def observations(self, standard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of LeRobot's normalisation."""
+        return self.processors.observations(standard, self.shapes)
 
     def decode(self, x0: Tensor) -> Tensor:
         """The executed actions, [B,executed,action_dim] in the environment's units."""

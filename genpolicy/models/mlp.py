@@ -12,6 +12,7 @@ bottleneck, the encoders' own losses) is in `supervised` alone.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -270,6 +271,10 @@ class MLP:
         Nothing is random here.
         """
         return self._sight.encode(context)
+
+    def observations(self, standard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of the standardisation, for values in which nothing is clamped."""
+        return self._sight.observations(standard)
 
     @property
     def draws(self) -> int:

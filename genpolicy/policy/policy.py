@@ -12,6 +12,7 @@ from torch import Tensor
 from genpolicy.chain import Chain, ClipX0, Condition, Guidance, Noise, Trajectory
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Denoiser, Gaussian, expand, output_gain, reduce_event
+from genpolicy.chain.warm_start import WarmStart, shifted
 from genpolicy.contracts.model import Model
 from genpolicy.learning.objective import Scored
 from genpolicy.policy.weights import Weights
@@ -62,6 +63,8 @@ class ChainPolicy:
     negative_gradient: differentiate the unconditional branch too (see `Guidance`).
     best_of: samples drawn per decision, of which ``judge`` picks one. Such a policy acts and is not
         trained by likelihoods: the chosen chain's likelihood is not the sampler's.
+    execute: actions that are carried out per decision; None is all that the model says.
+    warm: the way from a decision's plan to the next one's; None begins each from noise.
     parts: by name, in the order in which they were attached. They fill the slots below.
     base: denoises the noisier steps in the place of the network that learns.
     noise: gives the transitions a std of their own in the place of the kernel's.
@@ -75,6 +78,8 @@ class ChainPolicy:
     guidance_interval: tuple[float, float] = (0.0, float("inf"))
     negative_gradient: bool = False
     best_of: int = 1
+    execute: int | None = None
+    warm: WarmStart | None = None
     parts: Mapping[str, Part] = field(default_factory=dict)
     base: Wrapper | None = None
     noise: Wrapper | None = None
@@ -129,33 +134,65 @@ class ChainPolicy:
             return self  # with what its chain has looked up already
         return replace(self, chain=replace(self.chain, window=window))
 
-    def sample(self, condition: Condition, noise: Noise, **options: Any) -> Trajectory:
+    def sample(
+        self,
+        condition: Condition,
+        noise: Noise,
+        *,
+        previous: Tensor | None = None,
+        **options: Any,
+    ) -> Trajectory:
         """`Chain.sample` with this policy's denoiser, refined; of ``best_of`` samples per row the
         one with the highest value.
+
+        previous [B,T,D]: the plan of the decision before, from which ``warm`` goes on. It is all
+        that one decision knows of another: the next plan, ``x0``, is a pure function of it, of the
+        condition and of the noise. Without it the chain begins from noise. Raises `ValueError`
+        where there is one and the policy has no warm start.
         """
         if self.best_of > 1:
-            return self._best(condition, noise, **options)
-        drawn = self.chain.sample(
-            self.denoiser,
-            condition,
-            noise,
-            self.model.event_shape,
-            device=self.model.device,
-            **options,
-        )
+            return self._best(condition, noise, previous, **options)
+        if previous is not None:
+            drawn = self._replan(condition, noise, previous)
+        else:
+            drawn = self.chain.sample(
+                self.denoiser,
+                condition,
+                noise,
+                self.model.event_shape,
+                device=self.model.device,
+                **options,
+            )
         if self.refiner is None:
             return drawn
         return replace(drawn, x0=self.refiner(self, self.model.features(condition), drawn.x0))
 
+    def _replan(self, condition: Condition, noise: Noise, previous: Tensor) -> Trajectory:
+        if self.warm is None:
+            raise ValueError("the policy's sampler has no warm start: it goes on from no plan")
+        done = self.execute or self.model.executed  # type: ignore[attr-defined]  # it acts
+        guess = shifted(previous, done)
+        return self.warm.replan(self.chain, self.denoiser, condition, noise, guess)
+
     @torch.no_grad()
-    def _best(self, condition: Condition, noise: Noise, **options: Any) -> Trajectory:
+    def _best(
+        self, condition: Condition, noise: Noise, previous: Tensor | None, **options: Any
+    ) -> Trajectory:
         assert self.judge is not None, "a best-of-N sampler needs a judge"
         every = torch.arange(len(noise)).repeat_interleave(self.best_of)
         many, draws = condition[every], noise.fan(self.best_of)
-        drawn = replace(self, best_of=1).sample(many, draws, **options)
+        before = None if previous is None else previous[every]
+        drawn = replace(self, best_of=1).sample(many, draws, previous=before, **options)
         worth = self.judge(self.model.features(condition)[every], self.model.scored(drawn.x0))
         best = worth.view(-1, self.best_of).argmax(1).cpu()
         return drawn[best + self.best_of * torch.arange(len(noise))]
+
+    def actions(self, plan: Tensor) -> Tensor:
+        """The actions of a plan [B,T,D] that are carried out before the next decision, in the
+        environment's units.
+        """
+        carried_out = plan if self.warm is None else self.warm.carried_out(plan)
+        return self.model.decode(carried_out)[:, : self.execute]
 
     def along(self, trajectory: Trajectory) -> "ChainPolicy":
         """The policy on the chain that drew a trajectory: the one to score its steps with, whoever

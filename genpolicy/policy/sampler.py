@@ -8,7 +8,8 @@ from typing import Any
 from genpolicy import chain
 from genpolicy.chain import Chain, kernel, solver
 from genpolicy.chain.kernel import StdKernel
-from genpolicy.config.errors import ConfigError, nearest, shown
+from genpolicy.chain.warm_start import WarmStart
+from genpolicy.config.errors import ConfigError, choice, nearest, shown
 from genpolicy.config.leaves import leaf, settings
 from genpolicy.config.origin import PERSON, STRANGER, Origin
 from genpolicy.config.parse import decode
@@ -75,9 +76,26 @@ def _wrapped(name: str, kind: Any, value: Any, origin: Origin) -> Any:
     return made
 
 
+WARM = {"rti": chain.RTI, "sdedit": chain.SDEdit}
+"""The warm starts by name."""
+
+
+def make_warm(raw: Mapping[str, Any]) -> WarmStart:
+    """A warm start of `WARM` by its name."""
+    name = raw.get("name")
+    choice("chain: warm: name", name, list(WARM))
+    return decode(WARM[str(name)], settings(raw), f"chain: warm start {name}")
+
+
 def require_trainable(chain: ChainConfig, origin: Origin) -> None:
     """Raise `ConfigError` for a sampler that acts but can't be trained, or whose kernel is none."""
     make_kernel(chain.kernel, origin)
+    deployed = [name for name in ("warm", "execute") if getattr(chain, name) is not None]
+    if deployed:
+        raise ConfigError(
+            f"chain: {deployed[0]} is of a policy that is deployed, and what is trained begins from"
+            f" noise and carries out whole chunks: put it into eval.sampler"
+        )
     if chain.best_of > 1:
         raise ConfigError(
             f"chain: best_of is {chain.best_of}, and what is picked from several samples has no"
@@ -122,6 +140,7 @@ def make_policy(
                 )
         for name, part in (parts or {}).items():
             policy = policy.attach(name, part)
+        policy = _replanning(policy, sampler)
     except ConfigError:
         raise
     except ValueError as error:
@@ -139,6 +158,23 @@ def make_policy(
             " it with its policies"
         )
     return replace(policy, best_of=sampler.best_of)
+
+
+def _replanning(policy: ChainPolicy, sampler: ChainConfig) -> ChainPolicy:
+    """The policy that carries out ``execute`` actions and begins as ``warm`` says."""
+    if sampler.execute is None and sampler.warm is None:
+        return policy
+    if not policy.model.acts:
+        raise ConfigError("chain: execute and warm are of policies that act, and this one draws")
+    executed = policy.model.executed  # type: ignore[attr-defined]  # it acts
+    if sampler.execute is not None and sampler.execute > executed:
+        raise ConfigError(
+            f"chain: execute is {sampler.execute}; the policy says {executed} actions at a time"
+        )
+    warm = None if sampler.warm is None else make_warm(sampler.warm)
+    if warm is not None:
+        warm.require_fit(policy.chain, tuple(policy.model.event_shape), sampler.best_of)
+    return replace(policy, execute=sampler.execute, warm=warm)
 
 
 def deployed_sampler(

@@ -18,8 +18,10 @@ from typing import Any
 from genpolicy.config.errors import ConfigError, shown
 from genpolicy.config.origin import Origin
 from genpolicy.contracts.model import Model
-from genpolicy.policy.files import SAMPLER, Saved, adapts, load_parts, saved
+from genpolicy.policy.files import Saved, saved
+from genpolicy.policy.folder import SAMPLER, adapts
 from genpolicy.policy.parts.base import Base
+from genpolicy.policy.parts_files import load_parts
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import make_policy
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from genpolicy.chain import Noise, Trajectory
 from genpolicy.contracts.task import Context, Environments, TaskStep
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.plans import Plans
 
 Watch = Callable[[Sequence[int], Sequence[int], Context, Tensor, TaskStep], None]
 """(slots, episodes, what they saw, the action [n,1,D], what came of it): called at every
@@ -57,6 +58,7 @@ def play(
     same result).
     """
     decided = torch.zeros(len(seeds), dtype=torch.long)
+    plans = Plans(policy)
     waiting = list(range(len(seeds)))[::-1]
     slots = list(range(min(environments.count, len(seeds))))
     playing = [waiting.pop() for _ in slots]
@@ -64,8 +66,8 @@ def play(
     while playing:
         episode = torch.tensor(playing)
         rows = noise[episode].at(decided[episode])
-        trajectory = policy.sample(policy.model.encode(context), rows, keep=keep)
-        actions = policy.model.decode(trajectory.x0).float().cpu()
+        trajectory = plans.sample(playing, policy.model.encode(context), rows, keep=keep)
+        actions = policy.actions(trajectory.x0).float().cpu()
         if watch is None:
             step = environments.step(slots, actions)
         else:

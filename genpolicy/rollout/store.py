@@ -88,7 +88,7 @@ class EpisodeStore:
 
 
 def _missing(names: Sequence[str], episodes: Sequence[Mapping[str, Any]]) -> str:
-    """The first GROUP-MEMBER that was collected with these episodes and is not among their names."""
+    """The first GROUP-MEMBER that was collected with these episodes and is not one of them."""
     there = {tuple(name.split("-")[:2]) for name in names}
     # episodes of older runs do not say how many they were
     counts = [episode[COLLECTED].tolist() for episode in episodes if COLLECTED in episode]

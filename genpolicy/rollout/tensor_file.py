@@ -1,4 +1,4 @@
-"""Files of tensors, texts, and lists and mappings of them: written whole, read with their checksums."""
+"""Files of tensors, texts, lists and mappings: written whole, read with their checksums."""
 
 import zipfile
 from pathlib import Path

@@ -10,7 +10,7 @@ from genpolicy.config.origin import Origin
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.dataset import Dataset, Merged, Pictures
 from genpolicy.contracts.model import ControlModel, require_fit
-from genpolicy.contracts.reward import WeightedRewards
+from genpolicy.contracts.reward import WeightedRewards, require_arguments
 from genpolicy.contracts.task import ControlTask, read_prompts
 from genpolicy.policy.teacher import TEACHER, student
 
@@ -36,7 +36,9 @@ def make_rewards(
         short = name.rpartition(":")[2]
         if short in rewards:
             raise ConfigError(f"two rewards are called {short}: rename one of them")
-        rewards[short] = (make("rewards", {**section, "name": name}, origin), float(weight))
+        reward = make("rewards", {**section, "name": name}, origin)
+        require_arguments(name, reward)
+        rewards[short] = (reward, float(weight))
     if not rewards:
         raise ConfigError("the reward section names no reward")
     return WeightedRewards(rewards, patience)

@@ -27,7 +27,8 @@ class EpisodeCollector:
     """Collects episodes in environments; see `genpolicy.training.collector.Collector`.
 
     model: the one that learns. circumstances: all that an episode depends on beside weights and
-    start, in words. judged: the task says what success is. store: where episodes that are kept are written.
+    start, in words. judged: the task says what success is. store: where episodes that are kept are
+    written.
     """
 
     seed: int

@@ -158,9 +158,9 @@ def step_together(optimizers: Sequence[Optimizer], progress: float) -> float:
         )
     if first.overflows >= OVERFLOWS:
         raise FloatingPointError(
-            f"the gradients have overflowed fp16 in {OVERFLOWS} updates in a row, down to a scale of"
-            f" {scaler.get_scale():g}: nothing was applied in them; use precision bf16 or fp32, or a"
-            " smaller learning rate"
+            f"the gradients have overflowed fp16 in {OVERFLOWS} updates in a row, down to a scale"
+            f" of {scaler.get_scale():g}: nothing was applied in them; use precision bf16 or fp32,"
+            " or a smaller learning rate"
         )
     return float(norms[0])
 

@@ -11,7 +11,8 @@ from genpolicy.config.leaves import make
 from genpolicy.config.origin import PERSON, Origin
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.task import Task
-from genpolicy.policy.files import completed, load_parts
+from genpolicy.policy.files import completed
+from genpolicy.policy.parts_files import load_parts
 from genpolicy.policy.sampler import (
     deployed_sampler,
     make_kernel,
@@ -41,6 +42,7 @@ from genpolicy.training.prompt_collector import PromptCollector
 from genpolicy.training.rehearsal import Rehearsal
 from genpolicy.training.requirements import (
     Needs,
+    expert_remark,
     require_chain,
     require_kind,
     require_sections,
@@ -98,9 +100,6 @@ def prepare(
     require_kind(world, data)
     # what every run has, and what the two worlds have each
     metrics, display = IterationMetrics(processes), Display(experiment, folder, processes.main)
-    remark = launch_remark(processes)
-    if remark is not None:
-        display.say(remark)
     micro_batches = MicroBatches(experiment.micro_batch, display.say)
     workspace = Workspace(folder, processes, metrics, micro_batches, display)
     seed, settings = experiment.seed, experiment.eval
@@ -145,6 +144,9 @@ def prepare(
     require_chain(name, needs, policy)
     require_shape(model, data)
     teacher = load_teacher(experiment.policy, origin, model)
+    for remark in (launch_remark(processes), expert_remark(model)):
+        if remark is not None:
+            display.say(remark)
     run = Run(
         experiment,
         policy,

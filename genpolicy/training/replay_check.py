@@ -64,8 +64,9 @@ class ReplayCheck:
         self.gap, k = self._worst(policy, trajectory, log_ratio)
         if math.isnan(self.gap):
             raise ConfigError(
-                f"replay is not exact: at step {k} the log-ratio of unchanged weights is NaN, so the"
-                " network (or its std) says what is not finite there; use precision bf16 or fp32"
+                f"replay is not exact: at step {k} the log-ratio of unchanged weights is NaN, so"
+                " the network (or its std) says what is not finite there; use precision bf16 or"
+                " fp32"
             )
         self.again = self.gap > tolerance
         if not self.again:

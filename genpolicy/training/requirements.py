@@ -107,6 +107,16 @@ def require_chain(name: str, needs: Needs, policy: ChainPolicy) -> None:
             )
 
 
+def expert_remark(model: Model) -> str | None:
+    """A line for the person where a second network of the policy stays as it is; None elsewhere."""
+    if model.learns_from == 0:
+        return None
+    return (
+        "this pipeline has two denoisers (Wan 2.2's experts): only the one of noise times from"
+        f" {model.learns_from:g} on learns; below, the second denoises and stays as it is"
+    )
+
+
 def _require_learned(policy: ChainPolicy) -> None:
     """Raise `ConfigError` where at a step of the window another network than the one that learns
     denoises.

@@ -12,16 +12,13 @@ from genpolicy.training.run import Run
 from genpolicy.training.workspace import CONFIG
 
 FREE = (
-    *(
-        "pretrained",
-        "revision",
-        "lora.start",
-        "teacher",
-    ),  # what was learned from there is in the checkpoint
+    # what was learned from there is in the checkpoint
+    *("pretrained", "revision", "teacher"),
     *("device", "precision", "offload", "gradient_checkpointing"),
 )
 """Settings of a policy that may change when its run is resumed: where files lie, and how it is
-computed. Any other would give the weights of the checkpoint another meaning (a LoRA's alpha).
+computed. Any other would give the weights of the checkpoint another meaning (a LoRA's alpha, and
+the file that it starts from, whose own alpha it takes).
 """
 
 
@@ -70,8 +67,13 @@ def resume(run: Run) -> None:
     config = run.folder / CONFIG
     if config.is_file() and edited(config.read_text(encoding="utf-8")):
         run.say(f"{config} has changed since the run wrote it: the run goes on as it says now")
-    if "policy" in state:  # older checkpoints did not keep it
+    if "policy" in state:
         _require_same_policy(run, state["policy"])
+    else:
+        run.say(
+            f"the checkpoint in {run.folder} is of an older genpolicy, which did not keep its"
+            " policy section: what was learned keeps its meaning only if that section is as it was"
+        )
     try:
         _restore(run, state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -102,9 +104,9 @@ def _require_same_policy(run: Run, then: Mapping[str, Any]) -> None:
     for key in dict.fromkeys([*now, *then]):
         if then.get(key) != now.get(key):
             raise ConfigError(
-                f"policy.{key} is {now.get(key)!r}, and was {then.get(key)!r} when the checkpoint in"
-                f" {run.folder} was made: it would give what was learned another meaning; leave it"
-                " as it was, or begin another run from this one's policy folder"
+                f"policy.{key} is {now.get(key)!r}, and was {then.get(key)!r} when the checkpoint"
+                f" in {run.folder} was made: it would give what was learned another meaning; leave"
+                " it as it was, or begin another run from this one's policy folder"
             )
 
 

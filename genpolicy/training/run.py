@@ -6,7 +6,7 @@ pipeline's own code keeps running.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol, Self
 
@@ -18,7 +18,7 @@ from genpolicy.chain import Condition, Noise
 from genpolicy.config.schema import Experiment, OptimizerConfig
 from genpolicy.contracts.dataset import Dataset, Pictures
 from genpolicy.contracts.task import Context, ControlTask, Task
-from genpolicy.policy.files import attached
+from genpolicy.policy.parts_files import attached
 from genpolicy.policy.policy import ChainPolicy, Part
 from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch
@@ -227,9 +227,8 @@ class Run:
         return unjudged(trajectory, place, total)
 
     def contexts(self, count: int) -> tuple[Context, Tensor]:
-        """This process's share of ``count`` prompts, or recorded observations where the experiment
-        names data, of this iteration, and their numbers among the ``count``; nothing is drawn by
-        the policy.
+        """This process's share of this iteration's ``count`` prompts (recorded observations where
+        there is data) and their numbers among the ``count``; the policy draws nothing.
         """
         place = self.mine(np.arange(count))
         if self.data is None:
@@ -242,15 +241,11 @@ class Run:
         size = self.experiment.chain.window_size
         return self._draws.window(self.iteration, self.window, size)
 
-    @contextmanager
-    def counting(self, policy: ChainPolicy) -> Iterator[None]:
-        """Sample with a policy, which may be another than the one that learns: its time is the
-        sampling's, and its network evaluations are counted.
+    def counting(self, policy: ChainPolicy) -> AbstractContextManager[None]:
+        """Count the network evaluations of a policy, which may be another than the one that learns,
+        while the block runs.
         """
-        self.metrics.phase("sample")
-        with torch.no_grad(), acting(policy, self.policy.model, self.metrics):
-            yield
-        self.metrics.phase(None)
+        return acting(policy, self.policy.model, self.metrics)
 
     # Drawing
 
@@ -263,9 +258,7 @@ class Run:
     def rows(
         self, count: int, size: int | tuple[int, ...], purpose: str, number: int = 0
     ) -> Tensor:
-        """Draw ``size`` of ``count`` rows with replacement; this process's share of the last
-        dimension.
-        """
+        """This process's share of ``size`` rows of ``count``, drawn with replacement."""
         return self.mine(self.generator(purpose, number).integers(count, size=size))
 
     def generator(self, purpose: str, number: int = 0) -> np.random.Generator:
@@ -282,8 +275,8 @@ class Run:
     def minibatches(
         self, rollout: Rollout, updates: int, epochs: int = 1, chosen: Chosen = None, of: str = PASS
     ) -> Batches:
-        """`minibatch.rows`, ``epochs`` times; only of the ``chosen`` rows, bool [R]. of: the order's
-        purpose, where the policy is not the only one that passes over rows.
+        """`minibatch.rows`, ``epochs`` times; only of the ``chosen`` rows, bool [R]. of: the
+        order's purpose, where the policy is not the only one that passes over rows.
         """
         for epoch in range(epochs):
             yield from self._pass(minibatch.rows, rollout, updates, epoch, chosen, of)

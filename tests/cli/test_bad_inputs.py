@@ -190,6 +190,38 @@ OVERRIDES = {
     ),
     "micro_batch of none": (["--micro_batch=0"], "micro_batch is 0"),
     "unknown tracker": (["--trackers=[wandbb]"], "trackers"),
+    "a truth where a number is asked": (
+        ["--chain.best_of=true"],
+        "best_of is True; it must be a whole number",
+    ),
+    "a list where text is asked": (["--output=[1]"], "output is [1]; it must be text"),
+    "a list where a section is needed": (["--chain=[]"], "chain is []; it must be a mapping"),
+    "a number of more than 64 bits": (["--seed=1e308"], "a whole number must fit into 64 bits"),
+    "a key that is no text": (["--reward={null: 1}"], "has the key None; its keys must be text"),
+    "a path that is no dotted one": (["--method=..:x"], "method '..:x' is no dotted path"),
+    "a number whose square is infinite": (
+        ["--method.clip=1e308"],
+        "clip is 1e+308; a number must be below 1e+19",
+    ),
+    "a learning rate that overflows": (["--optimizer.lr=1e19"], "a number must be below 1e+19"),
+    "a weight of a reward that overflows": (
+        ["--reward={tests.toy:brightness: -1e30}"],
+        "a number must be below 1e+19",
+    ),
+    "a number that overflows in a sampler": (
+        ["--eval.sampler={guidance: 1e200}"],
+        "a number must be below 1e+19",
+    ),
+    "a group that no memory holds": (
+        ["--method.group=4611686018427387904"],
+        "group is 4611686018427387904; it must be below 2147483648",
+    ),
+    "more iterations than a run reaches": (["--budget.iterations=1e10"], "it must be below 2147"),
+    "a function that is no reward": (
+        ["--reward=os:getcwd"],
+        "os:getcwd is no reward: it is called with (outputs, context), and takes ()",
+    ),
+    "a class that is no reward": (["--reward=builtins:dict"], "dict is a plain class"),
     "override without a value": (["--budget.iterations"], "not of the form --section.key=value"),
     "override in two words": (["--budget.iterations", "3"], "not of the form --section.key=value"),
     "override of what has no keys": (["--seed.value=3"], "seed is a plain value"),

@@ -25,7 +25,10 @@ from genpolicy.training.prepare import required
 from tests.toy import PROMPTS, experiment
 
 torch.set_num_threads(1)
-VERBS = ("quickstart", "train", "evaluate", "demonstrate", "compare", "sample", "list", "check")
+VERBS = (
+    *("quickstart", "train", "evaluate", "demonstrate", "compare", "sample", "export", "list"),
+    "check",
+)
 
 
 def write(folder: Path, name: str = "experiment", **sections) -> str:
@@ -61,8 +64,8 @@ def test_help_and_list_import_nothing_heavy():
 import sys
 from genpolicy.cli.main import main
 assert main(["--help"]) == main(["train", "--help"]) == 0
-kinds = ("methods", "models", "rewards", "tasks", "datasets", "configs")
-assert [main(["list", kind]) for kind in kinds] == [0] * 6
+kinds = ("methods", "models", "rewards", "tasks", "datasets", "formats", "configs")
+assert [main(["list", kind]) for kind in kinds] == [0] * 7
 heavy = {"torch", "numpy", "diffusers", "transformers", "lerobot", "gymnasium", "matplotlib", "PIL"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
@@ -85,6 +88,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
         ("tasks", "prompts", "Prompts as a task"),
         ("tasks", "metaworld", "MetaWorld v3 from its state"),
         ("datasets", "lerobot_dataset", "A LeRobotDataset"),
+        ("formats", "onnx", "One ONNX graph"),
         ("kernels", "sde", "The reverse SDE"),
         ("configs", "quickstart", "A small Stable Diffusion 3"),
     ],
@@ -97,7 +101,8 @@ def test_list(capsys, kind: str, name: str, text: str):
 
 
 @pytest.mark.parametrize(
-    "kind", ["methods", "models", "rewards", "tasks", "datasets", "kernels", "configs"]
+    "kind",
+    ["methods", "models", "rewards", "tasks", "datasets", "formats", "kernels", "configs"],
 )
 def test_no_line_of_a_list_stops_in_the_middle_of_a_sentence(capsys, kind: str):
     assert main(["list", kind]) == 0

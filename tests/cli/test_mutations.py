@@ -156,7 +156,7 @@ def test_a_mutation_that_nothing_decodes_would_be_found(tmp_path: Path, monkeypa
     monkeypatch.setattr("genpolicy.cli.train.rehearse", built)
     monkeypatch.setattr("genpolicy.config.parse.MISUSE", ())
     with pytest.raises(RuntimeError):
-        main(["train", "debug/flow_grpo_toy", "--policy.hidden=4611686018427387904", "--plan"])
+        main(["train", "debug/dppo_metaworld", "--policy.device=nowhere", "--plan"])
 
 
 @pytest.mark.slow

@@ -294,3 +294,15 @@ def test_a_selected_reward_that_is_replaced_leaves_the_choice_to_the_sum(caplog)
     )
     assert wrong.eval.select == "reward/jpeg", "a person's own mistake is not mended in silence"
     assert not caplog.text
+
+
+def test_large_numbers_and_seeds_that_a_run_can_use_are_accepted():
+    """The control of the bounds: one below each of them is a value."""
+    raw = {"policy": "toy", "task": "prompts", "method": "bc", "seed": 2**63}
+    raw |= {"budget": {"iterations": 2**31 - 1, "nfe": 9e18}, "eval": {"seed": 2**40}}
+    found = parse.parse(raw)
+    assert (found.seed, found.eval.seed) == (2**63, 2**40)
+    assert (found.budget.iterations, found.budget.nfe) == (2**31 - 1, 9e18)
+    for over in ({"iterations": 2**31}, {"nfe": 1e19}):
+        with pytest.raises(ConfigError, match="must be below"):
+            parse.parse({**raw, "budget": over})

@@ -16,7 +16,7 @@ OF_EVERY_MODEL = (
     *("grid", "native_grid", "times", "encode", "negative", "supervised", "draws", "denoise"),
     *("scored", "features", "event", "event_mask", "decode", "trainable", "save"),
 )
-OF_THOSE_THAT_ACT = ("initialise",)
+OF_THOSE_THAT_ACT = ("initialise", "observations")
 
 
 def test_every_model_is_listed_here() -> None:

@@ -17,6 +17,7 @@ from genpolicy.cli.main import main
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.task import Context
+from genpolicy.training import checkpoint
 from genpolicy.training.experiment import train
 from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
@@ -232,6 +233,33 @@ def test_a_resumed_run_keeps_the_meaning_of_what_it_learned(trained, override, s
     with pytest.raises(ConfigError, match=said):
         train(trained.folder / "config.yaml", [override, "--budget.iterations=4"])
     assert (trained.folder / "config.yaml").read_text() == before
+
+
+def test_a_resumed_run_keeps_the_lora_that_it_started_from(trained):
+    """Another file has another alpha, which would rescale what was learned."""
+    start = trained.folder / "policy"
+    with pytest.raises(ConfigError, match=r"policy.lora.start is .*policy', and was None when"):
+        train(
+            trained.folder / "config.yaml",
+            [f"--policy.lora.start={start}", "--budget.iterations=4"],
+        )
+
+
+def test_a_checkpoint_that_did_not_keep_its_policy_section_says_so(
+    pipeline, tmp_path, monkeypatch, capsys
+):
+    """As checkpoints of older versions."""
+    write = checkpoint.write
+
+    def older(folder: Path, iteration: int, state: dict) -> None:
+        write(folder, iteration, {key: value for key, value in state.items() if key != "policy"})
+
+    monkeypatch.setattr(checkpoint, "write", older)
+    result = train(parse.parse(raw(pipeline, tmp_path, budget={"iterations": 1})))
+    assert "is of an older genpolicy" not in capsys.readouterr().err
+    train(result.folder / "config.yaml", ["--budget.iterations=2"])
+    said = capsys.readouterr()
+    assert "is of an older genpolicy, which did not keep its policy" in said.out + said.err
 
 
 def test_a_resumed_run_may_be_computed_otherwise(pipeline, tmp_path):

@@ -9,7 +9,9 @@ from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.task import Context
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
+from genpolicy.models.toy import Toy
 from genpolicy.training.experiment import train
+from genpolicy.training.requirements import expert_remark
 from tests import tiny
 from tests.models.test_lora_run import raw
 
@@ -42,10 +44,19 @@ def test_a_window_in_which_the_second_expert_denoises_is_refused(pipeline, tmp_p
         train(parse.parse(experiment(pipeline, tmp_path, chain=late)))
 
 
-def test_the_window_that_the_sentence_names_trains(pipeline, tmp_path):
+def test_the_window_that_the_sentence_names_trains(pipeline, tmp_path, capsys):
+    """And the run says that the second expert stays as it is."""
     chain = {"steps": 4, "kernel": {"name": "sde", "a": 0.7}, "window": [0, 2]}
     result = train(parse.parse(experiment(pipeline, tmp_path, chain=chain)))
     assert result.summary["iterations"] == 1
+    said = capsys.readouterr()
+    assert (
+        "only the one of noise times from 0.9 on learns; below, the second" in said.out + said.err
+    )
+
+
+def test_a_pipeline_of_one_denoiser_has_nothing_to_say():
+    assert expert_remark(Toy()) is None
 
 
 def test_imitation_draws_the_times_at_which_what_learns_denoises(pipeline):

@@ -33,8 +33,8 @@ def jump(student: ChainPolicy, x: Tensor, t: Tensor, condition: Condition) -> Te
 
 
 def solve(teacher: ChainPolicy, x: Tensor, t: Tensor, condition: Condition, noise: Noise) -> Tensor:
-    """Psi(x, t): the samples [B,*E] at the end of the teacher's sampler, each row entered at its own
-    noise time t [B].
+    """Psi(x, t): the samples [B,*E] at the end of the teacher's sampler, each row entered at its
+    own noise time t [B].
     """
     found = torch.empty_like(x)
     for time in t.unique():

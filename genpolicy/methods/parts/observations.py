@@ -1,5 +1,5 @@
-"""The states at which a student is taught: prompts, recorded observations, or what is seen where the
-student or its teacher acts.
+"""The states at which a student is taught: prompts, recorded observations, or what is seen where
+the student or its teacher acts.
 """
 
 from dataclasses import dataclass

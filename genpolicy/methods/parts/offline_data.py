@@ -135,8 +135,8 @@ class Experience:
                 raise ConfigError(
                     f"data: {lacking[0]} has no column {REWARD}: its successes would be valued at"
                     f" 1, beside rewards of another kind (a return of {paid:g} at a success of"
-                    f" {success:g}); record {REWARD}, take the task's sparse reward, or only imitate"
-                    " the data (method rl100: offline.demonstrations: false)"
+                    f" {success:g}); record {REWARD}, take the task's sparse reward, or only"
+                    " imitate the data (method rl100: offline.demonstrations: false)"
                 )
 
     @property

@@ -23,8 +23,8 @@ from genpolicy.training.replay_check import LogRatio
 from genpolicy.training.run import Run
 
 LEAST_PLAYED = 2
-"""The episodes of the latest policy in an iteration under a floor, at least: of a single one nothing
-can be claimed.
+"""The episodes of the latest policy in an iteration under a floor, at least: of a single one
+nothing can be claimed.
 """
 
 
@@ -166,8 +166,8 @@ class Floor:
     judge their return. Saved and resumed with the run.
 
     The policy that the stage began with, with the sampler that is deployed, plays so many of the
-    episodes that the expected outcome of all stays at least its own, less the share 1 - ``share`` of
-    its size (`safe_share`).
+    episodes that the expected outcome of all stays at least its own, less the share 1 - ``share``
+    of its size (`safe_share`).
 
     baseline [n]: outcomes of its episodes in this stage. lower: a lower bound of the outcome of the
     latest policy with the noise that it collects with; nothing is known of it before it has played,

@@ -36,9 +36,9 @@ def train_stages(
     """Trains one stage after the other until the last is through or the budget is spent.
 
     ready: called before anything is learned, when the policy has played its first evaluation; it
-    raises where the run can't go on. acts: by the stage's name. leave: called with the name of a stage that is through. parts: of the
-    policy, by name, that some stage attaches; a resumed run takes up those that its checkpoint has
-    before a stage changes anything.
+    raises where the run can't go on. acts: by the stage's name. leave: called with the name of a
+    stage that is through. parts: of the policy, by name, that some stage attaches; a resumed run
+    takes up those that its checkpoint has before a stage changes anything.
     """
     for number, _ in enumerate(run.iterations()):
         if number == 0:

@@ -11,6 +11,7 @@ from genpolicy.config.errors import ConfigError
 from genpolicy.learning.acceptance import safe_share
 from genpolicy.methods.parts.anchor import Anchor
 from genpolicy.methods.parts.online import Failures, Floor, Online, OnPolicy
+from genpolicy.training import resume
 from genpolicy.training.processes import Processes
 from tests.peers import peers, together
 from tests.toy_control import prepared
@@ -180,6 +181,21 @@ def test_the_baseline_is_measured_with_the_sampler_that_plays_it(tmp_path, monke
     saved.load_state_dict(floor.state_dict())
     assert torch.equal(saved.baseline, floor.baseline)
     assert (saved.lower, saved.worst) == (floor.lower, floor.worst)
+
+
+def test_a_floor_of_an_older_version_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    """It kept a lower bound of another meaning, and nothing of its baseline."""
+    run = prepared(tmp_path, **CLONING)[0]
+    Floor(run, 0.9, Anchor(run))
+    with monkeypatch.context() as then:
+        then.setattr(Floor, "state_dict", lambda self: {"lower": 0.3})
+        resume.save(run)
+    again = prepared(tmp_path, **CLONING)[0]
+    Floor(again, 0.9, Anchor(again))
+    with pytest.raises(ConfigError, match=r"does not fit this experiment .* 'baseline'"):
+        resume.resume(again)
+    resume.save(run)
+    resume.resume(again)  # control
 
 
 def test_a_hopeless_policy_plays_two_episodes_in_all_and_equally_many_in_each_process(

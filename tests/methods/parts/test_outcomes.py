@@ -1,4 +1,4 @@
-"""What came of recorded episodes: decided data set by data set, told, and valued by one reward."""
+"""The outcomes of recorded episodes: decided data set by data set, told, and valued by one reward."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

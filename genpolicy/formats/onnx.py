@@ -1,0 +1,203 @@
+"""One ONNX graph of a whole policy that acts: from observations and noise to the robot's actions.
+
+The normaliser, the encoder, every step of the deployed sampler, best-of-N with its critic and the
+un-normaliser are all in it, so that onnxruntime alone runs it (robots/genpolicy_runtime). Beside the
+graph lie manifest.json, which says what goes in and comes out, parity.json and latency.json.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genpolicy import __version__
+from genpolicy.config.documents import json_file
+from genpolicy.config.errors import ConfigError
+from genpolicy.contracts.dataset import Dataset
+from genpolicy.contracts.model import ControlModel
+from genpolicy.contracts.task import ControlTask
+from genpolicy.formats import _graph, _latency, _parity
+from genpolicy.formats._capture import Counting, acting, blank, captured, decide, noise_shape, reads
+from genpolicy.formats._folder import fresh, require_free
+from genpolicy.policy.files import Saved
+from genpolicy.policy.policy import ChainPolicy
+
+FORMAT, VERSION = "genpolicy-export", 1
+"""What a manifest says that it is, and the version of its keys."""
+MANIFEST = "manifest.json"
+
+
+def onnx(
+    found: Saved,
+    out: Path,
+    *,
+    data: Dataset | None,
+    task: ControlTask | None,
+    instruction: str | None,
+) -> str:
+    """Writes the folder ``out``: policy.onnx, manifest.json, parity.json and latency.json.
+
+    Raises `ConfigError`, and leaves nothing, where the graph's actions are not the policy's.
+    """
+    if not found.acts:
+        raise ConfigError(
+            f"{found.where} draws: onnx is for policies that act, and diffusers loads the folder of"
+            " one that draws as it is"
+        )
+    if found.sampler.warm is not None:
+        raise ConfigError(
+            f"{found.where} begins each decision from the plan before it (chain.warm), which this"
+            " graph has no input for yet: export it with --sampler warm=null"
+        )
+    _graph.require_packages()
+    require_free(out, is_export)
+    policy = _on_cpu(found)
+    told = _told(policy, task, instruction)
+    with fresh(out, is_export) as folder:
+        manifest, parity, latency = exported(policy, found, folder, data, task, told)
+        for name, contents in (
+            (MANIFEST, manifest),
+            ("parity.json", parity.report()),
+            ("latency.json", latency),
+        ):
+            (folder / name).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    times = ", ".join(
+        f"{name} {latency[name]['median_ms']:.3g} ms (least {latency[name]['min_ms']:.3g})"
+        for name in ("torch", "onnxruntime")
+    )
+    return (
+        f"{parity.told()}\nlatency per decision, median on one thread: {times};"
+        f" {manifest['evaluations']:g} network evaluations\n{out / MANIFEST}"
+    )
+
+
+def is_export(folder: Path) -> bool:
+    """True for the folder of an export."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        return False
+    document = json_file(file)
+    return isinstance(document, dict) and document.get("format") == FORMAT
+
+
+def exported(
+    policy: ChainPolicy,
+    found: Saved,
+    folder: Path,
+    data: Dataset | None,
+    task: ControlTask | None,
+    told: str | None,
+) -> tuple[dict[str, Any], _parity.Parity, dict[str, Any]]:
+    """Writes policy.onnx and returns the manifest, the parity and the latency.
+
+    told: the instruction, None where the policy reads none. Raises `ConfigError` where the parity does not hold.
+    """
+    model: ControlModel = policy.model  # type: ignore[assignment]  # the caller saw that it acts
+    shape, words = noise_shape(policy), told or ""
+    entry = write_policy(policy, shape, folder / "policy.onnx", words)
+    session = _graph.session(folder / entry["file"])
+    parity = _parity.measure(session, policy, shape, data, words)
+    if not parity.holds:
+        raise ConfigError(
+            f"the exported graph does not act as the policy: its actions differ by {parity.largest:.1e}"
+            f" in normalised units, and {parity.bound:.1e} is the bound; nothing was written"
+        )
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "made_with": {"genpolicy": __version__, **_graph.versions()},
+        "weights": weights_digest(policy),
+        "graphs": {"policy": entry},
+        "observation": {
+            name: {"kind": "image" if len(seen) == 3 else "vector", "shape": list(seen)}
+            for name, seen in model.shapes.items()
+        },
+        "history": model.history,
+        "noise": {"shape": list(shape)},
+        "action": {
+            "dim": model.action_dim,
+            "planned": model.event_shape[0],
+            "executed": policy.execute or model.executed,
+            "low": None,
+            "high": None,
+            "units": "environment",
+        },
+        "rate_hz": None if task is None else task.fps,
+        "instruction": None if told is None else {"text": told, "tokens": {}},
+        "state": None,
+        "sampler": asdict(found.sampler),
+        "evaluations": evaluations(policy),
+        "parity": {
+            "largest": parity.largest,
+            "bound": parity.bound,
+            "observations": parity.observations,
+            "units": "normalised",
+        },
+    }
+    return manifest, parity, _latency.measure(session, policy, shape, words)
+
+
+def write_policy(
+    policy: ChainPolicy, shape: tuple[int, ...], file: Path, instruction: str = ""
+) -> dict[str, Any]:
+    """Writes the graph "policy", (observations, noise [1,draws,*E]) -> actions [1,n,D], and returns
+    its entry of the manifest.
+    """
+    inputs = {**blank(policy.model, 1), "noise": torch.zeros(1, *shape)}  # type: ignore[arg-type]
+    graph = captured(acting(policy, instruction), *inputs.values())
+    return _graph.write(graph, inputs, ["actions"], file)
+
+
+@torch.no_grad()
+def evaluations(policy: ChainPolicy) -> float:
+    """Network evaluations per decision."""
+    before = policy.model.evaluations
+    decide(policy, blank(policy.model, 1), Counting(1))  # type: ignore[arg-type]
+    return policy.model.evaluations - before
+
+
+def weights_digest(policy: ChainPolicy) -> str:
+    """The SHA-256 of all weights that learned, the network's and its parts', by name."""
+    digest = hashlib.sha256()
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                add(f"{name}.{key}", inner)
+
+    add("model", policy.model.trainable())
+    add("parts", {name: part.state_dict() for name, part in policy.parts.items()})
+    return digest.hexdigest()
+
+
+def _told(policy: ChainPolicy, task: ControlTask | None, instruction: str | None) -> str | None:
+    """The instruction that is written into the graph, as tokens: the one that is asked for, or the
+    task's; None for a policy that reads none.
+    """
+    if not reads(policy):
+        if instruction is not None:
+            raise ConfigError("--instruction does not apply: this policy reads no words")
+        return None
+    told = instruction if instruction is not None or task is None else task.instruction
+    if told is None:
+        raise ConfigError(
+            "the policy does what it is told, and its instruction becomes a part of the graph:"
+            " give --instruction TEXT"
+        )
+    return told
+
+
+def _on_cpu(found: Saved) -> ChainPolicy:
+    """The policy on the processor, where its graph is compared with it."""
+    policy = found.load()
+    if policy.model.device.type == "cpu":
+        return policy
+    return replace(found, policy={**found.policy, "device": "cpu"}).load()

@@ -1,0 +1,116 @@
+"""An exported policy that acts, tick by tick."""
+
+import operator
+from collections import deque
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from genpolicy_runtime import manifest as manifests
+from genpolicy_runtime.errors import ExportError, shown
+from genpolicy_runtime.graphs import Graphs
+from genpolicy_runtime.manifest import Manifest
+from genpolicy_runtime.noise import SEEDS, noise
+from genpolicy_runtime.observation import Frame, frame
+from genpolicy_runtime.order import ACTIONS, NOISE
+
+
+class Policy:
+    """An exported policy and its place in an episode.
+
+    The actions of an episode are a function of its seed and of what was observed since `reset`.
+    ``Policy(policy.manifest, policy.graphs)`` is another one with the same graphs in memory, which
+    acts in an episode of its own.
+    """
+
+    def __init__(self, manifest: Manifest, graphs: Graphs) -> None:
+        self.manifest = manifest
+        self.graphs = graphs
+        self.reset()
+
+    @classmethod
+    def load(
+        cls, folder: "str | PathLike[str]", provider: str = "cpu", threads: int = 1
+    ) -> "Policy":
+        """Returns the policy that `genpolicy export` wrote into ``folder``.
+
+        provider: "cpu", "cuda" or "tensorrt". threads: of the CPU, per graph. Raises `ExportError`
+        with one sentence where a file is missing, damaged or newer than this runtime, or where this
+        machine can't run it. Nothing in the folder is code.
+        """
+        if not isinstance(threads, int) or threads < 1:
+            raise ExportError(f"threads is {shown(threads)}; it must be a whole number from 1 on")
+        manifest = manifests.read(Path(folder))
+        return cls(manifest, Graphs(Path(folder), manifest, provider, threads))
+
+    def reset(self, seed: int = 0) -> None:
+        """Begins an episode: nothing is observed, planned or drawn yet.
+
+        seed: names the episode's noise, from 0 to 2^64 - 1.
+        """
+        try:
+            word = operator.index(seed)
+        except TypeError:
+            word = -1
+        if not 0 <= word < SEEDS:
+            raise ValueError(f"seed is {shown(seed)}; it must be a whole number from 0 to 2^64 - 1")
+        self._seed = word
+        self._decisions = 0
+        self._frames: deque[Frame] = deque(maxlen=self.manifest.history)
+        self._queue: deque[np.ndarray] = deque()
+        self._previous: np.ndarray | None = None
+
+    def observe(self, observation: Mapping[str, np.ndarray]) -> None:
+        """Takes note of a tick in which nothing is asked: `act` and `plan` do so themselves.
+
+        Raises `ObservationError` with one sentence; the policy is then as it was before.
+        """
+        seen = frame(observation, self.manifest.observation)
+        # an episode's first frame stands for those before it
+        self._frames.extend([seen] * (1 if self._frames else self.manifest.history))
+
+    def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns the action of this tick, float32 [D], in the environment's units.
+
+        The policy plans when all actions of its last plan have been returned; to be called once per
+        tick, so that the frames that it sees are a tick apart.
+        """
+        if not self._queue:
+            self._queue.extend(self.plan(observation))
+        else:
+            self.observe(observation)
+        return self._queue.popleft()
+
+    def plan(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns the actions of a new decision, float32 [executed,D], and keeps none for `act`.
+
+        It observes, as `act` does. Raises `FloatingPointError` where the graph's answer is no
+        finite number.
+        """
+        self.observe(observation)
+        outputs = self.graphs.run(self._given(), first=self._previous is None)
+        actions = outputs[ACTIONS][0].astype(np.float32)
+        if not np.isfinite(actions).all():
+            raise FloatingPointError(
+                f"decision {self._decisions} of seed {self._seed} is not finite: the policy has"
+                " diverged, and there is no action to carry out"
+            )
+        self._decisions += 1
+        if self.manifest.state is not None:
+            self._previous = outputs[self.manifest.state.output]
+        return actions
+
+    def _given(self) -> dict[str, np.ndarray]:
+        """The arrays of this decision, by the names of the graphs' inputs."""
+        given = {
+            name: np.stack([seen[name] for seen in self._frames])[None]
+            for name in self.manifest.observation
+        }
+        given[NOISE] = noise(self._seed, self._decisions, self.manifest.noise)[None]
+        if self.manifest.instruction is not None:
+            given.update(self.manifest.instruction.tokens)
+        if self.manifest.state is not None and self._previous is not None:
+            given[self.manifest.state.input] = self._previous
+        return given
