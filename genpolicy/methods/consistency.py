@@ -268,7 +268,7 @@ class _Distillation:
         at = noised(self.student, x, t, noise)
         real = self.teacher.denoiser(at, t, rows.taught).x0
         with self.copy.using():
-            fake = jump(self.student, at, t, rows.condition)
+            fake = self.student.model.denoise(at, t, rows.condition).x0
         size = expand((x - real).abs().flatten(1).mean(1).clamp_min(1e-6), x)
         return x - (fake - real) / size
 

@@ -28,6 +28,9 @@ from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.pretrained import foreign
 from genpolicy.policy.sampler import make_policy, resampled
 
+CARD = "README.md"
+"""What a hub shows of a folder; it may be edited, and is no part of the policy."""
+
 
 def save_policy(
     policy: ChainPolicy, section: Mapping[str, Any], sampler: ChainConfig, folder: Path
@@ -42,7 +45,7 @@ def save_policy(
     staged = folder.with_name(folder.name + ".staged")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    policy.model.save(staged)
+    policy.model.save(staged, sampler)
     for name, part in policy.parts.items():
         (staged / PARTS / name).mkdir(parents=True)
         part.save(staged / PARTS / name)
@@ -53,7 +56,7 @@ def save_policy(
             name: {"kind": part.kind, "version": part.version}
             for name, part in policy.parts.items()
         },
-        "files": digests(staged),
+        "files": {name: value for name, value in digests(staged).items() if name != CARD},
     }
     (staged / SAMPLER).write_text(sealed(description, indent=1) + "\n", encoding="utf-8")
     aside = set_aside(folder)

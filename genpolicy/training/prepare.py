@@ -145,7 +145,7 @@ def prepare(
     policy = make_policy(model, experiment.chain, parts, origin=origin)
     require_chain(name, needs, policy)
     require_shape(model, data)
-    teacher = load_teacher(experiment.policy, origin)
+    teacher = load_teacher(experiment.policy, origin, model)
     for remark in (launch_remark(processes), expert_remark(model)):
         if remark is not None:
             display.say(remark)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from genpolicy.chain import Condition, Noise
+from genpolicy.chain import Condition, Consistency, Noise
 from genpolicy.chain.values import expand, output_gain, reduce_event
 from genpolicy.config.errors import ConfigError
 from genpolicy.policy.policy import ChainPolicy
@@ -19,11 +19,17 @@ Stable Diffusion's epsilon can be, the 2000 of a robot's table can't.
 
 
 def jump(student: ChainPolicy, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """x_0 as the student's network says it at x [B,*E], t [B] in one evaluation: [B,*E].
+    """f(x, t) of x [B,*E], t [B] in one evaluation: [B,*E], x_0 as the student's network says it,
+    with the boundary of its kernel where that has one.
 
     It is neither guided nor clipped: what a clip cuts off would have no gradient.
     """
-    return student.model.denoise(x, t, condition).x0
+    x0 = student.model.denoise(x, t, condition).x0
+    kernel = student.chain.kernel
+    if not isinstance(kernel, Consistency) or kernel.scaling is None:
+        return x0
+    skip, out = kernel.boundary(t)
+    return expand(skip, x) * x + expand(out, x) * x0
 
 
 def solve(teacher: ChainPolicy, x: Tensor, t: Tensor, condition: Condition, noise: Noise) -> Tensor:
