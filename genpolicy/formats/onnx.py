@@ -64,11 +64,6 @@ def onnx(
             f"{found.where} draws: onnx is for policies that act, and diffusers loads the folder of"
             " one that draws as it is"
         )
-    if found.sampler.warm is not None:
-        raise ConfigError(
-            f"{found.where} begins each decision from the plan before it (chain.warm), which this"
-            " graph has no input for yet: export it with --sampler warm=null"
-        )
     _graph.require_packages()
     require_free(out, is_export)
     policy = _on_cpu(found)

@@ -255,7 +255,6 @@ def test_a_run_brings_its_recorded_episodes_and_its_task(
         (["assets/assembly-clone", "--instruction", "go"], "this policy reads no words"),
         (["assets/point-smolvla"], "give --instruction TEXT"),
         (["assets/assembly-clone", "--sampler", "kernel.name=heum"], "did you mean heun"),
-        (["assets/assembly-clone", "--sampler", "warm={name: sdedit, steps: 1}"], "warm=null"),
     ],
 )
 def test_bad_input_is_one_sentence(
