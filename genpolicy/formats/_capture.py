@@ -83,33 +83,48 @@ class Counting:
 
 
 def decide(
-    policy: ChainPolicy, observation: Mapping[str, Tensor], noise: Any, instruction: str = ""
-) -> Tensor:
+    policy: ChainPolicy,
+    observation: Mapping[str, Tensor],
+    noise: Any,
+    instruction: str = "",
+    previous: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The decision of B rows, as it is played: observation name -> [B,history,*shape] and noise to
-    actions [B,n,D] in the environment's units.
+    the actions that are carried out, [B,n,D] in the environment's units, and the plan [B,T,D].
+
+    previous [B,T,D]: the plan of the decision before, from which a warm start goes on.
     """
     condition = policy.model.encode(Context([instruction] * len(noise), observation))
-    drawn = policy.sample(condition, noise, keep=(0, 0))
-    return policy.actions(drawn.x0)
+    plan = policy.sample(condition, noise, previous=previous, keep=(0, 0)).x0
+    return policy.actions(plan), plan
 
 
-def acting(policy: ChainPolicy, instruction: str = "") -> Callable[..., Tensor]:
-    """The decision as a function of tensors: the observations in the model's order, then noise."""
+def acting(policy: ChainPolicy, instruction: str = "", later: bool = False) -> Callable[..., Any]:
+    """The decision as a function of tensors: the observations in the model's order, of a decision
+    that is ``later`` than an episode's first one the plan before, then noise. It returns the
+    actions, and of a policy with a warm start the plan, too.
+    """
     names = list(policy.model.shapes)  # type: ignore[attr-defined]  # it acts
 
-    def function(*values: Tensor) -> Tensor:
+    def function(*values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         *seen, noise = values
-        return decide(policy, dict(zip(names, seen, strict=True)), Draws(noise), instruction)
+        previous = seen.pop() if later else None
+        observation = dict(zip(names, seen, strict=True))
+        decided = decide(policy, observation, Draws(noise), instruction, previous)
+        return decided[0] if policy.warm is None else decided
 
     return function
 
 
 @torch.no_grad()
 def noise_shape(policy: ChainPolicy) -> tuple[int, ...]:
-    """The shape [draws,*E] of the noise of one decision."""
-    counting = Counting(1)
-    decide(policy, blank(policy.model, 1), counting)  # type: ignore[arg-type]
-    return (counting.width * len(counting.asked), *policy.model.event_shape)
+    """The shape [draws,*E] of the noise of one decision: of the one that draws most."""
+    draws, seen = 1, blank(policy.model, 1)  # type: ignore[arg-type]
+    for previous in (None,) if policy.warm is None else (None, no_plan(policy, 1)):
+        counting = Counting(1)
+        decide(policy, seen, counting, previous=previous)
+        draws = max(draws, counting.width * len(counting.asked))
+    return (draws, *policy.model.event_shape)
 
 
 @torch.no_grad()
@@ -117,8 +132,13 @@ def reads(policy: ChainPolicy) -> bool:
     """True for a policy that decides by its instruction, too."""
     seen = blank(policy.model, 1)  # type: ignore[arg-type]
     noise = torch.zeros(1, *noise_shape(policy))
-    decisions = [decide(policy, seen, Draws(noise), words) for words in ("left", "go right")]
+    decisions = [decide(policy, seen, Draws(noise), words)[0] for words in ("left", "go right")]
     return not torch.equal(*decisions)
+
+
+def no_plan(policy: ChainPolicy, rows: int) -> Tensor:
+    """Plans of B rows that are all zero, [B,T,D]."""
+    return torch.zeros(rows, *policy.model.event_shape, device=policy.model.device)
 
 
 def blank(model: ControlModel, rows: int) -> dict[str, Tensor]:
@@ -130,7 +150,7 @@ def blank(model: ControlModel, rows: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def captured(function: Callable[..., Tensor], *inputs: Tensor) -> GraphModule:
+def captured(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
     """The graph of a function of tensors, for inputs of exactly these shapes; its constants are
     buffers.
 
@@ -138,7 +158,7 @@ def captured(function: Callable[..., Tensor], *inputs: Tensor) -> GraphModule:
     pi0.5 writes the robot's state into its prompt, as words.
     """
 
-    def folding(*tensors: Tensor) -> Tensor:
+    def folding(*tensors: Tensor) -> Any:
         with _Folding():
             return function(*tensors)
 
@@ -226,7 +246,7 @@ def _changes(node: Node) -> bool:
 
 
 def doubled(graph: GraphModule) -> GraphModule:
-    """The same function in fp64, with the same (fp32) constants: the measure of what rounding does."""
+    """The same function in fp64, with the same (fp32) constants: the measure of rounding."""
     for node in graph.graph.nodes:
         if node.kwargs.get("dtype") is torch.float32:
             node.kwargs = {**node.kwargs, "dtype": torch.float64}

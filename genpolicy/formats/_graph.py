@@ -47,6 +47,8 @@ def write(
     """Writes a graph as ONNX, for inputs of exactly these shapes, and returns the manifest's entry:
     file, sha256, and the shape and type of each input and output.
     """
+    from onnxscript import optimizer
+
     with _quiet():
         program = torch.onnx.export(
             graph,
@@ -56,8 +58,14 @@ def write(
             input_names=list(inputs),
             output_names=list(outputs),
             verbose=False,
+            optimize=False,
         )
-    assert program is not None
+        assert program is not None
+        # of torch's own optimisation, whose search for patterns takes most of an export's time,
+        # what onnxruntime does not do by itself
+        optimizer.inline(program.model)
+        optimizer.fold_constants(program.model, onnx_shape_inference=True)
+        optimizer.remove_unused_nodes(program.model)
     program.save(file)
     with open(file, "rb") as written:
         digest = hashlib.file_digest(written, "sha256").hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from genpolicy.formats import _graph
-from genpolicy.formats._capture import Draws, blank, decide
+from genpolicy.formats._capture import Draws, blank, decide, no_plan
 from genpolicy.policy.policy import ChainPolicy
 
 REPETITIONS = 200
@@ -26,13 +26,16 @@ def measure(
     """The contents of latency.json: of each the minimum and the median, in milliseconds per
     decision, both in turns on one thread, with observations of zeros.
 
+    session: of a policy with a warm start that of the later decisions, which are measured.
     shape: of the noise, [draws,*E].
     """
     observation = blank(policy.model, 1)  # type: ignore[arg-type]  # its caller saw that it acts
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-    feed = _graph.fed({**observation, "noise": noise}, 0)
+    previous = None if policy.warm is None else no_plan(policy, 1)
+    inputs = {**observation, "noise": noise}
+    feed = _graph.fed(inputs if previous is None else {**inputs, "previous": previous}, 0)
     calls = {
-        "torch": lambda: decide(policy, observation, Draws(noise), instruction),
+        "torch": lambda: decide(policy, observation, Draws(noise), instruction, previous),
         "onnxruntime": lambda: session.run(None, feed),
     }
     threads = torch.get_num_threads()

@@ -1,9 +1,10 @@
 """Parity: the exported graph against the policy that was exported, observation by observation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -28,6 +29,8 @@ TIE = 1e-5
 """Two samples whose values differ by less, as a share of the largest value, are equally good: which
 of them is picked is left to rounding.
 """
+DECISIONS = 4
+"""Decisions in a row of a policy with a warm start: an episode's first one and three later ones."""
 AT_ONCE = 100
 """Rows that are compared together."""
 SEED = 0
@@ -81,19 +84,22 @@ class Parity:
 
 @torch.no_grad()
 def measure(
-    session: Any,
+    sessions: Sequence[Any],
     policy: ChainPolicy,
     shape: tuple[int, ...],
     data: Dataset | None,
     instruction: str = "",
 ) -> Parity:
-    """Runs the graph and the policy on the same observations and noise.
+    """Runs the graphs and the policy on the same observations and noise.
 
-    shape: of the noise, [draws,*E]. Raises `ConfigError` where what was written down of the policy
-    is not what acts.
+    sessions: the policy's one, or those of an episode's first and of its later decisions.
+    shape: of the noise of a decision, [draws,*E]. Raises `ConfigError` where what was written down
+    of the policy is not what acts.
     """
     model: ControlModel = policy.model  # type: ignore[assignment]  # its caller saw that it acts
     generator = torch.Generator().manual_seed(SEED)
+    draws, *event = shape
+    draws *= 1 if policy.warm is None else DECISIONS
     seen = observations(model, data, generator)
     gain = action_gain(model)
     by_kind: dict[str, float] = {}
@@ -102,15 +108,15 @@ def measure(
         for kind, rows in seen.items():
             for begin in range(0, _rows(rows), AT_ONCE):
                 inputs = {name: value[begin : begin + AT_ONCE] for name, value in rows.items()}
-                inputs["noise"] = torch.randn(AT_ONCE, *shape, generator=generator)
+                inputs["noise"] = torch.randn(AT_ONCE, draws, *event, generator=generator)
                 # the policy, and how clearly it picked
                 judged = _Judged(policy)
-                wanted = acting(judged.policy, instruction)(*inputs.values())
+                wanted = playing(judged.policy, instruction)(*inputs.values())
                 clear = judged.clear(AT_ONCE)
                 if exact is None:
-                    exact = _exact(acting(policy, instruction), inputs, wanted)
-                # the graph
-                got = torch.cat([_run(session, inputs, row, bar) for row in range(AT_ONCE)])
+                    exact = _exact(playing(policy, instruction), inputs, wanted)
+                # the graphs
+                got = torch.cat([_run(sessions, inputs, row, bar) for row in range(AT_ONCE)])
                 error = (got - wanted).abs() * gain
                 # fp64 takes long: once of each kind, and where there is something to explain
                 if kind not in by_kind or not float(error.max()) <= BOUND:
@@ -132,10 +138,41 @@ def _rows(observation: Mapping[str, Tensor]) -> int:
     return len(next(iter(observation.values())))
 
 
-def _run(session: Any, inputs: Mapping[str, Tensor], row: int, bar: Any) -> Tensor:
-    """The graph's actions for one row, [1,n,D]."""
+def playing(policy: ChainPolicy, instruction: str = "") -> Callable[..., Tensor]:
+    """The actions of a decision as `acting` gives them; with a warm start those of `DECISIONS` that
+    follow one another on one observation, [B,DECISIONS n,D], with as many times the noise.
+    """
+    if policy.warm is None:
+        return acting(policy, instruction)
+    first, later = (acting(policy, instruction, late) for late in (False, True))
+
+    def play(*values: Tensor) -> Tensor:
+        *seen, noise = values
+        begins, *others = noise.chunk(DECISIONS, 1)
+        actions, plan = first(*seen, begins)
+        every = [actions]
+        for drawn in others:
+            actions, plan = later(*seen, plan, drawn)
+            every.append(actions)
+        return torch.cat(every, 1)
+
+    return play
+
+
+def _run(sessions: Sequence[Any], inputs: Mapping[str, Tensor], row: int, bar: Any) -> Tensor:
+    """The actions of the graphs for one row, as `playing` gives them, [1,n,D]."""
     bar.update()
-    return torch.from_numpy(session.run(None, _graph.fed(inputs, row))[0])
+    feed = _graph.fed(inputs, row)
+    if len(sessions) == 1:
+        return torch.from_numpy(sessions[0].run(None, feed)[0])
+    first, later = sessions
+    begins, *others = np.split(feed["noise"], DECISIONS, 1)
+    actions, plan = first.run(None, {**feed, "noise": begins})
+    every = [actions]
+    for drawn in others:
+        actions, plan = later.run(None, {**feed, "noise": drawn, "previous": plan})
+        every.append(actions)
+    return torch.from_numpy(np.concatenate(every, 1))
 
 
 def _exact(
@@ -193,7 +230,7 @@ class _Judged:
 
     def __init__(self, policy: ChainPolicy) -> None:
         self.judge = policy.judge
-        self.worth: Tensor | None = None
+        self.worth: list[Tensor] = []  # of every decision
         self.policy = policy
         if policy.best_of > 1:
             judge: Judge = self._value
@@ -201,12 +238,15 @@ class _Judged:
 
     def _value(self, features: Tensor, event: Tensor) -> Tensor:
         assert self.judge is not None
-        self.worth = self.judge(features, event)
-        return self.worth
+        self.worth.append(self.judge(features, event))
+        return self.worth[-1]
 
     def clear(self, rows: int) -> Tensor:
-        """True for each row whose best sample is better than its next, bool [B]."""
-        if self.worth is None:
-            return torch.ones(rows, dtype=torch.bool)
-        first, second = self.worth.view(rows, -1).topk(2, dim=1).values.unbind(1)
-        return first - second > TIE * self.worth.abs().max()
+        """True for each row whose best sample is better than its next, in every decision: bool
+        [B].
+        """
+        found = torch.ones(rows, dtype=torch.bool)
+        for worth in self.worth:
+            first, second = worth.view(rows, -1).topk(2, dim=1).values.unbind(1)
+            found &= first - second > TIE * worth.abs().max()
+        return found

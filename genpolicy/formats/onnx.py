@@ -1,8 +1,10 @@
 """One ONNX graph of a whole policy that acts: from observations and noise to the robot's actions.
 
 The normaliser, the encoder, every step of the deployed sampler, best-of-N with its critic and the
-un-normaliser are all in it, so that onnxruntime alone runs it (robots/genpolicy_runtime). Beside the
-graph lie manifest.json, which says what goes in and comes out, parity.json and latency.json.
+un-normaliser are all in it, so that onnxruntime alone runs it (robots/genpolicy_runtime). A policy
+with a warm start is two graphs: an episode's first decision, and the later ones, which go on from
+the plan before. Beside them lie manifest.json, which says what goes in and comes out, parity.json
+and latency.json.
 """
 
 import hashlib
@@ -22,7 +24,16 @@ from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import ControlTask
 from genpolicy.formats import _graph, _latency, _parity
-from genpolicy.formats._capture import Counting, acting, blank, captured, decide, noise_shape, reads
+from genpolicy.formats._capture import (
+    Counting,
+    acting,
+    blank,
+    captured,
+    decide,
+    no_plan,
+    noise_shape,
+    reads,
+)
 from genpolicy.formats._folder import fresh, require_free
 from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
@@ -30,6 +41,10 @@ from genpolicy.policy.policy import ChainPolicy
 FORMAT, VERSION = "genpolicy-export", 1
 """What a manifest says that it is, and the version of its keys."""
 MANIFEST = "manifest.json"
+POLICY, FIRST, LATER = "policy", "first", "later"
+"""Names of graphs: the one of a policy, or the two of one with a warm start."""
+PREVIOUS, PLAN = "previous", "plan"
+"""What a later decision takes of the one before, and the output that it is."""
 
 
 def onnx(
@@ -40,7 +55,7 @@ def onnx(
     task: ControlTask | None,
     instruction: str | None,
 ) -> str:
-    """Writes the folder ``out``: policy.onnx, manifest.json, parity.json and latency.json.
+    """Writes the folder ``out``: the graphs, manifest.json, parity.json and latency.json.
 
     Raises `ConfigError`, and leaves nothing, where the graph's actions are not the policy's.
     """
@@ -48,11 +63,6 @@ def onnx(
         raise ConfigError(
             f"{found.where} draws: onnx is for policies that act, and diffusers loads the folder of"
             " one that draws as it is"
-        )
-    if found.sampler.warm is not None:
-        raise ConfigError(
-            f"{found.where} begins each decision from the plan before it (chain.warm), which this"
-            " graph has no input for yet: export it with --sampler warm=null"
         )
     _graph.require_packages()
     require_free(out, is_export)
@@ -93,26 +103,29 @@ def exported(
     task: ControlTask | None,
     told: str | None,
 ) -> tuple[dict[str, Any], _parity.Parity, dict[str, Any]]:
-    """Writes policy.onnx and returns the manifest, the parity and the latency.
+    """Writes the graphs and returns the manifest, the parity and the latency.
 
-    told: the instruction, None where the policy reads none. Raises `ConfigError` where the parity does not hold.
+    told: the instruction, None where the policy reads none. Raises `ConfigError` where the parity
+    does not hold.
     """
     model: ControlModel = policy.model  # type: ignore[assignment]  # the caller saw that it acts
     shape, words = noise_shape(policy), told or ""
-    entry = write_policy(policy, shape, folder / "policy.onnx", words)
-    session = _graph.session(folder / entry["file"])
-    parity = _parity.measure(session, policy, shape, data, words)
+    names = [POLICY] if policy.warm is None else [FIRST, LATER]
+    entries = {name: write_policy(policy, shape, folder / f"{name}.onnx", words) for name in names}
+    sessions = [_graph.session(folder / f"{name}.onnx") for name in names]
+    parity = _parity.measure(sessions, policy, shape, data, words)
     if not parity.holds:
         raise ConfigError(
-            f"the exported graph does not act as the policy: its actions differ by {parity.largest:.1e}"
-            f" in normalised units, and {parity.bound:.1e} is the bound; nothing was written"
+            "the exported graph does not act as the policy: its actions differ by"
+            f" {parity.largest:.1e} in normalised units, and {parity.bound:.1e} is the bound;"
+            " nothing was written"
         )
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "made_with": {"genpolicy": __version__, **_graph.versions()},
         "weights": weights_digest(policy),
-        "graphs": {"policy": entry},
+        "graphs": entries,
         "observation": {
             name: {"kind": "image" if len(seen) == 3 else "vector", "shape": list(seen)}
             for name, seen in model.shapes.items()
@@ -129,7 +142,7 @@ def exported(
         },
         "rate_hz": None if task is None else task.fps,
         "instruction": None if told is None else {"text": told, "tokens": {}},
-        "state": None,
+        "state": None if policy.warm is None else state(policy),
         "sampler": asdict(found.sampler),
         "evaluations": evaluations(policy),
         "parity": {
@@ -139,25 +152,39 @@ def exported(
             "units": "normalised",
         },
     }
-    return manifest, parity, _latency.measure(session, policy, shape, words)
+    return manifest, parity, _latency.measure(sessions[-1], policy, shape, words)
+
+
+def state(policy: ChainPolicy) -> dict[str, Any]:
+    """The manifest's entry of the plan that a decision leaves to the next one."""
+    plan = {"input": PREVIOUS, "output": PLAN, "shape": list(policy.model.event_shape)}
+    return {**plan, "first": FIRST, "later": LATER}
 
 
 def write_policy(
     policy: ChainPolicy, shape: tuple[int, ...], file: Path, instruction: str = ""
 ) -> dict[str, Any]:
-    """Writes the graph "policy", (observations, noise [1,draws,*E]) -> actions [1,n,D], and returns
-    its entry of the manifest.
+    """Writes the graph that the file is named after, (observations, noise [1,draws,*E]) -> actions
+    [1,n,D], and returns its entry of the manifest. "later" takes the plan before, too; both it and
+    "first" return the plan.
     """
-    inputs = {**blank(policy.model, 1), "noise": torch.zeros(1, *shape)}  # type: ignore[arg-type]
-    graph = captured(acting(policy, instruction), *inputs.values())
-    return _graph.write(graph, inputs, ["actions"], file)
+    later = file.stem == LATER
+    inputs = blank(policy.model, 1)  # type: ignore[arg-type]
+    if later:
+        inputs[PREVIOUS] = no_plan(policy, 1)
+    inputs["noise"] = torch.zeros(1, *shape)
+    graph = captured(acting(policy, instruction, later), *inputs.values())
+    outputs = ["actions"] if policy.warm is None else ["actions", PLAN]
+    return _graph.write(graph, inputs, outputs, file)
 
 
 @torch.no_grad()
 def evaluations(policy: ChainPolicy) -> float:
-    """Network evaluations per decision."""
+    """Network evaluations per decision, with a warm start per later one."""
     before = policy.model.evaluations
-    decide(policy, blank(policy.model, 1), Counting(1))  # type: ignore[arg-type]
+    previous = None if policy.warm is None else no_plan(policy, 1)
+    seen = blank(policy.model, 1)  # type: ignore[arg-type]
+    decide(policy, seen, Counting(1), previous=previous)
     return policy.model.evaluations - before
 
 

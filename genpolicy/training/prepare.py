@@ -44,6 +44,7 @@ from genpolicy.training.requirements import (
     Needs,
     expert_remark,
     require_chain,
+    require_counts,
     require_kind,
     require_sections,
     require_shape,
@@ -96,6 +97,7 @@ def prepare(
     world = world_of(task)
     require_sections(name, needs, world, experiment.data is not None)
     require_teacher(name, needs, TEACHER in experiment.policy)
+    require_counts(method, needs, processes)
     data = make_data(experiment.data, origin)
     require_kind(world, data)
     # what every run has, and what the two worlds have each

@@ -95,6 +95,15 @@ def require_teachable(student: ChainPolicy, teacher: ChainPolicy) -> None:
             f"the student's samples have shape {list(student.model.event_shape)}, its teacher's"
             f" {list(teacher.model.event_shape)}: they must be the same"
         )
+    if student.model.acts:
+        probe = torch.stack([torch.full(student.model.event_shape, value) for value in (0.0, 0.5)])
+        own, theirs = (who.model.decode(probe.to(who.model.device)) for who in (student, teacher))
+        if own.shape != theirs.shape or not torch.allclose(own, theirs.to(own), atol=1e-5):
+            raise ConfigError(
+                "the student gives its samples another meaning in actions than its teacher, whose"
+                " statistics come from other data: begin with the teacher's weights, or name the"
+                " data that it was trained on"
+            )
     if teacher.chain.noisy:
         raise ConfigError(
             "policy.teacher draws noise at its steps, and a student that is held to one sample of"
