@@ -27,7 +27,6 @@ from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.task import Context
 from genpolicy.methods.parts.distillation import jump
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
-from genpolicy.policy import teacher as teachers
 from genpolicy.policy.files import load, save_policy, saved
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import make_policy
@@ -168,6 +167,28 @@ def test_the_consistency_scheduler_of_flows_draws_it_too(folders, tmp_path, monk
         **tiny.CALL["sd3"],
     )[0]
     assert relative(theirs, drawn(made)) < 1e-5
+
+
+def test_a_card_lists_the_levels_where_lcms_own_are_others(folders, tmp_path, monkeypatch):
+    made, section, chain = student(folders["sd15"], "sd15", "lora", {}, steps=3, **SAMPLERS["lcm"])
+    save_policy(made, section, chain, tmp_path / "policy")
+    card = (tmp_path / "policy/README.md").read_text()
+    assert "timesteps=[999, 666, 332]" in card
+    handed(monkeypatch, scheduling_lcm)
+    theirs, _ = told(card, tmp_path / "policy", NOISE(PRIOR, made.model.event_shape))
+    assert relative(theirs, drawn(made)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [("wan", "can't be asked for these noise times"), ("cogvideox", "No scheduler of diffusers")],
+)
+def test_what_plain_diffusers_cant_draw_is_said(tmp_path, family, said):
+    tiny.BUILD[family]().save_pretrained(tmp_path / "from")
+    made, section, chain = student(tmp_path / "from", family, "full", {}, steps=2)
+    chain = replace(chain, kernel={"name": "consistency"})
+    save_policy(made, section, chain, tmp_path / "policy")
+    assert said in (tmp_path / "policy/README.md").read_text()
 
 
 def test_a_card_may_be_edited_and_a_sampler_without_noise_writes_none(folders, tmp_path):
@@ -318,7 +339,3 @@ def test_a_student_comes_nearer_to_its_teacher_in_one_step(
     if train_ == "lora":
         assert saved(result.folder).policy["lora"]["start"] == str(result.folder / "policy")
         assert found.model.parametrisation == ("epsilon" if family == "sd15" else "velocity")
-
-
-def test_keys_that_are_no_part_of_the_call_are_the_students_own():
-    assert set(teachers.NOT_CALLED) == {"teacher", "pretrained", "prediction_type", "lora"}
