@@ -25,15 +25,14 @@ def lora(
     if instruction is not None:
         raise ConfigError("--instruction does not apply: a LoRA is given its prompts when it draws")
     if found.policy.get("name") != "diffusers_pipeline" or not adapts(found.policy):
-        raise ConfigError(f"{found.where} has no LoRA: what learned is a whole network")
+        raise ConfigError(
+            f"{found.where} has no LoRA: what learned is a whole network; diffusers loads the"
+            " folder of one that draws as it is, and --format onnx is for policies that act"
+        )
     policy = found.load()
     if policy.parts:
         raise ConfigError(f"a LoRA can't carry the policy's part {next(iter(policy.parts))!r}")
-    with fresh(out, is_lora) as folder:
+    # a LoRA says of itself nothing by which another person's could be told from it
+    with fresh(out, ours=lambda folder: False) as folder:
         policy.model.save(folder)
     return f"{out / WEIGHTS}"
-
-
-def is_lora(folder: Path) -> bool:
-    """True for a folder that holds a LoRA's file and nothing else."""
-    return [file.name for file in folder.iterdir()] == [WEIGHTS]
