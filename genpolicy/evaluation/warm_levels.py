@@ -67,6 +67,11 @@ def spread(drawn: Tensor, discrete_dims: list[int] | None = None) -> float:
     columns D that are not discrete.
     """
     dims = [dim for dim in range(drawn.shape[-1]) if dim not in (discrete_dims or ())]
+    if not dims:
+        raise ConfigError(
+            "chain.warm: every dim of the action is discrete, and no plan contracts there: leave at"
+            " least one out of discrete_dims"
+        )
     return float(drawn[..., dims].double().var(1).mean().sqrt())
 
 

@@ -3,7 +3,7 @@ alone.
 """
 
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,19 +20,16 @@ def fresh(out: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
     ``out`` is anything else.
     """
     require_free(out, ours)
-    staged = out.with_name(f"{out.name}.staged")
-    aside = out.with_name(f"{out.name}.old")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # names that nobody else has: what lies beside is not ours to remove
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+        staged = Path(beside) / "staged"
+        staged.mkdir()
         yield staged
         if out.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(out, aside)
+            os.rename(out, Path(beside) / "old")
         os.rename(staged, out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def require_free(out: Path, ours: Callable[[Path], bool]) -> None:

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import Condition
+from genpolicy.chain.solver import Solver
 from genpolicy.chain.values import expand
 from genpolicy.config.errors import ConfigError, at_least, share
 from genpolicy.methods.parts.distillation import (
@@ -299,6 +300,25 @@ class _Distillation:
 
 def _require_times(loss: str, student: ChainPolicy, teacher: ChainPolicy) -> None:
     """Raise `ConfigError` where the student would be sampled at a time that it is not taught at."""
+    if loss == "consistency" and isinstance(teacher.chain.kernel, Solver):
+        raise ConfigError(
+            f"loss consistency takes one step of the teacher's kernel, and"
+            f" {type(teacher.chain.kernel).__name__.lower()} is a solver, which has none: teach"
+            " with {path: ..., kernel: {name: ddim, eta: 0}}, or take loss same_noise"
+        )
+    noises = loss != "same_noise" or student.chain.K > 1
+    own, theirs = student.model.schedule, teacher.model.schedule
+    times = teacher.chain.grid
+    if noises and not (
+        type(own) is type(theirs)
+        and torch.allclose(own.alpha(times), theirs.alpha(times))
+        and torch.allclose(own.sigma(times), theirs.sigma(times))
+    ):
+        raise ConfigError(
+            "the student's noise schedule is not its teacher's, so that a noisy state of one means"
+            " another to the other: only a student of one step learns from such a teacher, with"
+            " loss same_noise"
+        )
     taught = teacher.chain.grid[:-1].flatten().tolist()
     asked = student.chain.grid[:-1].flatten().tolist()
     missing = [t for t in asked if min(abs(t - other) for other in taught) > 1e-9]

@@ -11,12 +11,14 @@ teacher's parts: what they do is taught.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from genpolicy.config.errors import ConfigError, shown
+from genpolicy.config.errors import ConfigError, choice, shown
+from genpolicy.config.leaves import names
 from genpolicy.config.origin import Origin
+from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.model import Model
 from genpolicy.policy.files import Saved, saved
 from genpolicy.policy.folder import SAMPLER, adapts
@@ -45,7 +47,15 @@ def student(section: Mapping[str, Any]) -> dict[str, Any]:
         return own
     path, _ = _asked(own)
     found = saved(path)
-    own.setdefault("name", found.policy["name"])
+    if "name" not in own:
+        # the student's section is the person's, and a stranger's name may be code
+        name = str(found.policy["name"])
+        choice(
+            "policy.teacher's model; name the student's own as policy.name: it",
+            name,
+            names("models"),
+        )
+        own["name"] = name
     start = _adapter(found.policy)
     if start is None:
         return own | {"pretrained": found.where}
@@ -124,4 +134,7 @@ def _asked(section: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             f"policy.teacher is {shown(asked)}; it must be a saved policy's folder, or"
             " {path: FOLDER, ...} with keys of the chain section"
         )
+    valid = [field.name for field in fields(ChainConfig)]
+    for key in keys:
+        choice("policy.teacher: a key of its sampler", key, valid)
     return path, keys

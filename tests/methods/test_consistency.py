@@ -312,4 +312,12 @@ def test_what_does_not_fit_is_said_before_any_work(tmp_path, clone):
         chain={"steps": 3, "kernel": {"name": "consistency"}},
         method={**QUICK, "loss": "full_solve"},
     )
-    refused("chain has no key|stepz", policy={**policy, "teacher": {"path": clone, "stepz": 3}})
+    refused("stepz.*did you mean steps", policy={**policy, "teacher": {"path": clone, "stepz": 3}})
+    refused("its sampler is 'trust'", policy={**policy, "teacher": {"path": clone, "trust": True}})
+    heun = {"path": clone, "kernel": {"name": "heun"}}
+    averaged = {**QUICK, "loss": "consistency"}
+    refused("heun is a solver", policy={**policy, "teacher": heun}, method=averaged)
+    flow = {"name": "mlp", "teacher": clone, "pretrained": None, "family": "flow", "chunk": 2}
+    own = {"name": "tests.toy_control:Recorded", "skill": 0.15}
+    solved = {**QUICK, "loss": "full_solve"}
+    refused("noise schedule is not its teacher's", policy=flow, data=own, method=solved)
