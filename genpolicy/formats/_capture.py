@@ -98,9 +98,7 @@ def decide(
     return policy.actions(plan), plan
 
 
-def acting(
-    policy: ChainPolicy, instruction: str = "", later: bool = False
-) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+def acting(policy: ChainPolicy, instruction: str = "", later: bool = False) -> Callable[..., Any]:
     """The decision as a function of tensors: the observations in the model's order, of a decision
     that is ``later`` than an episode's first one the plan before, then noise. It returns the
     actions, and of a policy with a warm start the plan, too.
