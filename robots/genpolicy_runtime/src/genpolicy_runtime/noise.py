@@ -27,5 +27,7 @@ def noise(seed: int, decision: int, shape: tuple[int, ...]) -> np.ndarray:
     Philox is a counter-based generator whose key is (seed, decision): what was drawn before, on
     which machine and in how many processes, changes nothing.
     """
-    generator = np.random.Generator(np.random.Philox(Key(seed, decision)))
+    key = Key(seed, decision)
+    # numpy takes any ISeedSequence, and its types say SeedSequence alone
+    generator = np.random.Generator(np.random.Philox(key))  # type: ignore[arg-type]
     return generator.standard_normal(shape, dtype=np.float32)
