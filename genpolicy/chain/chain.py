@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from genpolicy.chain.kernel import DDIM, Kernel
+from genpolicy.chain.kernel import DDIM, Consistency, Kernel
 from genpolicy.chain.noise import PRIOR, Noise
 from genpolicy.chain.prior import StandardNormal
 from genpolicy.chain.schedule import Schedule, Step, step
@@ -107,7 +107,8 @@ class Chain:
     outside.
 
     By default the last step is outside: it is taken at its mean and not trained (a method that
-    trains it passes window=(0, K)). A `Solver` in the place of the kernel samples the whole grid
+    trains it passes window=(0, K)). That mean is the ODE's, and of a consistency chain, in or
+    outside its window, the jump. A `Solver` in the place of the kernel samples the whole grid
     and keeps no step.
 
     A grid may begin below the schedule's noisiest time (``schedule.grid(K, start=t)``). There x_t
@@ -184,22 +185,29 @@ class Chain:
         return step(self.schedule, self.grid[:-1], self.grid[1:])
 
     def kernel_at(self, k: int | Tensor) -> Kernel:
-        """The kernel that acts at step k: the ODE outside the window. Steps [B] must lie all inside
-        it, or all outside.
+        """The kernel that acts at step k: outside the window the ODE, and at a consistency chain's
+        last step its jump. Steps [B] must lie all inside the window, or all outside.
         """
         if isinstance(self.kernel, Solver):
             raise ValueError(
                 f"{type(self.kernel).__name__} is a solver: it samples and has no transition to"
                 " score"
             )
+        if self._inside(k):
+            return self.kernel
+        jumps = isinstance(self.kernel, Consistency)
+        return self.kernel if jumps and bool(torch.as_tensor(k == self.K - 1).all()) else ODE
+
+    def _inside(self, k: int | Tensor) -> bool:
+        """True where step k, or each of [B], lies in the window; `ValueError` where some do."""
         if isinstance(k, int):
-            return self.kernel if k in self.stochastic else ODE
+            return k in self.stochastic
         inside = (k >= self.stochastic.start) & (k < self.stochastic.stop)
         if bool(inside.any()) and not bool(inside.all()):
             raise ValueError(
                 "these steps lie partly inside and partly outside the stochastic window"
             )
-        return self.kernel if bool(inside.all()) else ODE
+        return bool(inside.all())
 
     def coefficients(self, k: int | Tensor) -> Coefficients:
         """The coefficients of what acts at step k: one row, [1] (or [1,T]); those of each row's
@@ -226,7 +234,7 @@ class Chain:
         """The one place that acting and scoring both go through."""
         t = self.grid[k].expand(len(x), *self.grid.shape[1:]).clone()
         prediction = denoiser(x, t, condition)
-        if prediction.std is not None and self.kernel_at(k) is ODE:
+        if prediction.std is not None and not self._inside(k):
             # outside the window nothing is drawn
             prediction = replace(prediction, std=torch.zeros_like(prediction.std))
         return self.coefficients(k).gaussian(x, prediction)
@@ -237,7 +245,8 @@ class Chain:
 
         A start that a group shares is evaluated once per group (exact: the rows are equal).
         """
-        if self.kernel_at(k) is ODE:
+        self.kernel_at(k)  # refuses a solver
+        if not self._inside(k):
             raise ValueError(
                 f"step {k} is a point (ODE or last step): it has no density and is never trained on"
             )

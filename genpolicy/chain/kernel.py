@@ -115,12 +115,32 @@ class SDE:
 @dataclass(frozen=True)
 class Consistency:
     """Multistep consistency sampling (arXiv 2303.01469 alg. 1): jump to x0, re-noise: mean alpha_s
-    x0, std sigma_s.
+    f, std sigma_s, and at the last step f itself, whatever alpha and sigma a family's data have.
+
+    f = x0, or with a ``scaling`` diffusers' LCMScheduler's boundary c_skip x + c_out x0 (arXiv
+    2310.04378 eq. 8 and its code): c_skip = d^2 / (n^2 + d^2), c_out = n / sqrt(n^2 + d^2), d =
+    ``sigma_data``, n = scaling * (levels t - 1) at noise time t.
     """
 
+    scaling: float | None = None  # LCMScheduler's timestep_scaling, whose default is 10; None: x0
+    sigma_data: float = 0.5  # LCMScheduler's
+    levels: int = 1000  # num_train_timesteps of the family, at whose last one t is 1
+
+    def boundary(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """c_skip and c_out of f at noise times t [B], [B] each in fp64."""
+        t = t.double()
+        if self.scaling is None:
+            return torch.zeros_like(t), torch.ones_like(t)
+        number = self.scaling * (self.levels * t - 1)
+        square = number**2 + self.sigma_data**2
+        return self.sigma_data**2 / square, number / square.sqrt()
+
     def coefficients(self, step: Step) -> Coefficients:
-        zero = torch.zeros_like(step.t)
-        return Coefficients(zero, step.alpha_s, zero, step.sigma_s)
+        skip, out = self.boundary(step.t)
+        ends = step.s == 0
+        alpha = torch.where(ends, 1.0, step.alpha_s)
+        sigma = torch.where(ends, 0.0, step.sigma_s)
+        return Coefficients(alpha * skip, alpha * out, torch.zeros_like(alpha), sigma)
 
 
 class StdKernel(Kernel, Protocol):

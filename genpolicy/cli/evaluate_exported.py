@@ -73,9 +73,13 @@ class Exported:
         """The context itself: the graphs read observations."""
         return context
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def actions(self, x0: Tensor) -> Tensor:
         """The actions themselves."""
         return x0
+
+    @property
+    def warm(self) -> None:
+        """Nothing for `play` to remember: the runtime keeps an episode's plan itself."""
 
     def sample(self, context: Context, noise: Noise, **_: Any) -> Drawn:
         """The plans of the rows' episodes; ``noise`` says only which they are."""

@@ -218,7 +218,7 @@ def _require_plain(value: Any, hint: Any, where: str, key: str) -> None:
         elif isinstance(at, list | tuple):
             rest += [(key, inner) for inner in at]
         elif isinstance(at, float) and math.isnan(at):
-            raise ConfigError(f"{where}: {key} is {shown(at)}; it must be {_called(hint)}")
+            raise ConfigError(f"{where}: {key} is nan; it must be a finite number")
         elif isinstance(at, float) and LARGEST <= abs(at) < math.inf:
             raise ConfigError(
                 f"{where}: {key} is {shown(at)}; a number must be below {LARGEST:g}, so that its"

@@ -11,6 +11,7 @@ from genpolicy.chain import Condition, Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
 from genpolicy.config.errors import ConfigError
+from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context, ControlTask
 
@@ -117,8 +118,10 @@ class Model(Protocol):
         """The parameters that learn, by name, in a fixed order. fp32."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write the policy in its ecosystem's own format."""
+    def save(self, directory: Path, sampler: ChainConfig | None = None) -> None:
+        """Write the policy in its ecosystem's own format; with the sampler that it is deployed
+        with, where that format can say it.
+        """
         ...
 
 

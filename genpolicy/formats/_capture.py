@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context
 from genpolicy.policy.policy import ChainPolicy
@@ -152,6 +153,9 @@ def blank(model: ControlModel, rows: int) -> dict[str, Tensor]:
 def captured(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
     """The graph of a function of tensors, for inputs of exactly these shapes; its constants are
     buffers.
+
+    Raises `ConfigError` where the function leaves torch on the way from its inputs to its result:
+    pi0.5 writes the robot's state into its prompt, as words.
     """
 
     def folding(*tensors: Tensor) -> Any:
@@ -159,7 +163,14 @@ def captured(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
             return function(*tensors)
 
     backward: Any = get_decompositions(BACKWARD)
-    traced = make_fx(folding, decomposition_table=backward, tracing_mode="real")(*inputs)
+    try:
+        traced = make_fx(folding, decomposition_table=backward, tracing_mode="real")(*inputs)
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            "the policy can't be written down as one graph: on its way from what it sees to its"
+            " actions it does what is no operation on tensors, as pi0.5 does when it writes the"
+            f" state into its prompt ({' '.join(str(error).split())[:200]})"
+        ) from error
     return _tidied(traced).eval()
 
 

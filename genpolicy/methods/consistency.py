@@ -117,6 +117,11 @@ class _Distillation:
         self.student, self.teacher = run.policy, run.teacher
         require_teachable(self.student, self.teacher)
         _require_times(settings.loss, self.student, self.teacher)
+        if settings.batch < run.processes.count:
+            raise ConfigError(
+                f"method consistency: batch is {settings.batch}, fewer rows than the"
+                f" {run.processes.count} processes"
+            )
         self.observations = Observations(run, settings.visits)
         # the averaged student of loss consistency, the fake denoiser of loss score
         self.copy = run.weights()
@@ -137,7 +142,8 @@ class _Distillation:
                     for fake in range(settings.fakes):
                         self._learn_fake(lesson, update * settings.fakes + fake)
                 rows = self._minibatch(lesson, "minibatch", update)
-                run.descend(partial(self._losses, rows, update), len(rows), "distil")
+                with run.counting(self.teacher):  # loss score asks it here
+                    run.descend(partial(self._losses, rows, update), len(rows), "distil")
                 if settings.loss == "consistency":
                     self.copy.follow(settings.decay)
             run.seen(settings.batch)
@@ -262,7 +268,7 @@ class _Distillation:
         at = noised(self.student, x, t, noise)
         real = self.teacher.denoiser(at, t, rows.taught).x0
         with self.copy.using():
-            fake = jump(self.student, at, t, rows.condition)
+            fake = self.student.model.denoise(at, t, rows.condition).x0
         size = expand((x - real).abs().flatten(1).mean(1).clamp_min(1e-6), x)
         return x - (fake - real) / size
 

@@ -81,7 +81,6 @@ class DPPO:
         share("method dppo", self, "gamma", "lam", "gamma_den")
 
     def train(self, run: Run) -> None:
-        run.require_split("method: episodes", self.episodes)
         freeze_base(run)
         value = DecisionValue(
             run, self.gamma, self.lam, self.critic_lr, self.critic_epochs, self.critic_minibatch

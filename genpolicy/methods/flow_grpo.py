@@ -66,7 +66,6 @@ class FlowGRPO:
         divides("method flow_grpo", self, "updates", "groups")
 
     def train(self, run: Run) -> None:
-        run.require_split("method: groups", self.groups, self.updates)
         reference = run.weights() if self.beta else None
         estimate = Advantage(self.advantage, self.combine, self.advantage_clip)
         run.register(advantage=estimate)

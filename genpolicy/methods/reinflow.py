@@ -88,7 +88,6 @@ class ReinFlow:
             )
 
     def train(self, run: Run) -> None:
-        run.require_split("method: episodes", self.episodes)
         if run.policy.model.parametrisation != "velocity":
             raise ConfigError(
                 "method reinflow is derived for flow policies: this one does not predict a velocity"

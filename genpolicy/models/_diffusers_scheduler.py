@@ -26,6 +26,7 @@ MARKOV = (
     "DDIMScheduler",
     "DDPMScheduler",
     "CogVideoXDDIMScheduler",
+    "LCMScheduler",
     "FlowMatchEulerDiscreteScheduler",
 )
 """Schedulers whose tables are used as they are: one step needs nothing but its own network
@@ -176,7 +177,7 @@ class Times:
         """
         name = type(self.scheduler).__name__
         config = self.scheduler.config
-        if name not in ("DDIMScheduler", "DDPMScheduler") or not config.clip_sample:
+        if name not in ("DDIMScheduler", "DDPMScheduler", "LCMScheduler") or not config.clip_sample:
             return None
         return config.clip_sample_range, name == "DDPMScheduler"
 

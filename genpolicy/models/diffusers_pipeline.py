@@ -21,6 +21,7 @@ from genpolicy.chain import Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
 from genpolicy.config.origin import PERSON, Origin
+from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.task import Context
 from genpolicy.models import _diffusers_lora as lora_files
 from genpolicy.models import _head
@@ -31,6 +32,7 @@ from genpolicy.models._diffusers_lora import Lora
 from genpolicy.models._diffusers_parts import Parts
 from genpolicy.models._diffusers_prompts import Embeddings, Entry, Prompts
 from genpolicy.models._diffusers_scheduler import Times
+from genpolicy.models._diffusers_stock import CARD, CONSISTENCY, Stock, card, without_noise
 from genpolicy.models._diffusers_text import TextEncoders
 from genpolicy.models._diffusers_vae import Vae
 
@@ -299,11 +301,41 @@ class DiffusersPipeline:
         """The denoiser's parameters that learn, by their names in it, in its order."""
         return {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, sampler: ChainConfig | None = None) -> None:
         """A LoRA for ``pipe.load_lora_weights``, or the whole pipeline with the scheduler it came
         with (with another head, the one that reads it).
+
+        Of a consistency ``sampler`` the scheduler is the stock one that draws as it does, and a
+        card has the call (`genpolicy.models._diffusers_stock`); that of a pipeline which was saved
+        so, and is no consistency sampler's any more, adds no noise again.
         """
-        if self.train == "lora":
-            lora_files.save(self.pipeline, self._name, self.denoiser, directory)
-        else:
-            self.pipeline.save_pretrained(directory)
+        own = self.pipeline.scheduler
+        try:
+            if sampler is not None:
+                self._tell_scheduler(directory, sampler)
+            if self.train == "lora":
+                lora_files.save(self.pipeline, self._name, self.denoiser, directory)
+            else:
+                self.pipeline.save_pretrained(directory)
+        finally:
+            self.pipeline.scheduler = own
+
+    def _tell_scheduler(self, directory: Path, sampler: ChainConfig) -> None:
+        """Give the pipeline the stock scheduler of a consistency sampler, and write the card; of
+        another sampler the one that adds no noise.
+        """
+        if sampler.kernel.get("name") != CONSISTENCY:
+            self.pipeline.scheduler = without_noise(self.pipeline.scheduler)
+            return
+        steps, takes = sampler.steps, self._call.arguments
+        native = sampler.grid == "native"
+        grid = self.native_grid(steps) if native else self.grid(steps, sampler.start)
+        asked = self._call.dry(steps, self._embeddings.rows(self._blank))[1]
+        stock = Stock.of(self._times, sampler, grid, asked, takes)
+        if stock.scheduler is not None:
+            self.pipeline.scheduler = stock.scheduler
+        unguided = {"guidance_scale": sampler.guidance} if "guidance_scale" in takes else {}
+        base = self.pretrained if self.train == "lora" else None
+        kind = type(self.pipeline).__name__
+        text = card(stock, kind, base, {**unguided, **self.call}, grid, lora_files.WEIGHTS)
+        (directory / CARD).write_text(text, encoding="utf-8")

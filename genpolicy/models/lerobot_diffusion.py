@@ -19,6 +19,7 @@ from genpolicy.chain import Prediction, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
 from genpolicy.config.origin import PERSON, Origin
+from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
 from genpolicy.models import _head
@@ -156,7 +157,7 @@ class LeRobotDiffusion:
         """The parameters that learn, by their names in the LeRobot policy."""
         return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, sampler: ChainConfig | None = None) -> None:
         """A folder that LeRobot's own tools load."""
         own = self.policy.config.device
         self.policy.config.device = self.device.type

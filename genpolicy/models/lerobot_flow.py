@@ -19,6 +19,7 @@ from genpolicy.chain import Linear, Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation, expand
 from genpolicy.config.origin import PERSON, Origin
+from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
 from genpolicy.models import _head
@@ -163,7 +164,7 @@ class LeRobotFlow:
         """The parameters that learn, by their names in the policy's network, in its order."""
         return self._networks.trainable()
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, sampler: ChainConfig | None = None) -> None:
         """A folder that LeRobot's own tools load."""
         self._files.save(self.policy, self.processors, directory)
 

@@ -26,6 +26,7 @@ from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
 from genpolicy.config.documents import json_file
 from genpolicy.config.parse import decode
+from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
 from genpolicy.models import _head
@@ -217,7 +218,7 @@ class MLP:
             mine = [name for name in tensors if name.startswith(prefix)]
             module.load_state_dict({name.removeprefix(prefix): tensors[name] for name in mine})
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, sampler: ChainConfig | None = None) -> None:
         """Weights and statistics as safetensors; settings and shapes as json."""
         settings = {k: v for k, v in asdict(self).items() if k not in ("pretrained", "device")}
         settings["prediction_type"] = self.parametrisation

@@ -21,6 +21,7 @@ from genpolicy.chain import Linear, Prediction, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation, expand
 from genpolicy.config.errors import at_least
+from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.task import Context
 from genpolicy.models import _head
 
@@ -188,7 +189,7 @@ class Toy:
         """The network's parameters."""
         return dict(self.network.named_parameters())
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, sampler: ChainConfig | None = None) -> None:
         """One safetensors file, whose metadata say the head."""
         save_file(self.network.state_dict(), directory / WEIGHTS, {HEAD: self.parametrisation})
 

@@ -12,17 +12,25 @@ teacher's parts: what they do is taught.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from genpolicy.config.errors import ConfigError, shown
 from genpolicy.config.origin import Origin
-from genpolicy.policy.files import adapts, saved
+from genpolicy.contracts.model import Model
+from genpolicy.policy.files import Saved, saved
+from genpolicy.policy.folder import SAMPLER, adapts
+from genpolicy.policy.parts.base import Base
+from genpolicy.policy.parts_files import load_parts
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.policy.sampler import make_policy
 
 TEACHER = "teacher"
 """The key of a policy section that names the teacher."""
 PATH = "path"
 """The key of the teacher's own section that names its folder; the others are its sampler's."""
+NOT_CALLED = (TEACHER, "pretrained", "prediction_type", "lora")
+"""Keys of a student's section that say which network it is, and not how it is called."""
 
 
 def student(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +46,8 @@ def student(section: Mapping[str, Any]) -> dict[str, Any]:
     path, _ = _asked(own)
     found = saved(path)
     own.setdefault("name", found.policy["name"])
-    if not adapts(found.policy):
+    start = _adapter(found.policy)
+    if start is None:
         return own | {"pretrained": found.where}
     if not adapts(own):
         raise ConfigError(
@@ -47,13 +56,16 @@ def student(section: Mapping[str, Any]) -> dict[str, Any]:
         )
     lora = {"rank": found.policy["lora"].get("rank"), **(own.get("lora") or {})}
     lora = {key: value for key, value in lora.items() if value is not None}
-    start = found.policy["lora"]["start"]
     return own | {"pretrained": found.policy["pretrained"], "lora": {**lora, "start": start}}
 
 
-def load_teacher(section: Mapping[str, Any], origin: Origin) -> ChainPolicy | None:
+def load_teacher(section: Mapping[str, Any], origin: Origin, model: Model) -> ChainPolicy | None:
     """The teacher that a policy section names, with its deployed sampler but for the keys beside
     its path; None where it names none. origin: of the experiment.
+
+    model: the student's as it was built, before it learns. Where it draws pictures and began as
+    the teacher itself, there is no second network: a copy of the weights that learn is in their
+    place while the teacher denoises.
 
     Raises `ConfigError` where it is no saved policy, or picks the best of several samples: such a
     sample is no function of one noise.
@@ -62,15 +74,44 @@ def load_teacher(section: Mapping[str, Any], origin: Origin) -> ChainPolicy | No
         return None
     path, sampler = _asked(section)
     found = saved(path, trust=origin.trust, **sampler)
-    # where the student computes, if it says so
-    device = {name: section[name] for name in ("device",) if name in section}
-    teacher = replace(found, policy=found.policy | device).load()
+    own = {key: value for key, value in section.items() if key not in NOT_CALLED}
+    ours = (Path(found.where) / SAMPLER).is_file()
+    if not ours and found.policy["name"] == own.get("name"):
+        # what somebody else saved does not say how it is called: as the student is
+        found = replace(found, policy={**own, **found.policy})
+    if "device" in own:  # where the student computes, if it says so
+        found = replace(found, policy=found.policy | {"device": own["device"]})
+    teacher = _borrowed(found, section, model) or found.load()
     if teacher.best_of > 1:
         raise ConfigError(
             f"policy.teacher picks the best of {teacher.best_of} samples, which is no function of"
             " one noise: teach with {path: ..., best_of: 1}"
         )
     return teacher
+
+
+def _borrowed(found: Saved, section: Mapping[str, Any], model: Model) -> ChainPolicy | None:
+    """The teacher on the student's own network, with a copy of the weights that learn; None where
+    the student began as something else, acts, or the teacher has parts of its own.
+    """
+    if model.acts or _begins(found.policy) != _begins(student(section)):
+        return None
+    if load_parts(found.policy, model, found.origin):
+        return None
+    policy = make_policy(model, found.sampler, origin=found.origin)
+    return policy.attach("base", Base.of(model, above=0.0))
+
+
+def _begins(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a policy section that say which network a model is before it learns."""
+    kept = {key: value for key, value in section.items() if key not in (TEACHER, "train", "lora")}
+    return {**kept, "start": _adapter(section)}
+
+
+def _adapter(section: Mapping[str, Any]) -> str | None:
+    """The adapter that a policy section starts from; None where it starts from a whole network."""
+    lora = section.get("lora")
+    return lora.get("start") if adapts(section) and isinstance(lora, Mapping) else None
 
 
 def _asked(section: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

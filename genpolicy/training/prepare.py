@@ -11,7 +11,8 @@ from genpolicy.config.leaves import make
 from genpolicy.config.origin import PERSON, Origin
 from genpolicy.config.schema import Experiment
 from genpolicy.contracts.task import Task
-from genpolicy.policy.files import completed, load_parts
+from genpolicy.policy.files import completed
+from genpolicy.policy.parts_files import load_parts
 from genpolicy.policy.sampler import (
     deployed_sampler,
     make_kernel,
@@ -43,6 +44,7 @@ from genpolicy.training.requirements import (
     Needs,
     expert_remark,
     require_chain,
+    require_counts,
     require_kind,
     require_sections,
     require_shape,
@@ -95,6 +97,7 @@ def prepare(
     world = world_of(task)
     require_sections(name, needs, world, experiment.data is not None)
     require_teacher(name, needs, TEACHER in experiment.policy)
+    require_counts(method, needs, processes)
     data = make_data(experiment.data, origin)
     require_kind(world, data)
     # what every run has, and what the two worlds have each
@@ -142,7 +145,7 @@ def prepare(
     policy = make_policy(model, experiment.chain, parts, origin=origin)
     require_chain(name, needs, policy)
     require_shape(model, data)
-    teacher = load_teacher(experiment.policy, origin)
+    teacher = load_teacher(experiment.policy, origin, model)
     for remark in (launch_remark(processes), expert_remark(model)):
         if remark is not None:
             display.say(remark)

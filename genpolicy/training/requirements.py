@@ -1,5 +1,6 @@
 """The needs of methods, and the sentences that tell what an experiment lacks."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,7 @@ from genpolicy.contracts.task import is_control
 from genpolicy.policy.parts.base import Base
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.examples import require_pictures
+from genpolicy.training.processes import Processes
 
 World = Literal["prompts", "robots"]
 WORLDS: tuple[World, ...] = get_args(World)
@@ -24,6 +26,9 @@ class Needs:
     window: at least one step of the chain at which noise is drawn.
     likelihoods: a density at every step of that window.
     teacher: a saved policy that the policy section names as its teacher.
+    split: names of settings that count the groups or episodes which the processes share out; those
+        that the method has are held against the number of processes before any work, with its
+        setting ``updates`` where it has one (`require_counts`).
     """
 
     worlds: tuple[World, ...] = WORLDS
@@ -31,6 +36,7 @@ class Needs:
     window: bool = False
     likelihoods: bool = False
     teacher: bool = False
+    split: tuple[str, ...] = ("groups", "episodes")
 
     def __post_init__(self) -> None:
         if isinstance(self.worlds, str) or not self.worlds or set(self.worlds) - set(WORLDS):
@@ -74,6 +80,17 @@ def require_kind(world: World, data: Dataset | Pictures | None) -> None:
     if data is not None and isinstance(data, Pictures) != (world == "prompts"):
         found = "pictures" if isinstance(data, Pictures) else "recorded episodes"
         raise ConfigError(f"the data section names {found}, and the task is one of {world}")
+
+
+def require_counts(method: Any, needs: Needs, processes: Processes) -> None:
+    """Raise `ConfigError` where a count of the method's settings that `Needs.split` names can't be
+    split into whole groups or episodes over the processes, and over its updates.
+    """
+    settings = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    for name in needs.split:
+        if name in settings:
+            updates = settings.get("updates", 1)
+            processes.require_split(f"method: {name}", settings[name], updates)
 
 
 def require_shape(model: Model, data: Dataset | Pictures | None) -> None:

@@ -18,7 +18,7 @@ from genpolicy.chain import Condition, Noise
 from genpolicy.config.schema import Experiment, OptimizerConfig
 from genpolicy.contracts.dataset import Dataset, Pictures
 from genpolicy.contracts.task import Context, ControlTask, Task
-from genpolicy.policy.files import attached
+from genpolicy.policy.parts_files import attached
 from genpolicy.policy.policy import ChainPolicy, Part
 from genpolicy.policy.weights import Pool, Weights
 from genpolicy.rollout import minibatch

@@ -83,7 +83,8 @@ def every_time(chain: Chain, denoiser: Denoiser, x: Tensor, k: int | Tensor, c: 
     here = Step(t, s, schedule.alpha(t), schedule.sigma(t), schedule.alpha(s), schedule.sigma(s))
     low, high = chain.window if chain.window is not None else (0, chain.K - 1)
     inside = bool(((torch.as_tensor(k) >= low) & (torch.as_tensor(k) < high)).all())
-    found = (chain.kernel if inside else DDIM(0.0)).coefficients(here)
+    jumps = isinstance(chain.kernel, Consistency) and bool((s == 0).all())
+    found = (chain.kernel if inside or jumps else DDIM(0.0)).coefficients(here)
     said = denoiser(x, t, c)
     mean = expand(found.x0, x) * said.x0 + expand(found.eps, x) * said.eps
     if bool((found.x != 0).any()):

@@ -163,7 +163,7 @@ def test_a_kernel_that_does_not_fit_is_one_sentence(kernel, said):
     ("eta", "said"),
     [
         (-1.0, "at step 0; it must be at least 0"),
-        (float("nan"), "kernel ddim: eta is nan; it must be a number"),
+        (float("nan"), "kernel ddim: eta is nan; it must be a finite number"),
     ],
 )
 def test_a_kernel_without_a_std_is_one_sentence(eta, said):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from genpolicy.cli.export import known
 from genpolicy.cli.main import main
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.schema import ChainConfig
@@ -21,6 +22,7 @@ from genpolicy.formats._capture import acting, noise_shape
 from genpolicy.policy.files import Saved, load, save_policy, saved
 from genpolicy.policy.policy import ChainPolicy
 from tests.formats.policies import ODE, POLICIES, STATE, Recorded, mlp, policy
+from tests.toy_control import cloned
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -203,13 +205,46 @@ def test_the_shipped_clone_by_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "exported"
-    assert main(["export", "assets/assembly-clone", "--out", str(out), "--steps", "2"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "assets/assembly-clone",
+                "--out",
+                str(out),
+                "--steps",
+                "2",
+                "--sampler",
+                "execute=3",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "parity: largest error" in printed
     assert "latency per decision" in printed
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["sampler"]["steps"] == 2
+    assert manifest["action"]["executed"] == 3
     assert list(manifest["observation"]) == [STATE, "observation.environment_state"]
+
+
+def test_a_run_brings_its_recorded_episodes_and_its_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cloned(tmp_path)
+    data, task = known(saved(folder, trust=True))
+    assert data is not None
+    assert task is not None
+    assert task.fps > 0
+    assert "without the run" not in capsys.readouterr().err
+    seen = _parity.observations(saved(folder).load().model, data, torch.Generator())  # type: ignore[arg-type]
+    assert len(next(iter(seen["recorded"].values()))) == 400
+    # the control: a stranger's run names code, which is not imported
+    assert known(saved(folder)) == (None, None)
+    said = capsys.readouterr().err
+    assert "without the run's recorded episodes" in said
+    assert "without the run's task" in said
 
 
 @pytest.mark.parametrize(
@@ -278,6 +313,33 @@ def test_the_shipped_smolvla_exports_with_its_instruction(
     session = _graph.session(tmp_path / "out" / "policy.onnx")
     other = _parity.measure([session], acts, noise_shape(acts), None, "go to the blue square")
     assert not other.holds
+
+
+@pytest.mark.slow
+def test_pi0_exports_and_pi05_whose_state_becomes_words_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genpolicy.models.lerobot_flow import LeRobotFlow
+    from tests import lerobot_tiny_vla as tiny
+
+    monkeypatch.setattr(_parity, "COUNTS", dict.fromkeys(_parity.COUNTS, 20))
+    monkeypatch.setattr(_parity, "AT_ONCE", 20)
+    words = tiny.PROMPTS[0]
+    with tiny.sizes():
+        pi0, pi05 = (
+            policy(
+                LeRobotFlow(str(tiny.saved(family)), device="cpu", tokenizer=tiny.words()),
+                steps=1,
+                kernel=ODE,
+            )
+            for family in ("pi0", "pi05")
+        )
+        file = tmp_path / "policy.onnx"
+        exporter.write_policy(pi0, noise_shape(pi0), file, words)
+        parity = _parity.measure(_graph.session(file), pi0, noise_shape(pi0), None, words)
+        assert parity.holds, parity.told()
+        with pytest.raises(ConfigError, match="state into its prompt"):
+            exporter.write_policy(pi05, noise_shape(pi05), file, words)
 
 
 @pytest.mark.slow

@@ -3,11 +3,12 @@ that are known to be wrong, and a run on the toy of control.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from genpolicy.chain import Chain, Noise, Prediction
+from genpolicy.chain import DDIM, Chain, Mean, Noise, Prediction
 from genpolicy.chain.chain import ODE
 from genpolicy.chain.values import expand
 from genpolicy.config import parse
@@ -104,6 +105,30 @@ def test_a_student_of_one_step_keeps_both_modes(tmp_path, clone, loss, iteration
     assert never < 0.01
     assert abs(share - taught) < 0.05
     assert off < 0.15  # the ODE's map has a cliff between the modes
+
+
+def test_the_mean_of_a_kernel_loses_the_smaller_mode_and_a_network_without_noise_both(
+    tmp_path, clone
+):
+    """A student can keep what its teacher has: the ODE has both modes, the mean of DDPM's steps one.
+    A network that sees no noise has nothing to tell the modes by.
+    """
+    run = distilled(
+        tmp_path,
+        clone,
+        policy={
+            "name": "mlp",
+            "teacher": clone,
+            "pretrained": None,
+            "family": "gaussian",
+            "chunk": 2,
+        },
+        data={"name": "tests.toy_control:Recorded", "skill": 0.15},  # the clone's own
+    )
+    mean = Chain(run.teacher.model.schedule, run.teacher.chain.grid, Mean(DDIM(1.0)), (0, 20))
+    share, off = modes(drawn(run, replace(run.teacher, chain=mean)))
+    assert (share, off) == (0.0, 0.0)
+    assert modes(drawn(run))[1] > 0.9
 
 
 def test_one_step_of_the_teacher_itself_misses_every_mode(tmp_path, clone):
@@ -278,6 +303,9 @@ def test_what_does_not_fit_is_said_before_any_work(tmp_path, clone):
         policy={**policy, "teacher": {"path": clone, "kernel": {"name": "ddim", "eta": 1.0}}},
     )
     refused("no states to be taught at", data=None)
+    fresh = {**policy, "pretrained": None, "chunk": 2}
+    other = {"name": "tests.toy_control:Recorded", "episodes": 3}
+    refused("another meaning in actions", policy=fresh, data=other)
     refused("start alike", policy={**policy, "teacher": {"path": clone, "start": 0.5}})
     refused(
         "take loss same_noise",

@@ -24,8 +24,9 @@ from genpolicy.config.seal import unsealed
 from genpolicy.evaluation.samplers import PRESETS, variants
 from genpolicy.learning.critic import Critic, Support, pessimistic
 from genpolicy.models.mlp import MLP
-from genpolicy.policy.files import load, load_parts, save_policy, saved
+from genpolicy.policy.files import load, save_policy, saved
 from genpolicy.policy.parts.best_of import BestOf
+from genpolicy.policy.parts_files import load_parts
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import deployed_sampler, make_policy, require_trainable
 from tests.cli.test_bad_inputs import complaint

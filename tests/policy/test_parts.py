@@ -28,9 +28,10 @@ from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.evaluation import pictures
 from genpolicy.evaluation.prompt_scores import draw
-from genpolicy.policy.files import load, load_parts, save_policy, saved
+from genpolicy.policy.files import load, save_policy, saved
 from genpolicy.policy.parts.learned_start import LearnedStart
 from genpolicy.policy.parts.refiner import Refiner
+from genpolicy.policy.parts_files import load_parts
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import make_policy
 from genpolicy.training.experiment import train

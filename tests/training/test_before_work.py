@@ -1,7 +1,10 @@
-"""Whatever can be known before the first evaluation is told before it."""
+"""The sentences that are said before the first evaluation."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -12,6 +15,7 @@ from genpolicy.training import processes
 from genpolicy.training.experiment import train
 from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes, start_processes
+from genpolicy.training.requirements import Needs
 from tests import rl100_toy, toy, toy_control
 from tests.methods import test_uni_o4
 from tests.peers import peers
@@ -43,14 +47,48 @@ TOLD = {
 }
 
 
+def begun(raw: dict[str, Any], folder: Path) -> None:
+    """Begins to train as the first of three processes."""
+    run, method = prepare(parse.parse(raw), folder, Processes(peers(3)[0]))
+    with run:
+        method.train(run)
+
+
 @pytest.mark.parametrize("name", SPLIT)
 def test_what_does_not_split_over_the_processes_is_told_before_an_evaluation(tmp_path, name):
     experiment, sections = SPLIT[name]
     raw = experiment(tmp_path, **sections)
-    run, method = prepare(parse.parse(raw), tmp_path / "run", Processes(peers(3)[0]))
-    with run, pytest.raises(ConfigError, match=TOLD[name]):
-        method.train(run)
+    with pytest.raises(ConfigError, match=TOLD[name]):
+        begun(raw, tmp_path / "run")
     assert metrics_file.read(tmp_path / "run") == []
+
+
+@dataclass
+class Own:
+    """A method of somebody's own, which asks for nothing itself."""
+
+    groups: int = 4
+    shots: int = 6
+    needs: ClassVar[Needs] = Needs(("prompts",))
+
+    def train(self, run: Any) -> None:
+        """Does nothing."""
+
+
+@dataclass
+class Named(Own):
+    """Another, which calls its counts otherwise."""
+
+    needs: ClassVar[Needs] = Needs(("prompts",), split=("shots",))
+
+
+@pytest.mark.parametrize(("kind", "refused", "taken"), [("Own", 3, 2), ("Named", 4, 3)])
+def test_a_method_of_ones_own_need_not_ask(tmp_path, kind, refused, taken):
+    method = {"name": f"tests.training.test_before_work:{kind}"}
+    raw = parse.parse(toy.experiment(tmp_path, method=method))
+    with pytest.raises(ConfigError, match=r"method: (groups is 4|shots is 6), which can't be"):
+        prepare(raw, tmp_path / "run", Processes(peers(refused)[0]))
+    prepare(raw, tmp_path / "run", Processes(peers(taken)[0]))  # control
 
 
 def test_control_what_splits_is_let_through():

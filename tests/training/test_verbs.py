@@ -536,7 +536,11 @@ SHARES = {
     3: [torch.tensor([3, 5]), torch.arange(0), torch.tensor([0, 1, 2, 4])],
 }
 """Rows of one process, of two of which one has none, and of three with uneven ones."""
-PLAIN = {"optimizer": {"lr": 3e-3, "eps": 1e-4, "max_grad_norm": 1e9}}
+PLAIN = {
+    "optimizer": {"lr": 3e-3, "eps": 1e-4, "max_grad_norm": 1e9},
+    # what two or three processes can share out; nothing is collected
+    "method": {"name": "flow_grpo", "groups": 12, "group": 4},
+}
 
 
 def descended(run):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from genpolicy.chain import Condition, Noise
+from genpolicy.chain import Condition, Consistency, Noise
 from genpolicy.chain.values import expand, output_gain, reduce_event
 from genpolicy.config.errors import ConfigError
 from genpolicy.policy.policy import ChainPolicy
@@ -19,11 +19,17 @@ Stable Diffusion's epsilon can be, the 2000 of a robot's table can't.
 
 
 def jump(student: ChainPolicy, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """x_0 as the student's network says it at x [B,*E], t [B] in one evaluation: [B,*E].
+    """f(x, t) of x [B,*E], t [B] in one evaluation: [B,*E], x_0 as the student's network says it,
+    with the boundary of its kernel where that has one.
 
     It is neither guided nor clipped: what a clip cuts off would have no gradient.
     """
-    return student.model.denoise(x, t, condition).x0
+    x0 = student.model.denoise(x, t, condition).x0
+    kernel = student.chain.kernel
+    if not isinstance(kernel, Consistency) or kernel.scaling is None:
+        return x0
+    skip, out = kernel.boundary(t)
+    return expand(skip, x) * x + expand(out, x) * x0
 
 
 def solve(teacher: ChainPolicy, x: Tensor, t: Tensor, condition: Condition, noise: Noise) -> Tensor:
@@ -89,6 +95,15 @@ def require_teachable(student: ChainPolicy, teacher: ChainPolicy) -> None:
             f"the student's samples have shape {list(student.model.event_shape)}, its teacher's"
             f" {list(teacher.model.event_shape)}: they must be the same"
         )
+    if student.model.acts:
+        probe = torch.stack([torch.full(student.model.event_shape, value) for value in (0.0, 0.5)])
+        own, theirs = (who.model.decode(probe.to(who.model.device)) for who in (student, teacher))
+        if own.shape != theirs.shape or not torch.allclose(own, theirs.to(own), atol=1e-5):
+            raise ConfigError(
+                "the student gives its samples another meaning in actions than its teacher, whose"
+                " statistics come from other data: begin with the teacher's weights, or name the"
+                " data that it was trained on"
+            )
     if teacher.chain.noisy:
         raise ConfigError(
             "policy.teacher draws noise at its steps, and a student that is held to one sample of"
