@@ -76,7 +76,7 @@ def milliseconds(call: Call) -> float:
     return 1000 * (time.process_time() - began)
 
 
-def unet(**config: Any) -> LeRobotDiffusion:
+def unet(**config: Any) -> Any:
     """A fresh LeRobot DiffusionPolicy of states."""
     model = LeRobotDiffusion(
         config={**UNET, **config}, train="denoiser", spacing="lerobot", device="cpu"
@@ -177,7 +177,7 @@ def small_unet(folder: Path, rounds: int) -> Times:
 
 def small_mlp(folder: Path, rounds: int) -> Times:
     """The sides of a network below 1 M weights."""
-    model = MLP(prediction_type="sample")
+    model: Any = MLP(prediction_type="sample")
     model.initialise(DATA)
     policy = make_policy(model, JUMP)
     print(f"mlp of {weights(model._network) / 1e6:.2f} M weights")

@@ -34,12 +34,16 @@ class Graphs:
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what goes wrong comes as an exception
         where = providers(provider, manifest.weights)
-        self._manifest = manifest
-        self._sessions = {
+        sessions = {
             graph.name: _session(folder / graph.file, graph, options, where)
             for graph in manifest.graphs.values()
         }
-        for session in self._sessions.values():
+        # (session, inputs, names of outputs) in their order, of a later and of a first decision
+        self._orders = [
+            [(sessions[one.name], one.inputs, list(one.outputs)) for one in order(manifest, first)]
+            for first in (False, True)
+        ]
+        for session in sessions.values():
             begun = session.get_providers()[0]
             if begun != PROVIDERS[provider]:
                 raise ExportError(
@@ -55,13 +59,12 @@ class Graphs:
         """
         known = dict(given)
         outputs: dict[str, np.ndarray] = {}
-        for graph in order(self._manifest, first):
+        for session, inputs, names in self._orders[first]:
             feed = {
                 name: np.ascontiguousarray(known[name], dtype=array.dtype)
-                for name, array in graph.inputs.items()
+                for name, array in inputs.items()
             }
-            names = list(graph.outputs)
-            values: Any = self._sessions[graph.name].run(names, feed)
+            values: Any = session.run(names, feed)
             outputs = dict(zip(names, values, strict=True))
             known.update(outputs)
         return outputs

@@ -91,7 +91,7 @@ class Policy:
         """
         self.observe(observation)
         outputs = self.graphs.run(self._given(), first=self._previous is None)
-        actions = outputs[ACTIONS][0].astype(np.float32)
+        actions = outputs[ACTIONS][0].astype(np.float32, copy=False)
         if not np.isfinite(actions).all():
             raise FloatingPointError(
                 f"decision {self._decisions} of seed {self._seed} is not finite: the policy has"
@@ -105,7 +105,7 @@ class Policy:
     def _given(self) -> dict[str, np.ndarray]:
         """The arrays of this decision, by the names of the graphs' inputs."""
         given = {
-            name: np.stack([seen[name] for seen in self._frames])[None]
+            name: np.array([[seen[name] for seen in self._frames]])
             for name in self.manifest.observation
         }
         given[NOISE] = noise(self._seed, self._decisions, self.manifest.noise)[None]
