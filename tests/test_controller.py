@@ -47,7 +47,8 @@ def test_five_commands_lead_from_demonstrations_to_a_controller(tmp_path, monkey
     manifest = json.loads(Path("runs/push/exported/manifest.json").read_text())
     assert manifest["evaluations"] == 1
     # the copy of the two folders, of which the second lies in the checkout
-    assert copy[:2] == ["cp", "-r"]
+    assert copy[:5] == ["mkdir", "controller", "&&", "cp", "-r"]
+    copy = copy[3:]
     for source in copy[2:4]:
         at = Path(source) if Path(source).exists() else README.parent / source
         shutil.copytree(at, Path(copy[4]) / at.name)
@@ -64,5 +65,5 @@ def test_five_commands_lead_from_demonstrations_to_a_controller(tmp_path, monkey
 
 def test_the_section_has_five_commands():
     assert [words[0] for words in commands()] == [
-        *("genpolicy", "genpolicy", "genpolicy", "cp", "genpolicy-runtime"),
+        *("genpolicy", "genpolicy", "genpolicy", "mkdir", "genpolicy-runtime"),
     ]

@@ -147,7 +147,8 @@ class _Distillation:
                     run.descend(partial(self._losses, rows, update), len(rows), "distil")
                 if settings.loss == "consistency":
                     self.copy.follow(settings.decay)
-            run.seen(settings.batch)
+            if not settings.visits.episodes:  # decisions that were played are counted as they are
+                run.seen(settings.batch)
 
     # What there is to learn
 

@@ -142,7 +142,9 @@ def saved(path: str | Path, *, trust: bool = False, **overrides: Any) -> Saved:
     trust: the person trusts who saved it: its files may import the code that they name.
     """
     folder = whole(Path(settings({"path": str(path)})["path"]))
-    if not folder.is_dir() and (folder.is_absolute() or str(path).count("/") != 1):
+    # what would lie in a folder that is here is no hub id
+    local = folder.is_absolute() or str(path).count("/") != 1 or folder.parent.is_dir()
+    if not folder.is_dir() and local:
         raise ConfigError(f"{path}: no such folder, and no hub id (owner/name) either")
     homes = (folder, folder.parent, folder.parent.parent)  # RUN, RUN/policy, RUN/stages/NAME
     run = next((home for home in homes if (home / "config.yaml").is_file()), None)

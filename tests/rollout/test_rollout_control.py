@@ -312,8 +312,9 @@ def test_minibatches_are_the_same_on_any_number_of_processes(tmp_path, kind, cou
             [rows_of(rollout, b) for b in KINDS[kind](run, rollout, 3, epoch)] for epoch in range(2)
         ]
 
-    (one,) = on_processes(tmp_path, 1, draw)
-    several = on_processes(tmp_path, count, draw)
+    whole_groups = {"method": {**GRPO, "updates": 1}}
+    (one,) = on_processes(tmp_path, 1, draw, **whole_groups)
+    several = on_processes(tmp_path, count, draw, **whole_groups)
     for epoch in range(2):
         for update in range(3):
             union = [row for process in several for row in process[epoch][update]]
