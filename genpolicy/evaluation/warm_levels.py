@@ -37,9 +37,11 @@ class Contraction:
         warm = dict(sampler.warm or {})
         name, steps = warm.pop("name"), sampler.steps
         said = ", ".join(f"{key} {value}" for key, value in warm.items())
+        # a plan that is not denoised at all never follows
+        behind = f"{self.J / (1 - self.J):.2f}" if self.J < 1 else "ever more"
         return (
             f"{name} on a grid of {steps} steps: {said}; J {self.J:.3f} from s {self.spread:.3f}:"
-            f" {self.J / (1 - self.J):.2f} decisions behind what moves"
+            f" {behind} decisions behind what moves"
         )
 
 

@@ -56,7 +56,7 @@ class FlowGRPO:
     weight: str = "none"
     shared_prefix: bool = False  # True: a group shares its chain before the window (Fast)
 
-    needs: ClassVar[Needs] = Needs(likelihoods=True)
+    needs: ClassVar[Needs] = Needs(likelihoods=True, whole_updates=True)
 
     def __post_init__(self) -> None:
         choice("method flow_grpo: kl_form", self.kl_form, ("true", "published"))

@@ -62,7 +62,7 @@ class GRPOGuard:
     weight: str = "1/gain"  # of a step's loss: "1/gain", ours, or the published "1/dt"
     shared_prefix: bool = False  # True: a group shares its chain before the window
 
-    needs: ClassVar[Needs] = Needs(likelihoods=True)
+    needs: ClassVar[Needs] = Needs(likelihoods=True, whole_updates=True)
 
     def __post_init__(self) -> None:
         choice("method grpo_guard: weight", self.weight, ("1/gain", "1/dt"))

@@ -27,8 +27,10 @@ class Needs:
     likelihoods: a density at every step of that window.
     teacher: a saved policy that the policy section names as its teacher.
     split: names of settings that count the groups or episodes which the processes share out; those
-        that the method has are held against the number of processes before any work, with its
-        setting ``updates`` where it has one (`require_counts`).
+        that the method has are held against the number of processes before any work
+        (`require_counts`).
+    whole_updates: each of its ``updates`` takes whole groups, which are then held against those
+        too.
     """
 
     worlds: tuple[World, ...] = WORLDS
@@ -37,6 +39,7 @@ class Needs:
     likelihoods: bool = False
     teacher: bool = False
     split: tuple[str, ...] = ("groups", "episodes")
+    whole_updates: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.worlds, str) or not self.worlds or set(self.worlds) - set(WORLDS):
@@ -84,12 +87,13 @@ def require_kind(world: World, data: Dataset | Pictures | None) -> None:
 
 def require_counts(method: Any, needs: Needs, processes: Processes) -> None:
     """Raise `ConfigError` where a count of the method's settings that `Needs.split` names can't be
-    split into whole groups or episodes over the processes, and over its updates.
+    split into whole groups or episodes over the processes (and over its updates, where each takes
+    whole groups).
     """
     settings = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     for name in needs.split:
         if name in settings:
-            updates = settings.get("updates", 1)
+            updates = settings["updates"] if needs.whole_updates else 1
             processes.require_split(f"method: {name}", settings[name], updates)
 
 
