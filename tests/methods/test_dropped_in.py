@@ -66,7 +66,7 @@ FILES = {
         flow_grpo,
         "zz_robots",
         FlowGRPO="ZzRobots",
-        **{"Needs(likelihoods=True)": 'Needs(("robots",), likelihoods=True)'},
+        **{"Needs(likelihoods=True, whole_updates=True)": 'Needs(("robots",), likelihoods=True)'},
     ),
     "zz_noise": copied(
         reinflow,
