@@ -39,12 +39,12 @@ from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
 
 FORMAT, VERSION = "genpolicy-export", 1
-"""What a manifest says that it is, and the version of its keys."""
+"""The format that a manifest names, and the version of its keys."""
 MANIFEST = "manifest.json"
 POLICY, FIRST, LATER = "policy", "first", "later"
 """Names of graphs: the one of a policy, or the two of one with a warm start."""
 PREVIOUS, PLAN = "previous", "plan"
-"""What a later decision takes of the one before, and the output that it is."""
+"""The input in which a later decision takes the plan before it, and the output that gives it."""
 
 
 def onnx(

@@ -29,7 +29,7 @@ from genpolicy.policy.pretrained import foreign
 from genpolicy.policy.sampler import make_policy, resampled
 
 CARD = "README.md"
-"""What a hub shows of a folder; it may be edited, and is no part of the policy."""
+"""The page that a hub shows of a folder; it may be edited, and is no part of the policy."""
 
 
 def save_policy(

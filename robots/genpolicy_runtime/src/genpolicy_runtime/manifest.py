@@ -66,7 +66,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a policy of vision and language was told, fixed at its export."""
+    """The instruction of a policy of vision and language, fixed at its export."""
 
     text: str
     tokens: Mapping[str, np.ndarray]  # by the graph's input

@@ -1,4 +1,4 @@
-"""What onnxruntime computes on: the CPU, CUDA or TensorRT."""
+"""The execution providers of onnxruntime: the CPU, CUDA or TensorRT."""
 
 import os
 import sys
