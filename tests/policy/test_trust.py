@@ -262,26 +262,27 @@ def test_a_library_of_a_part_that_is_a_pipeline_itself(pipeline: Path, marked: M
     refused(marked, lambda: genpolicy.load(pipeline))
 
 
-def code_beside_a_part(folder: Path, code: str) -> str:
-    (folder / "vae" / "mine.py").write_text(code)
-    part("vae", "mine", "AutoencoderKL")(folder)
-    return "mine"
+def code_beside_a_part(folder: Path, marked: Marked) -> str:
+    (folder / "vae" / marked.file.name).write_text(marked.file.read_text())
+    part("vae", marked.name, "AutoencoderKL")(folder)
+    return marked.name
 
 
-def code_of_a_known_name(folder: Path, code: str) -> str:
-    (folder / "vae" / "diffusers.py").write_text(code)
+def code_of_a_known_name(folder: Path, marked: Marked) -> str:
+    (folder / "vae" / "diffusers.py").write_text(marked.file.read_text())
     return "diffusers"
 
 
-def code_of_the_pipeline(folder: Path, code: str) -> str:
-    (folder / "mine.py").write_text(code)
-    change = {"_class_name": ["mine", "StableDiffusionPipeline"]}
+def code_of_the_pipeline(folder: Path, marked: Marked) -> str:
+    # A name of its own: diffusers copies the file into one folder for all processes of a machine.
+    (folder / marked.file.name).write_text(marked.file.read_text())
+    change = {"_class_name": [marked.name, "StableDiffusionPipeline"]}
     changed(folder / "model_index.json", lambda index: index.update(change))
-    return "mine"
+    return marked.name
 
 
-def code_without_a_name(folder: Path, code: str) -> str:
-    (folder / "None.py").write_text(code)
+def code_without_a_name(folder: Path, marked: Marked) -> str:
+    (folder / "None.py").write_text(marked.file.read_text())
     return "None.py"
 
 
@@ -289,7 +290,7 @@ def code_without_a_name(folder: Path, code: str) -> str:
     "put", [code_beside_a_part, code_of_a_known_name, code_of_the_pipeline, code_without_a_name]
 )
 def test_python_beside_the_weights(pipeline: Path, marked: Marked, put: Any):
-    said = put(pipeline, marked.file.read_text())
+    said = put(pipeline, marked)
     with pytest.raises(ConfigError, match=REFUSED) as caught:
         genpolicy.load(pipeline)
     assert said in str(caught.value)
