@@ -48,9 +48,9 @@ def marked(text: str) -> str:
 
 
 def edited(text: str) -> bool:
-    """True where a YAML has a checksum (`marked`) that does not fit it any more."""
+    """True where the checksum of a YAML (`marked`) does not fit it any more, or is gone."""
     found = MARK.search(text)
-    return found is not None and zlib.crc32(text[: found.start()].encode()) != int(found[1])
+    return found is None or zlib.crc32(text[: found.start()].encode()) != int(found[1])
 
 
 def digests(folder: Path) -> dict[str, str]:
