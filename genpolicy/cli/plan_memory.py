@@ -50,7 +50,7 @@ def lines(experiment: Experiment) -> list[str]:
     kept = samples * memory.event * FULL * (2 * _window(experiment) + 3)
     where = "visit the device one after the other" if memory.visiting else "stay on the device"
     said = [
-        "memory, computed from the configuration; nothing was loaded or run, and neither the working"
+        "memory, computed from the configuration; nothing was loaded or run. Neither the working"
         " memory of single operations, decoding among them, nor the rewards' networks are in it:",
         f"{memory.denoiser / GB:9.2f} GB  the denoiser",
         f"{memory.learned / GB:9.2f} GB  beside it for what learns: gradients, Adam, averages",
