@@ -94,7 +94,9 @@ def _train(verbs: Any) -> None:
     verb.add_argument(
         "--plan",
         action="store_true",
-        help="only measure one iteration: cost, time, memory; writes nothing",
+        help="only measure one iteration: cost, time, memory; writes nothing. Of a published"
+        " pipeline that is not on this machine the memory is computed, for cards of 24, 48 and"
+        " 80 GB",
     )
     _trust(verb)
     verb.add_argument("--section.key=value", action="store_true", dest="overrides", help=OVERRIDES)

@@ -5,6 +5,8 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from genpolicy.cli import plan_memory
+from genpolicy.config import parse
 from genpolicy.config.parse import to_yaml
 from genpolicy.config.schema import Experiment
 from genpolicy.training.experiment import rehearse, train
@@ -16,10 +18,18 @@ def run(args: Namespace) -> int:
     """Trains, or only rehearses one iteration with --plan; the first process alone prints."""
     main_process = os.environ.get("RANK", "0") == "0"
     if args.plan:
+        asked = parse.load(args.config, args.overrides)
+        published = plan_memory.is_published(asked)
+        if published and not plan_memory.is_here(asked):
+            if main_process:
+                _print_computed(asked)
+            return 0
         experiment, cost = rehearse(args.config, args.overrides, trust=args.trust)
         end_processes()
         if main_process:
             _print_plan(experiment, cost)
+            if published:
+                print("\n".join(plan_memory.lines(experiment)))
         return 0
     result = train(args.config, args.overrides, trust=args.trust)
     end_processes()
@@ -38,6 +48,16 @@ def _before_and_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> st
     ]
     return ", ".join(
         f"{name.removeprefix('reward/')} {before[name]:.3f} -> {after[name]:.3f}" for name in names
+    )
+
+
+def _print_computed(experiment: Experiment) -> None:
+    """Prints the resolved experiment and its memory, where its weights are not on this machine."""
+    print(to_yaml(experiment))
+    print("\n".join(plan_memory.lines(experiment)))
+    print(
+        f"{experiment.policy['pretrained']} is not on this machine, so that no iteration was"
+        " rehearsed; fetch it with hf download, and ask again"
     )
 
 
