@@ -75,6 +75,20 @@ class Trajectory:
             start=None if self.start is None else self.start[rows],
         )
 
+    def only(self, steps: range) -> "Trajectory":
+        """The same chains with fewer kept steps; `ValueError` for one that was not kept."""
+        for k in (steps.start, steps.stop - 1):
+            self.acted(k)
+        low, high = steps.start - self.first, steps.stop - self.first
+        return replace(
+            self,
+            x=self.x[:, low : high + 1],
+            mean=self.mean[:, low:high],
+            std=self.std[:, low:high],
+            first=steps.start,
+            shared=self.shared if low == 0 else 1,
+        )
+
     def acted(self, k: int | Tensor) -> Gaussian:
         """The Gaussian that acted at step k."""
         return Gaussian(self._at(self.mean, k), self._at(self.std, k))

@@ -117,6 +117,39 @@ class PromptHistory:
         self.history = {prompt: deque(values, maxlen=self.size) for prompt, values in state.items()}
 
 
+class StageHistory:
+    """Per-prompt statistics over an iteration and those before it (B²-DiffuRL):
+    z = (R - mean) / (std + 1e-8) over every reward of the prompt in this iteration and in those of
+    the ``past`` ones before it in which it was asked; std has ddof 1 (run_select.py). Where all are
+    the same z is 0. It has a state_dict, so that Run can save and resume it.
+    """
+
+    def __init__(self, past: int = 8) -> None:
+        self.past = past
+        self.stages: dict[int, dict[str, list[float]]] = {}
+
+    def __call__(self, rewards: Tensor, prompts: Sequence[str], iteration: int) -> Tensor:
+        """rewards [M,N] with M prompts, of an iteration -> [M,N]."""
+        now: dict[str, list[float]] = {}
+        for prompt, row in zip(prompts, rewards, strict=True):
+            now.setdefault(prompt, []).extend(float(reward) for reward in row)
+        self.stages[iteration] = now
+        self.stages = {i: seen for i, seen in self.stages.items() if i >= iteration - self.past}
+        rows: list[Tensor] = []
+        for prompt, row in zip(prompts, rewards, strict=True):
+            pool = [value for seen in self.stages.values() for value in seen.get(prompt, [])]
+            seen = torch.tensor(pool, dtype=rewards.dtype)
+            spread = seen.std() if len(seen) > 1 else torch.zeros_like(seen[0])
+            rows.append((row - seen.mean()) / (spread + 1e-8))
+        return torch.stack(rows)
+
+    def state_dict(self) -> dict[int, dict[str, list[float]]]:
+        return {iteration: dict(seen) for iteration, seen in self.stages.items()}
+
+    def load_state_dict(self, state: dict[int, dict[str, list[float]]]) -> None:
+        self.stages = {iteration: dict(seen) for iteration, seen in state.items()}
+
+
 class Advantage:
     """Rewards by name to one advantage per row, bounded to [-bound, bound] (public code clips at
     5).
