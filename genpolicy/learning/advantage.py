@@ -17,8 +17,10 @@ Kind = Literal["group", "all", "none", "leave_one_out", "prompt_history"]
 Combine = Literal["sum", "z_sum"]
 
 
-def group_relative(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -> Tensor:
-    """A = (R - mean of the group) / (std + eps), [M,N] -> [M,N]; std is biased (ddof 0).
+def group_relative(
+    rewards: Tensor, scale: Scale = "group", eps: float = 1e-4, correction: int = 0
+) -> Tensor:
+    """A = (R - mean of the group) / (std + eps), [M,N] -> [M,N]; std has ddof ``correction``.
 
     scale: "group" the group's std (GRPO, arXiv 2402.03300; GRPO-Guard's configs), "all" the std of
     every reward of the iteration (flow_grpo's global_std, its SD3 default), "none" divides by
@@ -29,9 +31,9 @@ def group_relative(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -
     if scale == "none":
         return centred
     if scale == "group":
-        return centred / (rewards.std(1, correction=0, keepdim=True) + eps)
+        return centred / (rewards.std(1, correction=correction, keepdim=True) + eps)
     if scale == "all":
-        return centred / (rewards.std(correction=0) + eps)
+        return centred / (rewards.std(correction=correction) + eps)
     raise ValueError(f"advantage scale is {scale!r}; valid are 'group', 'all', 'none'")
 
 

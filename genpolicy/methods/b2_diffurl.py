@@ -102,8 +102,7 @@ class B2DiffuRL:
         for _ in run.iterations():
             interval = self.interval(run.window, run.progress)
             rollout, z = source(interval)
-            # which rows are kept cuts groups: each row is scored by itself
-            rollout = replace(rollout, trajectory=replace(rollout.trajectory, shared=1))
+            rollout = rollout.ungrouped()
             advantage = self.selected(z.view(-1, self.group))
             run.log("b2/steps", len(interval))
             run.log("b2/kept", run.processes.moments((advantage != 0).double().flatten())[0])

@@ -326,7 +326,8 @@ class Run:
         over all processes; returns the means of the loss and its metrics, and logs them as
         policy/NAME.
 
-        advantage: of episodes [M,N], or of this process's rows [R]. reference: weights under which
+        advantage: of episodes [M,N], or [M,N,m] where the loss takes several, or of this process's
+        rows [R]. reference: weights under which
         every step is scored too, without gradients. also: optimisers of other parts that the loss
         reaches, stepped together.
         """

@@ -145,6 +145,7 @@ def section(method, **sizes):
 SMALL = {
     "groups": 4,
     "group": 4,
+    "size": 1,
     "episodes": 16,
     "warm_up": 0,
     "entropy": 0.0,
