@@ -276,6 +276,7 @@ def test_kl_to_the_start_is_zero_at_first_and_grows(tmp_path, method):
 LEARNING = {
     "groups": 8,
     "group": 16,
+    "size": 3,
     "updates": 2,
     "advantage": "group",
     "episodes": 128,
