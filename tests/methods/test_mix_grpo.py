@@ -53,6 +53,7 @@ def test_a_random_window_is_drawn_in_every_iteration(tmp_path):
 def test_only_the_window_is_noisy_and_trained(tmp_path):
     run, method = prepared(tmp_path, "mix_grpo", chain=SDE)
     method.size, method.every = 3, 1
+    run.experiment.optimizer.lr = 1e-12  # the policy stays as it is
     seen, honest = [], run.update
     run.update = lambda rollout, *rest: seen.append(rollout) or honest(rollout, *rest)
     run.iterations = lambda: iter([1, 3])
