@@ -152,6 +152,7 @@ SMALL = {
     "epochs": 1,
     "updates": 1,
     "minibatch": 10**6,
+    "judge": {"episodes": 16, "critic_updates": 5},
 }
 
 

@@ -138,6 +138,8 @@ def raw_of(method: str, world: str, folder) -> dict[str, Any]:
     elif method == "reinflow":
         raw["policy"] = {**raw["policy"], "family": "flow"}
         raw["chain"] = {"steps": 4, "kernel": test_laws.ODE, "window": [0, 3]}
+    elif method == "mix_grpo":  # it moves a window of its own
+        raw["method"] |= {"schedule": "random"}
     elif NEEDS[method].likelihoods:
         raw["chain"] = {**raw["chain"], "window": [0, 3], "window_size": 2}
     return raw
