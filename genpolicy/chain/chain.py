@@ -75,6 +75,20 @@ class Trajectory:
             start=None if self.start is None else self.start[rows],
         )
 
+    def only(self, steps: range) -> "Trajectory":
+        """The same chains with fewer kept steps; `ValueError` for one that was not kept."""
+        for k in (steps.start, steps.stop - 1):
+            self.acted(k)
+        low, high = steps.start - self.first, steps.stop - self.first
+        return replace(
+            self,
+            x=self.x[:, low : high + 1],
+            mean=self.mean[:, low:high],
+            std=self.std[:, low:high],
+            first=steps.start,
+            shared=self.shared if low == 0 else 1,
+        )
+
     def acted(self, k: int | Tensor) -> Gaussian:
         """The Gaussian that acted at step k."""
         return Gaussian(self._at(self.mean, k), self._at(self.std, k))
@@ -116,6 +130,9 @@ class Chain:
     noise of its size, N(0, ``scale``^2 I). This is the distribution of x_t exactly for Gaussian
     data of mean 0 and variance 1, and an approximation for other data that are standardised. A
     network that was trained to start elsewhere needs a ``prior`` that says so.
+
+    finish: a solver that takes the steps behind the window together, in the place of the ODE's
+    (MixGRPO-Flash, arXiv 2507.21802).
     """
 
     schedule: Schedule
@@ -123,6 +140,7 @@ class Chain:
     kernel: Kernel | Solver = field(default_factory=DDIM)
     window: tuple[int, int] | None = None
     prior: StandardNormal = field(default_factory=StandardNormal)
+    finish: Solver | None = None
 
     def __post_init__(self) -> None:
         low, high = self.stochastic.start, self.stochastic.stop
@@ -309,6 +327,9 @@ class Chain:
         states: list[Tensor] = []
         acted: list[Gaussian] = []
         for k in range(first, self.K):
+            if self.finish is not None and k == self.stochastic.stop:
+                x = self._integrated(self.finish, denoiser, condition, x, k)
+                break
             if low <= k < high:
                 x = x.to(storage).float()
             branching = shared > 1 and k == branch
@@ -361,10 +382,11 @@ class Chain:
         last: only the last so many steps have gradients, and what is before them is a constant;
         None: all. The graph of every such step is held until the backward.
         """
-        if isinstance(self.kernel, Solver):
-            raise ValueError(
-                f"{type(self.kernel).__name__} is a solver: it samples and is not differentiated"
-            )
+        for solver in (self.kernel, self.finish):
+            if isinstance(solver, Solver):
+                raise ValueError(
+                    f"{type(solver).__name__} is a solver: it samples and is not differentiated"
+                )
         first = 0 if start is None else start[0]
         if last is not None and not 1 <= last <= self.K - first:
             raise ValueError(
@@ -416,8 +438,13 @@ class Chain:
 
     def _solve(self, denoiser: Denoiser, condition: Condition, x: Tensor, first: int) -> Trajectory:
         assert isinstance(self.kernel, Solver)
-        x0 = self.kernel.integrate(
-            lambda x, t: denoiser(x, t, condition), x, self.schedule, self.grid[first:]
-        )
+        x0 = self._integrated(self.kernel, denoiser, condition, x, first)
         empty = x0[:, None][:, :0]
         return Trajectory(condition, empty, empty, empty, x0, first=0, start=x.float(), chain=self)
+
+    def _integrated(
+        self, solver: Solver, denoiser: Denoiser, condition: Condition, x: Tensor, first: int
+    ) -> Tensor:
+        """x_0 as a solver finds it from x before step ``first``, [B,*E]."""
+        grid = self.grid[first:]
+        return solver.integrate(lambda x, t: denoiser(x, t, condition), x, self.schedule, grid)

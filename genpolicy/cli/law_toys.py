@@ -34,6 +34,7 @@ ITERATIONS = 6
 SMALL = {
     "groups": 4,
     "group": 4,
+    "size": 2,
     "episodes": 16,
     "updates": 1,
     "epochs": 1,

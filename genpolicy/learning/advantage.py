@@ -17,8 +17,10 @@ Kind = Literal["group", "all", "none", "leave_one_out", "prompt_history"]
 Combine = Literal["sum", "z_sum"]
 
 
-def group_relative(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -> Tensor:
-    """A = (R - mean of the group) / (std + eps), [M,N] -> [M,N]; std is biased (ddof 0).
+def group_relative(
+    rewards: Tensor, scale: Scale = "group", eps: float = 1e-4, correction: int = 0
+) -> Tensor:
+    """A = (R - mean of the group) / (std + eps), [M,N] -> [M,N]; std has ddof ``correction``.
 
     scale: "group" the group's std (GRPO, arXiv 2402.03300; GRPO-Guard's configs), "all" the std of
     every reward of the iteration (flow_grpo's global_std, its SD3 default), "none" divides by
@@ -29,9 +31,9 @@ def group_relative(rewards: Tensor, scale: Scale = "group", eps: float = 1e-4) -
     if scale == "none":
         return centred
     if scale == "group":
-        return centred / (rewards.std(1, correction=0, keepdim=True) + eps)
+        return centred / (rewards.std(1, correction=correction, keepdim=True) + eps)
     if scale == "all":
-        return centred / (rewards.std(correction=0) + eps)
+        return centred / (rewards.std(correction=correction) + eps)
     raise ValueError(f"advantage scale is {scale!r}; valid are 'group', 'all', 'none'")
 
 
@@ -115,6 +117,39 @@ class PromptHistory:
 
     def load_state_dict(self, state: dict[Hashable, list[float]]) -> None:
         self.history = {prompt: deque(values, maxlen=self.size) for prompt, values in state.items()}
+
+
+class StageHistory:
+    """Per-prompt statistics over an iteration and those before it (B²-DiffuRL):
+    z = (R - mean) / (std + 1e-8) over every reward of the prompt in this iteration and in those of
+    the ``past`` ones before it in which it was asked; std has ddof 1 (run_select.py). Where all are
+    the same z is 0. It has a state_dict, so that Run can save and resume it.
+    """
+
+    def __init__(self, past: int = 8) -> None:
+        self.past = past
+        self.stages: dict[int, dict[str, list[float]]] = {}
+
+    def __call__(self, rewards: Tensor, prompts: Sequence[str], iteration: int) -> Tensor:
+        """rewards [M,N] with M prompts, of an iteration -> [M,N]."""
+        now: dict[str, list[float]] = {}
+        for prompt, row in zip(prompts, rewards, strict=True):
+            now.setdefault(prompt, []).extend(float(reward) for reward in row)
+        self.stages[iteration] = now
+        self.stages = {i: seen for i, seen in self.stages.items() if i >= iteration - self.past}
+        rows: list[Tensor] = []
+        for prompt, row in zip(prompts, rewards, strict=True):
+            pool = [value for seen in self.stages.values() for value in seen.get(prompt, [])]
+            seen = torch.tensor(pool, dtype=rewards.dtype)
+            spread = seen.std() if len(seen) > 1 else torch.zeros_like(seen[0])
+            rows.append((row - seen.mean()) / (spread + 1e-8))
+        return torch.stack(rows)
+
+    def state_dict(self) -> dict[int, dict[str, list[float]]]:
+        return {iteration: dict(seen) for iteration, seen in self.stages.items()}
+
+    def load_state_dict(self, state: dict[int, dict[str, list[float]]]) -> None:
+        self.stages = {iteration: dict(seen) for iteration, seen in state.items()}
 
 
 class Advantage:

@@ -7,9 +7,8 @@ likelihood ratios of the denoising steps in the window:
     loss = mean over rows and steps of
                max(-A rho, -A clip(rho, 1-eps, 1+eps)) + beta KL(new || reference)
 
-With chain.window and chain.window_size it is Flow-GRPO-Fast and MixGRPO's window; with kernel
-{name: sde, noise: constant} DanceGRPO's chain; on epsilon models with kernel ddim, group-relative
-DDPO.
+With chain.window and chain.window_size it is Flow-GRPO-Fast; on epsilon models with kernel ddim,
+group-relative DDPO.
 
 Differs from the public code (yifan123/flow_grpo): the KL is the true one (theirs drops dt;
 ``kl_form: published`` restores it), the log-ratio is computed without cancellation, the last step

@@ -34,7 +34,7 @@ Batches = Iterator[Batch]
 """The minibatches of a pass."""
 
 Chosen = Tensor | None
-"""The rows to pass over, bool [R]; None: all of them."""
+"""The rows to pass over, bool [R], or of `pairs` the kept steps of each, bool [R,W]; None: all."""
 
 Pass = Callable[[Rollout, int, np.random.Generator, Chosen], Batches]
 """(rollout, updates, order, chosen rows) -> the minibatches of a pass: one of those below."""
@@ -97,6 +97,7 @@ def _shuffled(
     sequence = rank.argsort()
     update = rank[sequence] * updates // total
     if chosen is not None:
-        kept = chosen.cpu().repeat_interleave(each)[sequence]
+        kept = chosen.cpu() if chosen.ndim == 2 else chosen.cpu().repeat_interleave(each)
+        kept = kept.flatten()[sequence]
         sequence, update = sequence[kept], update[kept]
     yield from (sequence[update == u] for u in range(updates))

@@ -1,7 +1,7 @@
 """Rollouts: policy x task -> trajectories with rewards, in groups."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,15 +72,21 @@ class Rollout:
         return {**means, "reward/total_ci95": 1.96 * spread, "reward/group_std_zero": same}
 
     def rows(self, values: Tensor) -> Tensor:
-        """Pick this process's rows from episodes' values [M,N]: [R] fp32 on the trajectory's
-        device.
+        """Pick this process's rows from episodes' values [M,N] (or [M,N,m]): [R] (or [R,m]) fp32
+        on the trajectory's device.
         """
         return (
             values[self.local]
-            .flatten()[self.decisions.episode]
+            .flatten(0, 1)[self.decisions.episode]
             .float()
             .to(self.trajectory.x0.device)
         )
+
+    def ungrouped(self) -> "Rollout":
+        """The same rollout, each row of which is scored by itself, so that a pass may leave out
+        rows of a group that shares its start.
+        """
+        return replace(self, trajectory=replace(self.trajectory, shared=1))
 
 
 def single(rewards: Tensor, context: Context, place: Tensor, total: int) -> Decisions:

@@ -22,7 +22,8 @@ class Request:
     groups: int  # M, prompts or start states
     members: int  # N, samples or episodes of each
     updates: int = 1  # minibatches that the rollout will be split into, which get whole groups
-    # the step up to which a group's samples share their chain; None: none (prompts only)
+    # the step up to which a group's samples share their chain, and from which on steps are kept;
+    # None: nothing is shared, and the window is kept (prompts only)
     branch_at: int | None = None
     # True: every episode is written into the store as it ends, and those that are there already are
     # taken (episodes only)

@@ -40,6 +40,13 @@ class PromptCollector:
 
     def __call__(self, policy: ChainPolicy, iteration: int, request: Request) -> Rollout:
         groups, members, updates = request.groups, request.members, request.updates
+        branch, window = request.branch_at, policy.chain.stochastic
+        if branch is not None and not 0 <= branch < window.stop:
+            raise ValueError(
+                f"collect: branch_at is {branch}; it must be a step from 0 to {window.stop - 1},"
+                " where the window's last noise is drawn"
+            )
+        keep = None if branch is None else (max(branch, window.start), window.stop)
         if request.starts is not None:
             raise ConfigError(
                 "collect: starts are the reset seeds of environments, and the task is one of"
@@ -59,7 +66,8 @@ class PromptCollector:
                 self.reward,
                 noise[rows],
                 members=members,
-                branch_at=request.branch_at,
+                branch_at=branch,
+                keep=keep,
                 on_phase=self.metrics.phase,
             )
 

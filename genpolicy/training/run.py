@@ -167,6 +167,7 @@ class Run:
         *,
         updates: int = 1,
         shared_prefix: bool = False,
+        branch_at: int | None = None,
         keep: bool = False,
         starts: Sequence[int] | None = None,
         policy: ChainPolicy | None = None,
@@ -176,11 +177,13 @@ class Run:
         ``members`` = N samples or episodes each.
 
         shared_prefix: the members of a group share everything before the window (prompts only).
+        branch_at: they share their first ``branch_at`` steps, which are drawn as the others are,
+        and only the steps after them are kept (prompts only).
         updates, keep, starts: see `Request`. policy: one that acts in the place of the one that
         learns. window: [low, high) steps at which the kernel acts, kept and trained.
         """
         window = window or self._draw_window()
-        branch = window[0] if shared_prefix else None
+        branch = window[0] if shared_prefix else branch_at
         request = Request(groups, members, updates, branch, keep, starts)
         acting = (policy or self.policy).with_window(window)
         rollout = self.collector(acting, self.iteration, request)
@@ -323,7 +326,8 @@ class Run:
         over all processes; returns the means of the loss and its metrics, and logs them as
         policy/NAME.
 
-        advantage: of episodes [M,N], or of this process's rows [R]. reference: weights under which
+        advantage: of episodes [M,N], or [M,N,m] where the loss takes several, or of this process's
+        rows [R]. reference: weights under which
         every step is scored too, without gradients. also: optimisers of other parts that the loss
         reaches, stepped together.
         """

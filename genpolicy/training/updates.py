@@ -47,7 +47,7 @@ class Updates:
         """One step on stored denoising steps of a rollout; see `Run.update`."""
         self.metrics.phase("update")
         events = rollout.trajectory.x0
-        rows = rollout.rows(advantage) if advantage.ndim == 2 else advantage.to(events)
+        rows = rollout.rows(advantage) if advantage.ndim > 1 else advantage.to(events)
         chains, advantages = rollout.trajectory[batch.rows], rows[batch.rows]
         steps = list(chains.steps) if batch.k is None else [batch.k]
 

@@ -63,7 +63,18 @@ GRPO = {
         "beta": 0.01,
     },
 }
-RUNS = {"dppo": DPPO, "reinflow": REINFLOW, "bc": BC, "grpo_guard": GRPO}
+B2 = {
+    **DPPO,
+    "method": {
+        "name": "b2_diffurl",
+        "groups": 8,
+        "group": 3,
+        "clip": 0.2,
+        "threshold": 0.1,
+        "judge": {"episodes": 4, "critic_updates": 5},
+    },
+}
+RUNS = {"dppo": DPPO, "reinflow": REINFLOW, "bc": BC, "grpo_guard": GRPO, "b2_diffurl": B2}
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +114,7 @@ def same_state(a, b):
         "dppo",
         pytest.param("grpo_guard", marks=pytest.mark.slow),
         "reinflow",
+        pytest.param("b2_diffurl", marks=pytest.mark.slow),
     ],
 )
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
@@ -184,7 +196,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) for n in ("dppo", "reinflow", "bc", "grpo_guard")],
+    [pytest.param(n, marks=pytest.mark.slow) for n in RUNS],
 )
 def test_two_processes_equal_one(tmp_path, name):
     sections = {**RUNS[name], "optimizer": {"lr": 1e-3, "eps": 1e-4}, "budget": {"iterations": 6}}

@@ -145,12 +145,14 @@ def section(method, **sizes):
 SMALL = {
     "groups": 4,
     "group": 4,
+    "size": 1,
     "episodes": 16,
     "warm_up": 0,
     "entropy": 0.0,
     "epochs": 1,
     "updates": 1,
     "minibatch": 10**6,
+    "judge": {"episodes": 16, "critic_updates": 5},
 }
 
 
@@ -275,6 +277,7 @@ def test_kl_to_the_start_is_zero_at_first_and_grows(tmp_path, method):
 LEARNING = {
     "groups": 8,
     "group": 16,
+    "size": 3,
     "updates": 2,
     "advantage": "group",
     "episodes": 128,
