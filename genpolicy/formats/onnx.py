@@ -9,7 +9,8 @@ and latency.json.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,8 @@ def exported(
             "dim": model.action_dim,
             "planned": model.event_shape[0],
             "executed": policy.execute or model.executed,
-            "low": None,
-            "high": None,
+            "low": None if task is None else limits(task.action_low),
+            "high": None if task is None else limits(task.action_high),
             "units": "environment",
         },
         "rate_hz": None if task is None else task.fps,
@@ -153,6 +154,11 @@ def exported(
         },
     }
     return manifest, parity, _latency.measure(sessions[-1], policy, shape, words)
+
+
+def limits(ends: Sequence[float]) -> list[float | None]:
+    """The manifest's entry of one end of the actions' limits [D]; null is none."""
+    return [end if math.isfinite(end) else None for end in ends]
 
 
 def state(policy: ChainPolicy) -> dict[str, Any]:

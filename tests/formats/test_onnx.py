@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from genpolicy.cli.evaluate_exported import runtime
 from genpolicy.cli.export import known
 from genpolicy.cli.main import main
 from genpolicy.config.errors import ConfigError
@@ -22,7 +24,7 @@ from genpolicy.formats._capture import acting, noise_shape
 from genpolicy.policy.files import Saved, load, save_policy, saved
 from genpolicy.policy.policy import ChainPolicy
 from tests.formats.policies import ODE, POLICIES, STATE, Recorded, mlp, policy
-from tests.toy_control import cloned
+from tests.toy_control import Point, cloned
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -227,6 +229,23 @@ def test_the_shipped_clone_by_the_command_line(
     assert manifest["sampler"]["steps"] == 2
     assert manifest["action"]["executed"] == 3
     assert list(manifest["observation"]) == [STATE, "observation.environment_state"]
+
+
+def test_the_tasks_limits_are_the_manifests(quick: Exported, tmp_path: Path) -> None:
+    task, out = Point(), tmp_path / "exported"
+    task.action_high = [1.0, math.inf]
+    exporter.onnx(quick.found, out, data=None, task=task, instruction=None)
+    action = json.loads((out / "manifest.json").read_text())["action"]
+    assert (action["low"], action["high"]) == ([-1.0, -1.0], [1.0, None])
+    running = runtime().Policy.load(out)
+    far = {STATE: np.full(3, 1e4, np.float32)}
+    planned = running.plan(far)
+    assert planned[:, 0].max() == 1.0 or planned[:, 0].min() == -1.0
+    # the control: without a task nothing is known of limits, and nothing is clipped
+    exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
+    free = runtime().Policy.load(out).plan(far)
+    assert np.abs(free[:, 0]).max() > 1
+    assert np.array_equal(planned, free.clip([-1, -1], [1, np.inf]).astype(np.float32))
 
 
 def test_a_run_brings_its_recorded_episodes_and_its_task(

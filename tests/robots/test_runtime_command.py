@@ -19,6 +19,7 @@ def test_check_says_what_the_policy_sees_and_does(tmp_path, capsys):
         "sees         observation.state: 2 numbers",
         "history      2 frames, one per tick",
         "acts         2 numbers per tick in the units of the environment, at 30 Hz",
+        "clipped      least not known, most not known",
         "plans        3 actions, of which 3 are executed",
         "state        a plan begins from the one before",
     ):

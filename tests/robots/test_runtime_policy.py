@@ -81,6 +81,41 @@ def test_noise_is_a_function_of_seed_and_decision_and_stays_what_it_was():
     assert abs(many.std() - 1) < 0.03
 
 
+LIMITS = {"dim": 2, "planned": 3, "executed": 3, "units": "u"}
+
+
+def test_actions_are_clipped_to_the_limits_that_the_manifest_names(tmp_path):
+    free = Policy.load(written(tmp_path / "free")).plan(seen(1))
+    action = {**LIMITS, "low": [-1, None], "high": [1, None]}
+    policy = Policy.load(written(tmp_path / "clipped", action=action))
+    planned = policy.plan(seen(1))
+    assert planned.dtype == np.float32
+    assert np.array_equal(planned[:, 0], free[:, 0].clip(-1, 1))
+    assert np.array_equal(planned[:, 1], free[:, 1])  # null: this number has no limit
+    # the control: there was something to clip
+    assert np.abs(free).min() > 1
+    policy.reset()
+    assert np.array_equal(policy.act(seen(1)), planned[0])
+
+
+def test_one_end_alone_is_clipped(tmp_path):
+    free = Policy.load(written(tmp_path / "free")).plan(seen(1))
+    action = {**LIMITS, "low": None, "high": [3, 3]}
+    planned = Policy.load(written(tmp_path / "clipped", action=action)).plan(seen(1))
+    assert np.array_equal(planned, free.clip(None, 3))
+
+
+def test_a_plan_goes_on_from_the_one_before_as_it_was_drawn(tmp_path):
+    """Clipping is the door's: what the next decision begins from is not clipped."""
+    action = {**LIMITS, "low": [-1, -1], "high": [1, 1]}
+    policy = Policy.load(written(tmp_path, with_state(), state=STATEFUL, action=action))
+    policy.plan(seen(0.1))
+    before = policy._previous
+    policy.plan(seen(0.1))
+    assert np.abs(before).max() > 1
+    assert np.array_equal(policy._previous, before + 1)
+
+
 def test_two_policies_share_graphs_and_nothing_else(tmp_path):
     one = Policy.load(written(tmp_path, with_state(), state=STATEFUL))
     other = Policy(one.manifest, one.graphs)

@@ -28,6 +28,9 @@ class Policy:
     def __init__(self, manifest: Manifest, graphs: Graphs) -> None:
         self.manifest = manifest
         self.graphs = graphs
+        low, high = manifest.action.low, manifest.action.high
+        self._low = None if low is None else np.array(low, np.float32)
+        self._high = None if high is None else np.array(high, np.float32)
         self.reset()
 
     @classmethod
@@ -72,7 +75,8 @@ class Policy:
         self._frames.extend([seen] * (1 if self._frames else self.manifest.history))
 
     def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Returns the action of this tick, float32 [D], in the environment's units.
+        """Returns the action of this tick, float32 [D], in the environment's units, clipped to the
+        limits that the manifest names.
 
         The policy plans when all actions of its last plan have been returned; to be called once per
         tick, so that the frames that it sees are a tick apart.
@@ -84,7 +88,8 @@ class Policy:
         return self._queue.popleft()
 
     def plan(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Returns the actions of a new decision, float32 [executed,D], and keeps none for `act`.
+        """Returns the actions of a new decision, float32 [executed,D], clipped as those of `act`,
+        and keeps none for it.
 
         It observes, as `act` does. Raises `FloatingPointError` where the graph's answer is no
         finite number.
@@ -97,6 +102,8 @@ class Policy:
                 f"decision {self._decisions} of seed {self._seed} is not finite: the policy has"
                 " diverged, and there is no action to carry out"
             )
+        if self._low is not None or self._high is not None:
+            actions = actions.clip(self._low, self._high)
         self._decisions += 1
         if self.manifest.state is not None:
             self._previous = outputs[self.manifest.state.output]

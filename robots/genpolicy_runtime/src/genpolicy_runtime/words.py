@@ -25,6 +25,7 @@ def words(manifest: Manifest) -> Iterator[str]:
         f"acts         {_count(action.dim, 'number')} per tick in the units of the"
         f" {action.units}, {rate}"
     )
+    yield f"clipped      {_limits(action.low, 'least')}, {_limits(action.high, 'most')}"
     planned = _count(action.planned, "action")
     yield f"plans        {planned}, of which {action.executed} are executed"
     yield f"costs        {manifest.evaluations:g} evaluations of the network per plan"
@@ -33,6 +34,11 @@ def words(manifest: Manifest) -> Iterator[str]:
         yield "state        a plan begins from the one before"
     yield f"sampler      {', '.join(f'{name} {value}' for name, value in manifest.sampler.items())}"
     yield f"parity       {', '.join(f'{name} {value}' for name, value in manifest.parity.items())}"
+
+
+def _limits(numbers: "tuple[float, ...] | None", end: str) -> str:
+    said = "not known" if numbers is None else " ".join(f"{number:g}" for number in numbers)
+    return f"{end} {said}"
 
 
 def _seen(one: Observed) -> str:
