@@ -37,6 +37,31 @@ written down as what they are made of.
 """
 
 
+def _of_one_type(norm: Callable[..., Any]) -> Callable[..., Any]:
+    """A normalisation whose weights have the type of what it normalises: torch takes half precision
+    with weights in single precision, and ONNX does not.
+    """
+
+    def same(value: Tensor, *arguments: Any) -> Any:
+        cast = [
+            given.to(value.dtype) if isinstance(given, Tensor) else given for given in arguments
+        ]
+        changed = any(new is not old for new, old in zip(cast, arguments, strict=True))
+        return norm(value, *cast) if changed else NotImplemented
+
+    return same
+
+
+NORMS = {
+    norm: _of_one_type(norm)
+    for norm in (
+        torch.ops.aten.native_layer_norm.default,
+        torch.ops.aten.native_group_norm.default,
+    )
+}
+"""The normalisations as they are written down."""
+
+
 @dataclass(eq=False)
 class Draws:
     """The noise of B chains as it is handed in, [B,draws,*E], in the order in which a chain asks
@@ -116,6 +141,18 @@ def acting(policy: ChainPolicy, instruction: str = "", later: bool = False) -> C
     return function
 
 
+def halved(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with the networks' products and convolutions in half precision; what
+    normalises, the chain's steps and what goes in and comes out stay in single precision.
+    """
+
+    def half(*values: Tensor) -> Any:
+        with torch.autocast("cpu", torch.float16):
+            return function(*values)
+
+    return half
+
+
 @torch.no_grad()
 def noise_shape(policy: ChainPolicy) -> tuple[int, ...]:
     """The shape [draws,*E] of the noise of one decision: of the one that draws most."""
@@ -164,7 +201,9 @@ def captured(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
 
     backward: Any = get_decompositions(BACKWARD)
     try:
-        traced = make_fx(folding, decomposition_table=backward, tracing_mode="real")(*inputs)
+        traced = make_fx(folding, decomposition_table={**backward, **NORMS}, tracing_mode="real")(
+            *inputs
+        )
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise ConfigError(
             "the policy can't be written down as one graph: on its way from what it sees to its"

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from genpolicy.formats._capture import (
     blank,
     captured,
     decide,
+    halved,
     no_plan,
     noise_shape,
     reads,
@@ -55,10 +56,13 @@ def onnx(
     data: Dataset | None,
     task: ControlTask | None,
     instruction: str | None,
+    precision: Literal["fp32", "fp16"] = "fp32",
 ) -> str:
     """Writes the folder ``out``: the graphs, manifest.json, parity.json and latency.json.
 
-    Raises `ConfigError`, and leaves nothing, where the graph's actions are not the policy's.
+    precision: of the networks' products and convolutions and of their weights; the normaliser, the
+    chain's steps, and what goes in and comes out are in fp32. Raises `ConfigError`, and leaves
+    nothing, where the graph's actions are not the policy's.
     """
     if not found.acts:
         raise ConfigError(
@@ -70,7 +74,7 @@ def onnx(
     policy = _on_cpu(found)
     told = _told(policy, task, instruction)
     with fresh(out, is_export) as folder:
-        manifest, parity, latency = exported(policy, found, folder, data, task, told)
+        manifest, parity, latency = exported(policy, found, folder, data, task, told, precision)
         for name, contents in (
             (MANIFEST, manifest),
             ("parity.json", parity.report()),
@@ -103,6 +107,7 @@ def exported(
     data: Dataset | None,
     task: ControlTask | None,
     told: str | None,
+    precision: str,
 ) -> tuple[dict[str, Any], _parity.Parity, dict[str, Any]]:
     """Writes the graphs and returns the manifest, the parity and the latency.
 
@@ -112,9 +117,12 @@ def exported(
     model: ControlModel = policy.model  # type: ignore[assignment]  # the caller saw that it acts
     shape, words = noise_shape(policy), told or ""
     names = [POLICY] if policy.warm is None else [FIRST, LATER]
-    entries = {name: write_policy(policy, shape, folder / f"{name}.onnx", words) for name in names}
+    entries = {
+        name: write_policy(policy, shape, folder / f"{name}.onnx", words, precision)
+        for name in names
+    }
     sessions = [_graph.session(folder / f"{name}.onnx") for name in names]
-    parity = _parity.measure(sessions, policy, shape, data, words)
+    parity = _parity.measure(sessions, policy, shape, data, words, precision)
     if not parity.holds:
         raise ConfigError(
             "the exported graph does not act as the policy: its actions differ by"
@@ -124,7 +132,7 @@ def exported(
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "made_with": {"genpolicy": __version__, **_graph.versions()},
+        "made_with": {"genpolicy": __version__, **_graph.versions(), "precision": precision},
         "weights": weights_digest(policy),
         "graphs": entries,
         "observation": {
@@ -168,7 +176,11 @@ def state(policy: ChainPolicy) -> dict[str, Any]:
 
 
 def write_policy(
-    policy: ChainPolicy, shape: tuple[int, ...], file: Path, instruction: str = ""
+    policy: ChainPolicy,
+    shape: tuple[int, ...],
+    file: Path,
+    instruction: str = "",
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Writes the graph that the file is named after, (observations, noise [1,draws,*E]) -> actions
     [1,n,D], and returns its entry of the manifest. "later" takes the plan before, too; both it and
@@ -179,7 +191,8 @@ def write_policy(
     if later:
         inputs[PREVIOUS] = no_plan(policy, 1)
     inputs["noise"] = torch.zeros(1, *shape)
-    graph = captured(acting(policy, instruction, later), *inputs.values())
+    function = acting(policy, instruction, later)
+    graph = captured(halved(function) if precision == "fp16" else function, *inputs.values())
     outputs = ["actions"] if policy.warm is None else ["actions", PLAN]
     return _graph.write(graph, inputs, outputs, file)
 

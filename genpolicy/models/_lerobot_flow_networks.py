@@ -3,6 +3,7 @@ their parameters learn, and their evaluations.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,9 +79,13 @@ class Networks:
         with self._autocast():
             return velocity(self.policy, self.family, prefix, state, x, t.to(x))
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.frozen != torch.float32
-        return torch.autocast(self.device.type, self.frozen, enabled=enabled)
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the networks run in: single precision changes nothing, so that who
+        calls them may choose a lower one.
+        """
+        if self.frozen == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.frozen)
 
 
 def _leaves(output: Tensor) -> set[Tensor]:

@@ -43,7 +43,7 @@ class Exported:
         session = _graph.session(file or self.file)
         return _parity.measure([session], self.policy, noise_shape(self.policy), data)
 
-    def write(self, _policy: Any, _shape: Any, file: Path, _words: str) -> dict[str, Any]:
+    def write(self, _policy: Any, _shape: Any, file: Path, *_words: str) -> dict[str, Any]:
         """In the place of `write_policy`, which takes seconds."""
         shutil.copy(self.file, file)
         return self.entry
@@ -197,7 +197,7 @@ def test_an_export_above_the_bound_leaves_things_as_they_were(
         exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(_parity, "BOUND", 1e-12)
-    monkeypatch.setattr(_parity, "OWN", 0.0)
+    monkeypatch.setattr(_parity, "OWN", {"fp32": 0.0})
     with pytest.raises(ConfigError, match="does not act as the policy"):
         exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
     assert sorted(tmp_path.rglob("*")) == before
