@@ -22,11 +22,17 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from genpolicy.chain import Condition
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context
+from genpolicy.formats._half import NORMS, picking
 from genpolicy.policy.policy import ChainPolicy
 
+FIRST, LATER = "first", "later"
+"""Names of the graphs of a policy with a warm start."""
+PREVIOUS, PLAN = "previous", "plan"
+"""The input in which a later decision takes the plan before it, and the output that gives it."""
 BACKWARD = (
     torch.ops.aten.silu_backward,
     torch.ops.aten.native_layer_norm_backward,
@@ -35,31 +41,6 @@ BACKWARD = (
 """The gradients that a refiner takes of a critic: ONNX has no operators for them, so that they are
 written down as what they are made of.
 """
-
-
-def _of_one_type(norm: Callable[..., Any]) -> Callable[..., Any]:
-    """A normalisation whose weights have the type of what it normalises: torch takes half precision
-    with weights in single precision, and ONNX does not.
-    """
-
-    def same(value: Tensor, *arguments: Any) -> Any:
-        cast = [
-            given.to(value.dtype) if isinstance(given, Tensor) else given for given in arguments
-        ]
-        changed = any(new is not old for new, old in zip(cast, arguments, strict=True))
-        return norm(value, *cast) if changed else NotImplemented
-
-    return same
-
-
-NORMS = {
-    norm: _of_one_type(norm)
-    for norm in (
-        torch.ops.aten.native_layer_norm.default,
-        torch.ops.aten.native_group_norm.default,
-    )
-}
-"""The normalisations as they are written down."""
 
 
 @dataclass(eq=False)
@@ -120,6 +101,13 @@ def decide(
     previous [B,T,D]: the plan of the decision before, from which a warm start goes on.
     """
     condition = policy.model.encode(Context([instruction] * len(noise), observation))
+    return decided(policy, condition, noise, previous)
+
+
+def decided(
+    policy: ChainPolicy, condition: Condition, noise: Any, previous: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The actions and the plan of `decide` from what is encoded already."""
     plan = policy.sample(condition, noise, previous=previous, keep=(0, 0)).x0
     return policy.actions(plan), plan
 
@@ -130,6 +118,7 @@ def acting(policy: ChainPolicy, instruction: str = "", later: bool = False) -> C
     actions, and of a policy with a warm start the plan, too.
     """
     names = list(policy.model.shapes)  # type: ignore[attr-defined]  # it acts
+    policy = picking(policy)
 
     def function(*values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         *seen, noise = values
@@ -139,18 +128,6 @@ def acting(policy: ChainPolicy, instruction: str = "", later: bool = False) -> C
         return decided[0] if policy.warm is None else decided
 
     return function
-
-
-def halved(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with the networks' products and convolutions in half precision; what
-    normalises, the chain's steps and what goes in and comes out stay in single precision.
-    """
-
-    def half(*values: Tensor) -> Any:
-        with torch.autocast("cpu", torch.float16):
-            return function(*values)
-
-    return half
 
 
 @torch.no_grad()

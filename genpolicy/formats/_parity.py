@@ -14,7 +14,8 @@ from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.model import ControlModel
 from genpolicy.formats import _graph
-from genpolicy.formats._capture import acting, captured, doubled, halved
+from genpolicy.formats._capture import acting, captured, doubled
+from genpolicy.formats._half import halved
 from genpolicy.policy.policy import ChainPolicy, Judge
 
 COUNTS = {"recorded": 400, "random": 400, "extreme": 200}

@@ -63,10 +63,19 @@ class Networks:
         """
         if self._learning_prefix and torch.is_grad_enabled():
             return self._encode(seen.batch)
-        mark = torch.stack(
+        return seen.store.prefix(seen.rows, self._encode, self._mark())
+
+    def knowing(self, batch: Mapping[str, Tensor], prefix: Prefix) -> Seen:
+        """Rows as the preprocessor made them, whose prefixes were computed elsewhere."""
+        seen = Seen.all(batch, keep=True)
+        seen.store.know(prefix, self._mark())
+        return seen
+
+    def _mark(self) -> Tensor:
+        """A number of each weight of the prefix that learns."""
+        return torch.stack(
             [p.detach().double().sum() for p in self._learning_prefix] or [torch.zeros(())]
         )
-        return seen.store.prefix(seen.rows, self._encode, mark)
 
     def _encode(self, batch: Mapping[str, Tensor]) -> Prefix:
         with self._autocast():

@@ -21,7 +21,7 @@ from genpolicy.config.schema import ChainConfig
 from genpolicy.formats import _graph, _parity
 from genpolicy.formats import onnx as exporter
 from genpolicy.formats._capture import acting, noise_shape
-from genpolicy.policy.files import Saved, load, save_policy, saved
+from genpolicy.policy.files import Saved, save_policy, saved
 from genpolicy.policy.policy import ChainPolicy
 from tests.formats.policies import ODE, POLICIES, STATE, Recorded, mlp, policy
 from tests.toy_control import Point, cloned
@@ -314,51 +314,6 @@ def test_best_of_n_picks_the_same_sample(tmp_path: Path) -> None:
         [torch.from_numpy(session.run(None, _graph.fed(moved, row))[0]) for row in range(40)]
     )
     assert torch.allclose(again, picked, atol=1e-3)
-
-
-@pytest.mark.slow
-def test_the_shipped_smolvla_exports_with_its_instruction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_parity, "COUNTS", dict.fromkeys(_parity.COUNTS, 20))
-    monkeypatch.setattr(_parity, "AT_ONCE", 20)
-    words = ["--instruction", "go to the red circle", "--steps", "1"]
-    assert main(["export", "assets/point-smolvla", "--out", str(tmp_path / "out"), *words]) == 0
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["instruction"] == {"text": words[1], "tokens": {}}
-    assert manifest["parity"]["largest"] < 1e-5
-    # the control: told something else it acts otherwise
-    acts = load("assets/point-smolvla", steps=1)
-    session = _graph.session(tmp_path / "out" / "policy.onnx")
-    other = _parity.measure([session], acts, noise_shape(acts), None, "go to the blue square")
-    assert not other.holds
-
-
-@pytest.mark.slow
-def test_pi0_exports_and_pi05_whose_state_becomes_words_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from genpolicy.models.lerobot_flow import LeRobotFlow
-    from tests import lerobot_tiny_vla as tiny
-
-    monkeypatch.setattr(_parity, "COUNTS", dict.fromkeys(_parity.COUNTS, 20))
-    monkeypatch.setattr(_parity, "AT_ONCE", 20)
-    words = tiny.PROMPTS[0]
-    with tiny.sizes():
-        pi0, pi05 = (
-            policy(
-                LeRobotFlow(str(tiny.saved(family)), device="cpu", tokenizer=tiny.words()),
-                steps=1,
-                kernel=ODE,
-            )
-            for family in ("pi0", "pi05")
-        )
-        file = tmp_path / "policy.onnx"
-        exporter.write_policy(pi0, noise_shape(pi0), file, words)
-        parity = _parity.measure(_graph.session(file), pi0, noise_shape(pi0), None, words)
-        assert parity.holds, parity.told()
-        with pytest.raises(ConfigError, match="state into its prompt"):
-            exporter.write_policy(pi05, noise_shape(pi05), file, words)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_check_says_what_the_policy_sees_and_does(tmp_path, capsys):
     cli.main(["check", str(written(tmp_path / "b", vision_language(), **LANGUAGE))])
     said = capsys.readouterr().out
     assert "observation.images.top: a picture of 2 x 4 pixels" in said
-    assert "instruction  'go on', fixed at the export" in said
+    assert "instruction  'go on', unless it is told other tokens" in said
 
 
 def test_a_damaged_folder_is_one_sentence_and_exit_code_2(tmp_path, capsys):

@@ -144,6 +144,45 @@ def test_a_prefix_feeds_its_expert_and_pictures_come_in_both_forms(tmp_path):
     assert np.array_equal(policy.plan({TOP: floats}), planned)
 
 
+def test_other_tokens_are_another_instruction_until_others_come(tmp_path):
+    """The tiny prefix adds up the tokens: 7 of those of the export."""
+    policy = Policy.load(written(tmp_path, vision_language(), **LANGUAGE))
+    other = Policy(policy.manifest, policy.graphs)
+    picture = {TOP: np.zeros((2, 4, 3), np.uint8)}
+    first = policy.plan(picture)
+    policy.reset()
+    policy.instruct({"tokens": np.array([[3, 14]])})
+    np.testing.assert_allclose(policy.plan(picture), first + 10, atol=1e-5)
+    policy.reset()
+    np.testing.assert_allclose(policy.plan(picture), first + 10, atol=1e-5)
+    # the control: another policy on the same graphs was told nothing
+    assert np.array_equal(other.plan(picture), first)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sentence"),
+    [
+        ({}, r"tokens tokens is missing; the policy takes tokens as int64 \[1, 2\]"),
+        ({"tokens": np.array([[1, 2, 3]])}, r"tokens tokens is int64 \[1, 3\]; the policy takes"),
+        ({"tokens": np.ones((1, 2))}, r"tokens tokens is float64 \[1, 2\]; the policy takes"),
+        ({"tokens": np.array([[1, 2]]), "mask": np.ones(2)}, "tokens mask is float64"),
+    ],
+)
+def test_wrong_tokens_are_refused_in_one_sentence_and_change_nothing(tmp_path, tokens, sentence):
+    policy = Policy.load(written(tmp_path, vision_language(), **LANGUAGE))
+    picture = {TOP: np.zeros((2, 4, 3), np.uint8)}
+    first = policy.plan(picture)
+    with pytest.raises(ValueError, match=sentence):
+        policy.instruct(tokens)
+    policy.reset()
+    assert np.array_equal(policy.plan(picture), first)
+
+
+def test_a_policy_without_words_can_not_be_told(tmp_path):
+    with pytest.raises(ValueError, match="the policy reads no instruction"):
+        Policy.load(written(tmp_path)).instruct({"tokens": np.array([[3, 14]])})
+
+
 VECTOR = r"it must be a numpy array float32 \[2\] of finite numbers"
 PICTURE = r"it must be a numpy array float32 \[3, 2, 4\] in \[0,1\] or uint8 \[2, 4, 3\]"
 

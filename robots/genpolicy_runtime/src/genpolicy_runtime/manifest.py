@@ -69,10 +69,10 @@ class Action:
 
 @dataclass(frozen=True)
 class Instruction:
-    """The instruction of a policy of vision and language, fixed at its export."""
+    """The instruction of a policy of vision and language, as it was exported."""
 
     text: str
-    tokens: Mapping[str, np.ndarray]  # by the graph's input
+    tokens: Mapping[str, np.ndarray]  # by the graph's input; none where it is a constant of it
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ def words(manifest: Manifest) -> Iterator[str]:
         yield f"sees         {name}: {_seen(one)}"
     yield f"history      {_count(manifest.history, 'frame')}, one per tick"
     if manifest.instruction is not None:
-        yield f"instruction  {manifest.instruction.text!r}, fixed at the export"
+        way = "unless it is told other tokens" if manifest.instruction.tokens else "fixed"
+        yield f"instruction  {manifest.instruction.text!r}, {way}"
     rate = "at the rate of its task, which is not known"
     if manifest.rate_hz is not None:
         rate = f"at {manifest.rate_hz:g} Hz, the rate of its task"
