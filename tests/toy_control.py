@@ -106,6 +106,7 @@ class Point:
             "walk to the goal",
             self.judged,
         )
+        self.action_low, self.action_high = [-1.0] * 2, [1.0] * 2
 
     def environments(self, count: int, history: int) -> Environments:
         return Environments(partial(Walk, self.ends), count, history, self.limit, self.instruction)

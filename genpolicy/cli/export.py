@@ -1,5 +1,6 @@
 """The verb export: a policy in another format, with the sampler that is deployed or asked for."""
 
+import inspect
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -18,10 +19,13 @@ from genpolicy.training.build import make_data
 def run(args: Namespace) -> int:
     """Writes the policy as ``args.format`` to the folder ``args.out``."""
     write = leaf("formats", args.format, PERSON)
+    more = {} if args.precision is None else {"precision": args.precision}
+    if not more.keys() <= inspect.signature(write).parameters.keys():
+        raise ConfigError(f"--precision does not apply to --format {args.format}")
     found = saved(args.policy, trust=args.trust, **sampler_keys(args))
     data, task = known(found)
     out, told = Path(args.out), args.instruction
-    print(write(found, out, data=data, task=task, instruction=told))
+    print(write(found, out, data=data, task=task, instruction=told, **more))
     return 0
 
 

@@ -256,6 +256,11 @@ def _export(verbs: Any) -> None:
         metavar="TEXT",
         help="what a policy that reads words is to do (default: what its run's task says)",
     )
+    verb.add_argument(
+        "--precision",
+        choices=("fp32", "fp16"),
+        help="of the networks in an onnx graph; inputs and outputs stay fp32 (default: fp32)",
+    )
     _trust(verb)
     _sampler_options(verb)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -151,6 +151,32 @@ class ControlModel(Model, Protocol):
         """The observations whose normalised values are ``standard``, name -> [B,history,*shape], as
         far as the network can tell; pictures are taken as they are.
         """
+        ...
+
+
+@runtime_checkable
+class PrefixModel(ControlModel, Protocol):
+    """A model that reads what it sees and is told once, into a prefix that every evaluation of its
+    network takes: a policy of vision, language and action.
+    """
+
+    def words(self, instruction: str) -> dict[str, Tensor]:
+        """The instruction as the prefix reads it, name -> [1,S], of the same shapes whatever is
+        said. Raises `ValueError` with one sentence where it is no function of the instruction
+        alone.
+        """
+        ...
+
+    def told(self, condition: Condition, words: Mapping[str, Tensor]) -> Condition:
+        """The same rows, told what `words` says, [B,S] each."""
+        ...
+
+    def prefix(self, condition: Condition) -> dict[str, Tensor]:
+        """All that the network takes of what was read, and what `features` takes, by name."""
+        ...
+
+    def resumed(self, condition: Condition, prefix: Mapping[str, Tensor]) -> Condition:
+        """The same rows, whose prefix is known: pictures and words are not read again."""
         ...
 
 

@@ -125,14 +125,17 @@ class Demonstration:
 class ControlTask(Protocol):
     """A task of many decisions: environments that a policy acts in.
 
-    shapes: of what is seen, by LeRobot's names. action_dim: D. limit: environment steps after which
-    an episode is cut. fps: environment steps a second of the robot's time. instruction: what is
-    asked, in words. has_success: whether the task itself says what success is (else there are only
-    returns).
+    shapes: of what is seen, by LeRobot's names. action_dim: D. action_low, action_high: the limits
+    to which the environments clip actions, [D], infinite where there is none. limit: environment
+    steps after which an episode is cut. fps: environment steps a second of the robot's time.
+    instruction: what is asked, in words. has_success: whether the task itself says what success is
+    (else there are only returns).
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     action_dim: int
+    action_low: Sequence[float]
+    action_high: Sequence[float]
     limit: int
     fps: int
     instruction: str

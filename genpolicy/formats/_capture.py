@@ -22,11 +22,17 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from genpolicy.chain import Condition
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context
+from genpolicy.formats._half import NORMS, picking
 from genpolicy.policy.policy import ChainPolicy
 
+FIRST, LATER = "first", "later"
+"""Names of the graphs of a policy with a warm start."""
+PREVIOUS, PLAN = "previous", "plan"
+"""The input in which a later decision takes the plan before it, and the output that gives it."""
 BACKWARD = (
     torch.ops.aten.silu_backward,
     torch.ops.aten.native_layer_norm_backward,
@@ -95,6 +101,13 @@ def decide(
     previous [B,T,D]: the plan of the decision before, from which a warm start goes on.
     """
     condition = policy.model.encode(Context([instruction] * len(noise), observation))
+    return decided(policy, condition, noise, previous)
+
+
+def decided(
+    policy: ChainPolicy, condition: Condition, noise: Any, previous: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The actions and the plan of `decide` from what is encoded already."""
     plan = policy.sample(condition, noise, previous=previous, keep=(0, 0)).x0
     return policy.actions(plan), plan
 
@@ -105,6 +118,7 @@ def acting(policy: ChainPolicy, instruction: str = "", later: bool = False) -> C
     actions, and of a policy with a warm start the plan, too.
     """
     names = list(policy.model.shapes)  # type: ignore[attr-defined]  # it acts
+    policy = picking(policy)
 
     def function(*values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         *seen, noise = values
@@ -164,7 +178,9 @@ def captured(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
 
     backward: Any = get_decompositions(BACKWARD)
     try:
-        traced = make_fx(folding, decomposition_table=backward, tracing_mode="real")(*inputs)
+        traced = make_fx(folding, decomposition_table={**backward, **NORMS}, tracing_mode="real")(
+            *inputs
+        )
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise ConfigError(
             "the policy can't be written down as one graph: on its way from what it sees to its"

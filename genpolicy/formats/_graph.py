@@ -19,6 +19,8 @@ from genpolicy.config.errors import ConfigError
 
 OPSET = 18
 """The version of ONNX's operators."""
+LARGEST = 2**31
+"""Bytes at which a file of ONNX, which is a protobuf message, ends."""
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 """The packages of the extra `deploy`."""
 
@@ -46,9 +48,17 @@ def write(
 ) -> dict[str, Any]:
     """Writes a graph as ONNX, for inputs of exactly these shapes, and returns the manifest's entry:
     file, sha256, and the shape and type of each input and output.
+
+    Raises `ConfigError` for one that no file can hold.
     """
     from onnxscript import optimizer
 
+    size = sum(value.nbytes for value in graph.buffers())
+    if size >= LARGEST:
+        raise ConfigError(
+            f"the weights of graph {file.stem} take {size / 1e9:.1f} GB, and a file of ONNX, in"
+            f" which they must be, ends at {LARGEST / 1e9:.1f} GB"
+        )
     with _quiet():
         program = torch.onnx.export(
             graph,
@@ -79,7 +89,12 @@ def write(
 
 
 def _described(entry: Any) -> dict[str, Any]:
-    kind = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}
+    kind = {
+        "tensor(float)": "float32",
+        "tensor(float16)": "float16",
+        "tensor(int64)": "int64",
+        "tensor(bool)": "bool",
+    }
     return {"shape": list(entry.shape), "dtype": kind[entry.type]}
 
 

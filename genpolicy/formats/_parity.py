@@ -15,6 +15,7 @@ from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.model import ControlModel
 from genpolicy.formats import _graph
 from genpolicy.formats._capture import acting, captured, doubled
+from genpolicy.formats._half import halved
 from genpolicy.policy.policy import ChainPolicy, Judge
 
 COUNTS = {"recorded": 400, "random": 400, "extreme": 200}
@@ -23,9 +24,12 @@ EXTREME = 10.0
 """Standard deviations of an extreme observation, in every dim, to either side."""
 BOUND = 1e-5
 """Largest error in normalised units."""
-OWN = 2.0
-"""An error of so many times the policy's own distance from fp64 is no error of the export."""
-TIE = 1e-5
+OWN = {"fp32": 2.0, "fp16": 4.0}
+"""An error of so many times torch's own rounding is no error of the export, by the precision of the
+graph. Two half precisions that round each in its own order are twice their rounding apart, and
+another twice is left for what is rarer than the observations show.
+"""
+TIE = {"fp32": 1e-5, "fp16": 1e-2}
 """Two samples whose values differ by less, as a share of the largest value, are equally good: which
 of them is picked is left to rounding.
 """
@@ -42,16 +46,20 @@ class Parity:
     """The errors of an exported graph, in units of the network's own (normalised) actions.
 
     by_kind: the largest distance of the graph's actions from the policy's, by kind of observation:
-        from the policy in torch, or from the same function in fp64 where that is nearer.
-    rounding: the largest distance of the policy in torch from itself in fp64.
+        from the policy in torch, or, of a graph in fp32, from the same function in fp64 where that
+        is nearer.
+    rounding: the largest distance of the policy in torch from itself in fp64; of a graph in fp16
+        that of the policy in torch's own half precision from itself in fp32.
     observations: how many were compared.
     ties: decisions in which two samples were worth the same to the policy's critic; left out.
+    precision: of the graph's networks, "fp32" or "fp16".
     """
 
     by_kind: Mapping[str, float]
     rounding: float
     observations: int
     ties: int
+    precision: str = "fp32"
 
     @property
     def largest(self) -> float:
@@ -61,7 +69,7 @@ class Parity:
     @property
     def bound(self) -> float:
         """The largest error that is none of the export's."""
-        return max(BOUND, OWN * self.rounding)
+        return max(BOUND, OWN[self.precision] * self.rounding)
 
     @property
     def holds(self) -> bool:
@@ -76,9 +84,13 @@ class Parity:
     def told(self) -> str:
         """The numbers in a sentence."""
         ties = f", {self.ties} ties left out" if self.ties else ""
+        torchs = {
+            "fp32": f"torch itself is {self.rounding:.1e} from fp64",
+            "fp16": f"torch's own half precision is {self.rounding:.1e} from fp32",
+        }[self.precision]
         return (
             f"parity: largest error {self.largest:.1e} of {self.observations} observations{ties}"
-            f" (bound {self.bound:.1e}; torch itself is {self.rounding:.1e} from fp64)"
+            f" (bound {self.bound:.1e}; {torchs})"
         )
 
 
@@ -89,12 +101,13 @@ def measure(
     shape: tuple[int, ...],
     data: Dataset | None,
     instruction: str = "",
+    precision: str = "fp32",
 ) -> Parity:
     """Runs the graphs and the policy on the same observations and noise.
 
     sessions: the policy's one, or those of an episode's first and of its later decisions.
-    shape: of the noise of a decision, [draws,*E]. Raises `ConfigError` where what was written down
-    of the policy is not what acts.
+    shape: of the noise of a decision, [draws,*E]. precision: of the graphs' networks. Raises
+    `ConfigError` where what was written down of the policy is not what acts.
     """
     model: ControlModel = policy.model  # type: ignore[assignment]  # its caller saw that it acts
     generator = torch.Generator().manual_seed(SEED)
@@ -102,6 +115,7 @@ def measure(
     draws *= 1 if policy.warm is None else DECISIONS
     seen = observations(model, data, generator)
     gain = action_gain(model)
+    play = playing(policy, instruction)
     by_kind: dict[str, float] = {}
     rounding, total, ties, exact = 0.0, sum(map(_rows, seen.values())), 0, None
     with tqdm(total=total, desc="parity", delay=5, leave=False, disable=None) as bar:
@@ -112,21 +126,24 @@ def measure(
                 # the policy, and how clearly it picked
                 judged = _Judged(policy)
                 wanted = playing(judged.policy, instruction)(*inputs.values())
-                clear = judged.clear(AT_ONCE)
+                clear = judged.clear(AT_ONCE, TIE[precision])
                 if exact is None:
-                    exact = _exact(playing(policy, instruction), inputs, wanted)
+                    exact = _exact(play, inputs, wanted)
                 # the graphs
                 got = torch.cat([_run(sessions, inputs, row, bar) for row in range(AT_ONCE)])
                 error = (got - wanted).abs() * gain
+                if precision == "fp16":
+                    own = (wanted - halved(play)(*inputs.values())).abs() * gain
+                    rounding = max(rounding, _largest(own[clear].nan_to_num()))
                 # fp64 takes long: once of each kind, and where there is something to explain
-                if kind not in by_kind or not float(error.max()) <= BOUND:
+                elif kind not in by_kind or not float(error.max()) <= BOUND:
                     precise = exact(*(value.double() for value in inputs.values()))
                     own = (wanted - precise).abs() * gain
                     rounding = max(rounding, _largest(own[clear].nan_to_num()))
                     error = error.fmin((got - precise).abs() * gain)
                 ties += int((~clear).sum())
                 by_kind[kind] = _largest(error[clear], by_kind.get(kind, 0.0))
-    return Parity(by_kind, rounding, total, ties)
+    return Parity(by_kind, rounding, total, ties, precision)
 
 
 def _largest(values: Tensor, other: float = 0.0) -> float:
@@ -241,12 +258,12 @@ class _Judged:
         self.worth.append(self.judge(features, event))
         return self.worth[-1]
 
-    def clear(self, rows: int) -> Tensor:
-        """True for each row whose best sample is better than its next, in every decision: bool
-        [B].
+    def clear(self, rows: int, tie: float) -> Tensor:
+        """True for each row whose best sample is better than its next, in every decision and by
+        more than ``tie`` of the largest value: bool [B].
         """
         found = torch.ones(rows, dtype=torch.bool)
         for worth in self.worth:
             first, second = worth.view(rows, -1).topk(2, dim=1).values.unbind(1)
-            found &= first - second > TIE * worth.abs().max()
+            found &= first - second > tie * worth.abs().max()
         return found

@@ -1,19 +1,21 @@
-"""One ONNX graph of a whole policy that acts: from observations and noise to the robot's actions.
+"""ONNX graphs of a whole policy that acts: from observations and noise to the robot's actions.
 
 The normaliser, the encoder, every step of the deployed sampler, best-of-N with its critic and the
-un-normaliser are all in it, so that onnxruntime alone runs it (robots/genpolicy_runtime). A policy
-with a warm start is two graphs: an episode's first decision, and the later ones, which go on from
-the plan before. Beside them lie manifest.json, which says what goes in and comes out, parity.json
-and latency.json.
+un-normaliser are all in one graph, so that onnxruntime alone runs it (robots/genpolicy_runtime). A
+policy with a warm start is two graphs: an episode's first decision, and the later ones, which go on
+from the plan before. SmolVLA and pi0 have a graph before these, their prefix (`_pair`). Beside them
+lie manifest.json, which says what goes in and comes out, parity.json and latency.json.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,10 +23,14 @@ from genpolicy import __version__
 from genpolicy.config.documents import json_file
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.dataset import Dataset
-from genpolicy.contracts.model import ControlModel
+from genpolicy.contracts.model import ControlModel, PrefixModel
 from genpolicy.contracts.task import ControlTask
-from genpolicy.formats import _graph, _latency, _parity
+from genpolicy.formats import _graph, _latency, _pair, _parity
 from genpolicy.formats._capture import (
+    FIRST,
+    LATER,
+    PLAN,
+    PREVIOUS,
     Counting,
     acting,
     blank,
@@ -35,16 +41,15 @@ from genpolicy.formats._capture import (
     reads,
 )
 from genpolicy.formats._folder import fresh, require_free
+from genpolicy.formats._half import precise
 from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
 
 FORMAT, VERSION = "genpolicy-export", 1
 """The format that a manifest names, and the version of its keys."""
 MANIFEST = "manifest.json"
-POLICY, FIRST, LATER = "policy", "first", "later"
-"""Names of graphs: the one of a policy, or the two of one with a warm start."""
-PREVIOUS, PLAN = "previous", "plan"
-"""The input in which a later decision takes the plan before it, and the output that gives it."""
+POLICY = "policy"
+"""The name of a policy's one graph."""
 
 
 def onnx(
@@ -54,10 +59,13 @@ def onnx(
     data: Dataset | None,
     task: ControlTask | None,
     instruction: str | None,
+    precision: Literal["fp32", "fp16"] = "fp32",
 ) -> str:
     """Writes the folder ``out``: the graphs, manifest.json, parity.json and latency.json.
 
-    Raises `ConfigError`, and leaves nothing, where the graph's actions are not the policy's.
+    precision: of the networks' products and convolutions and of their weights; the normaliser, the
+    chain's steps, and what goes in and comes out are in fp32. Raises `ConfigError`, and leaves
+    nothing, where the graph's actions are not the policy's.
     """
     if not found.acts:
         raise ConfigError(
@@ -69,7 +77,7 @@ def onnx(
     policy = _on_cpu(found)
     told = _told(policy, task, instruction)
     with fresh(out, is_export) as folder:
-        manifest, parity, latency = exported(policy, found, folder, data, task, told)
+        manifest, parity, latency = exported(policy, found, folder, data, task, told, precision)
         for name, contents in (
             (MANIFEST, manifest),
             ("parity.json", parity.report()),
@@ -102,6 +110,7 @@ def exported(
     data: Dataset | None,
     task: ControlTask | None,
     told: str | None,
+    precision: str,
 ) -> tuple[dict[str, Any], _parity.Parity, dict[str, Any]]:
     """Writes the graphs and returns the manifest, the parity and the latency.
 
@@ -110,10 +119,8 @@ def exported(
     """
     model: ControlModel = policy.model  # type: ignore[assignment]  # the caller saw that it acts
     shape, words = noise_shape(policy), told or ""
-    names = [POLICY] if policy.warm is None else [FIRST, LATER]
-    entries = {name: write_policy(policy, shape, folder / f"{name}.onnx", words) for name in names}
-    sessions = [_graph.session(folder / f"{name}.onnx") for name in names]
-    parity = _parity.measure(sessions, policy, shape, data, words)
+    entries, sessions, tokens = written(policy, shape, folder, words, precision)
+    parity = _parity.measure(sessions, policy, shape, data, words, precision)
     if not parity.holds:
         raise ConfigError(
             "the exported graph does not act as the policy: its actions differ by"
@@ -123,7 +130,7 @@ def exported(
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "made_with": {"genpolicy": __version__, **_graph.versions()},
+        "made_with": {"genpolicy": __version__, **_graph.versions(), "precision": precision},
         "weights": weights_digest(policy),
         "graphs": entries,
         "observation": {
@@ -136,12 +143,12 @@ def exported(
             "dim": model.action_dim,
             "planned": model.event_shape[0],
             "executed": policy.execute or model.executed,
-            "low": None,
-            "high": None,
+            "low": None if task is None else limits(task.action_low),
+            "high": None if task is None else limits(task.action_high),
             "units": "environment",
         },
         "rate_hz": None if task is None else task.fps,
-        "instruction": None if told is None else {"text": told, "tokens": {}},
+        "instruction": None if told is None else {"text": told, "tokens": _described(tokens)},
         "state": None if policy.warm is None else state(policy),
         "sampler": asdict(found.sampler),
         "evaluations": evaluations(policy),
@@ -155,6 +162,51 @@ def exported(
     return manifest, parity, _latency.measure(sessions[-1], policy, shape, words)
 
 
+def written(
+    policy: ChainPolicy, shape: tuple[int, ...], folder: Path, words: str, precision: str
+) -> tuple[dict[str, Any], list[Any], dict[str, np.ndarray]]:
+    """Writes the graphs, and returns their entries of the manifest, what runs a decision (of a
+    policy with a warm start the first and a later one), and the instruction as the inputs that take
+    it: none where it is a constant of the graph.
+    """
+    if isinstance(policy.model, PrefixModel):
+        told = _pair.words(policy.model, words)
+        names = [_pair.EXPERT] if policy.warm is None else [FIRST, LATER]
+        entries = _pair.write(policy, shape, folder, names, precision)
+        prefix, *experts = (_graph.session(folder / f"{name}.onnx") for name in entries)
+        return entries, [_pair.Pair(prefix, expert, told) for expert in experts], told
+    names = [POLICY] if policy.warm is None else [FIRST, LATER]
+    entries = {
+        name: write_policy(policy, shape, folder / f"{name}.onnx", words, precision)
+        for name in names
+    }
+    return entries, [_graph.session(folder / f"{name}.onnx") for name in names], {}
+
+
+def tokens(policy: ChainPolicy, instruction: str) -> dict[str, np.ndarray]:
+    """The instruction for an exported policy that takes it as an input: `genpolicy_runtime`'s
+    ``policy.instruct(tokens(...))`` tells it that.
+
+    Raises `ConfigError` for a policy whose instruction is no input.
+    """
+    if not isinstance(policy.model, PrefixModel):
+        raise ConfigError("only SmolVLA and pi0 take their instruction as tokens once exported")
+    return _pair.words(policy.model, instruction)
+
+
+def _described(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The manifest's entries of arrays."""
+    return {
+        name: {"shape": list(value.shape), "dtype": value.dtype.name, "values": value.tolist()}
+        for name, value in arrays.items()
+    }
+
+
+def limits(ends: Sequence[float]) -> list[float | None]:
+    """The manifest's entry of one end of the actions' limits [D]; null is none."""
+    return [end if math.isfinite(end) else None for end in ends]
+
+
 def state(policy: ChainPolicy) -> dict[str, Any]:
     """The manifest's entry of the plan that a decision leaves to the next one."""
     plan = {"input": PREVIOUS, "output": PLAN, "shape": list(policy.model.event_shape)}
@@ -162,7 +214,11 @@ def state(policy: ChainPolicy) -> dict[str, Any]:
 
 
 def write_policy(
-    policy: ChainPolicy, shape: tuple[int, ...], file: Path, instruction: str = ""
+    policy: ChainPolicy,
+    shape: tuple[int, ...],
+    file: Path,
+    instruction: str = "",
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Writes the graph that the file is named after, (observations, noise [1,draws,*E]) -> actions
     [1,n,D], and returns its entry of the manifest. "later" takes the plan before, too; both it and
@@ -173,7 +229,8 @@ def write_policy(
     if later:
         inputs[PREVIOUS] = no_plan(policy, 1)
     inputs["noise"] = torch.zeros(1, *shape)
-    graph = captured(acting(policy, instruction, later), *inputs.values())
+    function = precise(acting(policy, instruction, later), precision)
+    graph = captured(function, *inputs.values())
     outputs = ["actions"] if policy.warm is None else ["actions", PLAN]
     return _graph.write(graph, inputs, outputs, file)
 

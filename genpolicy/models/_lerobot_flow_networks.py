@@ -3,6 +3,7 @@ their parameters learn, and their evaluations.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,10 +63,19 @@ class Networks:
         """
         if self._learning_prefix and torch.is_grad_enabled():
             return self._encode(seen.batch)
-        mark = torch.stack(
+        return seen.store.prefix(seen.rows, self._encode, self._mark())
+
+    def knowing(self, batch: Mapping[str, Tensor], prefix: Prefix) -> Seen:
+        """Rows as the preprocessor made them, whose prefixes were computed elsewhere."""
+        seen = Seen.all(batch, keep=True)
+        seen.store.know(prefix, self._mark())
+        return seen
+
+    def _mark(self) -> Tensor:
+        """A number of each weight of the prefix that learns."""
+        return torch.stack(
             [p.detach().double().sum() for p in self._learning_prefix] or [torch.zeros(())]
         )
-        return seen.store.prefix(seen.rows, self._encode, mark)
 
     def _encode(self, batch: Mapping[str, Tensor]) -> Prefix:
         with self._autocast():
@@ -78,9 +88,13 @@ class Networks:
         with self._autocast():
             return velocity(self.policy, self.family, prefix, state, x, t.to(x))
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.frozen != torch.float32
-        return torch.autocast(self.device.type, self.frozen, enabled=enabled)
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the networks run in: single precision changes nothing, so that who
+        calls them may choose a lower one.
+        """
+        if self.frozen == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.frozen)
 
 
 def _leaves(output: Tensor) -> set[Tensor]:

@@ -34,6 +34,22 @@ class Prefix:
         """All of them, in one order."""
         return [*(value for layer in self.layers for value in layer), self.valid, self.summary]
 
+    def named(self) -> dict[str, Tensor]:
+        """All of them, by name."""
+        layers = {
+            f"{number}.{kind}": value
+            for number, layer in enumerate(self.layers)
+            for kind, value in zip(("keys", "values"), layer, strict=True)
+        }
+        return {**layers, "valid": self.valid, "summary": self.summary}
+
+    @classmethod
+    def of_names(cls, tensors: Mapping[str, Tensor]) -> "Prefix":
+        """The prefix whose tensors are `named` so."""
+        layers = range((len(tensors) - 2) // 2)
+        pairs = tuple((tensors[f"{n}.keys"], tensors[f"{n}.values"]) for n in layers)
+        return cls(pairs, tensors["valid"], tensors["summary"])
+
 
 class Store:
     """R rows as the policy's preprocessor made them, and the prefixes of those that were needed so
@@ -48,6 +64,11 @@ class Store:
         self._prefix: Prefix | None = None
         self._known = torch.zeros(self.count, dtype=torch.bool)
         self._mark: Tensor | None = None
+
+    def know(self, prefix: Prefix, mark: Tensor) -> None:
+        """Takes the prefixes of all rows from elsewhere: nothing is encoded."""
+        self._prefix, self._mark = prefix, mark
+        self._known[:] = True
 
     @torch.no_grad()
     def prefix(

@@ -28,10 +28,12 @@ from genpolicy.models._device import default_device
 from genpolicy.models._lerobot_flow_families import FAMILIES, training_times
 from genpolicy.models._lerobot_flow_files import Files
 from genpolicy.models._lerobot_flow_networks import Networks
-from genpolicy.models._lerobot_flow_prefix import Seen
+from genpolicy.models._lerobot_flow_prefix import Prefix, Seen
 from genpolicy.models._lerobot_processors import Processors
 from genpolicy.models._observed import observed
 
+WORDS = "observation.language."
+"""The beginning of the names of what LeRobot's preprocessors make of an instruction."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMPTY = "observation.images.empty_camera"
 """The beginning of the names of cameras that a checkpoint has and no robot needs: LeRobot itself
@@ -181,6 +183,39 @@ class LeRobotFlow:
             made = self.processors.pre(batch)
         seen = {name: value for name, value in made.items() if name.startswith("observation.")}
         return Seen.all(seen, self.keep)
+
+    def words(self, instruction: str) -> dict[str, Tensor]:
+        """The instruction as the vision-language model reads it, name -> [1,S]: its tokens, and
+        which of them count. S is the most that it reads, whatever is said, so that another
+        instruction has the same shapes.
+
+        Raises `ValueError` for pi0.5, whose tokens hold the robot's state, too.
+        """
+        if self._family.state == "prompt":
+            raise ValueError(
+                "pi0.5 writes the robot's state into its prompt, as text: its tokens are other ones"
+                " at every decision"
+            )
+        frame = {name: torch.zeros(1, 1, *shape) for name, shape in self.shapes.items()}
+        batch = self.encode(Context([instruction], frame)).batch
+        most = self.policy.config.tokenizer_max_length
+        return {
+            name: functional.pad(value, (0, most - value.shape[1]))
+            for name, value in batch.items()
+            if name.startswith(WORDS)
+        }
+
+    def told(self, condition: Seen, words: Mapping[str, Tensor]) -> Seen:
+        """The same rows, told what `words` says, [B,S] each."""
+        return Seen.all({**condition.batch, **words}, condition.keep)
+
+    def prefix(self, condition: Seen) -> dict[str, Tensor]:
+        """The keys and values that the expert attends to, those that count, and the summary."""
+        return self._networks.prefix(condition).named()
+
+    def resumed(self, condition: Seen, prefix: Mapping[str, Tensor]) -> Seen:
+        """The same rows, whose prefix is known; what they see and are told is not read again."""
+        return self._networks.knowing(condition.batch, Prefix.of_names(prefix))
 
     def negative(self, condition: Seen) -> Seen:
         """Raises: it has no unconditional branch."""

@@ -45,6 +45,7 @@ class Gymnasium:
             name: value.shape for name, value in seen.items()
         }
         self.action_dim = len(low)
+        self.action_low, self.action_high = low.tolist(), high.tolist()
         self.fps = probe.fps
         self.instruction = probe.spec.name.replace("_", " ").replace("-", " ")
         self.has_success = probe.reports_success

@@ -65,6 +65,7 @@ class MetaWorld:
         }[self.see]
         self.shapes: Mapping[str, tuple[int, ...]] = {STATE: (HAND,), **shown}
         self.action_dim = 4
+        self.action_low, self.action_high = [-1.0] * 4, [1.0] * 4
         self.fps = 80
         self.instruction = self.env.removesuffix("-v3").replace("-", " ")
         self.has_success = True

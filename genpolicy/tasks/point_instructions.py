@@ -228,6 +228,7 @@ class PointInstructions:
             )
         self.shapes: Mapping[str, tuple[int, ...]] = {STATE: (2,), CAMERA: (3, PIXELS, PIXELS)}
         self.action_dim = 2
+        self.action_low, self.action_high = [-1.0] * 2, [1.0] * 2
         self.fps = 10
         self.instruction = "go to the goal of the colour and shape that is named"
         self.has_success = True

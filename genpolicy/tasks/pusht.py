@@ -40,6 +40,7 @@ class PushT:
             **pictures,
         }
         self.action_dim = 2
+        self.action_low, self.action_high = [0.0] * 2, [512.0] * 2
         self.fps = 10
         self.instruction = "Push the T-shaped block onto the T-shaped target."
         self.has_success = True

@@ -29,6 +29,7 @@ class Cart:
             {CAMERA: (3, 4, 6)} if self.camera else {}
         )
         self.action_dim, self.fps, self.instruction = 1, 10, "go to the middle"
+        self.action_low, self.action_high = [-0.1], [0.1]
         self.has_success = True
 
     def environments(self, count: int, history: int) -> "Carts":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from genpolicy.cli.evaluate_exported import runtime
 from genpolicy.cli.export import known
 from genpolicy.cli.main import main
 from genpolicy.config.errors import ConfigError
@@ -19,10 +21,10 @@ from genpolicy.config.schema import ChainConfig
 from genpolicy.formats import _graph, _parity
 from genpolicy.formats import onnx as exporter
 from genpolicy.formats._capture import acting, noise_shape
-from genpolicy.policy.files import Saved, load, save_policy, saved
+from genpolicy.policy.files import Saved, save_policy, saved
 from genpolicy.policy.policy import ChainPolicy
 from tests.formats.policies import ODE, POLICIES, STATE, Recorded, mlp, policy
-from tests.toy_control import cloned
+from tests.toy_control import Point, cloned
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -41,7 +43,7 @@ class Exported:
         session = _graph.session(file or self.file)
         return _parity.measure([session], self.policy, noise_shape(self.policy), data)
 
-    def write(self, _policy: Any, _shape: Any, file: Path, _words: str) -> dict[str, Any]:
+    def write(self, _policy: Any, _shape: Any, file: Path, *_words: str) -> dict[str, Any]:
         """In the place of `write_policy`, which takes seconds."""
         shutil.copy(self.file, file)
         return self.entry
@@ -195,7 +197,7 @@ def test_an_export_above_the_bound_leaves_things_as_they_were(
         exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(_parity, "BOUND", 1e-12)
-    monkeypatch.setattr(_parity, "OWN", 0.0)
+    monkeypatch.setattr(_parity, "OWN", {"fp32": 0.0})
     with pytest.raises(ConfigError, match="does not act as the policy"):
         exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
     assert sorted(tmp_path.rglob("*")) == before
@@ -227,6 +229,23 @@ def test_the_shipped_clone_by_the_command_line(
     assert manifest["sampler"]["steps"] == 2
     assert manifest["action"]["executed"] == 3
     assert list(manifest["observation"]) == [STATE, "observation.environment_state"]
+
+
+def test_the_tasks_limits_are_the_manifests(quick: Exported, tmp_path: Path) -> None:
+    task, out = Point(), tmp_path / "exported"
+    task.action_high = [1.0, math.inf]
+    exporter.onnx(quick.found, out, data=None, task=task, instruction=None)
+    action = json.loads((out / "manifest.json").read_text())["action"]
+    assert (action["low"], action["high"]) == ([-1.0, -1.0], [1.0, None])
+    running = runtime().Policy.load(out)
+    far = {STATE: np.full(3, 1e4, np.float32)}
+    planned = running.plan(far)
+    assert planned[:, 0].max() == 1.0 or planned[:, 0].min() == -1.0
+    # the control: without a task nothing is known of limits, and nothing is clipped
+    exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
+    free = runtime().Policy.load(out).plan(far)
+    assert np.abs(free[:, 0]).max() > 1
+    assert np.array_equal(planned, free.clip([-1, -1], [1, np.inf]).astype(np.float32))
 
 
 def test_a_run_brings_its_recorded_episodes_and_its_task(
@@ -295,51 +314,6 @@ def test_best_of_n_picks_the_same_sample(tmp_path: Path) -> None:
         [torch.from_numpy(session.run(None, _graph.fed(moved, row))[0]) for row in range(40)]
     )
     assert torch.allclose(again, picked, atol=1e-3)
-
-
-@pytest.mark.slow
-def test_the_shipped_smolvla_exports_with_its_instruction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_parity, "COUNTS", dict.fromkeys(_parity.COUNTS, 20))
-    monkeypatch.setattr(_parity, "AT_ONCE", 20)
-    words = ["--instruction", "go to the red circle", "--steps", "1"]
-    assert main(["export", "assets/point-smolvla", "--out", str(tmp_path / "out"), *words]) == 0
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["instruction"] == {"text": words[1], "tokens": {}}
-    assert manifest["parity"]["largest"] < 1e-5
-    # the control: told something else it acts otherwise
-    acts = load("assets/point-smolvla", steps=1)
-    session = _graph.session(tmp_path / "out" / "policy.onnx")
-    other = _parity.measure([session], acts, noise_shape(acts), None, "go to the blue square")
-    assert not other.holds
-
-
-@pytest.mark.slow
-def test_pi0_exports_and_pi05_whose_state_becomes_words_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from genpolicy.models.lerobot_flow import LeRobotFlow
-    from tests import lerobot_tiny_vla as tiny
-
-    monkeypatch.setattr(_parity, "COUNTS", dict.fromkeys(_parity.COUNTS, 20))
-    monkeypatch.setattr(_parity, "AT_ONCE", 20)
-    words = tiny.PROMPTS[0]
-    with tiny.sizes():
-        pi0, pi05 = (
-            policy(
-                LeRobotFlow(str(tiny.saved(family)), device="cpu", tokenizer=tiny.words()),
-                steps=1,
-                kernel=ODE,
-            )
-            for family in ("pi0", "pi05")
-        )
-        file = tmp_path / "policy.onnx"
-        exporter.write_policy(pi0, noise_shape(pi0), file, words)
-        parity = _parity.measure([_graph.session(file)], pi0, noise_shape(pi0), None, words)
-        assert parity.holds, parity.told()
-        with pytest.raises(ConfigError, match="state into its prompt"):
-            exporter.write_policy(pi05, noise_shape(pi05), file, words)
 
 
 @pytest.mark.slow

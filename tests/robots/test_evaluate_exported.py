@@ -83,6 +83,21 @@ def test_what_the_graph_does_decides_the_score(tmp_path, capsys, gain, rate):
     assert "6 episodes through genpolicy-runtime" in capsys.readouterr().out
 
 
+def test_limits_of_the_task_itself_change_no_score_and_narrower_ones_do(tmp_path):
+    """The runtime clips as the task's environments do."""
+    scores = {}
+    for name, most in (("free", None), ("task", 1), ("narrow", 0.1)):
+        export = walker(tmp_path / name, 4.0)
+        if most is not None:
+            ends = {"low": [-most] * 2, "high": [most] * 2}
+            edit(tmp_path / name, lambda found, ends=ends: found["action"].update(ends))
+        asked = ["--task", "tests.toy_control:Point", "--episodes", "6", "--seed", "5"]
+        assert main(["evaluate", export, *asked, "--out", str(tmp_path / name)]) == 0
+        scores[name] = json.loads((tmp_path / name / "eval.json").read_text())["return"]
+    assert scores["task"] == scores["free"]
+    assert scores["narrow"] < scores["task"]
+
+
 def test_an_option_that_belongs_to_the_export_is_refused(tmp_path, capsys):
     folder = str(written(tmp_path))
     for options, sentence in (

@@ -19,6 +19,7 @@ def test_check_says_what_the_policy_sees_and_does(tmp_path, capsys):
         "sees         observation.state: 2 numbers",
         "history      2 frames, one per tick",
         "acts         2 numbers per tick in the units of the environment, at 30 Hz",
+        "clipped      least not known, most not known",
         "plans        3 actions, of which 3 are executed",
         "state        a plan begins from the one before",
     ):
@@ -26,7 +27,7 @@ def test_check_says_what_the_policy_sees_and_does(tmp_path, capsys):
     cli.main(["check", str(written(tmp_path / "b", vision_language(), **LANGUAGE))])
     said = capsys.readouterr().out
     assert "observation.images.top: a picture of 2 x 4 pixels" in said
-    assert "instruction  'go on', fixed at the export" in said
+    assert "instruction  'go on', unless it is told other tokens" in said
 
 
 def test_a_damaged_folder_is_one_sentence_and_exit_code_2(tmp_path, capsys):

@@ -81,6 +81,41 @@ def test_noise_is_a_function_of_seed_and_decision_and_stays_what_it_was():
     assert abs(many.std() - 1) < 0.03
 
 
+LIMITS = {"dim": 2, "planned": 3, "executed": 3, "units": "u"}
+
+
+def test_actions_are_clipped_to_the_limits_that_the_manifest_names(tmp_path):
+    free = Policy.load(written(tmp_path / "free")).plan(seen(1))
+    action = {**LIMITS, "low": [-1, None], "high": [1, None]}
+    policy = Policy.load(written(tmp_path / "clipped", action=action))
+    planned = policy.plan(seen(1))
+    assert planned.dtype == np.float32
+    assert np.array_equal(planned[:, 0], free[:, 0].clip(-1, 1))
+    assert np.array_equal(planned[:, 1], free[:, 1])  # null: this number has no limit
+    # the control: there was something to clip
+    assert np.abs(free).min() > 1
+    policy.reset()
+    assert np.array_equal(policy.act(seen(1)), planned[0])
+
+
+def test_one_end_alone_is_clipped(tmp_path):
+    free = Policy.load(written(tmp_path / "free")).plan(seen(1))
+    action = {**LIMITS, "low": None, "high": [3, 3]}
+    planned = Policy.load(written(tmp_path / "clipped", action=action)).plan(seen(1))
+    assert np.array_equal(planned, free.clip(None, 3))
+
+
+def test_a_plan_goes_on_from_the_one_before_as_it_was_drawn(tmp_path):
+    """Clipping is the door's: what the next decision begins from is not clipped."""
+    action = {**LIMITS, "low": [-1, -1], "high": [1, 1]}
+    policy = Policy.load(written(tmp_path, with_state(), state=STATEFUL, action=action))
+    policy.plan(seen(0.1))
+    before = policy._previous
+    policy.plan(seen(0.1))
+    assert np.abs(before).max() > 1
+    assert np.array_equal(policy._previous, before + 1)
+
+
 def test_two_policies_share_graphs_and_nothing_else(tmp_path):
     one = Policy.load(written(tmp_path, with_state(), state=STATEFUL))
     other = Policy(one.manifest, one.graphs)
@@ -107,6 +142,45 @@ def test_a_prefix_feeds_its_expert_and_pictures_come_in_both_forms(tmp_path):
     np.testing.assert_allclose(planned, noise(0, 0, (1, 3, 2))[0] + floats.mean() + 7, atol=1e-5)
     policy.reset()
     assert np.array_equal(policy.plan({TOP: floats}), planned)
+
+
+def test_other_tokens_are_another_instruction_until_others_come(tmp_path):
+    """The tiny prefix adds up the tokens: 7 of those of the export."""
+    policy = Policy.load(written(tmp_path, vision_language(), **LANGUAGE))
+    other = Policy(policy.manifest, policy.graphs)
+    picture = {TOP: np.zeros((2, 4, 3), np.uint8)}
+    first = policy.plan(picture)
+    policy.reset()
+    policy.instruct({"tokens": np.array([[3, 14]])})
+    np.testing.assert_allclose(policy.plan(picture), first + 10, atol=1e-5)
+    policy.reset()
+    np.testing.assert_allclose(policy.plan(picture), first + 10, atol=1e-5)
+    # the control: another policy on the same graphs was told nothing
+    assert np.array_equal(other.plan(picture), first)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sentence"),
+    [
+        ({}, r"tokens tokens is missing; the policy takes tokens as int64 \[1, 2\]"),
+        ({"tokens": np.array([[1, 2, 3]])}, r"tokens tokens is int64 \[1, 3\]; the policy takes"),
+        ({"tokens": np.ones((1, 2))}, r"tokens tokens is float64 \[1, 2\]; the policy takes"),
+        ({"tokens": np.array([[1, 2]]), "mask": np.ones(2)}, "tokens mask is float64"),
+    ],
+)
+def test_wrong_tokens_are_refused_in_one_sentence_and_change_nothing(tmp_path, tokens, sentence):
+    policy = Policy.load(written(tmp_path, vision_language(), **LANGUAGE))
+    picture = {TOP: np.zeros((2, 4, 3), np.uint8)}
+    first = policy.plan(picture)
+    with pytest.raises(ValueError, match=sentence):
+        policy.instruct(tokens)
+    policy.reset()
+    assert np.array_equal(policy.plan(picture), first)
+
+
+def test_a_policy_without_words_can_not_be_told(tmp_path):
+    with pytest.raises(ValueError, match="the policy reads no instruction"):
+        Policy.load(written(tmp_path)).instruct({"tokens": np.array([[3, 14]])})
 
 
 VECTOR = r"it must be a numpy array float32 \[2\] of finite numbers"

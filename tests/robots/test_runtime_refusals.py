@@ -117,6 +117,7 @@ ACTION = {"dim": 2, "planned": 3, "executed": 3, "low": None, "high": None, "uni
         ({"executed": 2}, r"a decision needs actions as .*\[1, 2, 2\]; it is float32 \[1, 3, 2\]"),
         ({"low": [0]}, r"action.low is \[0\]; it must be a list of 2 numbers"),
         ({"high": [0, "1"]}, r"action.high is \[0, '1'\]; it must be a list of 2 numbers"),
+        ({"low": [0, 2], "high": [0, 1]}, r"low is \[0, 2\]; it must be nowhere above high"),
     ],
 )
 def test_actions_that_are_wrong(tmp_path, change, sentence):

@@ -44,6 +44,9 @@ def test_known_environments(env, shapes, action_dim, limit, fps, has_success):
     assert (task.shapes, task.action_dim, task.limit) == (shapes, action_dim, limit)
     assert (task.fps, task.has_success) == (fps, has_success)
     environments = task.environments(2, 2)
+    slots = environments._shares[0]
+    assert task.action_low == slots._low.tolist()
+    assert task.action_high == slots._high.tolist()
     scale = 512 if "PushT" in env else 1
     alone = play(environments, shapes, 0, 3, scale)
     play(environments, shapes, 1, 4, scale)

@@ -195,7 +195,10 @@ def test_the_dense_reward_is_metaworlds():
 def test_what_is_asked_and_how_fast():
     task = leaves.make("tasks", {"name": "metaworld", "env": PEG}, PERSON)
     assert (task.instruction, task.limit, task.action_dim) == ("peg insert side", 150, 4)
-    assert task.fps == round(1 / Sawyer(PEG, "sparse")._world.dt)
+    sawyer = Sawyer(PEG, "sparse")
+    assert task.fps == round(1 / sawyer._world.dt)
+    assert task.action_low == sawyer.action_space.low.tolist()
+    assert task.action_high == sawyer.action_space.high.tolist()
 
 
 def test_a_wrong_name_gets_the_nearest():

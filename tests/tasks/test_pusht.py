@@ -61,6 +61,9 @@ def test_what_is_seen():
     task = leaves.make("tasks", {"name": "pusht"}, PERSON)
     assert (task.action_dim, task.limit, task.fps) == (2, 300, 10)
     environments = task.environments(2, 2)
+    slots = environments._shares[0]
+    assert task.action_low == slots._low.tolist()
+    assert task.action_high == slots._high.tolist()
     context = environments.reset([0, 1], [0, 1])
     assert {
         name: tuple(value.shape[2:]) for name, value in context.observation.items()

@@ -96,12 +96,16 @@ class Fields:
             )
         return tuple(value)
 
-    def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of ``count`` finite numbers."""
+    def limits(self, key: str, count: int, none: float) -> tuple[float, ...]:
+        """A list of ``count`` finite numbers; ``none`` stands in the place of each null."""
         value = self.value(key)
-        if not isinstance(value, list) or len(value) != count or not all(map(_number, value)):
-            raise self.wrong(key, f"a list of {count} numbers")
-        return tuple(map(float, value))
+        if (
+            not isinstance(value, list)
+            or len(value) != count
+            or not all(one is None or _number(one) for one in value)
+        ):
+            raise self.wrong(key, f"a list of {count} numbers, null where there is no limit")
+        return tuple(none if one is None else float(one) for one in value)
 
 
 def _whole(value: Any) -> bool:

@@ -1,5 +1,7 @@
 """The manifest of an exported policy: data, read and checked before anything else is opened."""
 
+import math
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,17 +61,18 @@ class Action:
     dim: int  # D
     planned: int
     executed: int
-    low: tuple[float, ...] | None  # [D], where the environment says so
+    # the limits that actions are clipped to, [D], infinite where there is none; None: not known
+    low: tuple[float, ...] | None
     high: tuple[float, ...] | None
     units: str
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """The instruction of a policy of vision and language, fixed at its export."""
+    """The instruction of a policy of vision and language, as it was exported."""
 
     text: str
-    tokens: Mapping[str, np.ndarray]  # by the graph's input
+    tokens: Mapping[str, np.ndarray]  # by the graph's input; none where it is a constant of it
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,10 @@ def _action(found: Fields) -> Action:
     dim, planned, executed = (found.integer(key) for key in ("dim", "planned", "executed"))
     if executed > planned:
         raise found.wrong("executed", f"at most planned, which is {planned}")
-    low, high = (None if found.none(key) else found.numbers(key, dim) for key in ("low", "high"))
+    low = None if found.none("low") else found.limits("low", dim, -math.inf)
+    high = None if found.none("high") else found.limits("high", dim, math.inf)
+    if low is not None and high is not None and any(map(operator.gt, low, high)):
+        raise found.wrong("low", f"nowhere above high, which is {list(high)}")
     return Action(dim, planned, executed, low, high, found.text("units"))
 
 

@@ -28,6 +28,11 @@ class Policy:
     def __init__(self, manifest: Manifest, graphs: Graphs) -> None:
         self.manifest = manifest
         self.graphs = graphs
+        low, high = manifest.action.low, manifest.action.high
+        self._low = None if low is None else np.array(low, np.float32)
+        self._high = None if high is None else np.array(high, np.float32)
+        said = manifest.instruction
+        self._tokens: Mapping[str, np.ndarray] = {} if said is None else said.tokens
         self.reset()
 
     @classmethod
@@ -62,6 +67,29 @@ class Policy:
         self._queue: deque[np.ndarray] = deque()
         self._previous: np.ndarray | None = None
 
+    def instruct(self, tokens: Mapping[str, np.ndarray]) -> None:
+        """Tells the policy what to do from its next decision on, until it is told otherwise, in the
+        episodes that follow, too. Without this it does what it was exported with.
+
+        tokens: name -> array, exactly those of the manifest's ``instruction.tokens``, in their
+        shapes and dtypes, as `genpolicy.formats.onnx.tokens` makes them. Raises `ValueError` with
+        one sentence; the policy is then as it was before.
+        """
+        said = self.manifest.instruction
+        needed = {} if said is None else said.tokens
+        if not needed:
+            raise ValueError("the policy reads no instruction: none of its graphs takes tokens")
+        kinds = {name: f"{array.dtype} {list(array.shape)}" for name, array in needed.items()}
+        given = {name: np.asarray(array) for name, array in tokens.items()}
+        for name in (*kinds, *given):
+            has = f"{given[name].dtype} {list(given[name].shape)}" if name in given else "missing"
+            if has != kinds.get(name):
+                raise ValueError(
+                    f"tokens {name} is {has}; the policy takes"
+                    f" {', '.join(f'{name} as {kind}' for name, kind in kinds.items())}"
+                )
+        self._tokens = {name: array.copy() for name, array in given.items()}
+
     def observe(self, observation: Mapping[str, np.ndarray]) -> None:
         """Takes note of a tick in which nothing is asked: `act` and `plan` do so themselves.
 
@@ -72,7 +100,8 @@ class Policy:
         self._frames.extend([seen] * (1 if self._frames else self.manifest.history))
 
     def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Returns the action of this tick, float32 [D], in the environment's units.
+        """Returns the action of this tick, float32 [D], in the environment's units, clipped to the
+        limits that the manifest names.
 
         The policy plans when all actions of its last plan have been returned; to be called once per
         tick, so that the frames that it sees are a tick apart.
@@ -84,7 +113,8 @@ class Policy:
         return self._queue.popleft()
 
     def plan(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Returns the actions of a new decision, float32 [executed,D], and keeps none for `act`.
+        """Returns the actions of a new decision, float32 [executed,D], clipped as those of `act`,
+        and keeps none for it.
 
         It observes, as `act` does. Raises `FloatingPointError` where the graph's answer is no
         finite number.
@@ -97,6 +127,8 @@ class Policy:
                 f"decision {self._decisions} of seed {self._seed} is not finite: the policy has"
                 " diverged, and there is no action to carry out"
             )
+        if self._low is not None or self._high is not None:
+            actions = actions.clip(self._low, self._high)
         self._decisions += 1
         if self.manifest.state is not None:
             self._previous = outputs[self.manifest.state.output]
@@ -109,8 +141,7 @@ class Policy:
             for name in self.manifest.observation
         }
         given[NOISE] = noise(self._seed, self._decisions, self.manifest.noise)[None]
-        if self.manifest.instruction is not None:
-            given.update(self.manifest.instruction.tokens)
+        given.update(self._tokens)
         if self.manifest.state is not None and self._previous is not None:
             given[self.manifest.state.input] = self._previous
         return given

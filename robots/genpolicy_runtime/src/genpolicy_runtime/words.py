@@ -17,7 +17,8 @@ def words(manifest: Manifest) -> Iterator[str]:
         yield f"sees         {name}: {_seen(one)}"
     yield f"history      {_count(manifest.history, 'frame')}, one per tick"
     if manifest.instruction is not None:
-        yield f"instruction  {manifest.instruction.text!r}, fixed at the export"
+        way = "unless it is told other tokens" if manifest.instruction.tokens else "fixed"
+        yield f"instruction  {manifest.instruction.text!r}, {way}"
     rate = "at the rate of its task, which is not known"
     if manifest.rate_hz is not None:
         rate = f"at {manifest.rate_hz:g} Hz, the rate of its task"
@@ -25,6 +26,7 @@ def words(manifest: Manifest) -> Iterator[str]:
         f"acts         {_count(action.dim, 'number')} per tick in the units of the"
         f" {action.units}, {rate}"
     )
+    yield f"clipped      {_limits(action.low, 'least')}, {_limits(action.high, 'most')}"
     planned = _count(action.planned, "action")
     yield f"plans        {planned}, of which {action.executed} are executed"
     yield f"costs        {manifest.evaluations:g} evaluations of the network per plan"
@@ -33,6 +35,11 @@ def words(manifest: Manifest) -> Iterator[str]:
         yield "state        a plan begins from the one before"
     yield f"sampler      {', '.join(f'{name} {value}' for name, value in manifest.sampler.items())}"
     yield f"parity       {', '.join(f'{name} {value}' for name, value in manifest.parity.items())}"
+
+
+def _limits(numbers: "tuple[float, ...] | None", end: str) -> str:
+    said = "not known" if numbers is None else " ".join(f"{number:g}" for number in numbers)
+    return f"{end} {said}"
 
 
 def _seen(one: Observed) -> str:
