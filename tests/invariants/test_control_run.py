@@ -63,7 +63,41 @@ GRPO = {
         "beta": 0.01,
     },
 }
-RUNS = {"dppo": DPPO, "reinflow": REINFLOW, "bc": BC, "grpo_guard": GRPO}
+DDPO = {
+    **DPPO,
+    "method": {
+        "name": "ddpo",
+        "groups": 6,
+        "group": 2,
+        "updates": 2,
+        "history": 8,
+        "min_count": 8,
+        "clip": 0.2,
+        "reduce": "sum",
+    },
+}
+NFT = {
+    **DPPO,
+    "chain": {"steps": 5, "kernel": {"name": "dpmsolver"}},
+    "method": {
+        "name": "diffusion_nft",
+        "groups": 4,
+        "group": 3,
+        "updates": 2,
+        "epochs": 2,
+        "times": 3,
+        "form": "plain",
+        "beta": 0.01,
+    },
+}
+RUNS = {
+    "dppo": DPPO,
+    "reinflow": REINFLOW,
+    "bc": BC,
+    "grpo_guard": GRPO,
+    "ddpo": DDPO,
+    "diffusion_nft": NFT,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +137,8 @@ def same_state(a, b):
         "dppo",
         pytest.param("grpo_guard", marks=pytest.mark.slow),
         "reinflow",
+        pytest.param("ddpo", marks=pytest.mark.slow),
+        pytest.param("diffusion_nft", marks=pytest.mark.slow),
     ],
 )
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
@@ -184,7 +220,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) for n in ("dppo", "reinflow", "bc", "grpo_guard")],
+    [pytest.param(n, marks=pytest.mark.slow) for n in RUNS],
 )
 def test_two_processes_equal_one(tmp_path, name):
     sections = {**RUNS[name], "optimizer": {"lr": 1e-3, "eps": 1e-4}, "budget": {"iterations": 6}}

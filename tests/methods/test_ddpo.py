@@ -190,7 +190,7 @@ def test_a_slow_point_learns_to_reach_its_goal(tmp_path, estimator, right):
             "name": "ddpo",
             "estimator": estimator,
             "updates": updates,
-            "groups": 16,
+            "groups": 8,
             "group": 8,
             "baseline": "group",
             "reduce": "sum",
@@ -199,7 +199,7 @@ def test_a_slow_point_learns_to_reach_its_goal(tmp_path, estimator, right):
         optimizer={"lr": 2e-3},
         eval={"every": 0, "episodes": 40},
         environments=40,
-        budget={"iterations": 15 if estimator == "is" else 40},
+        budget={"iterations": 12 if estimator == "is" else 40},
     )
     result = train(parse.parse(raw))
     before, after = result.before["success_rate"], result.after["success_rate"]
