@@ -336,7 +336,7 @@ def test_pi0_exports_and_pi05_whose_state_becomes_words_is_refused(
         )
         file = tmp_path / "policy.onnx"
         exporter.write_policy(pi0, noise_shape(pi0), file, words)
-        parity = _parity.measure(_graph.session(file), pi0, noise_shape(pi0), None, words)
+        parity = _parity.measure([_graph.session(file)], pi0, noise_shape(pi0), None, words)
         assert parity.holds, parity.told()
         with pytest.raises(ConfigError, match="state into its prompt"):
             exporter.write_policy(pi05, noise_shape(pi05), file, words)
