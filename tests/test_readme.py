@@ -53,8 +53,8 @@ def test_the_table_lists_every_method_once_and_refuses_what_it_cannot_train():
     [
         ("| `bc` | captioned pictures: toy |", "| `bc` | no: it acts |", "bc on prompts"),
         ("| `rl100` | no: ", "| `rl100` | images: ", "rl100 on prompts"),
-        ("| `dppo` |", "| `ddpo` |", "dppo has 0 rows"),
-        ("| `dppo` |", "| `ddpo` |", "ddpo is not shipped"),
+        ("| `dppo` |", "| `dpoo` |", "dppo has 0 rows"),
+        ("| `dppo` |", "| `dpoo` |", "dpoo is not shipped"),
         ("| `bc` |", "| `uni_o4` | no | toy |\n| `bc` |", "uni_o4 has 2 rows"),
     ],
 )

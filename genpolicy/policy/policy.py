@@ -287,9 +287,15 @@ class ChainPolicy:
     ) -> Tensor:
         """mean over E of (output - target)^2 at x_t = alpha x_0 + sigma eps, for each row: [B].
 
+        event, noise [B,*E]; t [B] noise times; mask bool, broadcastable to [B,*E].
+        """
+        return reduce_event(self.output_error(condition, event, t, noise) ** 2, "mean", mask)
+
+    def output_error(self, condition: Condition, event: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """output - target of the network at x_t = alpha x_0 + sigma eps, [B,*E].
+
         In terms of the prediction: output error = d_output/d_x0 (x0_hat - x_0), so one formula
-        serves every parametrisation. event, noise [B,*E]; t [B] noise times; mask bool,
-        broadcastable to [B,*E].
+        serves every parametrisation. event, noise [B,*E]; t [B] noise times.
         """
         schedule, kind = self.model.schedule, self.model.parametrisation
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -297,10 +303,8 @@ class ChainPolicy:
         prediction = self.model.denoise(x, t, condition)
         d_x0, d_eps = output_gain(kind, alpha, sigma)
         if kind == "epsilon":
-            error = (prediction.eps - noise) / expand(d_eps, event)
-        else:
-            error = (prediction.x0 - event) / expand(d_x0, event)
-        return reduce_event(error**2, "mean", mask)
+            return (prediction.eps - noise) / expand(d_eps, event)
+        return (prediction.x0 - event) / expand(d_x0, event)
 
 
 def _same_schedule(schedule: Schedule, chain: Chain) -> bool:

@@ -188,12 +188,15 @@ def deployed_sampler(
     steps is a chain that it never walked: actions then are drawn with the ODE too.
 
     A consistency sampler is deployed as it is: the noise that it puts back is a part of it, and a
-    network that was taught at noisy states has never seen others.
+    network that was taught at noisy states has never seen others. So is a solver: it draws none.
 
     The best of several actions is picked from the kernel's own samples, because its means are
     nearly the same for all noise; those of the ODE differ by the noise that they start with.
     """
-    if rollout.kernel.get("name") == "consistency" and "kernel" not in overrides:
+    name = rollout.kernel.get("name")
+    entry = kernels().get(name) if isinstance(name, str) else None
+    as_it_is = entry is chain.Consistency or callable(getattr(entry, "integrate", None))
+    if as_it_is and "kernel" not in overrides:
         own = dataclasses.asdict(replace(rollout, window_size=None))
         return resampled(own, overrides, "eval: sampler")
     along_ode = not control or rollout.window_size is not None

@@ -74,7 +74,42 @@ B2 = {
         "judge": {"episodes": 4, "critic_updates": 5},
     },
 }
-RUNS = {"dppo": DPPO, "reinflow": REINFLOW, "bc": BC, "grpo_guard": GRPO, "b2_diffurl": B2}
+DDPO = {
+    **DPPO,
+    "method": {
+        "name": "ddpo",
+        "groups": 6,
+        "group": 2,
+        "updates": 2,
+        "history": 8,
+        "min_count": 8,
+        "clip": 0.2,
+        "reduce": "sum",
+    },
+}
+NFT = {
+    **DPPO,
+    "chain": {"steps": 5, "kernel": {"name": "dpmsolver"}},
+    "method": {
+        "name": "diffusion_nft",
+        "groups": 4,
+        "group": 3,
+        "updates": 2,
+        "epochs": 2,
+        "times": 3,
+        "form": "plain",
+        "beta": 0.01,
+    },
+}
+RUNS = {
+    "dppo": DPPO,
+    "reinflow": REINFLOW,
+    "bc": BC,
+    "grpo_guard": GRPO,
+    "ddpo": DDPO,
+    "diffusion_nft": NFT,
+    "b2_diffurl": B2,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +150,8 @@ def same_state(a, b):
         pytest.param("grpo_guard", marks=pytest.mark.slow),
         "reinflow",
         pytest.param("b2_diffurl", marks=pytest.mark.slow),
+        pytest.param("ddpo", marks=pytest.mark.slow),
+        pytest.param("diffusion_nft", marks=pytest.mark.slow),
     ],
 )
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):

@@ -31,6 +31,15 @@ def test_pictures_are_deployed_with_the_ode_in_both_cases():
         assert deployed_sampler(rollout, {}) == replace(WHOLE, kernel=ODE, window=None)
 
 
+@pytest.mark.parametrize("control", [True, False])
+@pytest.mark.parametrize("name", ["heun", "dpmsolver"])
+def test_a_solver_is_deployed_as_it_is(name, control):
+    rollout = ChainConfig(steps=5, kernel={"name": name})
+    assert deployed_sampler(rollout, {}, control=control) == rollout
+    named = deployed_sampler(rollout, {"kernel": ODE}, control=control)
+    assert named.kernel == ODE, "control: but where another one is named"
+
+
 def test_a_kernel_that_is_named_is_the_one_that_is_deployed_in_the_window():
     found = deployed_sampler(DRAWN, {"kernel": MEAN}, control=True)
     assert found == replace(WHOLE, kernel=MEAN)

@@ -135,6 +135,8 @@ def raw_of(method: str, world: str, folder) -> dict[str, Any]:
         own = {"family": "flow", **raw["policy"], "name": name}
         raw |= taught(own, folder, toy_control.Recorded())
         raw["method"] |= {"loss": "score", "batch": 16}
+    elif method == "diffusion_nft":
+        raw["method"]["form"] = "plain"  # robots' heads say epsilon here
     elif method == "reinflow":
         raw["policy"] = {**raw["policy"], "family": "flow"}
         raw["chain"] = {"steps": 4, "kernel": test_laws.ODE, "window": [0, 3]}
