@@ -39,7 +39,7 @@ def lerobot(
     if settings_of is None:
         raise ConfigError(
             f"LeRobot has no class for a policy {shown(found.policy.get('name'))}: export a policy"
-            " that acts with --format onnx"
+            " that acts with --format lerobot_plugin, or onnx"
         )
     if instruction is not None:
         raise ConfigError("--instruction does not apply: LeRobot gives its policies their task")
@@ -49,7 +49,7 @@ def lerobot(
     if policy.warm is not None:
         raise ConfigError(
             "chain.warm begins a decision from the plan before it, and LeRobot begins each from"
-            " noise: export with --sampler warm=null, or with --format onnx"
+            " noise: export with --sampler warm=null, or with --format lerobot_plugin"
         )
     settings: dict[str, Any] = {
         **settings_of(policy),
@@ -73,7 +73,7 @@ def _diffusion(policy: ChainPolicy) -> dict[str, Any]:
         raise ConfigError(
             f"LeRobot takes {chain.K} steps from noise time {float(native[0]):g} on, and the"
             f" policy's sampler is on other times, from {float(chain.grid[0]):g} on: train and"
-            " deploy it with chain.grid native, or export it with --format onnx"
+            " deploy it with chain.grid native, or export it with --format lerobot_plugin"
         )
     config = model.policy.config  # type: ignore[attr-defined]  # it is LeRobot's
     own = config.noise_scheduler_type
@@ -81,7 +81,8 @@ def _diffusion(policy: ChainPolicy) -> dict[str, Any]:
     if not fitting:
         raise ConfigError(
             f"chain.kernel {shown(chain.kernel)} is neither LeRobot's DDIM nor its DDPM in every"
-            f" step: export the ODE with {ODE}, after evaluating it, or use --format onnx"
+            f" step: export the ODE with {ODE}, after evaluating it, or use --format"
+            " lerobot_plugin"
         )
     # one step is both
     kind = own if own in fitting else fitting[0]
@@ -101,25 +102,25 @@ def _flow(policy: ChainPolicy) -> dict[str, Any]:
     if model.parametrisation != "velocity":
         raise ConfigError(
             f"policy.prediction_type is {model.parametrisation}, and LeRobot's flow policies say a"
-            " velocity: use --format onnx"
+            " velocity: use --format lerobot_plugin"
         )
     if not torch.equal(chain.grid, model.native_grid(chain.K)):
         raise ConfigError(
             f"LeRobot takes {chain.K} even steps from noise time 1, and the policy's sampler starts"
-            f" at {float(chain.grid[0]):g}: leave chain.start out, or use --format onnx"
+            f" at {float(chain.grid[0]):g}: leave chain.start out, or use --format lerobot_plugin"
         )
     if not takes_steps_of(chain, SAMPLERS["DDIM"]):
         raise ConfigError(
             f"chain.kernel {shown(chain.kernel)} does not take LeRobot's Euler steps (several steps"
             " of a consistency chain put noise back): export the ODE with"
-            f" {ODE}, after evaluating it, take one step, or use --format onnx"
+            f" {ODE}, after evaluating it, take one step, or use --format lerobot_plugin"
         )
     padded = model.event_shape[-1] - model.action_dim  # type: ignore[attr-defined]  # it acts
     if chain.K > 1 and padded and model.padding == "zero":  # type: ignore[attr-defined]
         raise ConfigError(
             f"policy.padding zero takes the {padded} dims that no action uses to 0, and LeRobot"
             " takes them where the network says, which the second step sees: train and deploy it"
-            " with policy.padding network, take one step, or use --format onnx"
+            " with policy.padding network, take one step, or use --format lerobot_plugin"
         )
     config = model.policy.config  # type: ignore[attr-defined]  # it is LeRobot's
     return {"num_steps" if config.type == "smolvla" else "num_inference_steps": chain.K}
