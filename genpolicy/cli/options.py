@@ -250,8 +250,8 @@ def _export(verbs: Any) -> None:
         "--format",
         default=FORMAT,
         metavar="NAME",
-        help="onnx, lerobot, diffusers, lora or kohya; genpolicy list formats tells more"
-        " (default: %(default)s)",
+        help="onnx, lerobot, lerobot_plugin, diffusers, lora or kohya; genpolicy list formats tells"
+        " more (default: %(default)s)",
     )
     verb.add_argument(
         "--instruction",
