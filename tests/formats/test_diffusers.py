@@ -54,13 +54,11 @@ def policy(
     return folder / "policy"
 
 
-def drawn(folder: Path, **sampler: Any) -> Tensor:
-    ours = load(folder, **sampler)
-    return ours.sample(ours.model.encode(Context(PROMPTS)), NOISE, keep=(0, 0)).x0
-
-
-def start(folder: Path) -> Tensor:
-    return NOISE(PRIOR, load(folder).model.event_shape)
+def drawn(folder: Path) -> tuple[Tensor, Tensor]:
+    """Our picture, and the noise that it began from."""
+    ours = load(folder)
+    picture = ours.sample(ours.model.encode(Context(PROMPTS)), NOISE, keep=(0, 0)).x0
+    return picture, NOISE(PRIOR, ours.model.event_shape)
 
 
 def told(said: str, latents: Tensor) -> Tensor:
@@ -113,18 +111,18 @@ def test_plain_diffusers_draws_our_picture_from_the_folder(
     said = diffusers(saved(folder), tmp_path / "out", **NOTHING)
     handed(monkeypatch, scheduling_flow_match_euler_discrete)
     handed(monkeypatch, scheduling_lcm)
-    ours = drawn(folder)
-    assert apart(told(said, start(folder)), ours) < 2e-5
+    ours, start = drawn(folder)
+    assert apart(told(said, start), ours) < 2e-5
     card = (tmp_path / "out/README.md").read_text().replace("FOLDER", str(tmp_path / "out"))
     handed(monkeypatch, scheduling_flow_match_euler_discrete)
     handed(monkeypatch, scheduling_lcm)
-    assert apart(told(card, start(folder)), ours) < 2e-5
+    assert apart(told(card, start), ours) < 2e-5
     # control: the weights that it began with
     name = "unet" if hasattr(DiffusionPipeline.from_pretrained(tmp_path / "out"), "unet") else ""
     name = name or "transformer"
     base = DiffusionPipeline.from_pretrained(tmp_path / "base")
     getattr(base, name).save_pretrained(tmp_path / "out" / name)
-    assert apart(told(said, start(folder)), ours) > 1e-2
+    assert apart(told(said, start), ours) > 1e-2
 
 
 def test_a_whole_pipeline_has_no_trace_of_the_lora(tmp_path: Path) -> None:
@@ -172,19 +170,20 @@ def test_a_step_of_ddim_goes_down_by_whole_levels_and_is_no_other(tmp_path: Path
     another picture.
     """
     folder = policy(tmp_path, "sd15", {"steps": 3, "kernel": ODE, "start": 1.0})
+    ours, start = drawn(folder)
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = type(pipe.scheduler).from_config(
         pipe.scheduler.config, timestep_spacing="trailing"
     )
     found = pipe(
         PROMPTS,
-        latents=start(folder),
+        latents=start,
         output_type="latent",
         num_inference_steps=3,
         guidance_scale=1.0,
         **tiny.CALL["sd15"],
     )[0]
-    assert apart(found, drawn(folder)) > 1e-4
+    assert apart(found, ours) > 1e-4
 
 
 # -- kohya -----------------------------------------------------------------------------------------
@@ -213,7 +212,7 @@ def test_diffusers_draws_our_picture_with_kohyas_file(tmp_path: Path, family: st
     assert all(name.startswith("lora_unet_") for name in written)
     assert {float(written[name]) for name in alphas} == {6.0}  # as it learned, at rank 2
     assert len(written) == 3 * len(alphas)
-    ours, latents = drawn(folder), start(folder)
+    ours, latents = drawn(folder)
     assert apart(kohya_picture(tmp_path / "out", family, tmp_path / "base", latents), ours) < 2e-5
     # control: with alpha taken for the rank it is a third of the change
     wrong = {name: torch.tensor(2.0) if name in alphas else v for name, v in written.items()}
