@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import DDIM, Chain, Noise
+from genpolicy.cli.main import main
 from genpolicy.datasets.lerobot_dataset import LeRobotDataset
 from genpolicy.models.lerobot_diffusion import LeRobotDiffusion
 from genpolicy.policy.policy import ChainPolicy
@@ -162,6 +163,28 @@ def test_lerobot_eval_runs_what_we_saved(
     told = json.loads((tmp_path / "eval_info.json").read_text())
     assert 0 <= told["overall"]["pc_success"] <= 100
     assert told["overall"]["n_episodes"] == 4
+
+
+def test_lerobot_eval_runs_a_policy_of_our_own_family(installed: Path, tmp_path: Path) -> None:
+    """The shipped clone with the mean of a kernel, which LeRobot has not, by the plugin's class."""
+    words = ["export", str(ROOT / "assets/assembly-clone"), "--format", "lerobot_plugin"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    settings = {
+        "policy.path": str(tmp_path / "out"),
+        "policy.device": "cpu",
+        "env.type": "metaworld_state",
+        "env.task": "assembly-v3",
+        "eval.n_episodes": "20",
+        "eval.batch_size": "10",
+        "eval.use_async_envs": "false",
+        "seed": "7",
+        "output_dir": str(tmp_path / "told"),
+    }
+    run_lerobot(
+        "lerobot-eval", *(f"--{name}={value}" for name, value in settings.items()), path=installed
+    )
+    told = json.loads((tmp_path / "told/eval_info.json").read_text())
+    assert 10 < told["overall"]["pc_success"] < 100
 
 
 @pytest.fixture

@@ -241,7 +241,10 @@ def _sample(verbs: Any) -> None:
 
 
 def _export(verbs: Any) -> None:
-    text = "Write a policy in another format, such as an ONNX graph that acts without torch."
+    text = (
+        "Write a policy in another format: an ONNX graph that acts without torch, a LeRobot folder,"
+        " a diffusers pipeline, a LoRA."
+    )
     verb = _verb(verbs, "export", text, "export")
     verb.add_argument("policy", help=POLICY)
     verb.add_argument("--out", required=True, metavar="DIR", help="folder to write")
@@ -249,7 +252,8 @@ def _export(verbs: Any) -> None:
         "--format",
         default=FORMAT,
         metavar="NAME",
-        help="one of genpolicy list formats (default: %(default)s)",
+        help="onnx, lerobot, lerobot_plugin, diffusers, lora or kohya; genpolicy list formats tells"
+        " more (default: %(default)s)",
     )
     verb.add_argument(
         "--instruction",

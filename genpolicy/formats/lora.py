@@ -26,8 +26,8 @@ def lora(
         raise ConfigError("--instruction does not apply: a LoRA is given its prompts when it draws")
     if found.policy.get("name") != "diffusers_pipeline" or not adapts(found.policy):
         raise ConfigError(
-            f"{found.where} has no LoRA: what learned is a whole network; diffusers loads the"
-            " folder of one that draws as it is, and --format onnx is for policies that act"
+            f"{found.where} has no LoRA: what learned is a whole network; --format diffusers is"
+            " for one that draws, and --format onnx for policies that act"
         )
     policy = found.load()
     if policy.parts:

@@ -69,8 +69,8 @@ def onnx(
     """
     if not found.acts:
         raise ConfigError(
-            f"{found.where} draws: onnx is for policies that act, and diffusers loads the folder of"
-            " one that draws as it is"
+            f"{found.where} draws: onnx is for policies that act; --format diffusers, lora and"
+            " kohya are for those that draw"
         )
     _graph.require_packages()
     require_free(out, is_export)

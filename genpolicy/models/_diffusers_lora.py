@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+    convert_unet_state_dict_to_peft,
+)
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -231,3 +235,25 @@ def save(pipeline: Any, name: str, denoiser: torch.nn.Module, directory: Path) -
     with safe_open(file, "pt") as written:
         said = written.metadata()
     save_file(load_file(file), file, {**said, SCALES: json.dumps(scales)})
+
+
+def fuse(pipeline: Any, name: str) -> None:
+    """Add the change that the adapter is to the weights of the denoiser ``name``, and take it off.
+
+    Raises `ValueError` where the sum is not finite.
+    """
+    pipeline.fuse_lora(components=[name], safe_fusing=True, adapter_names=[ADAPTER])
+    pipeline.unload_lora_weights()
+
+
+def kohya(denoiser: torch.nn.Module) -> dict[str, Tensor]:
+    """The LoRA of a UNet under kohya's names: B as it learned, and each layer's own alpha, by which
+    whoever reads them multiplies it, alpha/rank.
+    """
+    layers = _layers(denoiser)
+    weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+    named = convert_state_dict_to_kohya({f"unet.{key}": value for key, value in weights.items()})
+    for module, layer in layers.items():
+        name = "lora_unet_" + module.replace(".", "_")
+        named[f"{name}.alpha"] = torch.tensor(float(layer.scaling[ADAPTER] * layer.r[ADAPTER]))
+    return {name: value.detach().cpu().contiguous() for name, value in named.items()}

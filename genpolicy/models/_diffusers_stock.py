@@ -1,9 +1,9 @@
-"""A consistency chain in plain diffusers: the stock scheduler that draws as it does, the arguments
-that ask a pipeline's call for its noise times, and the card that says so.
+"""A chain in plain diffusers: the stock scheduler that draws as it does, the arguments that ask a
+pipeline's call for its noise times, and the card that says so.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ EQUAL = 1e-6
 
 @dataclass(frozen=True)
 class Stock:
-    """The stock scheduler of a consistency chain, and how a pipeline is asked for its times.
+    """The stock scheduler of a chain, and how a pipeline is asked for its times.
 
     own: the pipeline's scheduler. changes: keys of its config that the stock one has otherwise.
     scheduler: with these; None where no scheduler of diffusers has the family's table. times: the
@@ -64,6 +64,30 @@ class Stock:
         stock = Times(scheduler, times.mu)
         return cls(own, changes, scheduler, _asking(stock, grid, asked, takes))
 
+    @classmethod
+    def ode(cls, times: Times, grid: Tensor, asked: Asked, takes: Collection[str]) -> "Stock":
+        """The scheduler that takes the ODE's steps along ``grid``.
+
+        Flows: FlowMatchEulerDiscreteScheduler. Others: DDIMScheduler (of CogVideoX its own), which
+        must not only visit the grid, with its own spacing or ``trailing`` from the noisiest level
+        on: each of its steps goes down by one whole number of levels, whatever it visits next. It
+        is None where x0 is clipped as DDPMScheduler does.
+        """
+        own = without_noise(times.scheduler)
+        if type(own).__name__ == "DDPMScheduler":
+            own = DDIMScheduler.from_config(own.config)
+        if times.clip is not None and times.clip[1]:
+            return cls(own, {}, None, {})
+        if times.flow:
+            return cls(own, {}, own, _asking(replace(times, scheduler=own), grid, asked, takes))
+        spacings: tuple[dict[str, Any], ...] = ({}, {"timestep_spacing": "trailing"})
+        for changes in spacings:
+            scheduler = type(own).from_config(own.config, **changes)
+            visited = Times(scheduler, times.mu).native(asked)
+            if _same(visited, grid) and _strides(scheduler, grid):
+                return cls(own, changes, scheduler, {"num_inference_steps": len(grid) - 1})
+        return cls(own, {}, own, {})
+
     @property
     def line(self) -> str:
         """The line of code that puts the scheduler into a pipeline that has its own."""
@@ -91,6 +115,16 @@ def _asking(stock: Times, grid: Tensor, asked: Asked, takes: Collection[str]) ->
     if not set(times) <= set(takes):
         return {}
     return times if _same(stock.native(((), {**times, **settings})), grid) else {}
+
+
+def _strides(scheduler: Any, grid: Tensor) -> bool:
+    """True where the steps along a grid are those of diffusers' DDIM: down by levels // steps each,
+    and to the end of the table where that would be below it.
+    """
+    levels = len(scheduler.alphas_cumprod)
+    visited = (grid * levels).round()
+    landed = (visited[:-1] - levels // (len(grid) - 1)).clamp_min(0)
+    return torch.equal(landed, visited[1:])
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -131,20 +165,25 @@ def card(
             f"The call of {kind} can't be asked for these noise times; those of a student with"
             " chain.grid native can.\n"
         )
+    return text + code(stock, base, call, weights)
+
+
+def code(stock: Stock, base: str | None, call: Mapping[str, Any], weights: str) -> str:
+    """The lines of Python, fenced for a card, with which plain diffusers draws; see `card`."""
     said = {**stock.times, **call}
     arguments = ", ".join(f"{name}={value!r}" for name, value in said.items())
     scheduler = type(stock.scheduler).__name__
     if base is None:
-        code = [
+        lines = [
             "from diffusers import DiffusionPipeline\n",
             'pipe = DiffusionPipeline.from_pretrained("FOLDER")  # with its ' + scheduler,
         ]
     else:
-        code = [
+        lines = [
             f"from diffusers import DiffusionPipeline, {scheduler}\n",
             f'pipe = DiffusionPipeline.from_pretrained("{base}")',
             f'pipe.load_lora_weights("FOLDER", weight_name="{weights}")',
             stock.line,
         ]
-    code.append(f'pipe("...", {arguments})[0]')
-    return text + "```python\n" + "\n".join(code) + "\n```\n"
+    lines.append(f'pipe("...", {arguments})[0]')
+    return "```python\n" + "\n".join(lines) + "\n```\n"

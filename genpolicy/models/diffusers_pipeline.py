@@ -327,15 +327,43 @@ class DiffusersPipeline:
         if sampler.kernel.get("name") != CONSISTENCY:
             self.pipeline.scheduler = without_noise(self.pipeline.scheduler)
             return
-        steps, takes = sampler.steps, self._call.arguments
         native = sampler.grid == "native"
-        grid = self.native_grid(steps) if native else self.grid(steps, sampler.start)
-        asked = self._call.dry(steps, self._embeddings.rows(self._blank))[1]
-        stock = Stock.of(self._times, sampler, grid, asked, takes)
+        steps, start = sampler.steps, sampler.start
+        grid = self.native_grid(steps) if native else self.grid(steps, start)
+        stock = self.stock(sampler, grid, consistency=True)
         if stock.scheduler is not None:
             self.pipeline.scheduler = stock.scheduler
-        unguided = {"guidance_scale": sampler.guidance} if "guidance_scale" in takes else {}
         base = self.pretrained if self.train == "lora" else None
         kind = type(self.pipeline).__name__
-        text = card(stock, kind, base, {**unguided, **self.call}, grid, lora_files.WEIGHTS)
+        text = card(stock, kind, base, self.arguments(sampler), grid, lora_files.WEIGHTS)
         (directory / CARD).write_text(text, encoding="utf-8")
+
+    # Plain diffusers
+
+    def stock(self, sampler: ChainConfig, grid: Tensor, *, consistency: bool) -> Stock:
+        """The stock scheduler that draws along ``grid`` [K+1] as a consistency sampler does, or
+        else as the ODE.
+        """
+        asked = self._call.dry(len(grid) - 1, self._embeddings.rows(self._blank))[1]
+        takes = self._call.arguments
+        if consistency:
+            return Stock.of(self._times, sampler, grid, asked, takes)
+        return Stock.ode(self._times, grid, asked, takes)
+
+    def arguments(self, sampler: ChainConfig) -> dict[str, Any]:
+        """The arguments beside the noise times with which the pipeline's call draws as a sampler
+        does.
+        """
+        takes = self._call.arguments
+        guided = {"guidance_scale": sampler.guidance} if "guidance_scale" in takes else {}
+        words = {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
+        return {**guided, **(words if sampler.guidance != 1.0 else {}), **self.call}
+
+    def whole(self, stock: Stock) -> Any:
+        """The pipeline with a stock scheduler, and with the LoRA in its weights: the model learns
+        no more, its pipeline is to be saved.
+        """
+        if self.train == "lora":
+            lora_files.fuse(self.pipeline, self._name)
+        self.pipeline.scheduler = stock.scheduler
+        return self.pipeline

@@ -1,5 +1,7 @@
-"""Imported by LeRobot's commands; registers --env.type=metaworld_state."""
+"""Imported by LeRobot's commands; registers --env.type=metaworld_state and the policy type
+genpolicy, which `genpolicy export --format lerobot_plugin` writes.
+"""
 
-from lerobot_policy_genpolicy import metaworld_state
+from lerobot_policy_genpolicy import configuration_genpolicy, metaworld_state
 
-__all__ = ["metaworld_state"]
+__all__ = ["configuration_genpolicy", "metaworld_state"]
