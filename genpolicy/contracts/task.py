@@ -134,8 +134,8 @@ class ControlTask(Protocol):
 
     shapes: Mapping[str, tuple[int, ...]]
     action_dim: int
-    action_low: Sequence[float]
-    action_high: Sequence[float]
+    action_low: list[float]
+    action_high: list[float]
     limit: int
     fps: int
     instruction: str

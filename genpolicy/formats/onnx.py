@@ -1,4 +1,4 @@
-"""ONNX graphs of a whole policy that acts: from observations and noise to the robot's actions.
+"""One ONNX graph of a whole policy that acts: from observations and noise to the robot's actions.
 
 The normaliser, the encoder, every step of the deployed sampler, best-of-N with its critic and the
 un-normaliser are all in one graph, so that onnxruntime alone runs it (robots/genpolicy_runtime). A
