@@ -7,19 +7,25 @@ The linear world: x_0 = a z + b, r = -|x_0 - x*|^2, so that for z ~ N(mu, sigma^
     dJ/dmu = -2 a (a mu + b - x*),  dJ/dsigma = -2 a^2 sigma
 """
 
+import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from genpolicy.chain import Noise
-from genpolicy.chain.prior import typical
+from genpolicy.chain.prior import StandardNormal, typical
 from genpolicy.chain.values import Gaussian
+from genpolicy.cli.main import main
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.task import Context
-from genpolicy.evaluation import metrics_file
+from genpolicy.evaluation import metrics_file, pictures
+from genpolicy.evaluation.prompt_scores import draw
 from genpolicy.learning.critic import StateValue
 from genpolicy.methods.find import ENTROPY, FIND, _inputs, _Steering
 from genpolicy.methods.parts.drawn_starts import DrawnStarts, History
@@ -113,11 +119,11 @@ def test_a_bad_draw_that_overshot_is_pulled_back_and_a_good_one_is_left():
 
 
 def descended(low: float, band: float | None) -> tuple[Tensor, Tensor]:
-    """mu and sigma after 250 iterations of the linear world, [3] each."""
+    """mu and sigma after 150 iterations of the linear world, [3] each."""
     start, method = LearnedStart(1, (3,), low=low, band=band), FIND(beta=0.0)
     optimizer = torch.optim.Adam(start.parameters(), lr=0.03)
     noise, seen = generator(), torch.zeros(128, 1)
-    for _ in range(250):
+    for _ in range(150):
         with torch.no_grad():
             old = start(seen, 1.0)
             z = old.sample(torch.randn(128, 3, generator=noise))
@@ -415,6 +421,34 @@ def test_saved_loaded_and_resumed_it_is_the_same_to_the_bit(tmp_path, place):
     policies = [load(tmp_path / name / "run") for name in ("whole", "broken")]
     assert torch.equal(*(acted(policy, place) for policy in policies))
     assert not torch.equal(acted(half, place), acted(policies[0], place)), "control"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sample_draws_from_the_learned_start(tmp_path, form):
+    result = learned(tmp_path, 6, **FORMS[form])
+    prompts = tmp_path / "prompts.txt"
+    asked = ["--prompts", str(prompts), "--n", "2", "--seed", "5", "--out", str(tmp_path / "out")]
+    assert main(["sample", str(result.folder), *asked]) == 0
+    found = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "out").glob("0*.png"))]
+    policy = load(result.folder)
+    assert np.array_equal(np.stack(found), pictures.pixels(draw(policy, toy.PROMPTS, 2, 5)))
+    bare = replace(policy, chain=replace(policy.chain, prior=StandardNormal()))
+    control = pictures.pixels(draw(bare, toy.PROMPTS, 2, 5))
+    assert np.abs(np.stack(found).astype(int) - control).max() > 10
+
+
+def test_a_start_that_was_saved_before_there_was_a_band_loads_without_one(tmp_path):
+    model = Toy()
+    start = LearnedStart(8, model.event_shape, band=0.1)
+    torch.nn.init.normal_(start.mean.weight, generator=generator())
+    start.save(tmp_path)
+    file = tmp_path / "start.json"
+    described = json.loads(file.read_text())
+    assert described.pop("band") == 0.1
+    file.write_text(json.dumps(described))
+    features = torch.randn(3, 8, generator=generator(1))
+    old, start.band = LearnedStart.load(tmp_path, model), None
+    assert torch.equal(old(features, 1.0).mean, start(features, 1.0).mean)
 
 
 @pytest.mark.parametrize("place", PLACES)
