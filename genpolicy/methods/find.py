@@ -79,7 +79,9 @@ class FIND:
     lr: float = 1e-3  # learning rate of the start
     epochs: int = 4  # passes of the start over the draws; ours
     minibatch: int = 64  # draws per update; ours
-    history: int = 4  # earlier iterations whose draws are learned from again; 20 there
+    # earlier iterations whose draws are learned from again; 20 there; ours: 4 learn less than none
+    # (docs/methods/find.md)
+    history: int = 1
     gamma: float = 0.99  # discount per environment step; DPPO's
     lam: float = 0.95  # of GAE, in [0, 1]; DPPO's
     critic_lr: float = 1e-3  # learning rate of g; 1e-4 there
