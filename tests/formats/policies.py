@@ -93,9 +93,9 @@ def _refined() -> ChainPolicy:
     return policy(model, parts, steps=2, kernel=DDPM, best_of=2)
 
 
-def _learned_start() -> ChainPolicy:
+def _learned_start(band: float | None = None) -> ChainPolicy:
     model = mlp(family="flow")
-    start = _shaken(LearnedStart(_features(model), model.event_shape))
+    start = _shaken(LearnedStart(_features(model), model.event_shape, band=band))
     return policy(model, {"start": start}, steps=2, kernel=ODE)
 
 
@@ -129,6 +129,7 @@ POLICIES: dict[str, Callable[[], ChainPolicy]] = {
     "best of 4": _best_of,
     "refined": _refined,
     "learned start": _learned_start,
+    "typical start": lambda: _learned_start(0.1),
     "learned std": _learned_std,
     "base": _based,
 }

@@ -2,6 +2,7 @@
 apply, and in which world.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -356,15 +357,26 @@ def test_wrong_sign_fails_where_the_method_succeeds(tmp_path, method):
 
 
 def moved(tmp_path, method, world):
-    """True where an iteration of the method moves the weights, with the numbers that it logs."""
+    """True where an iteration of the method moves the weights, or a part that it attached, with the
+    numbers that it logs.
+    """
     run, built = prepared(tmp_path, method, world, chain={"steps": 5, "kernel": ODE})
-    before = run.weights()
+    before, attach, attached = run.weights(), run.attach, {}
+
+    def watched(**parts):
+        attach(**parts)
+        attached.update({name: deepcopy(part.state_dict()) for name, part in parts.items()})
+
+    run.attach = watched
     run.iterations = lambda: iter([1])
     built.train(run)
     changed = any(
         not torch.equal(old, new.detach())
         for old, new in zip(before.values, run.trainable, strict=True)
     )
+    for name, state in attached.items():
+        now = run.policy.parts[name].state_dict()
+        changed = changed or any(not torch.equal(state[key], now[key]) for key in state)
     return changed, run.metrics.close()
 
 
@@ -376,14 +388,14 @@ def moved(tmp_path, method, world):
         for world in needs_of(method).worlds
     ],
 )
-def test_an_iteration_moves_the_weights_and_logs_finite_numbers(tmp_path, method, world):
+def test_an_iteration_moves_weights_or_parts_and_logs_finite_numbers(tmp_path, method, world):
     changed, metrics = moved(tmp_path, method, world)
     assert changed
     assert metrics
     assert all(torch.tensor(value).isfinite() for value in metrics.values())
 
 
-def test_control_a_method_that_does_nothing_moves_no_weight(tmp_path):
+def test_control_a_method_that_does_nothing_moves_nothing(tmp_path):
     assert not moved(tmp_path, f"{__name__}:Faint", "prompts")[0]
 
 

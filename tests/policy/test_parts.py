@@ -23,7 +23,7 @@ from genpolicy.chain import Noise
 from genpolicy.cli.main import main
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
-from genpolicy.config.leaves import make
+from genpolicy.config.leaves import leaf, make
 from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
 from genpolicy.evaluation import pictures
@@ -529,11 +529,13 @@ def test_a_saved_part_is_refused_or_loaded_but_never_skipped(runs: Runs, tmp_pat
     kind = {"std": "learned_std", "start": "learned_start"}.get(last, last)
     missing = broken("missing")
     shutil.rmtree(missing / "policy/parts" / last)
+    newest = leaf("policy.parts", kind, PERSON).version
     refused = {
         broken(
             "unknown", kind="oracle"
         ): "of kind 'oracle', which this version of genpolicy does not",
-        broken("newer", version=2): rf"\({kind}\) has version 2; .* reads up to 1",
+        broken("newer", version=newest + 1): rf"\({kind}\) has version {newest + 1}; .* reads up to"
+        rf" {newest}",
         broken("unversioned", version=None): rf"\({kind}\) has version None",
         missing: "is incomplete: .*No such file",
     }

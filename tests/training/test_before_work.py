@@ -25,6 +25,7 @@ FLOW = {"name": "mlp", "family": "flow", "hidden": 8, "blocks": 1, "chunk": 2}
 SPLIT = {
     "flow_grpo": (toy.experiment, {"method": {"name": "flow_grpo", "groups": 4, "updates": 1}}),
     "grpo_guard": (toy.experiment, {"method": {"name": "grpo_guard", "groups": 4, "updates": 2}}),
+    "find": (toy.experiment, {"method": {"name": "find", "groups": 4}}),
     "dppo": (toy_control.experiment, {"method": {"name": "dppo", "episodes": 4}}),
     "reinflow": (
         toy_control.experiment,
@@ -38,6 +39,7 @@ SPLIT = {
 TOLD = {
     "flow_grpo": "method: groups is 4, .* over 3 processes: it must be a multiple of 3",
     "grpo_guard": "groups is 4, .* into 2 updates on 3 processes: it must be a multiple of 6",
+    "find": "method: groups is 4, .* over 3 processes: it must be a multiple of 3",
     "dppo": "method: episodes is 4, ",
     "reinflow": "method: episodes is 4, ",
     "rl100 offline": r"method: offline\.episodes is 8, .* a multiple of 3",

@@ -1,11 +1,13 @@
 """A state value learned beside a policy: the baseline of on-policy methods."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from genpolicy.chain import Condition
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.learning.advantage import gae
 from genpolicy.learning.critic import StateValue
@@ -28,7 +30,11 @@ OWN_PASS = "the value's pass over"
 
 @dataclass(eq=False)
 class DecisionValue:
-    """V of what a decision sees, with its optimiser; both are saved and resumed with the run."""
+    """V of what a decision sees, with its optimiser; both are saved and resumed with the run.
+
+    sees: the numbers that V is a function of, condition -> [B,``inputs``]; None: the model's
+    features alone.
+    """
 
     run: Run
     gamma: float  # discount per environment step
@@ -36,11 +42,14 @@ class DecisionValue:
     lr: float  # learning rate
     epochs: int  # passes over a rollout's decisions
     minibatch: int  # decisions per update
+    sees: Callable[[Condition], Tensor] | None = None
+    inputs: int = 0  # how many numbers that are
 
     def __post_init__(self) -> None:
         """Draws the network's weights from torch's global generator."""
         run = self.run
-        self.value = StateValue(run.features).to(run.policy.model.device)
+        inputs = run.features if self.sees is None else self.inputs
+        self.value = StateValue(inputs).to(run.policy.model.device)
         self.optimizer = run.new_optimizer(
             self.value.parameters(), OptimizerConfig(lr=self.lr, weight_decay=0.0)
         )
@@ -55,10 +64,11 @@ class DecisionValue:
         decisions = rollout.decisions
 
         # V of what every decision saw, and of what came after it
-        now = self.value(model.features(rollout.trajectory.condition)).double().cpu()
+        sees = self.sees or model.features
+        now = self.value(sees(rollout.trajectory.condition)).double().cpu()
         after = now.roll(-1)
         if not bool(decisions.terminated[decisions.last].all()):
-            final = model.features(model.encode(decisions.final))
+            final = sees(model.encode(decisions.final))
             after[decisions.last] = self.value(final).double().cpu()
 
         advantage = gae(
@@ -82,7 +92,8 @@ class DecisionValue:
 
     def learn(self, rollout: Rollout, returns: Tensor) -> None:
         """Regresses V on ``returns`` [R]."""
-        features = self.run.policy.model.features(rollout.trajectory.condition)
+        sees = self.sees or self.run.policy.model.features
+        features = sees(rollout.trajectory.condition)
         returns = returns.to(features.device)
         updates = math.ceil(rollout.decisions.total / self.minibatch)
         for batch in self.run.minibatches(rollout, updates, self.epochs, of=OWN_PASS):
