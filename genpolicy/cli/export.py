@@ -12,6 +12,7 @@ from genpolicy.config.leaves import leaf, make
 from genpolicy.config.origin import PERSON
 from genpolicy.contracts.dataset import Dataset, Pictures
 from genpolicy.contracts.task import ControlTask, is_control
+from genpolicy.formats.onnx import is_export
 from genpolicy.policy.files import Saved, saved
 from genpolicy.training.build import make_data
 
@@ -22,6 +23,10 @@ def run(args: Namespace) -> int:
     more = {} if args.precision is None else {"precision": args.precision}
     if not more.keys() <= inspect.signature(write).parameters.keys():
         raise ConfigError(f"--precision does not apply to --format {args.format}")
+    if is_export(Path(args.policy)):
+        raise ConfigError(
+            f"{args.policy} is an export already: export the run or the policy that it came from"
+        )
     found = saved(args.policy, trust=args.trust, **sampler_keys(args))
     data, task = known(found)
     out, told = Path(args.out), args.instruction

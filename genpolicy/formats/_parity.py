@@ -24,6 +24,8 @@ EXTREME = 10.0
 """Standard deviations of an extreme observation, in every dim, to either side."""
 BOUND = 1e-5
 """Largest error in normalised units."""
+COARSE = 0.05
+"""Distance of torch's own half precision from fp32, normalised, above which a person is told."""
 OWN = {"fp32": 2.0, "fp16": 4.0}
 """An error of so many times torch's own rounding is no error of the export, by the precision of the
 graph. Two half precisions that round each in its own order are twice their rounding apart, and
@@ -88,10 +90,16 @@ class Parity:
             "fp32": f"torch itself is {self.rounding:.1e} from fp64",
             "fp16": f"torch's own half precision is {self.rounding:.1e} from fp32",
         }[self.precision]
-        return (
+        said = (
             f"parity: largest error {self.largest:.1e} of {self.observations} observations{ties}"
             f" (bound {self.bound:.1e}; {torchs})"
         )
+        if self.precision == "fp16" and self.rounding > COARSE:
+            said += (
+                "\nhalf precision is coarse for this policy, whose normalised actions are of size"
+                " 1: judge the exported folder with genpolicy evaluate before it moves anything"
+            )
+        return said
 
 
 @torch.no_grad()

@@ -43,8 +43,8 @@ def tell(asked: Parametrisation | None, saved: Parametrisation) -> None:
     """Warns where another head is asked for than the one of the saved policy that is loaded."""
     if asked not in (None, saved):
         log.warning(
-            "policy.prediction_type is %s, and the saved policy says %s: its weights stay as they"
-            " are, and have to learn to say it",
+            "policy.prediction_type is %s, and the saved policy says %s: training begins with its"
+            " weights as they are, and teaches them the new meaning",
             asked,
             saved,
         )

@@ -174,6 +174,21 @@ def test_other_weights_have_another_digest(small: Exported) -> None:
     assert exporter.weights_digest(other) != exporter.weights_digest(small.policy)
 
 
+def test_an_export_is_not_exported_again(
+    quick: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "exported"
+    exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
+    assert main(["export", str(out), "--out", str(tmp_path / "again")]) == 2
+    assert "is an export already: export the run or the policy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rounding", "told"), [(0.2, True), (0.01, False)])
+def test_a_coarse_half_precision_is_told(rounding: float, told: bool) -> None:
+    parity = _parity.Parity({"random": 1e-3}, rounding, 1000, 0, "fp16")
+    assert ("is coarse for this policy" in parity.told()) is told
+
+
 def test_an_older_export_is_replaced_and_nothing_else(quick: Exported, tmp_path: Path) -> None:
     out = tmp_path / "exported"
     exporter.onnx(quick.found, out, data=None, task=None, instruction=None)
