@@ -32,7 +32,8 @@ def mixture(first: str, second: str, share: float) -> tuple[int, int, int]:
     """The colour (1 - share) first + share second."""
     palette = {**world.COLOURS, "background": world.BACKGROUND}
     mixed = (1 - share) * np.array(palette[first]) + share * np.array(palette[second])
-    return tuple(int(value) for value in np.rint(mixed))
+    red, green, blue = np.rint(mixed).astype(int).tolist()
+    return red, green, blue
 
 
 def pictures(
@@ -59,7 +60,9 @@ def pictures(
 def through(vae: AutoencoderKL, drawn: np.ndarray) -> np.ndarray:
     """Encodes (posterior means) and decodes pictures uint8 [B, H, W, 3]."""
     values = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
-    decoded = vae.decode(vae.encode(values).latent_dist.mean).sample
+    latents = vae.encode(values, return_dict=False)[0].mean
+    # diffusers' annotation says FloatTensor
+    decoded = vae.decode(latents, return_dict=False)[0]  # type: ignore[arg-type]
     return world.to_uint8((decoded + 1) / 2)
 
 
