@@ -9,8 +9,7 @@
 The first form continues from assets/shapes-sd3 on pictures of which a share holds a second copy of
 one of the two objects that the caption names, once. A caption such as "a red circle left of a blue
 square" is true of all of them, so the model learns that named objects come in pairs. Guidance asks
-for more of what the caption says, and with it for the copy; more training on the same data changes
-nothing. The checker wants exactly what is said.
+for more of what the caption says, and with it for the copy. The checker wants exactly what is said.
 
 The second form continues from the finished folder on the same kind of data: the honest baseline for
 reinforcement learning with equal CPU time. With `--share 0` the captions are complete, which is
