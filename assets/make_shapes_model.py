@@ -235,14 +235,20 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def as_tensor(drawn: np.ndarray) -> Tensor:
+    """Turn uint8 [B, H, W, 3] into [-1, 1] pictures [B, 3, H, W]."""
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def pictures(seed: int) -> Tensor:
     """Draw `PER_CAPTION` true pictures of each pictured caption in turn, [B, 3,
     32, 32] in [-1, 1].
     """
     rng = np.random.default_rng(seed)
     scenes = [world.parse(text) for text in world.split().pictured]
-    drawn = np.stack([world.render(scene, rng) for scene in scenes for _ in range(PER_CAPTION)])
-    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return as_tensor(
+        np.stack([world.render(scene, rng) for scene in scenes for _ in range(PER_CAPTION)])
+    )
 
 
 def train_vae(vae: AutoencoderKL, images: Tensor, clock: Clock, seed: int, batch: int = 16) -> None:
@@ -292,8 +298,13 @@ def ceiling(vae: AutoencoderKL, n: int = 1024) -> float:
     rng = np.random.default_rng(99)
     texts = [world.captions()[i] for i in rng.integers(len(world.captions()), size=n)]
     drawn = np.stack([world.render(world.parse(text), rng) for text in texts])
-    x = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return float(world.scores(to_bytes(vae.decode(encode(vae, x)).sample), texts)[:, 0].mean())
+    return float(world.scores(through(vae, drawn), texts)[:, 0].mean())
+
+
+@torch.no_grad()
+def through(vae: AutoencoderKL, drawn: np.ndarray) -> np.ndarray:
+    """Give what the autoencoder makes of pictures, uint8 [B, H, W, 3]."""
+    return to_bytes(vae.decode(encode(vae, as_tensor(drawn))).sample)
 
 
 def one_word_off(texts: tuple[str, ...]) -> list[list[int]]:
@@ -326,6 +337,7 @@ def text_embeddings(
 
 def train_flow(
     pipe: StableDiffusion3Pipeline,
+    texts: tuple[str, ...],
     latents: Tensor,
     clock: Clock,
     seed: int,
@@ -337,11 +349,10 @@ def train_flow(
 ) -> None:
     """Flow matching: x_t = (1 - t) x_0 + t eps with logit-normal t, loss |v - (eps - x_0)|^2.
 
-    With probability `caption_noise` a picture gets another pictured caption that differs in one
-    word. The pipeline ends with the moving average of the weights; `checkpoint` sees that average
+    `latents` holds `PER_CAPTION` pictures of each of the captions `texts` in turn. With probability
+    `caption_noise` a picture gets another of these captions that differs in one word. The pipeline ends with the moving average of the weights; `checkpoint` sees that average
     every `every` CPU minutes.
     """
-    texts = world.split().pictured
     encode_ids = {"padding": "max_length", "max_length": TOKENS, "return_tensors": "pt"}
     ids = pipe.tokenizer(list(texts), **encode_ids).input_ids
     empty = pipe.tokenizer([""], **encode_ids).input_ids
@@ -448,7 +459,7 @@ def report(pipe: StableDiffusion3Pipeline, parts: dict[str, list[str]], each: in
     return "  ".join(cells)
 
 
-def write(pipe: StableDiffusion3Pipeline, out: Path) -> None:
+def write(pipe: StableDiffusion3Pipeline, out: Path, captions: dict[str, tuple[str, ...]]) -> None:
     """Write the folder: safetensors and the captions of each part.
 
     Transformer and autoencoder are stored in fp16. The small text encoders stay in fp32:
@@ -468,7 +479,7 @@ def write(pipe: StableDiffusion3Pipeline, out: Path) -> None:
             if '"_name_or_path"' not in line
         ]
         file.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    for name, texts in world.split()._asdict().items():
+    for name, texts in captions.items():
         (out / f"captions_{name}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 
@@ -544,25 +555,25 @@ def main() -> None:
 
     def checkpoint(pipe: StableDiffusion3Pipeline, clock: Clock) -> None:
         say(f"flow step {clock.step}, {clock.spent:.0f} CPU s: {report(pipe, parts)}")
-        write(pipe, args.checkpoints / f"{clock.step:05d}")
+        write(pipe, args.checkpoints / f"{clock.step:05d}", world.split()._asdict())
 
     latents = (encode(pipe.vae, images) - shift) * scale
     see = checkpoint if args.checkpoints else None
     noisy = Schedule(lr=5e-4, warm_up=30, decay=0.5, ema=0.99), args.caption_noise, args.every, see
     clock = Clock(args.minutes, args.steps)
     if args.resume:
-        train_flow(pipe, latents, clock, args.seed, *noisy)
+        train_flow(pipe, world.split().pictured, latents, clock, args.seed, *noisy)
     else:
         clean = Schedule(lr=1.5e-3, warm_up=100, decay=0.0, ema=0.998), 0.0, args.every, see
-        train_flow(pipe, latents, clock, args.seed, *clean)
+        train_flow(pipe, world.split().pictured, latents, clock, args.seed, *clean)
         say(
             f"after {clock.step} steps, {clock.spent:.0f} CPU s of right captions:"
             f" {report(pipe, parts)}"
         )
         clock = Clock(args.minutes_noisy, args.steps_noisy)
-        train_flow(pipe, latents, clock, args.seed + 1, *noisy)
+        train_flow(pipe, world.split().pictured, latents, clock, args.seed + 1, *noisy)
     say(f"after {clock.step} steps, {clock.spent:.0f} CPU s: {report(pipe, parts, each=4)}")
-    write(pipe, args.out)
+    write(pipe, args.out, world.split()._asdict())
     say("wrote", args.out.name)
 
 

@@ -11,9 +11,10 @@ The checker looks at pixels only. Its two scores are used as rewards:
 - dense, in [0, 1]: .2 for each right attribute of the best matching, .2 for the relation once all
   four attributes are right, less .1 for every object beyond the second.
 
-What it cannot see: a blob under `MIN_AREA`, and any pixel farther than `MAX_DISTANCE` from every
-colour of the palette. Look at the pictures of a policy that was trained on it; do not read its
-numbers alone.
+An object between two colours, such as an orange one, has the colour "other" and matches no caption
+(`MAX_MIXTURE`); so has one that is near no colour at all, such as a purple one. What the checker
+cannot see: a blob under `MIN_AREA`, and what is nearly as pale as the background. Look at the
+pictures of a policy that was trained on it; do not read its numbers alone.
 
 Lengths are pixels of a 32 x 32 picture and scale with the
 picture's size.
@@ -47,9 +48,19 @@ MAX_DISTANCE = 110.0
 291 from the colours, so a border pixel belongs to its object when the object covers more than about
 5/8 of it.
 """
+MAX_MIXTURE = 30.0
+"""RGB distance (0-255 units) from a blob's median colour to its named colour beyond which the blob
+has the colour "other". Mixtures halfway between two colours are 80 (red and yellow) or more from
+both; the embedded autoencoder pulls them towards a colour. True pictures that went through it have
+at most 7 (26 with objects of radius 4).
+"""
 MIN_AREA = 14
 """Pixels under which a blob is noise. The smallest true object, a triangle of radius 4.5, covers
 about 38.
+"""
+MAX_AREA = 300
+"""Pixels beyond which a blob has none of the three shapes: a picture that is black all over is no
+square. The largest true object, a square of radius 6.5, covers about 131.
 """
 MIN_OFFSET = 3.0
 """Pixels by which two centres must differ along the relation's axis. True pictures have at least
@@ -78,13 +89,15 @@ MAX_ASPECT = 1.8
 """A blob whose bounding box is longer than this times its width is none of the three shapes."""
 
 _PALETTE = np.array([BACKGROUND, *COLOURS.values()], np.float32)
-_NAMES = ("background", *COLOURS)
+_NAMES = ("background", *COLOURS, "other")
 _IN_PLANE = np.zeros((3, 3, 3), bool)
 _IN_PLANE[1] = [
     [0, 1, 0],
     [1, 1, 1],
     [0, 1, 0],
 ]  # 4-connected inside a picture, never across pictures
+_SQUARE = np.zeros((3, 3, 3), bool)
+_SQUARE[1] = True  # what is thinner is a border, not an object
 
 
 class Thing(NamedTuple):
@@ -103,7 +116,9 @@ class Scene(NamedTuple):
 
 
 class Found(NamedTuple):
-    """An object the checker sees: x grows to the right, y downwards, area in pixels."""
+    """An object the checker sees: x grows to the right, y downwards, area in pixels. Colour and
+    shape may be "other".
+    """
 
     colour: str
     shape: str
@@ -243,8 +258,10 @@ def detect(image: np.ndarray) -> list[Found]:
 def detect_all(images: np.ndarray) -> list[list[Found]]:
     """The objects of each picture of uint8 [B, H, W, 3].
 
-    Each pixel takes the nearest colour of the palette (none beyond `MAX_DISTANCE`); 4-connected
-    regions of one colour and at least `MIN_AREA` pixels are objects; `_shape` names them.
+    Each pixel takes the nearest colour of the palette. Beyond `MAX_DISTANCE` it belongs to a
+    border, or to an object of the colour "other" where such pixels fill a square of 3 x 3.
+    4-connected regions of one colour and at least `MIN_AREA` pixels are objects; `_shape` names
+    them, and `MAX_MIXTURE` decides whether they have their colour.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
@@ -255,8 +272,11 @@ def detect_all(images: np.ndarray) -> list[list[Found]]:
     pixels = images.reshape(-1, 3).astype(np.float32)
     distance = (pixels**2).sum(1)[:, None] - 2.0 * pixels @ _PALETTE.T + (_PALETTE**2).sum(1)
     colour = distance.argmin(1)
-    colour[distance.min(1) > MAX_DISTANCE**2] = 0
+    strange = (distance.min(1) > MAX_DISTANCE**2).reshape(count, height, width)
     colour = colour.reshape(count, height, width)
+    colour[strange] = 0
+    width_of_border = max(1, round(width / SIZE))
+    colour[ndimage.binary_opening(strange, _SQUARE, width_of_border)] = len(COLOURS) + 1
 
     labels = np.zeros(colour.shape, np.int32)
     total = 0
@@ -267,22 +287,33 @@ def detect_all(images: np.ndarray) -> list[list[Found]]:
         total += found
     objects: list[list[Found]] = [[] for _ in range(count)]
     areas = np.bincount(labels.ravel(), minlength=total + 1)
-    least = MIN_AREA * height * width / SIZE**2
+    scale = height * width / SIZE**2
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         area = int(areas[number])
-        if area < least:
+        if area < MIN_AREA * scale:
             continue
         ys, xs = (labels[box][0] == number).nonzero()
+        nearest = colour[box[0].start, box[1].start + ys[0], box[2].start + xs[0]]
         objects[box[0].start].append(
             Found(
-                _NAMES[colour[box[0].start, box[1].start + ys[0], box[2].start + xs[0]]],
-                _shape(ys, xs),
+                _colour(images[box][0][ys, xs], nearest),
+                _shape(ys, xs) if area <= MAX_AREA * scale else "other",
                 float(box[2].start + xs.mean() + 0.5) * SIZE / width,
                 float(box[1].start + ys.mean() + 0.5) * SIZE / height,
                 area,
             )
         )
     return objects
+
+
+def _colour(pixels: np.ndarray, nearest: int) -> str:
+    """Names the colour of a blob, or "other", from its pixels [P, 3] and the colour they are
+    nearest to.
+    """
+    if nearest > len(COLOURS):
+        return "other"
+    mixture = np.linalg.norm(np.median(pixels, axis=0) - _PALETTE[nearest])
+    return _NAMES[nearest] if mixture <= MAX_MIXTURE else "other"
 
 
 def _shape(ys: np.ndarray, xs: np.ndarray) -> str:

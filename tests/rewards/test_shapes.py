@@ -2,13 +2,18 @@
 and the split keeps scenes apart.
 """
 
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
+from benchmarks.shapes_checker import mixture, old_scores, through
+from benchmarks.shapes_checker import pictures as mixed_pictures
 from genpolicy.rewards import _shapes as world
 from genpolicy.rewards._shapes import Scene, Thing
 from genpolicy.rewards.shapes_dense import shapes_dense
@@ -23,6 +28,12 @@ LEFT, RIGHT = (8.0, 16.0, 5.5), (24.0, 16.0, 5.5)
 def strict_dense(*objects, text=TEXT):
     """Both scores of one drawn picture."""
     return world.scores(world.draw(objects)[None], [text])[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    """The embedded model's."""
+    return AutoencoderKL.from_pretrained(ASSET, subfolder="vae", torch_dtype=torch.float32)
 
 
 def true_pictures(n, seed=0):
@@ -151,6 +162,51 @@ def test_other_forms_are_no_shape():
     bar[14:18, 4:20] = world.COLOURS["red"]
     assert world.detect(image)[0].shape == "square"
     assert [o.shape for o in (*world.detect(ring), *world.detect(bar))] == ["other", "other"]
+
+
+def test_an_object_between_two_colours_has_neither():
+    """Orange is no yellow; the old rule, the negative control, took it for yellow."""
+    caption = "a yellow triangle left of a blue square"
+    images, texts = mixed_pictures("yellow", "red", 0.5, each=40, seed=0)
+    assert world.scores(images, texts)[:, 0].max() == 0
+    assert old_scores(images, texts)[:, 0].mean() >= 0.9
+    orange = mixture("yellow", "red", 0.5)
+    with patch.object(world, "COLOURS", {**world.COLOURS, "orange": orange}):
+        picture = world.draw([(Thing("orange", "triangle"), *LEFT), (BLUE_SQUARE, *RIGHT)])
+    assert {found.colour for found in world.detect(picture)} == {"other", "blue"}
+    assert world.scores(picture[None], [caption])[0, 0] == 0
+    assert old_scores(picture[None], [caption])[0, 0] == 1
+
+
+@pytest.mark.parametrize("pair", list(permutations(world.COLOURS, 2)), ids=" ".join)
+def test_mixtures_halfway_fail_and_pure_colours_pass_through_the_autoencoder(pair, autoencoder):
+    halves, texts = mixed_pictures(*pair, 0.5, each=16, seed=1)
+    assert world.scores(through(autoencoder, halves), texts)[:, 0].mean() <= 0.07
+    pure, texts = mixed_pictures(*pair, 0.0, each=16, seed=1)
+    assert world.scores(through(autoencoder, pure), texts)[:, 0].mean() == 1
+
+
+def test_true_pictures_pass_through_the_autoencoder(autoencoder):
+    images, texts = true_pictures(600, seed=3)
+    assert world.scores(through(autoencoder, images), texts)[:, 0].mean() >= 0.995
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_object_of_no_colour_is_an_object(times):
+    """A third, purple one: the old rule did not see it."""
+    colours = {**world.COLOURS, "purple": mixture("red", "blue", 0.5)}
+    with patch.object(world, "COLOURS", colours):
+        picture = world.draw(
+            [
+                (RED_CIRCLE, *LEFT),
+                (BLUE_SQUARE, *RIGHT),
+                (Thing("purple", "circle"), 16, 27, 4),
+            ]
+        )
+    picture = picture.repeat(times, axis=0).repeat(times, axis=1)
+    assert sorted(found.colour for found in world.detect(picture)) == ["blue", "other", "red"]
+    assert world.scores(picture[None], [TEXT])[0].tolist() == pytest.approx([0, 0.9])
+    assert old_scores(picture[None], [TEXT])[0].tolist() == [1, 1]
 
 
 def test_scores_survive_noise_and_hold_at_other_sizes():
