@@ -19,8 +19,9 @@ CARDS = (24, 48, 80)
 
 def is_published(experiment: Experiment) -> bool:
     """True where the policy is a pipeline whose memory can be computed."""
-    policy = experiment.policy
-    return policy["name"] == "diffusers_pipeline" and policy.get("pretrained") in PUBLISHED
+    named = experiment.policy.get("pretrained")
+    pipeline = experiment.policy.get("name") == "diffusers_pipeline"
+    return pipeline and isinstance(named, str) and named in PUBLISHED
 
 
 def is_here(experiment: Experiment) -> bool:

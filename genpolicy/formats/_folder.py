@@ -28,11 +28,15 @@ def fresh(out: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
         staged.mkdir()
         yield staged
         if out.exists():
+            require_free(out, ours)  # it may have come while the export was written
             os.rename(out, Path(beside) / "old")
         os.rename(staged, out)
 
 
 def require_free(out: Path, ours: Callable[[Path], bool]) -> None:
-    """Raises `ConfigError` where ``out`` is there and no older export (``ours``)."""
+    """Raises `ConfigError` where ``out`` is there and no older export (``ours``). A path through
+    folders that are not there yet (new/../there) is looked at where it leads.
+    """
+    out = out.resolve()
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not ours(out)):
         raise ConfigError(f"--out {out} exists and is no older export: name another folder")

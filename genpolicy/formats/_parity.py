@@ -24,6 +24,8 @@ EXTREME = 10.0
 """Standard deviations of an extreme observation, in every dim, to either side."""
 BOUND = 1e-5
 """Largest error in normalised units."""
+MOST_TIES = 0.5
+"""Share of the observations that may be ties; what is left out vouches for nothing."""
 COARSE = 0.05
 """Distance of torch's own half precision from fp32, normalised, above which a person is told."""
 OWN = {"fp32": 2.0, "fp16": 4.0}
@@ -151,6 +153,12 @@ def measure(
                     error = error.fmin((got - precise).abs() * gain)
                 ties += int((~clear).sum())
                 by_kind[kind] = _largest(error[clear], by_kind.get(kind, 0.0))
+    if ties > MOST_TIES * total:
+        raise ConfigError(
+            f"in {ties} of {total} observations the policy's critic finds two samples worth the"
+            " same, so that the graph can't be compared with the policy: the critic has learned"
+            " nothing to pick by; export without it (--sampler best_of=1)"
+        )
     return Parity(by_kind, rounding, total, ties, precision)
 
 

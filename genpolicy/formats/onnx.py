@@ -7,7 +7,6 @@ from the plan before. SmolVLA and pi0 have a graph before these, their prefix (`
 lie manifest.json, which says what goes in and comes out, parity.json and latency.json.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from genpolicy import __version__
 from genpolicy.config.documents import json_file
@@ -44,6 +42,7 @@ from genpolicy.formats._folder import fresh, require_free
 from genpolicy.formats._half import precise
 from genpolicy.policy.files import Saved
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.policy.weights import digest
 
 FORMAT, VERSION = "genpolicy-export", 1
 """The format that a manifest names, and the version of its keys."""
@@ -155,7 +154,7 @@ def exported(
         "parity": {
             "largest": parity.largest,
             "bound": parity.bound,
-            "observations": parity.observations,
+            "observations": parity.observations - parity.ties,
             "units": "normalised",
         },
     }
@@ -247,19 +246,8 @@ def evaluations(policy: ChainPolicy) -> float:
 
 def weights_digest(policy: ChainPolicy) -> str:
     """The SHA-256 of all weights that learned, the network's and its parts', by name."""
-    digest = hashlib.sha256()
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        elif isinstance(value, Mapping):
-            for key, inner in value.items():
-                add(f"{name}.{key}", inner)
-
-    add("model", policy.model.trainable())
-    add("parts", {name: part.state_dict() for name, part in policy.parts.items()})
-    return digest.hexdigest()
+    parts = {name: part.state_dict() for name, part in policy.parts.items()}
+    return digest({"model": policy.model.trainable(), "parts": parts})
 
 
 def _told(policy: ChainPolicy, task: ControlTask | None, instruction: str | None) -> str | None:

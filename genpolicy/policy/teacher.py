@@ -26,6 +26,7 @@ from genpolicy.policy.parts.base import Base
 from genpolicy.policy.parts_files import load_parts
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.sampler import make_policy
+from genpolicy.policy.weights import digest
 
 TEACHER = "teacher"
 """The key of a policy section that names the teacher."""
@@ -33,6 +34,31 @@ PATH = "path"
 """The key of the teacher's own section that names its folder; the others are its sampler's."""
 NOT_CALLED = (TEACHER, "pretrained", "prediction_type", "lora")
 """Keys of a student's section that say which network it is, and not how it is called."""
+
+
+class Taught:
+    """The teacher of a run, as its checkpoints know it: a digest of its weights that can learn, of
+    its parts and of its sampler, wherever its folder lies.
+    """
+
+    def __init__(self, teacher: ChainPolicy) -> None:
+        parts = {name: part.state_dict() for name, part in teacher.parts.items()}
+        chain = teacher.chain
+        sampler = (chain.kernel, chain.grid.tolist(), chain.stochastic, teacher.guidance)
+        whole = {"model": teacher.model.trainable(), "parts": parts, "sampler": sampler}
+        self.digest = digest(whole)
+
+    def state_dict(self) -> dict[str, str]:
+        return {"digest": self.digest}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Raise `ConfigError` where another policy has taught so far."""
+        if state["digest"] != self.digest:
+            raise ConfigError(
+                "policy.teacher is another policy, or has another sampler, than the one that has"
+                " taught so far: bring that one back, or begin another run from this one's policy"
+                " folder (policy.pretrained)"
+            )
 
 
 def student(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Copies of the parameters that learn: a reference, an old policy, an anchor, a pool of them."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -19,6 +20,26 @@ def swapped(parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) 
     finally:
         for parameter, original in zip(parameters, originals, strict=True):
             parameter.data = original
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """The SHA-256 of tensors by name, in mappings within mappings too; what is no tensor counts by
+    its text.
+    """
+    found = hashlib.sha256()
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(name.encode())
+            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                add(f"{name}.{key}", inner)
+        else:
+            found.update(f"{name}={value!r}".encode())
+
+    add("", values)
+    return found.hexdigest()
 
 
 class Weights:

@@ -19,7 +19,7 @@ from genpolicy.policy.sampler import (
     make_policy,
     require_trainable,
 )
-from genpolicy.policy.teacher import TEACHER, load_teacher, student
+from genpolicy.policy.teacher import TEACHER, Taught, load_teacher, student
 from genpolicy.rollout.guard import guarded
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.store import EpisodeStore
@@ -161,4 +161,6 @@ def prepare(
         iterate=loop.iterations if rehearsal is None else rehearsal.record,
         rehearsal=rehearsal is not None,
     )
+    if teacher is not None:
+        run.register(teacher=Taught(teacher))
     return run, method

@@ -7,13 +7,14 @@ from genpolicy.config.errors import ConfigError
 from genpolicy.config.seal import edited
 from genpolicy.config.whole_file import STAGED
 from genpolicy.evaluation import metrics_file
+from genpolicy.policy.teacher import TEACHER
 from genpolicy.training import checkpoint
 from genpolicy.training.run import Run
 from genpolicy.training.workspace import CONFIG
 
 FREE = (
-    # what was learned from there is in the checkpoint
-    *("pretrained", "revision", "teacher"),
+    # what was learned from there is in the checkpoint, and so is who the teacher is (`Taught`)
+    *("pretrained", "revision", TEACHER),
     *("device", "precision", "offload", "gradient_checkpointing"),
 )
 """Settings of a policy that may change when its run is resumed: where files lie, and how it is
@@ -76,6 +77,8 @@ def resume(run: Run) -> None:
         )
     try:
         _restore(run, state)
+    except ConfigError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"the checkpoint in {run.folder} does not fit this experiment (was its policy or"
@@ -113,7 +116,7 @@ def _require_same_policy(run: Run, then: Mapping[str, Any]) -> None:
 def _meaning(run: Run) -> dict[str, Any]:
     """The settings of the policy section by name, `FREE` ones aside."""
     flat = _flat(run.experiment.policy)
-    return {key: value for key, value in flat.items() if key not in FREE}
+    return {key: value for key, value in flat.items() if key.split(".")[0] not in FREE}
 
 
 def _flat(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,3 +129,18 @@ def test_a_policy_that_draws_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["export", *words]) == 2
     assert "draws, and LeRobot runs policies that act" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("value", "rows"), [(float("nan"), ROWS), (float("inf"), ROWS), (1.0, 3)])
+def test_no_action_comes_of_an_observation_that_is_none(tmp_path: Path, value: float, rows: int):
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.policies.factory import get_policy_class
+
+    folder = exported(tmp_path, "mean")
+    config = PreTrainedConfig.from_pretrained(folder)
+    policy = get_policy_class(config.type).from_pretrained(folder, config=config)
+    policy.reset()
+    policy.select_action({STATE: torch.ones(ROWS, 3)})
+    with pytest.raises(ValueError, match=r"not finite|3 rows, and 2 before"):
+        policy.select_action({STATE: torch.full((rows, 3), value)})
+    assert policy.select_action({STATE: torch.ones(ROWS, 3)}).isfinite().all(), "it goes on"

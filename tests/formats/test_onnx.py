@@ -301,6 +301,27 @@ def test_bad_input_is_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_critic_that_prefers_nothing_vouches_for_no_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """...and the control is the same export of a critic that does."""
+    monkeypatch.setattr(_parity, "COUNTS", dict.fromkeys(_parity.COUNTS, 10))
+    monkeypatch.setattr(_parity, "AT_ONCE", 10)
+    for flat in (False, True):
+        acts, file = POLICIES["best of 4"](), tmp_path / f"{flat}.onnx"
+        if flat:
+            assert acts.judge is not None
+            for parameter in acts.judge.critic.parameters():  # type: ignore[attr-defined]
+                parameter.data.zero_()
+        exporter.write_policy(acts, noise_shape(acts), file)
+        sessions = [_graph.session(file)]
+        if flat:
+            with pytest.raises(ConfigError, match="has learned nothing to pick by"):
+                _parity.measure(sessions, acts, noise_shape(acts), None)
+        else:
+            assert _parity.measure(sessions, acts, noise_shape(acts), None).holds
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_that_acts_exports(name: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ that are known to be wrong, and a run on the toy of control.
 """
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.methods.parts.distillation import distance, following, jump, noised, solve
 from genpolicy.models.mlp import MLP
-from genpolicy.policy.files import load
+from genpolicy.policy.files import load, save_policy, saved
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.training.experiment import train
 from tests import toy_control
@@ -279,6 +280,39 @@ def test_a_student_of_one_step_succeeds_as_its_teacher(tmp_path, visits):
     assert own.chain.K > 1
     # what is saved names no teacher, and acts without it
     assert '"teacher":' not in (result.folder / "policy" / "genpolicy.json").read_text()
+
+
+@pytest.mark.parametrize("change", ["moved", "another", "another sampler"])
+def test_a_run_goes_on_with_the_teacher_that_taught_so_far(tmp_path, clone, change):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(clone, teacher)
+    raw = experiment(
+        tmp_path,
+        policy={"name": "mlp", "teacher": {"path": str(teacher)}, "prediction_type": "sample"},
+        chain=STUDENT,
+        method=QUICK,
+        budget={"iterations": 2},
+        checkpoint_every=1,
+    )
+    run = train(parse.parse(raw)).folder
+    asked = ["--budget.iterations=3"]
+    if change == "moved":
+        teacher.rename(tmp_path / "elsewhere")
+        where = tmp_path / "elsewhere"
+        asked += [f"--policy.teacher.path={where}", f"--policy.pretrained={where}"]
+        assert train(run / "config.yaml", asked).summary["iterations"] == 3
+        return
+    if change == "another sampler":
+        asked += ["--policy.teacher.steps=2"]
+    else:  # under the same name
+        found = saved(teacher)
+        other = found.load()
+        for parameter in other.model.trainable().values():
+            parameter.data += 0.1
+        shutil.rmtree(teacher)
+        save_policy(other, {"name": "mlp"}, found.sampler, teacher)
+    with pytest.raises(ConfigError, match=r"policy\.teacher is another policy, or has another"):
+        train(run / "config.yaml", asked)
 
 
 def test_what_does_not_fit_is_said_before_any_work(tmp_path, clone):

@@ -73,10 +73,21 @@ class GenpolicyPolicy(PreTrainedPolicy):
         return self._decide(batch)
 
     def _see(self, batch: dict[str, Any]) -> None:
-        """Keeps the frame of every row; an episode's first one stands for those before it."""
+        """Keeps the frame of every row; an episode's first one stands for those before it. Raises
+        `ValueError`, and keeps nothing, for numbers that are not finite, and where the number of
+        rows has changed within an episode: no action may come of such an observation.
+        """
         names = self.acting.model.shapes
         with torch.inference_mode(False):
             frame = {name: batch[name].clone() for name in names}
+        for name, value in frame.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"the observation {name} has numbers that are not finite")
+            if self._frames and len(value) != len(self._frames[-1][name]):
+                raise ValueError(
+                    f"the observation {name} has {len(value)} rows, and {len(self._frames[-1][name])}"
+                    " before: call reset between episodes"
+                )
         self._frames.append(frame)
         while len(self._frames) < self.acting.model.history:
             self._frames.append(frame)
