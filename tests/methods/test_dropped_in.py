@@ -80,7 +80,7 @@ TRAINED = ("test_a_toy_with_one_right_answer_is_solved", "test_wrong_sign_fails_
 """Laws that train until a toy is solved: here they train one iteration."""
 
 RATIO = "test_the_first_pass_has_ratio_one_and_no_clipping"
-DESCENT = "test_an_iteration_moves_the_weights_and_logs_finite_numbers"
+DESCENT = "test_an_iteration_moves_weights_or_parts_and_logs_finite_numbers"
 
 
 @pytest.fixture

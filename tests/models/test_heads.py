@@ -106,8 +106,8 @@ def told(caplog: pytest.LogCaptureFixture, make: Callable[[], Any]) -> list[str]
 
 def test_a_head_that_is_not_the_saved_ones_is_told(tmp_path: Path, caplog: Any) -> None:
     sentence = (
-        "policy.prediction_type is sample, and the saved policy says {}: its weights stay as they"
-        " are, and have to learn to say it"
+        "policy.prediction_type is sample, and the saved policy says {}: training begins with its"
+        " weights as they are, and teaches them the new meaning"
     )
     mlps.made(family="vp").save(tmp_path)
     Toy().save(tmp_path)
