@@ -234,6 +234,8 @@ def test_on_a_robot_a_branching_is_a_decision_that_the_critic_judges(tmp_path):
     trunk = rollout.trajectory.x[:, 0].view(8, 3, -1)
     assert torch.equal(trunk, trunk[:, :1].expand_as(trunk))
     assert run.metrics.env_steps > 0
+    steps, chunk = run.metrics.env_steps, run.policy.model.executed
+    assert steps / chunk <= run.metrics.collected <= steps, "decisions that were played, no others"
 
 
 def test_every_setting_says_where_its_default_is_from():

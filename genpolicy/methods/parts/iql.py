@@ -122,4 +122,3 @@ class ActionValue:
 
             self.run.descend(losses, len(rows), "critic", self.optimizer)
             polyak(self.target, self.q, self.polyak)
-        self.run.seen(self.batch * updates)

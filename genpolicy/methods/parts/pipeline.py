@@ -73,6 +73,7 @@ class OfflineLearner:
         replay = self.experience.replay
         features = self.experience.features
         self.value.learn(replay, features, critic_updates)
+        self.run.seen(self.value.batch * critic_updates)  # the stage itself collects nothing
         self.evaluation.learn(replay, features, model_updates)
 
     def redraw(
