@@ -1,17 +1,19 @@
 """The command `genpolicy-runtime`: an exported policy in words, and its latency on this machine."""
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 
 from genpolicy_runtime import __version__
 from genpolicy_runtime.bench import HEAD, MODES, Timing, measure
-from genpolicy_runtime.errors import ExportError
-from genpolicy_runtime.policy import Policy
+from genpolicy_runtime.errors import ExportError, plain
+from genpolicy_runtime.manifest import RATES
+from genpolicy_runtime.policy import THREADS, Policy
 from genpolicy_runtime.providers import PROVIDERS
 from genpolicy_runtime.words import words
 
+LONGEST = 3600.0
+"""Seconds that one line of `bench` is measured, at most."""
 BAD_INPUT = 2
 """Exit code after bad input, as argparse gives it."""
 
@@ -22,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except ExportError as error:
-        print(f"genpolicy-runtime: {error}", file=sys.stderr)
+        print(f"genpolicy-runtime: {plain(str(error))}", file=sys.stderr)
         return BAD_INPUT
     return 0
 
@@ -44,10 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = verbs.add_parser("bench", help=text, description=text)
     bench.set_defaults(run=_bench)
     bench.add_argument("folder", metavar="DIR", help="what `genpolicy export` wrote")
-    bench.add_argument("--hz", type=_positive, help="ticks per second (default: the policy's own)")
+    bench.add_argument("--hz", type=_rate, help="ticks per second (default: the policy's own)")
     bench.add_argument(
         "--seconds",
-        type=_positive,
+        type=_seconds,
         default=5.0,
         help="that each line is measured (default: %(default)g)",
     )
@@ -67,9 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     policy = Policy.load(args.folder)
-    print(f"{args.folder} is whole, and onnxruntime reads it.")
+    print(f"{plain(args.folder)} is whole, and onnxruntime reads it.")
     for line in words(policy.manifest):
-        print(line)
+        print(plain(line))
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -89,15 +91,23 @@ def _bench(args: argparse.Namespace) -> None:
     print(f"Never late: {'; '.join(fit) or 'none of these settings'}.")
 
 
-def _positive(text: str) -> float:
+def _rate(text: str) -> float:
+    least, most = RATES
     value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is no rate from {least:g} to {most:g} Hz")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= LONGEST:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {LONGEST:g}")
     return value
 
 
 def _threads(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of threads: 1 or more")
+    if not 1 <= value <= THREADS:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of threads: 1 to {THREADS}")
     return value

@@ -8,6 +8,8 @@ from typing import Any
 
 from genpolicy_runtime.errors import ExportError, shown
 
+FLOAT32 = (2 - 2**-23) * 2.0**127
+"""The largest number that float32 holds."""
 LARGEST = 2**28
 """Numbers that one array may hold, at most."""
 
@@ -27,7 +29,9 @@ class Fields:
     def read(cls, file: Path) -> "Fields":
         """The object that a JSON file holds."""
         try:
-            values = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
+            values = json.loads(
+                file.read_text(encoding="utf-8"), parse_constant=_refuse, object_pairs_hook=_object
+            )
         except (ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise ExportError(f"{file} is no JSON: {reason}") from None
@@ -79,6 +83,13 @@ class Fields:
             raise self.wrong(key, f"a whole number of at least {least}")
         return value
 
+    def between(self, key: str, least: float, most: float) -> float:
+        """A number from ``least`` to ``most``."""
+        value = self.value(key)
+        if not _number(value) or not least <= value <= most:
+            raise self.wrong(key, f"a number from {least:g} to {most:g}")
+        return float(value)
+
     def positive(self, key: str) -> float:
         """A finite number above 0."""
         value = self.value(key)
@@ -97,14 +108,18 @@ class Fields:
         return tuple(value)
 
     def limits(self, key: str, count: int, none: float) -> tuple[float, ...]:
-        """A list of ``count`` finite numbers; ``none`` stands in the place of each null."""
+        """A list of ``count`` numbers that float32 holds; ``none`` stands in the place of each
+        null.
+        """
         value = self.value(key)
         if (
             not isinstance(value, list)
             or len(value) != count
-            or not all(one is None or _number(one) for one in value)
+            or not all(one is None or (_number(one) and abs(one) <= FLOAT32) for one in value)
         ):
-            raise self.wrong(key, f"a list of {count} numbers, null where there is no limit")
+            raise self.wrong(
+                key, f"a list of {count} numbers that float32 holds, null where there is no limit"
+            )
         return tuple(none if one is None else float(one) for one in value)
 
 
@@ -114,6 +129,16 @@ def _whole(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     return _whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _object(pairs: "list[tuple[str, Any]]") -> dict[str, Any]:
+    """The object of these pairs, of which no two have one key."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"an object has the key {shown(twice)} twice")
+    return values
 
 
 def _refuse(constant: str) -> None:

@@ -33,15 +33,16 @@ class Graphs:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what goes wrong comes as an exception
+        # else onnxruntime guesses from the bytes, and its own format has not been searched
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         where = providers(provider, manifest.weights)
         sessions = {
             graph.name: _session(folder / graph.file, graph, options, where)
             for graph in manifest.graphs.values()
         }
-        # (session, inputs, names of outputs) in their order, of a later and of a first decision
+        # (graph, session) in their order, of a later and of a first decision
         self._orders = [
-            [(sessions[one.name], one.inputs, list(one.outputs)) for one in order(manifest, first)]
-            for first in (False, True)
+            [(one, sessions[one.name]) for one in order(manifest, first)] for first in (False, True)
         ]
         for session in sessions.values():
             begun = session.get_providers()[0]
@@ -55,16 +56,21 @@ class Graphs:
     def run(self, given: Mapping[str, np.ndarray], first: bool) -> dict[str, np.ndarray]:
         """The last graph's outputs by name, for the arrays that the runtime gives.
 
-        first: this is an episode's first decision.
+        first: this is an episode's first decision. Raises `ExportError` where onnxruntime fails.
         """
         known = dict(given)
         outputs: dict[str, np.ndarray] = {}
-        for session, inputs, names in self._orders[first]:
+        for graph, session in self._orders[first]:
             feed = {
                 name: np.ascontiguousarray(known[name], dtype=array.dtype)
-                for name, array in inputs.items()
+                for name, array in graph.inputs.items()
             }
-            values: Any = session.run(names, feed)
+            names = list(graph.outputs)
+            try:
+                values: Any = session.run(names, feed)
+            except Exception as error:  # onnxruntime raises a dozen types that have no common one
+                reason = " ".join(str(error).split())
+                raise ExportError(f"graph {graph.name} failed as it ran: {reason}") from None
             outputs = dict(zip(names, values, strict=True))
             known.update(outputs)
         return outputs
@@ -76,6 +82,8 @@ def _session(
     """The session of a graph, made from the very bytes that were checked."""
     if not file.is_file():
         raise ExportError(f"{file} is missing: the manifest names it as graph {graph.name}")
+    if file.is_symlink():
+        raise ExportError(f"{file} is a link: copy the file itself into the folder")
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != graph.sha256:
         raise ExportError(

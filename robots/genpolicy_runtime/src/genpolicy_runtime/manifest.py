@@ -19,6 +19,8 @@ VERSION = 1
 """The newest version of the format that is read."""
 DTYPES = ("float32", "float16", "int64", "int32", "bool")
 """Numbers that a graph's inputs and outputs may have."""
+RATES = (1e-3, 1e5)
+"""The least and the largest rate, in Hz."""
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """The name of a file beside the manifest: no folder is in it."""
 CHECKSUM = re.compile(r"[0-9a-f]{64}")
@@ -111,6 +113,8 @@ def read(folder: Path) -> Manifest:
         raise ExportError(f"{folder} is no folder: name one that `genpolicy export` wrote")
     if not (folder / FILE).is_file():
         raise ExportError(f"{folder} has no {FILE}: it is no policy that `genpolicy export` wrote")
+    if (folder / FILE).is_symlink():
+        raise ExportError(f"{folder / FILE} is a link: copy the file itself into the folder")
     found = Fields.read(folder / FILE)
     if found.value("format") != FORMAT:
         raise found.wrong("format", repr(FORMAT))
@@ -129,7 +133,7 @@ def read(folder: Path) -> Manifest:
         history=found.integer("history"),
         noise=found.fields("noise").shape("shape", least=0),
         action=_action(found.fields("action")),
-        rate_hz=None if found.none("rate_hz") else found.positive("rate_hz"),
+        rate_hz=None if found.none("rate_hz") else found.between("rate_hz", *RATES),
         instruction=None if found.none("instruction") else _said(found.fields("instruction")),
         state=None if found.none("state") else _state(found.fields("state")),
         sampler=found.fields("sampler").values,

@@ -48,44 +48,66 @@ class OnnxFile:
     outside: bool
 
 
+NAMES = {("node", NODE_DOMAIN), ("node", NODE_OPERATOR), ("opset", OPSET_DOMAIN)}
+"""The texts that are read: (message, field number)."""
+NUMBERS = {("opset", OPSET_VERSION), ("tensor", TENSOR_PLACE)}
+"""The whole numbers that are read: (message, field number)."""
+
+OWN_FORMAT = b"ORTM"
+"""Bytes 4 to 8 of a file that onnxruntime takes for one of its own format, which is no ONNX."""
+DEEPEST = 100
+"""Messages inside one another, at most: as deep as protobuf itself goes."""
+
+
 def read(data: bytes) -> OnnxFile:
     """Returns the facts of an ONNX file; raises `ValueError` where it is none."""
+    if data[4:8] == OWN_FORMAT:
+        raise ValueError("its bytes 4 to 8 are those of onnxruntime's own format")
     opset, foreign, outside = 0, None, False
-    waiting = [("model", memoryview(data))]
-    while waiting:
-        kind, message = waiting.pop()
-        parts = PARTS.get(kind, {})
-        texts: dict[int, str] = {}
-        numbers: dict[int, int] = {}
-        for field, value in _fields(message):
-            if isinstance(value, int):
-                numbers[field] = value
-            elif field in parts:
-                waiting.append((parts[field], value))
-            elif (kind, field) in NAMES:
-                texts[field] = bytes(value).decode("utf-8")
-            elif kind == "tensor" and field == TENSOR_FILE:
-                outside = True
-        if kind == "opset" and texts.get(OPSET_DOMAIN, "") in STANDARD:
-            opset = max(opset, numbers.get(OPSET_VERSION, 0))
-        if kind == "node" and texts.get(NODE_DOMAIN, "") not in STANDARD:
-            foreign = foreign or f"{texts[NODE_DOMAIN]}:{texts.get(NODE_OPERATOR, '')}"
-        if kind == "tensor" and numbers.get(TENSOR_PLACE, 0) != 0:
+    for kind, found in _messages("model", memoryview(data), DEEPEST):
+        if kind == "opset" and found.get(OPSET_DOMAIN, "") in STANDARD:
+            opset = max(opset, int(found.get(OPSET_VERSION, 0)))
+        if kind == "node" and found.get(NODE_DOMAIN, "") not in STANDARD:
+            foreign = foreign or f"{found[NODE_DOMAIN]}:{found.get(NODE_OPERATOR, '')}"
+        if kind == "tensor" and (TENSOR_FILE in found or found.get(TENSOR_PLACE, 0) != 0):
             outside = True
     if opset == 0:
         raise ValueError("it names no opset")
     return OnnxFile(opset, foreign, outside)
 
 
-NAMES = {("node", NODE_DOMAIN), ("node", NODE_OPERATOR), ("opset", OPSET_DOMAIN)}
-"""The texts that are read: (message, field number)."""
+def _messages(
+    kind: str, message: memoryview, depth: int
+) -> Iterator[tuple[str, "dict[int, str | int]"]]:
+    """A message and those in it, the innermost first: its name, and what is read of it by field
+    number. No more of them is in memory than lie inside one another, ``depth`` at most.
+    """
+    if depth == 0:
+        raise ValueError(f"it has more than {DEEPEST} messages inside one another")
+    parts = PARTS.get(kind, {})
+    found: dict[int, str | int] = {}
+    for field, value in _fields(message):
+        if isinstance(value, int):
+            if (kind, field) in NUMBERS:
+                found[field] = value
+        elif field in parts:
+            yield from _messages(parts[field], value, depth - 1)
+        elif (kind, field) in NAMES:
+            found[field] = bytes(value).decode("utf-8")
+        elif kind == "tensor" and field == TENSOR_FILE:
+            found[field] = "a file"
+    yield kind, found
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, "memoryview | int"]]:
     """The fields of a message in their order: a number, or the bytes of a text or of a message."""
     place = 0
     while place < len(message):
+        begun = place
         tag, place = _varint(message, place)
+        # what protobuf never writes, and another reader may take for something else
+        if tag < 8 or tag >= 2**32 or (place > begun + 1 and message[place - 1] == 0):
+            raise ValueError("it has a field without a valid number")
         wire = tag & 7
         if wire == 0:
             value, place = _varint(message, place)
