@@ -71,6 +71,7 @@ B2 = {
         "group": 3,
         "clip": 0.2,
         "threshold": 0.1,
+        **{"first": 0.7, "last": 0.7},  # the interval grows with the share of the budget
         "judge": {"episodes": 4, "critic_updates": 5},
     },
 }
