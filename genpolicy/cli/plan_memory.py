@@ -32,7 +32,7 @@ def is_here(experiment: Experiment) -> bool:
 
 
 def lines(experiment: Experiment) -> list[str]:
-    """What is said of the memory of a published pipeline."""
+    """The text about the memory of a published pipeline, by lines."""
     policy, chain = experiment.policy, experiment.chain
     full = policy.get("train", "lora") == "full"
     lora = Lora(**(policy.get("lora") or {}))

@@ -152,7 +152,7 @@ def _attending(policy: ChainPolicy, cache: Sequence[str], later: bool) -> Callab
 
 
 def _seen(model: PrefixModel, observation: Mapping[str, Tensor]) -> Condition:
-    """One row as the model's preprocessor makes it, told nothing."""
+    """A row as the model's preprocessor makes it, told nothing."""
     return model.encode(Context([""], observation))
 
 

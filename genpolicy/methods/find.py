@@ -286,5 +286,5 @@ class _Steering:
 
 
 def _inputs(features: Tensor, start: Gaussian) -> Tensor:
-    """What g is a function of: the features, mu and log sigma, [B,F+2E]."""
+    """The inputs of g: the features, mu and log sigma, [B,F+2E]."""
     return torch.cat([features, start.mean.flatten(1), start.std.log().flatten(1)], 1)

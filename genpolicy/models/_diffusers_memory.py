@@ -41,7 +41,7 @@ class Memory:
 
     @property
     def resident(self) -> float:
-        """What is on the device while rows are learned from."""
+        """The bytes that are on the device while rows are learned from."""
         return self.denoiser + self.learned + (0.0 if self.visiting else self.text + self.vae)
 
     def rows(self, card: float, trajectories: float) -> int:
