@@ -61,7 +61,7 @@ class TableStart(nn.Module):
         return Gaussian(scale * mean, scale * std)
 
     def _distance(self, features: Tensor) -> Tensor:
-        """The distance of every row's features from every key, as a share of the key's length, [B,P]."""
+        """Each row's distance from every key, as a share of the key's length, [B,P]."""
         apart = (features.float()[:, None] - self.keys).norm(dim=2)
         return apart / self.keys.norm(dim=1).clamp_min(NEAR)
 
