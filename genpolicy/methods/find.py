@@ -69,7 +69,9 @@ class FIND:
     # the first so many prompts of the task have a start of their own, as there, where it is one
     # prompt; None, ours, is one start for all, conditioned on what is seen
     prompts: int | None = None
-    clip: float = 0.2  # eps, range of the ratio, read beside ``reduce``
+    # eps, range of the ratio, for reduce "sum"; ours: .2, theirs beside "mean", clips four draws of
+    # five (docs/methods/find.md)
+    clip: float = 1.0
     # of log-ratio and KL over the noise's dims; "sum", ours, is the textbook ratio; "mean" there
     reduce: Reduce = "sum"
     beta: float = 0.01  # weight of KL(pi || N(0, 1)), beside advantages of std 1
