@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genpolicy.learning.critic import StateValue
+
 PATIENCE = 20.0
 """Seconds after which a peer that waits for others gives up: they do not call the same things."""
 
@@ -83,3 +85,13 @@ def together[T](works: Sequence[Callable[[], T]], accelerators: Sequence[Peer]) 
     if failures:
         raise min(failures, key=lambda failure: failure[0])[1]
     return results
+
+
+def alike(inputs: int) -> StateValue:
+    """A value with the same weights in every thread: threads share torch's generator."""
+    value, draw = StateValue(inputs), torch.Generator().manual_seed(0)
+    for layer in value.network:
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight.data = torch.randn(layer.weight.shape, generator=draw) / inputs**0.5
+            layer.bias.data.zero_()
+    return value

@@ -35,23 +35,26 @@ After every iteration old <- d old + (1 - d) new, with d = d(n) of n optimiser s
     delayed    d = 0 until n = 75, then min(.0075 (n - 75), .999)
 
 On robots a sample is the plan that a decision carried out, x0, and r is of its episode, among those
-of the same start state: all decisions of a good episode are good. It is the same file in both
-worlds and learns no value that could be wrong; what it can't do is tell a good decision of a bad
-episode. What is trained is the network without guidance, which the paper does away with.
+of the same start state: all decisions of a good episode are good, and no learned value can be
+wrong. With advantage "critic", which is ours, a value V learns beside the policy and A is GAE of
+the decision, in stds: it tells a good decision of a bad episode. What is trained is the network
+without guidance, which the paper does away with.
 
 Differs from the public code (NVlabs/DiffusionNFT): the plain form is a setting; ``b`` is their
 config.beta and ``beta`` their config.train.beta.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from genpolicy.chain.values import expand, output_gain, reduce_event
-from genpolicy.config.errors import ConfigError, at_least, choice, divides, positive
+from genpolicy.config.errors import ConfigError, at_least, choice, divides, positive, share
 from genpolicy.learning.advantage import Advantage, Combine, Kind
+from genpolicy.methods.parts.baseline import DecisionValue
 from genpolicy.methods.parts.distillation import AMPLIFIED
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.policy.weights import Weights
@@ -70,6 +73,29 @@ LEAST = 1e-5
 
 
 @dataclass
+class Critic:
+    """The value of a robot's decisions. Defaults are DPPO's, but for the last three, which are
+    ours.
+    """
+
+    gamma: float = 0.99  # discount per environment step
+    lam: float = 0.95  # of GAE, in [0, 1]
+    lr: float = 1e-3  # learning rate
+    epochs: int = 10  # passes over a rollout's decisions
+    minibatch: int = 256  # decisions per update
+    warm_up: int = 2  # iterations that train the value alone
+
+    def __post_init__(self) -> None:
+        at_least("method: critic", self, epochs=1, minibatch=1, warm_up=0)
+        positive("method: critic", self, "lr")
+        share("method: critic", self, "gamma", "lam")
+
+    def of(self, run: Run) -> DecisionValue:
+        """A new value that learns beside a run's policy."""
+        return DecisionValue(run, self.gamma, self.lam, self.lr, self.epochs, self.minibatch)
+
+
+@dataclass
 class DiffusionNFT:
     """The settings of DiffusionNFT. Defaults are those of its SD3.5-M configuration (config/nft.py)
     unless a line says otherwise.
@@ -84,10 +110,11 @@ class DiffusionNFT:
     form: Literal["x0", "plain"] = "x0"  # of the loss
     beta: float = 1e-4  # weight of the distance to the policy at step 0
     # baseline and scale of the rewards: "all" (global_std), "group", "none", "leave_one_out",
-    # "prompt_history" (see `Advantage`)
-    advantage: Kind = "all"
+    # "prompt_history" (see `Advantage`); "critic", ours: GAE of each decision by a learned value
+    advantage: Kind | Literal["critic"] = "all"
     combine: Combine = "sum"  # of several rewards: "sum" or "z_sum" (see `Advantage`)
     advantage_clip: float = 5.0  # A_max, bound of |A|
+    critic: Critic = field(default_factory=Critic)  # of advantage "critic"
     # advantages that teach: "all"; "positive_only" or "negative_only", the others are 0;
     # "one_only", 1 for the positive and else 0; "binary", their signs
     mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
@@ -97,12 +124,17 @@ class DiffusionNFT:
     needs: ClassVar[Needs] = Needs(whole_updates=True)
 
     def __post_init__(self) -> None:
+        choice("method diffusion_nft: advantage", self.advantage, (*get_args(Kind), "critic"))
         choice("method diffusion_nft: form", self.form, FORMS)
         choice("method diffusion_nft: mode", self.mode, MODES)
         choice("method diffusion_nft: old", self.old, SCHEDULES)
-        at_least(
-            "method diffusion_nft", self, groups=1, group=2, updates=1, epochs=1, times=1, beta=0
-        )
+        at_least("method diffusion_nft", self, groups=1, updates=1, epochs=1, times=1, beta=0)
+        at_least("method diffusion_nft", self, group=1 if self.advantage == "critic" else 2)
+        if self.advantage == "critic" and self.combine != "sum":
+            raise ConfigError(
+                f"method diffusion_nft: combine is {self.combine}, and advantage critic learns the"
+                " value of one sum of rewards: leave combine at sum"
+            )
         positive("method diffusion_nft", self, "b", "advantage_clip")
         divides("method diffusion_nft", self, "updates", "groups")
 
@@ -110,17 +142,42 @@ class DiffusionNFT:
         self.require_teachable(run.policy)
         reference = run.weights() if self.beta else None
         old = run.weights()
-        estimate = Advantage(self.advantage, self.combine, self.advantage_clip)
-        run.register(old=old, advantage=estimate)
+        run.register(old=old)
+        judge = self.judge(run)
         for iteration in run.iterations():
             with old.using():
                 rollout = run.collect(self.groups, self.group, updates=self.updates)
-            advantage = estimate(rollout.parts, rollout.weights, rollout.prompts)
-            run.show(rollout, advantage)
-            good = rollout.rows(self.goodness(advantage))  # [R]
+            good = self.goodness(judge(rollout))
+            if self.advantage == "critic" and iteration <= self.critic.warm_up:
+                continue
             for number, batch in enumerate(run.minibatches(rollout, self.updates, self.epochs)):
                 self.learn(run, rollout, batch, good, old, reference, number)
             old.follow(self.decay(iteration * self.updates * self.epochs))
+
+    def judge(self, run: Run) -> Callable[[Rollout], Tensor]:
+        """What says of every row of a rollout how much better than expected it was, [R], bounded by
+        A_max.
+        """
+        if self.advantage == "critic":
+            value = self.critic.of(run)
+
+            def by_value(rollout: Rollout) -> Tensor:
+                advantage, returns = value.advantage(rollout)
+                run.show(rollout, rollout.rewards)
+                value.learn(rollout, returns)
+                advantage = run.normalised(advantage).to(rollout.trajectory.x0)
+                return advantage.clamp(-self.advantage_clip, self.advantage_clip)
+
+            return by_value
+        estimate = Advantage(self.advantage, self.combine, self.advantage_clip)
+        run.register(advantage=estimate)
+
+        def by_group(rollout: Rollout) -> Tensor:
+            advantage = estimate(rollout.parts, rollout.weights, rollout.prompts)
+            run.show(rollout, advantage)
+            return rollout.rows(advantage)
+
+        return by_group
 
     def goodness(self, advantage: Tensor) -> Tensor:
         """r of advantages that are bounded by A_max; of the same shape, in [0, 1]."""

@@ -17,7 +17,7 @@ from genpolicy.training.processes import Processes
 from tests import toy, toy_control
 from tests.invariants.test_same_run import largest_difference, weights
 from tests.methods.test_laws import ODE, Turned, prepared
-from tests.peers import peers, together
+from tests.peers import alike, peers, together
 
 HEUN = {"name": "heun"}
 
@@ -311,11 +311,29 @@ def test_the_old_policy_is_the_one_that_acts(tmp_path):
     assert not torch.equal(followed[2], kept[2]), "control: d = 0 follows at once"
 
 
+CRITIC = {"advantage": "critic", "critic": {"epochs": 2, "warm_up": 1}}
+
+
+def test_a_critic_tells_decisions_of_one_episode_apart_and_a_group_does_not(tmp_path):
+    run, *_ = stand(tmp_path / "run", "robots")
+    rollout = run.collect(4, 4, updates=1)
+    episode = rollout.decisions.last.int().cumsum(0) - rollout.decisions.last.int()
+    spread = {}
+    for kind in ("group", "critic"):
+        good = DiffusionNFT(advantage=kind).judge(run)(rollout)
+        assert good.shape == (len(rollout.trajectory.x0),)
+        spread[kind] = max(
+            float(good[episode == e].max() - good[episode == e].min()) for e in episode.unique()
+        )
+    assert spread["group"] == 0 < spread["critic"]
+
+
 def learned(folder, count, world, seed=0):
     """The weights of each of so many processes after two iterations."""
     accelerators, works = peers(count), []
-    raw_of = {"prompts": toy, "robots": toy_control}[world].experiment
+    raw_of = toy.experiment if world == "prompts" else toy_control.experiment
     sizes = {"groups": 4, "group": 3, "updates": 2, "epochs": 2, "b": 0.5, "form": "plain"}
+    sizes = {**sizes, **(CRITIC if world == "robots, critic" else {})}
     for index, accelerator in enumerate(accelerators):
         place = folder / f"{count}-{index}"
         place.mkdir(parents=True)
@@ -343,8 +361,9 @@ def two_iterations(run, method):
     return run.weights().values
 
 
-@pytest.mark.parametrize("world", ["prompts", "robots"])
-def test_two_processes_learn_what_one_learns(tmp_path, world):
+@pytest.mark.parametrize("world", ["prompts", "robots", "robots, critic"])
+def test_two_processes_learn_what_one_learns(tmp_path, monkeypatch, world):
+    monkeypatch.setattr("genpolicy.methods.parts.baseline.StateValue", alike)
     (one,) = learned(tmp_path, 1, world)
     (other,) = learned(tmp_path / "other", 1, world, seed=1)
     for values in learned(tmp_path, 2, world):
@@ -398,15 +417,24 @@ def test_bright_prompts_become_white_and_dark_ones_black(tmp_path, form, right):
     assert after > 0.15 if right else after < -0.1, "control: the reward's sign is turned"
 
 
+BY_VALUE = {
+    **{"groups": 64, "group": 1, "updates": 8, "epochs": 2, "b": 1.0, "advantage": "critic"},
+    "critic": {"gamma": 0.8, "epochs": 20},
+}
+JUDGES = {"group": ({"group": 8}, 3e-3), "critic": (BY_VALUE, 1e-3)}
+
+
+@pytest.mark.parametrize("judge", JUDGES)
 @pytest.mark.parametrize("right", [True, False])
-def test_a_slow_point_learns_to_reach_its_goal(tmp_path, right):
+def test_a_slow_point_learns_to_reach_its_goal(tmp_path, right, judge):
+    settings, rate = JUDGES[judge]
     raw = toy_control.experiment(
         tmp_path,
         policy={"name": "mlp", "pretrained": toy_control.cloned(tmp_path, family="vp")},
         task={"name": "tests.toy_control:Point" if right else f"{Turned.__module__}:Turned"},
         chain={"steps": 4, "kernel": ODE},
-        method={"name": "diffusion_nft", **PICTURES, "group": 8, "form": "plain", "b": 0.3},
-        optimizer={"lr": 3e-3},
+        method={"name": "diffusion_nft", **PICTURES, "form": "plain", "b": 0.3, **settings},
+        optimizer={"lr": rate},
         eval={"every": 0, "episodes": 40},
         environments=40,
         budget={"iterations": 30 if right else 15},
@@ -429,6 +457,8 @@ def test_a_slow_point_learns_to_reach_its_goal(tmp_path, right):
         ({"beta": -1.0}, "beta is -1.0"),
         ({"group": 1}, "group is 1"),
         ({"times": 0}, "times is 0"),
+        ({"advantage": "critic", "combine": "z_sum"}, "leave combine at sum"),
+        ({"advantage": "best"}, "advantage is 'best'"),
         ({"groups": 5, "updates": 2}, "groups is 5"),
     ],
 )

@@ -39,7 +39,7 @@ from genpolicy.training.processes import Processes
 from tests import toy, toy_control
 from tests.invariants.test_control_run import same_state
 from tests.invariants.test_same_run import largest_difference, weights
-from tests.peers import peers, together
+from tests.peers import alike, peers, together
 
 torch.set_num_threads(1)
 A, B, GOAL = 1.5, 0.4, torch.tensor([1.0, -0.5, 0.2])
@@ -471,16 +471,6 @@ def test_two_processes_learn_the_start_of_one(tmp_path, monkeypatch, place):
     moved = max(float(p.abs().max()) for p in starts[0])
     assert moved > 1e-3
     assert largest_difference(*starts) < 1e-3 * moved
-
-
-def alike(inputs: int) -> StateValue:
-    """g with the same weights in every thread: threads share torch's generator."""
-    g, draw = StateValue(inputs), generator()
-    for layer in g.network:
-        if isinstance(layer, torch.nn.Linear):
-            layer.weight.data = torch.randn(layer.weight.shape, generator=draw) / inputs**0.5
-            layer.bias.data.zero_()
-    return g
 
 
 class NoSignals:
