@@ -121,7 +121,7 @@ def stored(captions: list[str], each: int) -> None:
         seed=STORED_NOISE,
         shown=samples,
     )
-    best = found.parts["total"].view(each, FAILED).argsort(0, descending=True, stable=True)
+    best = found.parts["total"].view(each, FAILED).argsort(dim=0, descending=True, stable=True)
     rows = (best[:KEPT] * FAILED + torch.arange(FAILED)).flatten()
     row = f"best {min(KEPT, each)} of {each} stored noises per caption"
     cost = f"cost {samples * STEPS}"
