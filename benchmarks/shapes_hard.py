@@ -122,7 +122,7 @@ def cost(folder: Path, name: str) -> list[float]:
         if name == "b2_diffurl":
             groups, group, length = 32, 5, int(line["b2/steps"])
             evaluations = line["nfe_per_sample"] * groups * group
-            trunk = TRAINED - length
+            trunk = TRAINED - length + 1  # the step that branches is evaluated once per group, too
             drew = groups * trunk + groups * group * (STEPS - trunk)
         if name == "dance_grpo":  # the first evaluation of a group is one
             drew = evaluations - 2 * PICTURES * int(0.6 * TRAINED)

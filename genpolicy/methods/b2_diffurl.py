@@ -84,6 +84,7 @@ class B2DiffuRL:
     needs: ClassVar[Needs] = Needs(likelihoods=True, split=("groups",))
 
     def __post_init__(self) -> None:
+        choice("method b2_diffurl: reduce", self.reduce, ("sum", "mean"))
         choice("method b2_diffurl: selection", self.selection, ("prompt", "branch"))
         choice("method b2_diffurl: objective", self.objective, ("gradient", "preference"))
         at_least("method b2_diffurl", self, groups=1, group=2, updates=1, epochs=1)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain.values import Gaussian, Reduce
-from genpolicy.config.errors import ConfigError, at_least, positive, share
+from genpolicy.config.errors import ConfigError, at_least, choice, positive, share
 from genpolicy.learning.advantage import group_relative
 from genpolicy.learning.objective import Scored, clip_metrics, clipped_surrogate, log_ratio
 from genpolicy.rollout.rollout import Rollout
@@ -53,6 +53,7 @@ class DanceGRPO:
     needs: ClassVar[Needs] = Needs(likelihoods=True)
 
     def __post_init__(self) -> None:
+        choice("method dance_grpo: reduce", self.reduce, ("sum", "mean"))
         at_least("method dance_grpo", self, groups=1, group=2, updates=1, epochs=1, best_of=2)
         positive("method dance_grpo", self, "fraction", "clip", "advantage_clip")
         share("method dance_grpo", self, "fraction")
@@ -78,6 +79,11 @@ class DanceGRPO:
     def advantages(self, rollout: Rollout) -> Tensor:
         """w_m A_m of every reward that has a weight, [M,N,m]."""
         weighted: list[Tensor] = []
+        if not any(rollout.weights.values()):
+            raise ConfigError(
+                "method dance_grpo has a loss for each reward that has a weight, and all weights"
+                " are 0: give one of reward a weight"
+            )
         for name, weight in rollout.weights.items():
             if weight:
                 scored = group_relative(rollout.parts[name], eps=1e-8, correction=1)

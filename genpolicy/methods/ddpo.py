@@ -69,6 +69,7 @@ class DDPO:
     needs: ClassVar[Needs] = Needs(likelihoods=True)
 
     def __post_init__(self) -> None:
+        choice("method ddpo: reduce", self.reduce, ("sum", "mean"))
         choice("method ddpo: estimator", self.estimator, ("is", "sf"))
         choice("method ddpo: baseline", self.baseline, ("prompt", "batch", "group"))
         at_least(

@@ -144,15 +144,16 @@ class DiffusionNFT:
         old = run.weights()
         run.register(old=old)
         judge = self.judge(run)
+        warm_up = self.critic.warm_up if self.advantage == "critic" else 0
         for iteration in run.iterations():
             with old.using():
                 rollout = run.collect(self.groups, self.group, updates=self.updates)
             good = self.goodness(judge(rollout))
-            if self.advantage == "critic" and iteration <= self.critic.warm_up:
+            if iteration <= warm_up:
                 continue
             for number, batch in enumerate(run.minibatches(rollout, self.updates, self.epochs)):
                 self.learn(run, rollout, batch, good, old, reference, number)
-            old.follow(self.decay(iteration * self.updates * self.epochs))
+            old.follow(self.decay((iteration - warm_up) * self.updates * self.epochs))
 
     def judge(self, run: Run) -> Callable[[Rollout], Tensor]:
         """What says of every row of a rollout how much better than expected it was, [R], bounded by

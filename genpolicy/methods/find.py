@@ -39,7 +39,7 @@ from torch import Tensor
 
 from genpolicy.chain import Condition
 from genpolicy.chain.values import Gaussian, Reduce
-from genpolicy.config.errors import ConfigError, at_least, at_most, positive, share
+from genpolicy.config.errors import ConfigError, at_least, at_most, choice, positive, share
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.contracts.task import Context
 from genpolicy.learning.critic import Standard
@@ -93,6 +93,7 @@ class FIND:
     needs: ClassVar[Needs] = Needs()
 
     def __post_init__(self) -> None:
+        choice("method find: reduce", self.reduce, ("sum", "mean"))
         at_least("method find", self, groups=1, group=1, prompts=1, epochs=1, minibatch=1)
         at_least("method find", self, beta=0, history=0, critic_epochs=1, critic_minibatch=1)
         positive("method find", self, "clip", "far", "lr", "critic_lr", "least_std", "band")
@@ -148,7 +149,7 @@ class _Steering:
             run.show(rollout, rollout.rewards)
             fresh = self._draws(rollout, returns)
             with torch.no_grad():
-                near = self.history.near(self.start, self.settings.far)
+                near = self.history.near(self.start, self.settings.far, fresh.z.device)
             draws = DrawnStarts.cat([fresh, *near])
             self._improve(fresh, draws)
             self._calibrate(draws)
@@ -171,6 +172,11 @@ class _Steering:
             raise ConfigError(
                 f"method find: the policy came with a {found.kind}, and prompts ="
                 f" {count} asks for a {kind.kind}: set prompts, or begin with another policy"
+            )
+        if isinstance(found, TableStart) and len(found.keys) != count:
+            raise ConfigError(
+                f"method find: prompts is {count}, and the policy came with a table of"
+                f" {len(found.keys)} starts: set prompts to that, or begin with another policy"
             )
         if isinstance(found, LearnedStart | TableStart):
             return found.requires_grad_(True)

@@ -70,6 +70,7 @@ class MixGRPO:
     needs: ClassVar[Needs] = Needs(likelihoods=True, whole_updates=True)
 
     def __post_init__(self) -> None:
+        choice("method mix_grpo: reduce", self.reduce, ("sum", "mean"))
         choice("method mix_grpo: schedule", self.schedule, SCHEDULES)
         least = {"groups": 1, "group": 2, "size": 1, "every": 1, "stride": 1, "after": 0}
         at_least("method mix_grpo", self, **least, solver_steps=1, updates=1, epochs=1)

@@ -371,6 +371,28 @@ def test_two_processes_learn_what_one_learns(tmp_path, monkeypatch, world):
     assert largest_difference(one, other) > 1e-4, "control: another seed is another run"
 
 
+def test_a_resumed_run_goes_on_with_its_critic(tmp_path):
+    method = {"name": "diffusion_nft", "groups": 4, "group": 2, "form": "plain", **CRITIC}
+    folders = []
+    for name, first in (("whole", 4), ("broken", 2)):
+        (tmp_path / name).mkdir()
+        raw = toy_control.experiment(
+            tmp_path / name,
+            method=method,
+            chain={"steps": 4, "kernel": ODE},
+            optimizer={"lr": 3e-3},
+            budget={"iterations": first},
+            eval={"every": 0, "episodes": 4},
+        )
+        folders.append(train(parse.parse(raw)).folder)
+    half = weights(folders[1], 2)["parameters"]
+    config = folders[1] / "config.yaml"
+    config.write_text(config.read_text().replace("iterations: 2", "iterations: 4"))
+    train(config)
+    whole, broken = (weights(f, 4)["parameters"] for f in folders)
+    assert largest_difference(whole, broken) == 0 < largest_difference(whole, half)
+
+
 @pytest.mark.parametrize("forgets", [False, True])
 def test_a_resumed_run_goes_on_with_its_old_policy(tmp_path, forgets):
     method = {"name": "diffusion_nft", "groups": 4, "group": 4, "old": "rising"}

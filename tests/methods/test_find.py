@@ -40,6 +40,7 @@ from tests import toy, toy_control
 from tests.invariants.test_control_run import same_state
 from tests.invariants.test_same_run import largest_difference, weights
 from tests.peers import alike, peers, together
+from tests.two_devices import DEVICE, TwoDevices
 
 torch.set_num_threads(1)
 A, B, GOAL = 1.5, 0.4, torch.tensor([1.0, -0.5, 0.2])
@@ -245,10 +246,20 @@ def test_draws_of_distributions_that_are_far_are_left_out_and_none_is_kept_too_l
     for shift in (9.0, 0.1, 2.0):
         history.add(records(5, shift))
     assert [float(draws.mean[0, 0]) for draws in history.kept] == pytest.approx([0.1, 2.0])
-    assert [len(draws) for draws in history.near(start, 0.5)] == [5, 0]  # .015 and 6 nats
+    near = history.near(start, 0.5, torch.device("cpu"))  # .015 and 6 nats
+    assert [len(draws) for draws in near] == [5, 0]
     none = History(0)
     none.add(records(5))
     assert none.kept == []
+
+
+def test_draws_of_a_checkpoint_meet_a_start_on_another_device():
+    kept, resumed = History(1), History(1)
+    kept.add(records(5, 0.1))
+    with TwoDevices():
+        start = LearnedStart(2, (3,)).to(DEVICE)
+        resumed.load_state_dict(kept.state_dict())
+        assert [len(draws) for draws in resumed.near(start, 0.5, DEVICE)] == [5]
 
 
 def test_a_record_keeps_its_row_through_picking_and_joining():
@@ -504,6 +515,12 @@ def test_what_does_not_fit_is_one_sentence(tmp_path):
     train(parse.parse({**second, "budget": {"iterations": 1}}))  # control
     with pytest.raises(ValueError, match="two rows of a table of starts have the same features"):
         TableStart(torch.ones(2, 3), (2,))
-    for wrong in ({"band": 1.0}, {"least_std": 1.0}, {"clip": 0.0}, {"history": -1}):
+    for wrong in (
+        {"band": 1.0},
+        {"least_std": 1.0},
+        {"clip": 0.0},
+        {"history": -1},
+        {"reduce": "none"},
+    ):
         with pytest.raises(ConfigError, match=f"method find: {next(iter(wrong))} is"):
             FIND(**wrong)

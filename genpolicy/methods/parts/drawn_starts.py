@@ -72,12 +72,12 @@ class History:
         self.iterations = iterations
         self.kept: list[DrawnStarts] = []
 
-    def near(self, start: Start, most: float) -> list[DrawnStarts]:
+    def near(self, start: Start, most: float, device: torch.device) -> list[DrawnStarts]:
         """The kept draws of distributions of which the present one is at most ``most`` nats away,
-        KL(now || then): further away a ratio of densities says nothing.
+        KL(now || then): further away a ratio of densities says nothing. device: of ``start``.
         """
         found = []
-        for draws in self.kept:
+        for draws in (kept.to(device) for kept in self.kept):
             now = start(draws.features, 1.0)
             near = now.kl(draws.drawn_from, reduce="sum") <= most
             found.append(draws[near])
