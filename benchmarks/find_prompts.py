@@ -22,7 +22,7 @@ from genpolicy.config import parse
 from genpolicy.config.shipped import path
 from genpolicy.contracts.task import read_prompts
 from genpolicy.evaluation import metrics_file
-from genpolicy.evaluation.prompt_scores import evaluate
+from genpolicy.evaluation.prompt_scores import Evaluation, evaluate
 from genpolicy.evaluation.statistics import interval
 from genpolicy.training.experiment import finished, train
 
@@ -80,52 +80,46 @@ def learned(runs: Path, name: str, seed: int) -> Path:
     return folder
 
 
-def line(row: str, pictures: Tensor, strict: Tensor, more: str = "") -> None:
-    """Prints a row; pictures [S,3,H,W] and strict [S] of captions in turn."""
+def line(row: str, pictures: Tensor, strict: Tensor, more: str = "", fresh: bool = True) -> None:
+    """Prints a row; pictures [S,3,H,W] and strict [S] of captions in turn. fresh: the pictures were
+    not chosen, so that their rate has an interval.
+    """
     within = []
     for caption in range(FAILED):
         own = pictures[caption::FAILED][strict[caption::FAILED] == 1]
         if len(own) >= 3:
             within.append(own.std(0).square().mean().sqrt())
     low, high = interval(strict)
+    interval_told = f" [{low:.3f}, {high:.3f}]" if fresh else ""
     spread = float(torch.stack(within).mean()) if within else float("nan")
     print(
-        f"| {row} | {float(strict.mean()):.3f} [{low:.3f}, {high:.3f}] | {spread:.3f}"
+        f"| {row} | {float(strict.mean()):.3f}{interval_told} | {spread:.3f}"
         f" ({len(within)} captions) | {more} |",
         flush=True,
     )
 
 
+def drawn(source: str, captions: list[str], each: int, seed: int) -> Evaluation:
+    """So many judged pictures of every caption, all of them kept."""
+    samples = FAILED * each
+    policy = load(source, 1.0)
+    return evaluate(policy, REWARDS, prompts=captions, samples=samples, seed=seed, shown=samples)
+
+
 def report(row: str, source: str, captions: list[str], more: str = "") -> None:
     """A policy's line, on fresh noise."""
-    samples = FAILED * FRESH
-    found = evaluate(
-        load(source, 1.0),
-        REWARDS,
-        prompts=captions,
-        samples=samples,
-        seed=REPORT_NOISE,
-        shown=samples,
-    )
+    found = drawn(source, captions, FRESH, REPORT_NOISE)
     line(row, found.outputs, found.parts["shapes_strict"].flatten(), more)
 
 
 def stored(captions: list[str], each: int) -> None:
     """The line of the best `KEPT` of so many stored noises per caption."""
-    samples = FAILED * each
-    found = evaluate(
-        load(BASE, 1.0),
-        REWARDS,
-        prompts=captions,
-        samples=samples,
-        seed=STORED_NOISE,
-        shown=samples,
-    )
+    found = drawn(BASE, captions, each, STORED_NOISE)
     best = found.parts["total"].view(each, FAILED).argsort(dim=0, descending=True, stable=True)
     rows = (best[:KEPT] * FAILED + torch.arange(FAILED)).flatten()
     row = f"best {min(KEPT, each)} of {each} stored noises per caption"
-    cost = f"cost {samples * STEPS}"
-    line(row, found.outputs[rows], found.parts["shapes_strict"].flatten()[rows], cost)
+    strict = found.parts["shapes_strict"].flatten()[rows]
+    line(row, found.outputs[rows], strict, f"cost {FAILED * each * STEPS}", fresh=False)
 
 
 def course(folder: Path, per_iteration: float) -> str:

@@ -105,21 +105,24 @@ def results(runs: Path) -> list[dict[str, Any]]:
 
 
 def table(runs: Path) -> str:
-    """A line per row: success by seed, the mean with Student's 95 % over seeds, and the difference
-    from DPPO, paired by seed.
+    """A line per row: success by seed, the mean with Student's 95 % over seeds (Wilson's over episodes
+    where there is one), and the difference from DPPO, paired by seed.
     """
     found: dict[str, dict[int, Tensor]] = {}
+    episodes: dict[str, Tensor] = {}
     seconds: dict[str, list[float]] = {}
     for line in results(runs):
         success = torch.tensor(line["success"]).double()
         found.setdefault(line["row"], {})[line["seed"]] = success.mean()
+        episodes[line["row"]] = success
         seconds.setdefault(line["row"], []).append(line["cpu_s"])
     lines = [
         "| policy | by seed | mean [95 %] | less DPPO [95 %] | CPU s |",
         "|---|---|---|---|---|",
     ]
     for row, rates in found.items():
-        low, high = interval(torch.stack(list(rates.values())))
+        many = len(rates) > 1
+        low, high = interval(torch.stack(list(rates.values())) if many else episodes[row])
         both = sorted(set(rates) & set(found.get("dppo", {})))
         difference = ""
         if row != "dppo" and len(both) > 1:

@@ -91,6 +91,11 @@ class B2DiffuRL:
         at_least("method b2_diffurl", self, threshold=0, history=0, positive=0, negative=0)
         positive("method b2_diffurl", self, "first", "last", "clip", "temperature", "bound")
         share("method b2_diffurl", self, "first", "last")
+        if self.objective == "preference" and (self.positive, self.negative) != (1.0, 1.0):
+            raise ConfigError(
+                "method b2_diffurl: objective preference compares the best branch with the worst"
+                " and weighs neither: leave positive and negative at 1"
+            )
         if self.first > self.last:
             raise ConfigError(
                 f"method b2_diffurl: first is {self.first:g} and last is {self.last:g}; the trained"
@@ -130,8 +135,8 @@ class B2DiffuRL:
             below = -above
         advantage = torch.zeros_like(z)
         advantage.scatter_add_(1, best, self._weighted(above))
-        # where all branches are worth the same, the best is the worst
-        return advantage.scatter_add_(1, worst, self._weighted(below) * (best != worst))
+        # where all branches are worth the same, the best is the worst, and only one side is not 0
+        return advantage.scatter_add_(1, worst, self._weighted(below))
 
     def _weighted(self, advantage: Tensor) -> Tensor:
         weight = torch.where(advantage > 0, self.positive, self.negative)

@@ -156,9 +156,7 @@ class DiffusionNFT:
             old.follow(self.decay((iteration - warm_up) * self.updates * self.epochs))
 
     def judge(self, run: Run) -> Callable[[Rollout], Tensor]:
-        """What says of every row of a rollout how much better than expected it was, [R], bounded by
-        A_max.
-        """
+        """The judge of a rollout: every row's advantage, [R], bounded by A_max."""
         if self.advantage == "critic":
             value = self.critic.of(run)
 

@@ -173,12 +173,7 @@ class _Steering:
                 f"method find: the policy came with a {found.kind}, and prompts ="
                 f" {count} asks for a {kind.kind}: set prompts, or begin with another policy"
             )
-        if isinstance(found, TableStart) and len(found.keys) != count:
-            raise ConfigError(
-                f"method find: prompts is {count}, and the policy came with a table of"
-                f" {len(found.keys)} starts: set prompts to that, or begin with another policy"
-            )
-        if isinstance(found, LearnedStart | TableStart):
+        if isinstance(found, LearnedStart):
             return found.requires_grad_(True)
         model, low, band = run.policy.model, math.log(self.settings.least_std), self.settings.band
         if count is None:
@@ -188,6 +183,14 @@ class _Steering:
         first = run.collector.contexts(1, torch.arange(count), count).prompts
         with torch.no_grad():
             keys = model.features(model.encode(Context(list(dict.fromkeys(first)))))
+        if isinstance(found, TableStart):
+            if len(found.keys) != len(keys) or not bool(found.known(keys).all()):
+                raise ConfigError(
+                    f"method find: the policy came with a table of {len(found.keys)} starts, which"
+                    f" are not those of the task's first {len(keys)} prompts: name the prompts that"
+                    " it learned, or begin with another policy"
+                )
+            return found.requires_grad_(True)
         try:
             return TableStart(keys, model.event_shape, low=low, band=band).to(model.device)
         except ValueError as error:

@@ -109,7 +109,7 @@ class MixGRPO:
 
     def slid(self, iteration: int, places: int) -> int:
         """The place 0 .. places - 1 of a window that slides, in iteration 1, 2, ..."""
-        stops = list(range(0, places, self.stride))
+        stops = [*range(0, places - 1, self.stride), places - 1]
         stays = [self.stay(stop, places) for stop in stops]
         left = (iteration - 1) % sum(stays)
         for stop, stay in zip(stops, stays, strict=True):

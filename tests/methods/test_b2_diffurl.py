@@ -75,20 +75,25 @@ Z = torch.tensor(
         [0.6, 0.2, 0.4],  # the best alone: the worst is above the prompt's mean
         [-0.1, -0.8, -0.6],  # the worst alone
         [0.2, 0.1, -0.2],  # nothing is far enough
-        [0.7, 0.7, 0.7],  # all the same: the best is learned from, as released
+        [0.7, 0.7, 0.7],  # all the same and good: one is learned from, as released
+        [-0.7, -0.7, -0.7],  # all the same and bad: one is, too
     ]
 )
 
 
 def test_the_released_selection_takes_none_one_or_two_of_a_branching():
     found = B2DiffuRL(threshold=0.5).selected(Z)
-    by_hand = torch.tensor([[0.9, 0, -0.9], [0.6, 0, 0], [0, -0.8, 0], [0, 0, 0], [0.7, 0, 0]])
+    by_hand = torch.tensor(
+        [[0.9, 0, -0.9], [0.6, 0, 0], [0, -0.8, 0], [0, 0, 0], [0.7, 0, 0], [-0.7, 0, 0]]
+    )
     assert torch.allclose(found, by_hand)
 
 
 def test_the_described_selection_compares_inside_the_branching():
     found = B2DiffuRL(threshold=0.5, selection="branch").selected(Z)
-    by_hand = torch.tensor([[0.9, 0, -0.9], [0, 0, 0], [0.35, -0.35, 0], [0, 0, 0], [0, 0, 0]])
+    by_hand = torch.tensor(
+        [[0.9, 0, -0.9], [0, 0, 0], [0.35, -0.35, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    )
     assert torch.allclose(found, by_hand)
 
 

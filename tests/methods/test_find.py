@@ -511,6 +511,9 @@ def test_what_does_not_fit_is_one_sentence(tmp_path):
     second["policy"] = {"name": "toy", "pretrained": str(tmp_path / "first/run/policy")}
     with pytest.raises(ConfigError, match="came with a table_start, and prompts = None asks for"):
         train(parse.parse(second))
+    second["method"]["prompts"] = 2
+    with pytest.raises(ConfigError, match="a table of 3 starts, which are not those of the task"):
+        train(parse.parse(second))
     second["method"]["prompts"] = 3
     train(parse.parse({**second, "budget": {"iterations": 1}}))  # control
     with pytest.raises(ValueError, match="two rows of a table of starts have the same features"):

@@ -23,6 +23,8 @@ def places(method, iterations, count):
 def test_the_window_moves_every_so_many_iterations_and_begins_again():
     assert places(MixGRPO(every=2), 14, 5) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 0, 0, 1, 1]
     assert places(MixGRPO(every=1, stride=2), 7, 5) == [0, 2, 4, 0, 2, 4, 0]
+    assert places(MixGRPO(every=1, stride=3), 4, 5) == [0, 3, 4, 0], "moved back inside"
+    assert places(MixGRPO(every=1), 2, 1) == [0, 0]
     assert places(MixGRPO(), 26, 22)[-2:] == [0, 1], "25 iterations as published"
 
 

@@ -52,13 +52,17 @@ class TableStart(nn.Module):
 
     def forward(self, features: Tensor, scale: float) -> Gaussian:
         """The distribution of the chain's first state, features [B,F] -> a Gaussian over [B,*E]."""
-        distance, row = self._distance(features).min(1)
-        known = expand((distance <= NEAR).to(features), self.mean)
+        row = self._distance(features).argmin(1)
+        known = expand(self.known(features).to(features), self.mean)
         mean = known * self.mean[row]
         std = (known * self.log_std[row].clamp(self.low, self.high)).exp()
         if self.band is not None:
             mean, std = typical(mean, std, self.band)
         return Gaussian(scale * mean, scale * std)
+
+    def known(self, features: Tensor) -> Tensor:
+        """True where features [B,F] are those of a row, [B]."""
+        return self._distance(features).min(1).values <= NEAR
 
     def _distance(self, features: Tensor) -> Tensor:
         """Each row's distance from every key, as a share of the key's length, [B,P]."""
