@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import Condition
+from genpolicy.chain.prior import Bounds
 from genpolicy.chain.values import Gaussian, Reduce
 from genpolicy.config.errors import ConfigError, at_least, at_most, choice, positive, share
 from genpolicy.config.schema import OptimizerConfig
@@ -175,11 +176,10 @@ class _Steering:
             )
         if isinstance(found, LearnedStart):
             return found.requires_grad_(True)
-        model, low, band = run.policy.model, math.log(self.settings.least_std), self.settings.band
+        model, settings = run.policy.model, self.settings
+        bounds = Bounds(low=math.log(settings.least_std), band=settings.band)
         if count is None:
-            return LearnedStart(run.features, model.event_shape, low=low, band=band).to(
-                model.device
-            )
+            return LearnedStart(run.features, model.event_shape, bounds).to(model.device)
         first = run.collector.contexts(1, torch.arange(count), count).prompts
         with torch.no_grad():
             keys = model.features(model.encode(Context(list(dict.fromkeys(first)))))
@@ -192,7 +192,7 @@ class _Steering:
                 )
             return found.requires_grad_(True)
         try:
-            return TableStart(keys, model.event_shape, low=low, band=band).to(model.device)
+            return TableStart(keys, model.event_shape, bounds).to(model.device)
         except ValueError as error:
             raise ConfigError(f"method find: of the first {count} prompts, {error}") from None
 

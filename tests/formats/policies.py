@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from genpolicy.chain.prior import Bounds
 from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.task import Context
 from genpolicy.learning.critic import Critic, Support
@@ -95,7 +96,7 @@ def _refined() -> ChainPolicy:
 
 def _learned_start(band: float | None = None) -> ChainPolicy:
     model = mlp(family="flow")
-    start = _shaken(LearnedStart(_features(model), model.event_shape, band=band))
+    start = _shaken(LearnedStart(_features(model), model.event_shape, Bounds(band=band)))
     return policy(model, {"start": start}, steps=2, kernel=ODE)
 
 

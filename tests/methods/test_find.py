@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from genpolicy.chain import Noise
-from genpolicy.chain.prior import StandardNormal, typical
+from genpolicy.chain.prior import Bounds, StandardNormal, bounded, typical
 from genpolicy.chain.values import Gaussian
 from genpolicy.cli.main import main
 from genpolicy.config import parse
@@ -121,7 +121,7 @@ def test_a_bad_draw_that_overshot_is_pulled_back_and_a_good_one_is_left():
 
 def descended(low: float, band: float | None) -> tuple[Tensor, Tensor]:
     """mu and sigma after 150 iterations of the linear world, [3] each."""
-    start, method = LearnedStart(1, (3,), low=low, band=band), FIND(beta=0.0)
+    start, method = LearnedStart(1, (3,), Bounds(low=low, band=band)), FIND(beta=0.0)
     optimizer = torch.optim.Adam(start.parameters(), lr=0.03)
     noise, seen = generator(), torch.zeros(128, 1)
     for _ in range(150):
@@ -157,7 +157,7 @@ def test_the_typical_set_holds_whatever_the_network_says_and_spares_the_std():
     size = torch.logspace(-2, 1, 40)[:, None, None]
     mean = (size * torch.randn(40, 2, 8, generator=draw)).requires_grad_()
     log_std = (0.7 * torch.randn(40, 2, 8, generator=draw) - 1).requires_grad_()
-    std = log_std.exp()
+    std = bounded(log_std, -10.0, 0.5 * math.log(1.1)).exp()
     kept_mean, kept_std = typical(mean, std, 0.1)
 
     def norm(mean: Tensor, std: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def test_the_typical_set_holds_whatever_the_network_says_and_spares_the_std():
     inside = norm(kept_mean, kept_std).detach()
     assert float(inside.min()) >= 0.9 - 1e-4
     assert float(inside.max()) <= 1.1 + 1e-4
-    assert bool((kept_std >= std.clamp_max(1.1**0.5) * (1 - 1e-5)).all())
+    assert bool((kept_std >= std * (1 - 1e-5)).all())
     outside = norm(mean, std).detach()
     assert float(outside.min()) < 0.9, "control"
     assert float(outside.max()) > 1.1, "control"
@@ -184,6 +184,31 @@ def test_inside_the_band_nothing_changes_and_the_standard_normal_learns():
     (kept_mean.sum() + kept_std.sum()).backward()
     assert torch.equal(mean.grad, torch.ones(2, 6))
     assert torch.equal(std.grad, torch.ones(2, 6))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("band", [None, 0.1])
+@pytest.mark.parametrize("past", [-3.0, 0.5])
+def test_a_sigma_past_its_bound_comes_back(past, band, cut):
+    """Its parameter went past a bound on an earlier update, and now asks for the standard normal's.
+    Where it is cut there is no gradient: the control.
+    """
+    log_std = torch.full((1, 4), past, requires_grad=True)
+    bounds, mean = Bounds(low=-1.2, band=band, cut=cut), torch.full((1, 4), 0.95)
+    optimizer = torch.optim.Adam([log_std], lr=0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (bounds(mean, log_std)[1].log() ** 2).sum().backward()
+        optimizer.step()
+    assert (float(log_std.detach().abs().max()) < 0.1) is not cut
+
+
+def test_the_bound_keeps_zero_and_its_slope():
+    value = torch.tensor([-50.0, -0.01, 0.0, 0.01, 50.0], requires_grad=True)
+    kept = bounded(value, -1.2, 0.3)
+    assert kept.detach()[[0, 2, 4]].tolist() == pytest.approx([-1.2, 0.0, 0.3], abs=1e-3)
+    kept.sum().backward()
+    assert value.grad[1:4].tolist() == pytest.approx([1.0, 1.0, 1.0], abs=2e-3)
 
 
 # The calibration
@@ -448,18 +473,22 @@ def test_sample_draws_from_the_learned_start(tmp_path, form):
     assert np.abs(np.stack(found).astype(int) - control).max() > 10
 
 
-def test_a_start_that_was_saved_before_there_was_a_band_loads_without_one(tmp_path):
-    model = Toy()
-    start = LearnedStart(8, model.event_shape, band=0.1)
-    torch.nn.init.normal_(start.mean.weight, generator=generator())
+def test_a_start_of_an_older_version_draws_as_it_did(tmp_path):
+    """Before there was a band, and before its bounds were smooth."""
+    model, features = Toy(), torch.randn(3, 8, generator=generator(1))
+    start = LearnedStart(8, model.event_shape, Bounds(low=-1.2))
+    for parameter in start.parameters():
+        torch.nn.init.normal_(parameter, generator=generator())
     start.save(tmp_path)
     file = tmp_path / "start.json"
     described = json.loads(file.read_text())
-    assert described.pop("band") == 0.1
+    del described["band"], described["cut"]
     file.write_text(json.dumps(described))
-    features = torch.randn(3, 8, generator=generator(1))
-    old, start.band = LearnedStart.load(tmp_path, model), None
-    assert torch.equal(old(features, 1.0).mean, start(features, 1.0).mean)
+    drawn = LearnedStart.load(tmp_path, model)(features, 1.0)
+    shape = (3, *model.event_shape)
+    assert torch.equal(drawn.mean, start.mean(features).view(shape))
+    assert torch.equal(drawn.std, start.log_std(features).view(shape).clamp(-1.2, 0.3).exp())
+    assert not torch.equal(drawn.std, start(features, 1.0).std), "control"
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -359,7 +359,7 @@ def wrong_save(self: LearnedStart, folder: Path) -> None:
 def wrong_load(cls: type, folder: Path, model: Any) -> LearnedStart:
     """Read nothing."""
     settings = json.loads((folder / "start.json").read_text())
-    return LearnedStart(**settings)
+    return LearnedStart(settings["features"], tuple(settings["shape"]))
 
 
 FORGETFUL = {

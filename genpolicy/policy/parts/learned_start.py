@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import ClassVar, Self
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from genpolicy.chain.prior import typical
+from genpolicy.chain.prior import USUAL, Bounds
 from genpolicy.chain.values import Gaussian
 from genpolicy.contracts.model import Model
 from genpolicy.learning.critic import Standard
@@ -19,25 +20,16 @@ from genpolicy.policy.policy import ChainPolicy
 class LearnedStart(nn.Module):
     """x at the first time ~ N(scale mu, (scale sigma)^2), the standard normal at first.
 
-    mu [B,*E] and log sigma [B,*E] are linear in the standardised features [B,F] of the condition;
-    log sigma is kept in [``low``, ``high``]. scale: of the chain's own start (`Chain.scale`). band:
-    how far the mean of mu^2 + sigma^2 over the dims may be from 1 (`typical`); None is any.
+    mu [B,*E] and log sigma [B,*E] are linear in the standardised features [B,F] of the condition,
+    and brought between ``bounds``. scale: of the chain's own start (`Chain.scale`).
     """
 
     kind: ClassVar[str] = "learned_start"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
-    def __init__(
-        self,
-        features: int,
-        shape: tuple[int, ...],
-        low: float = -4.0,
-        high: float = 0.3,
-        band: float | None = None,
-    ) -> None:
+    def __init__(self, features: int, shape: tuple[int, ...], bounds: Bounds = USUAL) -> None:
         super().__init__()
-        self.features, self.shape = features, tuple(shape)
-        self.low, self.high, self.band = low, high, band
+        self.features, self.shape, self.bounds = features, tuple(shape), bounds
         self.scale = Standard(features)
         self.mean = nn.Linear(features, math.prod(shape))
         self.log_std = nn.Linear(features, math.prod(shape))
@@ -48,9 +40,7 @@ class LearnedStart(nn.Module):
         """The distribution of the chain's first state, features [B,F] -> a Gaussian over [B,*E]."""
         seen = self.scale(features)
         mean = self.mean(seen).view(len(seen), *self.shape)
-        std = self.log_std(seen).view(len(seen), *self.shape).clamp(self.low, self.high).exp()
-        if self.band is not None:
-            mean, std = typical(mean, std, self.band)
+        mean, std = self.bounds(mean, self.log_std(seen).view_as(mean))
         return Gaussian(scale * mean, scale * std)
 
     def attach(self, policy: ChainPolicy) -> ChainPolicy:
@@ -59,14 +49,16 @@ class LearnedStart(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the two layers as safetensors and what rebuilds them as json."""
-        names = ("features", "shape", "low", "high", "band")
-        settings = {name: getattr(self, name) for name in names}
+        size = {"features": self.features, "shape": self.shape}
+        settings = {**size, **asdict(self.bounds)}
         (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
         save_file(self.state_dict(), folder / WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path, model: Model) -> Self:
         """Read the start."""
-        made = cls(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        features, shape = settings.pop("features"), settings.pop("shape")
+        made = cls(features, tuple(shape), Bounds.read(settings))
         made.load_state_dict(load_file(folder / WEIGHTS))
         return made.to(model.device)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from genpolicy.chain.prior import typical
+from genpolicy.chain.prior import USUAL, Bounds
 from genpolicy.chain.values import Gaussian, expand
 from genpolicy.contracts.model import Model
 from genpolicy.policy.parts._start import SETTINGS, WEIGHTS, begun_by
@@ -25,25 +26,17 @@ class TableStart(nn.Module):
     """x at the first time ~ N(scale mu_i, (scale sigma_i)^2) where the features of what is seen are
     those of row i, and the standard normal elsewhere and at first.
 
-    keys [P,F]: the rows' features. mu, log sigma [P,*E]: a row each. shape, low, high, band: as of
-    `genpolicy.policy.parts.learned_start.LearnedStart`. Raises `ValueError` for keys that can't be
-    told apart.
+    keys [P,F]: the rows' features. mu, log sigma [P,*E]: a row each, brought between ``bounds``.
+    Raises `ValueError` for keys that can't be told apart.
     """
 
     kind: ClassVar[str] = "table_start"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     keys: Tensor
 
-    def __init__(
-        self,
-        keys: Tensor,
-        shape: tuple[int, ...],
-        low: float = -4.0,
-        high: float = 0.3,
-        band: float | None = None,
-    ) -> None:
+    def __init__(self, keys: Tensor, shape: tuple[int, ...], bounds: Bounds = USUAL) -> None:
         super().__init__()
-        self.shape, self.low, self.high, self.band = tuple(shape), low, high, band
+        self.shape, self.bounds = tuple(shape), bounds
         self.register_buffer("keys", keys.detach().float().clone())
         if bool((self._distance(self.keys).fill_diagonal_(math.inf) <= 2 * NEAR).any()):
             raise ValueError("two rows of a table of starts have the same features")
@@ -54,10 +47,7 @@ class TableStart(nn.Module):
         """The distribution of the chain's first state, features [B,F] -> a Gaussian over [B,*E]."""
         row = self._distance(features).argmin(1)
         known = expand(self.known(features).to(features), self.mean)
-        mean = known * self.mean[row]
-        std = (known * self.log_std[row].clamp(self.low, self.high)).exp()
-        if self.band is not None:
-            mean, std = typical(mean, std, self.band)
+        mean, std = self.bounds(known * self.mean[row], known * self.log_std[row])
         return Gaussian(scale * mean, scale * std)
 
     def known(self, features: Tensor) -> Tensor:
@@ -75,7 +65,7 @@ class TableStart(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write keys and rows as safetensors and what rebuilds them as json."""
-        settings = {name: getattr(self, name) for name in ("shape", "low", "high", "band")}
+        settings = {"shape": self.shape, **asdict(self.bounds)}
         (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
         save_file(self.state_dict(), folder / WEIGHTS)
 
@@ -84,6 +74,6 @@ class TableStart(nn.Module):
         """Read the table."""
         tensors = load_file(folder / WEIGHTS)
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        made = cls(tensors["keys"], **settings)
+        made = cls(tensors["keys"], tuple(settings.pop("shape")), Bounds.read(settings))
         made.load_state_dict(tensors)
         return made.to(model.device)
