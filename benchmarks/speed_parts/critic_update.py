@@ -28,13 +28,16 @@ def replay() -> Replay:
     row = torch.arange(DECISIONS)
     length = DECISIONS // 16
     last = row % length == length - 1
+    event = torch.rand(DECISIONS, CHUNK, ACTION) * 2 - 1
     return Replay(
         views=Context([""] * (DECISIONS + 1)),
         now=row,
         after=row + 1,
-        event=torch.rand(DECISIONS, CHUNK, ACTION) * 2 - 1,
+        event=event,
+        start=event,
         rewards=torch.rand(DECISIONS, CHUNK).double(),
         executed=torch.full((DECISIONS,), CHUNK),
+        human=torch.zeros(DECISIONS, CHUNK, dtype=torch.bool),
         terminated=last,
         success=last,
         episode=row // length,

@@ -7,7 +7,7 @@ settled, and again when it has changed (`encoded`).
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -29,18 +29,21 @@ class Replay:
     """R decisions over F views.
 
     views: F observations. now, after [R]: the views before and after each decision (where nothing
-    comes after it, any). event [R,*E]: the chunk, as the chain has it. rewards [R,T]: of its
-    environment steps. executed [R]: how many were taken. terminated [R]: nothing comes after.
-    success [R]: its episode succeeded. episode [R]: whose it is. first [R]: it is the first of its
-    episode.
+    comes after it, any). event [R,*E]: the chunk that was carried out, as the chain has it. start
+    [R,*E]: the noise that it was drawn from, nan where it was not. rewards [R,T]: of its
+    environment steps. executed [R]: how many were taken. human [R,T]: which of them a person took.
+    terminated [R]: nothing comes after. success [R]: its episode succeeded. episode [R]: whose it
+    is. first [R]: it is the first of its episode.
     """
 
     views: Context
     now: Tensor
     after: Tensor
     event: Tensor
+    start: Tensor
     rewards: Tensor
     executed: Tensor
+    human: Tensor
     terminated: Tensor
     success: Tensor
     episode: Tensor
@@ -89,7 +92,9 @@ class Replay:
             now = begin + torch.arange(length)
             row = {"now": now, "after": now + 1, "event": e["x0"], "rewards": e["rewards"].double()}
             row |= {
+                "start": e["start"],
                 "executed": e["executed"],
+                "human": torch.zeros_like(e["rewards"], dtype=torch.bool),
                 "terminated": e["terminated"] | (e["truncated"] & cut_fails),
             }
             row |= {
@@ -122,15 +127,18 @@ class Replay:
         executed = (last - frame + 1).clamp_max(model.executed)
         ends = frame + model.executed > last
         views, actions, _ = data.rows(frame, model.history, model.horizon)
+        event = model.event(actions).cpu()
         inside = steps < executed[:, None]
         rewards = reward[(frame[:, None] + steps).clamp_max(len(frame) - 1)] * inside
         whole = cls(
             views,
             frame,
             torch.minimum(frame + model.executed, last),
-            model.event(actions).cpu(),
+            event,
+            torch.full_like(event, math.nan),
             rewards,
             executed,
+            torch.zeros_like(inside),
             ends & (succeeded | cut_fails),
             succeeded,
             number,
@@ -180,7 +188,7 @@ def outcome(data: Dataset) -> tuple[Tensor, Tensor]:
     return reward, count > 0
 
 
-ROWS = ("now", "after", "event", "rewards", "executed", "terminated", "success", "episode", "first")
+ROWS = tuple(field.name for field in fields(Replay) if field.name != "views")
 """The fields that a `Replay` has of every decision."""
 
 

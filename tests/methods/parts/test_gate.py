@@ -18,7 +18,7 @@ from genpolicy.methods.parts import gate
 from genpolicy.methods.parts.gate import OfflineEvaluation
 from genpolicy.methods.parts.iql import ActionValue
 from genpolicy.policy.weights import Weights
-from genpolicy.rollout.replay import Replay
+from genpolicy.rollout.replay import ROWS, Replay
 from tests.rl100_toy import experiment
 from tests.toy_control import Recorded, prepared
 
@@ -260,7 +260,7 @@ def test_what_comes_after_an_end_is_not_learned(stage, monkeypatch):
     after = torch.where(alone, stage.replay.now, stage.replay.after)
     replay = Replay(
         stage.replay.views,
-        **{**{n: getattr(stage.replay, n) for n in offline_rows}, "after": after},
+        **{**{n: getattr(stage.replay, n) for n in ROWS}, "after": after},
     )
     seen = []
     honest = stage.gate.model.loss
@@ -271,11 +271,6 @@ def test_what_comes_after_an_end_is_not_learned(stage, monkeypatch):
     )
     stage.gate.learn(replay, stage.features, 10)
     assert min(map(float, seen)) > 0
-
-
-offline_rows = [
-    "now", "after", "event", "rewards", "executed", "terminated", "success", "episode", "first",
-]  # fmt: skip
 
 
 def likely_ends(stage, replay):

@@ -38,12 +38,15 @@ def some(rows, chunk=4, terminated=False):
     rewards = random(rows, chunk).double() * (torch.arange(chunk) < executed[:, None])
     end = torch.full((rows,), terminated) if isinstance(terminated, bool) else terminated
     truth, number = torch.ones(rows, dtype=torch.bool), torch.arange(rows)
+    event, human = random(rows, chunk, 2), torch.zeros(rows, chunk, dtype=torch.bool)
     values = (
         number,
         number + rows,
-        random(rows, chunk, 2),
+        event,
+        event,
         rewards,
         executed,
+        human,
         end,
         truth,
         number,
@@ -207,8 +210,10 @@ def walk(chunk):
         place,
         (place + chunk).clamp_max(LENGTH),
         event,
+        event,
         rewards,
         executed,
+        torch.zeros(LENGTH, chunk, dtype=torch.bool),
         ends,
         truth,
         number,

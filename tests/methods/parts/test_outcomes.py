@@ -16,7 +16,7 @@ from genpolicy.rollout.replay import ROWS, Replay, outcome
 from genpolicy.tasks._environments import Environments
 from genpolicy.training.experiment import train
 from tests.rl100_toy import Frames, Outcomes, experiment
-from tests.rollout.test_replay import model
+from tests.rollout.test_replay import equal, model
 from tests.toy_control import Point, Recorded, Walk, prepared
 
 REWARD, SUCCESS = "next.reward", "next.success"
@@ -81,7 +81,7 @@ def test_an_episode_that_failed_has_failed_beside_a_data_set_that_does_not_say()
     won = {int(episode) for episode in both.episode[both.success]}
     assert won == {1, 3, 4}
     for name in set(ROWS) - {"now", "after", "episode"}:
-        assert torch.equal(getattr(both, name)[: len(alone)], getattr(alone, name))
+        assert equal(getattr(both, name)[: len(alone)], getattr(alone, name))
     assert REWARD not in Merged([judged, silent], ["judged", "silent"]).columns
     whole = outcome(Merged([judged, silent], ["judged", "silent"]))[1]
     assert whole.all(), "control: by the columns that both have, every failure is a success"
@@ -93,7 +93,7 @@ def test_several_data_sets_that_say_it_are_what_they_were_together():
     both = Replay.of_dataset(Merged([one, two], ["one", "two"]), model(2), cut_fails=True)
     parts = Replay.cat([Replay.of_dataset(part, model(2), cut_fails=True) for part in (one, two)])
     for name in ROWS:
-        assert torch.equal(getattr(both, name), getattr(parts, name))
+        assert equal(getattr(both, name), getattr(parts, name))
     views = both.views.observation["observation.state"]
     assert torch.equal(views, parts.views.observation["observation.state"])
     assert both.episode.unique().tolist() == [0, 1, 2, 3]
