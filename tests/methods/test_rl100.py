@@ -316,8 +316,10 @@ def test_without_demonstrations_the_critic_sees_the_runs_own_episodes(tmp_path):
         assert 0 < recorded < len(everything)
         lengths[demonstrations] = len(e.replay), len(everything), recorded
         drawn = e.redraw(30, 0)[1]
-        views = e.replay.now[drawn]
-        assert bool((views >= everything.now[recorded]).all()) is not demonstrations
+        first = 0 if demonstrations else recorded
+        assert torch.equal(e.replay.event[drawn], everything.event[first + drawn])
+        views = len(everything.views) - (0 if demonstrations else int(everything.now[recorded]))
+        assert len(e.replay.views) == views
         context, event, _ = e.imitable(torch.arange(int(everything.success.sum())))
         assert len(context) == len(event) == int(everything.success.sum())
     (whole, everything, recorded), (own, same_everything, _) = lengths[True], lengths[False]

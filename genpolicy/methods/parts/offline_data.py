@@ -38,47 +38,50 @@ class Experience:
         self.cut_fails = cut_fails
         self.own = own
         self.iterations: list[int] = []
-        self._everything: tuple[Replay, Replay] | None = None
-        self._told = False
+        self._parts: list[Replay] = []  # the data section's, if there is one, and each iteration's
+        self._everything: Replay | None = None
+        self._whole: Replay | None = None
         self.renew()
         run.register(experience=self)
 
     def renew(self) -> None:
         """Forgets what the encoder made of the views: call it when the encoder has changed."""
+        self._encoded: list[Condition] = []
         self._conditions: Condition | None = None
 
     def add(self, iteration: int) -> None:
         """Adds the episodes that were kept in an iteration."""
         self.iterations.append(iteration)
         self.run.pin(iteration)
-        self._everything = None
-        self.renew()
+        self._everything = self._whole = self._conditions = None
 
     @property
-    def _both(self) -> tuple[Replay, Replay]:
-        """All decisions, and those that critics and models learn from. Raises `ConfigError` where
-        there are none.
+    def parts(self) -> list[Replay]:
+        """The data section's decisions, if there is one, and those of each iteration that was
+        added, each read once.
         """
-        if self._everything is None:
-            data = cast(Dataset | None, self.run.data)
-            parts: list[Replay] = []
-            if data is not None:
-                parts.append(Replay.of_dataset(data, self.model, self.cut_fails))
-                self._tell()
-            given = sum(map(len, parts))
-            for iteration in self.iterations:
-                kept = self.run.kept(iteration)
-                self._require_one_reward([_returns(kept)])
-                parts.append(Replay.of_episodes(kept, self.cut_fails))
-            if not parts or (self.own and not self.iterations):
-                raise ConfigError(
-                    "there is nothing to learn from: name recorded episodes in the data section,"
-                    " or collect some"
-                )
-            whole = Replay.cat(parts)
-            learned = whole[torch.arange(given, len(whole))] if self.own else whole
-            self._everything = whole, learned
-        return self._everything
+        data = cast(Dataset | None, self.run.data)
+        if data is not None and not self._parts:
+            self._parts.append(Replay.of_dataset(data, self.model, self.cut_fails))
+            self._tell()
+        for iteration in self.iterations[len(self._parts) - (data is not None) :]:
+            kept = self.run.kept(iteration)
+            self._require_one_reward([_returns(kept)])
+            self._parts.append(Replay.of_episodes(kept, self.cut_fails))
+        return self._parts
+
+    @property
+    def learned(self) -> list[Replay]:
+        """Those of the `parts` that critics and models learn from. Raises `ConfigError` where there
+        are none.
+        """
+        found = self.parts[1:] if self.own and self.run.data is not None else self.parts
+        if not found:
+            raise ConfigError(
+                "there is nothing to learn from: name recorded episodes in the data section,"
+                " or collect some"
+            )
+        return found
 
     @cached_property
     def _recordings(self) -> list[tuple[str, Dataset]]:
@@ -89,10 +92,7 @@ class Experience:
         return [] if data is None else recordings(data, name)
 
     def _tell(self) -> None:
-        """Says once how many of the data section's episodes succeeded, and what does not say it."""
-        if self._told:
-            return
-        self._told = True
+        """Says how many of the data section's episodes succeeded, and what does not say it."""
         found = [(name, part, outcome(part)[1]) for name, part in self._recordings]
         episodes = sum(len(success) for _, _, success in found)
         succeeded = sum(int(success.sum()) for _, _, success in found)
@@ -142,18 +142,26 @@ class Experience:
     @property
     def everything(self) -> Replay:
         """All decisions, those of the data section first."""
-        return self._both[0]
+        if self._everything is None:
+            learned = self.learned
+            alike = len(learned) == len(self.parts)
+            self._everything = self.replay if alike else Replay.cat(self.parts)
+        return self._everything
 
     @property
     def replay(self) -> Replay:
         """The decisions that critics and models learn from."""
-        return self._both[1]
+        if self._whole is None:
+            self._whole = Replay.cat(self.learned)
+        return self._whole
 
     @property
     def conditions(self) -> Condition:
         """The conditions of the replay's F views, by the encoder as it is."""
         if self._conditions is None:
-            self._conditions = self.replay.encoded(self.model)
+            for part in self.learned[len(self._encoded) :]:
+                self._encoded.append(part.encoded(self.model))
+            self._conditions = torch.cat(self._encoded)  # type: ignore[arg-type]
         return self._conditions
 
     @property
@@ -205,7 +213,7 @@ class Experience:
         self.iterations = list(state["iterations"])
         for iteration in self.iterations:
             self.run.pin(iteration)
-        self._everything = None
+        self._parts, self._everything, self._whole = [], None, None
         self.renew()
 
 
