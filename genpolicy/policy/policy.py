@@ -70,6 +70,7 @@ class ChainPolicy:
     noise: gives the transitions a std of their own in the place of the kernel's.
     judge: values the samples of a decision.
     refiner: moves a sample, (policy, features [B,F], event [B,*E]) -> [B,*E], before it is valued.
+    refined: of ``best_of`` samples so many, those with the highest values, are moved; None: all.
     """
 
     model: Model
@@ -85,6 +86,7 @@ class ChainPolicy:
     noise: Wrapper | None = None
     judge: Judge | None = None
     refiner: "Callable[[ChainPolicy, Tensor, Tensor], Tensor] | None" = None
+    refined: int | None = None
 
     def attach(self, name: str, part: Part) -> "ChainPolicy":
         """The same policy with a part, in the place of the one that had its name.
@@ -178,14 +180,40 @@ class ChainPolicy:
     def _best(
         self, condition: Condition, noise: Noise, previous: Tensor | None, **options: Any
     ) -> Trajectory:
-        assert self.judge is not None, "a best-of-N sampler needs a judge"
         every = torch.arange(len(noise)).repeat_interleave(self.best_of)
         many, draws = condition[every], noise.fan(self.best_of)
         before = None if previous is None else previous[every]
-        drawn = replace(self, best_of=1).sample(many, draws, previous=before, **options)
-        worth = self.judge(self.model.features(condition)[every], self.model.scored(drawn.x0))
-        best = worth.view(-1, self.best_of).argmax(1).cpu()
-        return drawn[best + self.best_of * torch.arange(len(noise))]
+        plain = replace(self, best_of=1, refiner=None)
+        drawn = plain.sample(many, draws, previous=before, **options)
+        x0, best = self.chosen(self.model.features(condition), drawn.x0)
+        return replace(drawn[best.cpu()], x0=x0)
+
+    @torch.no_grad()
+    def chosen(self, features: Tensor, events: Tensor) -> tuple[Tensor, Tensor]:
+        """The event that is carried out of each row's N samples, refined, [B,*E], and its row among
+        all samples, [B].
+
+        features [B,F]; events [B N,*E], a row's samples one after the other.
+        """
+        assert self.judge is not None, "a best-of-N sampler needs a judge"
+        judge, scored = self.judge, self.model.scored
+        samples = len(events) // len(features)
+        row = torch.arange(len(events), device=events.device)
+        seen = features.repeat_interleave(samples, 0)
+        if self.refiner is None:
+            worth = judge(seen, scored(events))
+        elif self.refined is None or self.refined >= samples:
+            events = self.refiner(self, seen, events)
+            worth = judge(seen, scored(events))
+        else:
+            worth = judge(seen, scored(events))
+            highest = worth.view(-1, samples).topk(self.refined, 1).indices
+            moved = (row[::samples, None] + highest).flatten()
+            events = events.clone()
+            events[moved] = self.refiner(self, seen[moved], events[moved])
+            worth[moved] = judge(seen[moved], scored(events[moved]))
+        best = row[::samples] + worth.view(-1, samples).argmax(1)
+        return events[best], best
 
     def actions(self, plan: Tensor) -> Tensor:
         """The actions of a plan [B,T,D] that are carried out before the next decision, in the

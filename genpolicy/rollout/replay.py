@@ -7,7 +7,7 @@ settled, and again when it has changed (`encoded`).
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -162,6 +162,44 @@ class Replay:
             rest = 0.0 if over[row] else found[following[row]] if following[row] > row else math.nan
             found[row] = own[row] + discount[row] * rest
         return torch.tensor(found, dtype=torch.float64)
+
+    def joined(self, length: int) -> "Replay":
+        """Every decision with those that follow it in its episode, up to ``length`` together, as
+        one: what was done, [R,length,*E] (behind the episode's end its last chunk again), what came
+        of it, and what was seen after the last of them.
+        """
+        following = torch.full((len(self.views) + 1,), -1)
+        following[self.now] = torch.arange(len(self))
+        following = torch.where(self.terminated, -1, following[self.after])
+        following = torch.where(following > torch.arange(len(self)), following, -1)
+        last, steps = torch.arange(len(self)), self.rewards.shape[1]
+        rows, before = [], torch.zeros_like(self.executed)
+        rewards = self.rewards.new_zeros(len(self), length * steps)
+        human = self.human.new_zeros(len(self), length * steps)
+        going = torch.ones(len(self), dtype=torch.bool)
+        for _ in range(length):
+            rows.append(last)
+            # place this chunk's steps behind those that were taken before it
+            offset = torch.arange(steps)
+            taken = going[:, None] & (offset < self.executed[last][:, None])
+            row, step = taken.nonzero(as_tuple=True)
+            at = before[row] + step
+            rewards[row, at] = self.rewards[last[row], step]
+            human[row, at] = self.human[last[row], step]
+            before = before + torch.where(going, self.executed[last], 0)
+            going = going & (following[last] >= 0)
+            last = torch.where(going, following[last], last)
+        last = rows[-1]
+        return replace(
+            self,
+            after=self.after[last],
+            event=torch.stack([self.event[row] for row in rows], 1),
+            start=torch.stack([self.start[row] for row in rows], 1),
+            rewards=rewards,
+            executed=before,
+            human=human,
+            terminated=self.terminated[last],
+        )
 
     @torch.no_grad()
     def encoded(self, model: ControlModel) -> Condition:

@@ -63,6 +63,15 @@ class Deployment:
         """Give the deployed policy a part."""
         self.policy = self.policy.attach(name, part)
 
+    def choose_among(self, samples: int) -> None:
+        """Let the deployed policy draw so many samples per decision, by the sampler that
+        `deployed_sampler` picks from, for its critic to pick one.
+        """
+        overrides = {**self.experiment.eval.sampler, "best_of": samples}
+        self.sampler = deployed_sampler(self.experiment.chain, overrides, control=True)
+        model, parts = self.policy.model, self.policy.parts
+        self.policy = make_policy(model, self.sampler, parts, origin=PERSON)
+
     def evaluate(self, iteration: int) -> dict[str, Any]:
         """Return the policy's metrics on the fixed evaluation set, and keep the best policy."""
         metrics = self.examine(self.policy, iteration)

@@ -61,6 +61,11 @@ class Optimizer:
             * (o.final + (1 - o.final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
         )
 
+    def renew(self) -> None:
+        """Forget the moments and the number of updates, as if it had just been made."""
+        self.adamw.state.clear()
+        self.updates = self.overflows = 0
+
     def zero_grad(self) -> None:
         """Forget the gradients."""
         self.adamw.zero_grad(set_to_none=True)

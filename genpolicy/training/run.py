@@ -252,11 +252,14 @@ class Run:
 
     # Drawing
 
-    def noise(self, purpose: str, place: Tensor, number: int = 0) -> Noise:
+    def noise(
+        self, purpose: str, place: Tensor, number: int = 0, iteration: int | None = None
+    ) -> Noise:
         """Standard normal noise of the rows ``place`` [B], a pure function of purpose, seed,
-        iteration, number and place.
+        iteration (by default this one's), number and place.
         """
-        return self._draws.noise(purpose, self.iteration, place, number)
+        at = self.iteration if iteration is None else iteration
+        return self._draws.noise(purpose, at, place, number)
 
     def rows(
         self, count: int, size: int | tuple[int, ...], purpose: str, number: int = 0
@@ -395,6 +398,14 @@ class Run:
             self.state.own_part(name, part)
             self.policy = policy
             self.deployment.attach(name, part)
+
+    def choose_among(self, samples: int) -> None:
+        """Let the policy that collects and the one that is deployed draw ``samples`` per decision,
+        of which their critic, a part, picks the one that is carried out. It is not saved with the
+        run: a resumed one says it again when it attaches the critic.
+        """
+        self.policy = replace(self.policy, best_of=samples)
+        self.deployment.choose_among(samples)
 
     def awaits(self, name: str) -> bool:
         """True where the checkpoint has a part of this name that is not attached again yet."""

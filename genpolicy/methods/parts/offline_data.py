@@ -161,7 +161,8 @@ class Experience:
         if self._conditions is None:
             for part in self.learned[len(self._encoded) :]:
                 self._encoded.append(part.encoded(self.model))
-            self._conditions = torch.cat(self._encoded)  # type: ignore[arg-type]
+            whole: Condition = torch.cat(self._encoded)  # type: ignore[arg-type]
+            self._conditions = whole
         return self._conditions
 
     @property
@@ -197,6 +198,16 @@ class Experience:
     def seen(self, index: Tensor) -> Tensor:
         """The views of the recorded decisions ``index`` [R] as critics see them, Float[R,D]."""
         return self.features[self.replay.now[index]]
+
+    def done(self, rows: Tensor) -> tuple[Context, Tensor, Tensor | None]:
+        """Reads the replay's decisions ``rows``, as a source of
+        `genpolicy.methods.parts.imitation`: what was carried out counts.
+        """
+        replay = self.replay
+        steps = torch.arange(replay.rewards.shape[1])
+        event = replay.event[rows].to(self.model.device)
+        mask = self.model.event_mask(steps >= replay.executed[rows][:, None])
+        return replay.views[replay.now[rows]], event, mask
 
     def imitable(self, rows: Tensor) -> tuple[Context, Tensor, None]:
         """Reads decisions of episodes that succeeded, as a source of

@@ -26,14 +26,23 @@ class Refiner:
     rate: float  # event units per unit of dQ/da
     low: float = -1.0  # event units
     high: float = 1.0  # event units
+    # of several samples so many, the highest valued, are moved; None: all
+    refined: int | None = None
 
     kind: ClassVar[str] = "refiner"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __call__(self, policy: ChainPolicy, features: Tensor, event: Tensor) -> Tensor:
+        return self.climbed(policy, features, event)[0]
+
+    def climbed(
+        self, policy: ChainPolicy, features: Tensor, event: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The best iterate of each event [B,*E], and its number, [B]: 0 is the event as it came."""
         assert policy.judge is not None
         best, at = event, event
         highest = torch.full((len(event),), -torch.inf, device=event.device)
+        number = torch.zeros(len(event), dtype=torch.long, device=event.device)
         for step in range(self.steps + 1):
             with torch.enable_grad():
                 at = at.detach().requires_grad_(True)
@@ -42,16 +51,17 @@ class Refiner:
             # keep the best iterate of each row
             better = value.detach() > highest
             highest = torch.where(better, value.detach(), highest)
+            number = torch.where(better, step, number)
             best = torch.where(better.view(-1, *[1] * (at.ndim - 1)), at.detach(), best)
             if step < self.steps:
                 at = (at.detach() + self.rate * gradient).clamp(self.low, self.high)
-        return best
+        return best, number
 
     def attach(self, policy: ChainPolicy) -> ChainPolicy:
         """The policy whose samples are refined; `ValueError` where it has no critic."""
         if policy.judge is None:
             raise ValueError("a refiner follows the policy's critic: attach a best_of part first")
-        return replace(policy, refiner=self)
+        return replace(policy, refiner=self, refined=self.refined)
 
     def save(self, folder: Path) -> None:
         """Write the settings as json."""

@@ -1,0 +1,93 @@
+"""The loop of methods that learn from everything that was done: episodes, the policy's samples at
+all that was seen, and a critic of chunks.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from genpolicy.methods.parts.cached_samples import CachedSamples
+from genpolicy.methods.parts.chunk_critic import ChunkCritic, Following, Valuing
+from genpolicy.methods.parts.imitation import Imitation
+from genpolicy.methods.parts.practice import Episodes, Practice
+from genpolicy.training.run import Run
+
+
+class OffPolicy:
+    """Episodes, cached samples of the policy and a critic, in one loop.
+
+    part: the name of a part that `begin` attaches, by which a resumed run knows that it has begun.
+    acts: True where the critic is that part.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        practice: Practice,
+        critic: Valuing,
+        *,
+        gamma: float,
+        cut_fails: bool,
+        samples: int,
+        part: str | None = "best_of",
+    ) -> None:
+        self.run = run
+        self.episodes = Episodes(run, practice, cut_fails)
+        self.experience = self.episodes.experience
+        self.samples = CachedSamples(run, self.experience, samples)
+        self.critic = ChunkCritic(run, critic, gamma, acts=part == "best_of")
+        self.part = part
+        self.updates = 0  # of the critic in this iteration
+
+    def train(
+        self,
+        begin: Callable[[], None],
+        improve: Callable[[], None],
+        learn: Callable[[], None],
+    ) -> None:
+        """Trains until the budget is spent.
+
+        begin: called once, when there is something to learn from and before the critic learns:
+        attaches what acts from then on (and again in a resumed run). improve: the policy, in every
+        later iteration, before the critic learns from its episodes. learn: the iteration's
+        ``updates`` of the critic.
+        """
+        run, critic = self.run, self.critic
+        for iteration in run.iterations():
+            if self.part is not None and run.awaits(self.part):
+                begin()
+            steps = self.episodes.gather()
+            self.updates = round(critic.settings.per_step * steps)
+            if iteration == 1:
+                critic.standardise(self.experience.features)
+                begin()
+                self.updates = critic.settings.first
+            else:
+                improve()
+            learn()
+            if iteration == 1:  # what follows is learned online
+                critic.renew_optimizer()
+
+    def learn(self, following: Following | None = None) -> None:
+        """Makes the iteration's updates of the critic. following: what the policy carries out at
+        views; by default what its critic picks.
+        """
+        replay, features = self.experience.replay, self.experience.features
+        before = self.episodes.before
+        self.critic.learn(
+            replay, features, before, self.updates, following or self.chosen, self.samples.at
+        )
+
+    def chosen(self, views: Tensor, features: Tensor) -> Tensor:
+        """The chunk that the policy's critic picks of its cached samples at views [b], [b,*E]."""
+        return self.run.policy.chosen(features, self.samples.at(views).flatten(0, 1))[0]
+
+    def imitate_everything(self, updates: int, batch: int) -> None:
+        """Imitates what was carried out, whoever did it."""
+        Imitation(self.run, self.experience.done, len(self.experience.replay), batch)(updates)
+        self.changed()
+
+    def changed(self) -> None:
+        """Forgets what the policy, and its encoder, made of the views: they have learned."""
+        self.experience.renew()
+        self.samples.renew()
