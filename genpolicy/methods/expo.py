@@ -24,6 +24,7 @@ from torch import Tensor
 
 from genpolicy.config.errors import at_least, at_most, positive, share
 from genpolicy.config.schema import OptimizerConfig
+from genpolicy.learning.squashed import EntropyWeight
 from genpolicy.methods.parts.chunk_critic import Valuing, mixed_rows
 from genpolicy.methods.parts.off_policy import OffPolicy
 from genpolicy.methods.parts.practice import Practice
@@ -77,19 +78,17 @@ class _Editing:
             samples=settings.samples,
         )
         model = run.policy.model
-        self.dims = math.prod(model.event_shape)
-        self.editor = Editor(run.features, self.dims, settings.size, edited=settings.edited).to(
+        dims = math.prod(model.event_shape)
+        self.editor = Editor(run.features, dims, settings.size, edited=settings.edited).to(
             model.device
         )
-        self.log_alpha = torch.nn.Parameter(
-            torch.tensor(math.log(settings.alpha), device=model.device)
-        )
+        target = -dims / 2 + dims * math.log(settings.size)
+        self.entropy = EntropyWeight(settings.alpha, target).to(model.device)
         self.optimizer = run.new_optimizer(
-            [*self.editor.parameters(), self.log_alpha],
+            [*self.editor.parameters(), *self.entropy.parameters()],
             OptimizerConfig(lr=settings.lr, weight_decay=0.0),
         )
-        alpha = torch.nn.ParameterDict({"log_alpha": self.log_alpha})
-        run.register(editor_optimizer=self.optimizer, alpha=alpha)
+        run.register(editor_optimizer=self.optimizer, entropy=self.entropy)
 
     def train(self) -> None:
         self.world.train(self._begin, self._improve, self.world.learn)
@@ -123,22 +122,10 @@ class _Editing:
             def losses(
                 part: slice, seen: Tensor = seen, event: Tensor = event, eps: Tensor = eps
             ) -> tuple[Tensor, dict[str, Tensor]]:
-                gaussian = self.editor.before_squashing(seen[part], event[part])
-                raw = gaussian.sample(eps[part])
-                edited = self.editor.moved(event[part], raw.tanh())
+                edit, log_prob = self.editor.edits(seen[part], event[part]).drawn(eps[part])
+                edited = self.editor.moved(event[part], edit)
                 worth = world.critic.q(seen[part], scored(edited)).mean(0)
-                return self.loss(self.editor.log_prob(gaussian, raw), worth)
+                return self.entropy.loss(log_prob, worth)
 
             run.descend(losses, len(rows), "editor", self.optimizer)
-        # the editor's gradients also reached the critic's networks
-        world.critic.optimizer.zero_grad()
-
-    def loss(self, log_prob: Tensor, worth: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of editor and alpha, [b], and its metrics [b]. log_prob, worth [b]: of drawn
-        edits.
-        """
-        target = -self.dims / 2 + self.dims * math.log(self.settings.size)
-        alpha = self.log_alpha.exp()
-        entropy = -log_prob.detach()
-        loss = alpha.detach() * log_prob - worth + alpha * (entropy - target)
-        return loss, {"entropy": entropy, "alpha": alpha.detach().expand(len(worth))}
+        world.critic.optimizer.zero_grad()  # the loss reached the critic's networks too

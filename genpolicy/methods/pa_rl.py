@@ -10,8 +10,9 @@ what came of it with its own supervised loss. Q is never differentiated through 
              the k - 1 best samples and the recorded chunk, refined
 
 Any policy that samples and imitates will do: denoising, flow or tokens. First Q learns from
-recorded episodes and a warm-up; then, in turn, episodes of a*, distillation (before Q learns from
-them), Q. Global step, local step and critic are saved with the policy and act where it is deployed.
+recorded episodes and those of the first iteration; then, in turn, episodes of a*, distillation
+(before Q learns from them), Q. Global step, local step and critic are saved with the policy and act
+where it is deployed.
 
 Differs from the public code (MaxSobolMark/PolicyAgnosticRL): chunks; softmax over Q standardised in
 each state (theirs of raw Q, whose sharpness is the reward's scale); the local step's rate is in

@@ -1,5 +1,6 @@
 """Samples of a policy at recorded views, drawn once for each version of the policy."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.methods.parts.offline_data import Experience
+from genpolicy.policy.policy import ChainPolicy
 from genpolicy.training.run import Run
 
 AT_ONCE = 4096
@@ -25,47 +27,68 @@ class CachedSamples:
     changed and before anything is asked for again.
     """
 
-    def __init__(self, run: Run, experience: Experience, count: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        experience: Experience,
+        count: int,
+        draws: Callable[[], ChainPolicy] | None = None,
+    ) -> None:
+        """draws: the policy that draws, by default the run's, without its critic's choice."""
         self.run, self.experience, self.count = run, experience, count
+        self.draws = draws or (lambda: run.policy)
         self.version = 0
-        self._drawn: list[Tensor] = []
-        self._all: Tensor | None = None
+        self._forget()
         run.register(cached_samples=self)
 
     def renew(self) -> None:
         """Forgets the samples of the policy as it was."""
         self.version = self.run.iteration
-        self._drawn, self._all = [], None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._drawn: list[tuple[Tensor, Tensor]] = []
+        self._all: tuple[Tensor, Tensor] | None = None
 
     def at(self, views: Tensor) -> Tensor:
         """The samples at the views [b] of the replay, Float[b,N,*E]."""
+        return self._whole()[0][views]
+
+    def starts(self, views: Tensor) -> Tensor:
+        """The noise that each of them was drawn from, Float[b,N,*E]."""
+        return self._whole()[1][views]
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
         parts = self.experience.learned
         if self._all is None or len(self._drawn) < len(parts):
             while len(self._drawn) < len(parts):
-                begin = sum(map(len, self._drawn))
+                begin = sum(len(x0) for x0, _ in self._drawn)
                 self._drawn.append(self._draw(begin, begin + len(parts[len(self._drawn)].views)))
-            self._all = torch.cat(self._drawn)
-        return self._all[views]
+            x0, start = zip(*self._drawn, strict=True)
+            self._all = torch.cat(x0), torch.cat(start)
+        return self._all
 
     @torch.no_grad()
-    def _draw(self, begin: int, end: int) -> Tensor:
-        """The samples at the views from ``begin`` to ``end``."""
-        run, count = self.run, self.count
-        policy = replace(run.policy, best_of=1, refiner=None)
+    def _draw(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """The samples at the views from ``begin`` to ``end``, and their starts."""
+        count, policy = self.count, replace(self.draws(), best_of=1, refiner=None)
         conditions = self.experience.conditions
         rows = torch.arange(begin, end).repeat_interleave(count)
         member = torch.arange(count).repeat(end - begin)
-        noise = run.noise("cached samples", rows, iteration=self.version)
+        noise = self.run.noise("cached samples", rows, iteration=self.version)
         noise = replace(noise, member=member)
-        found = [
-            policy.sample(conditions[rows[part]], noise[part], keep=(0, 0)).x0
-            for part in torch.arange(len(rows)).split(AT_ONCE)
-        ]
-        return torch.cat(found).unflatten(0, (end - begin, count))
+        x0, start = [], []
+        for part in torch.arange(len(rows)).split(AT_ONCE):
+            found = policy.sample(conditions[rows[part]], noise[part], keep=(0, 0))
+            assert found.start is not None
+            x0.append(found.x0)
+            start.append(found.start / policy.chain.scale)
+        shape = (end - begin, count)
+        return torch.cat(x0).unflatten(0, shape), torch.cat(start).unflatten(0, shape)
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": self.version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.version = state["version"]
-        self._drawn, self._all = [], None
+        self._forget()

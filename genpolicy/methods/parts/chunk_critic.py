@@ -46,9 +46,9 @@ class Valuing:
     pessimism: float = 0.0  # stds over the networks taken off Q where samples are ranked; PA-RL
     hidden: int = 256  # units of each of two layers; PA-RL
     first: int = 2000  # updates before the critic first acts
-    per_step: float = 0.25  # updates per environment step after that
+    updates: int = 300  # per iteration after that
     batch: int = 256  # decisions per update, of all processes together; PA-RL
-    # share of a batch from the data section and the warm-up, the rest from later episodes; RLPD
+    # share of a batch from the data section and the first iteration, the rest from later ones; RLPD
     offline: float = 0.5
     lr: float = 3e-4  # learning rate; PA-RL
     # rate per update at which the target follows (`ActionValue` says why not .005)
@@ -62,9 +62,11 @@ class Valuing:
     def __post_init__(self) -> None:
         where = "method: critic"
         choice(f"{where}: kind", self.kind, ("rlpd", "cal_ql", "iql"))
-        at_least(where, self, members=1, subset=1, pessimism=0, hidden=1, first=1, batch=1)
+        at_least(
+            where, self, members=1, subset=1, pessimism=0, hidden=1, first=1, updates=1, batch=1
+        )
         at_least(where, self, conservative=0, bins=0)
-        positive(where, self, "per_step", "lr", "polyak")
+        positive(where, self, "lr", "polyak")
         share(where, self, "offline", "polyak", "expectile")
         at_most(where, self, subset=self.members)
         try:

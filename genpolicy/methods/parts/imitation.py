@@ -62,6 +62,7 @@ class Imitation:
     source: Source
     rows: int  # rows of the source, each drawn with the same probability
     batch: int  # rows per update, of all processes together
+    weights: Tensor | None = None  # of the source's rows, [rows]; None: all alike
 
     def __call__(self, updates: int) -> None:
         """Makes ``updates`` updates and counts their rows as samples."""
@@ -79,8 +80,8 @@ class Imitation:
             context, event, mask = self.source(rows[part])
             condition, penalty = model.supervised(context, chance[part])
             drawn = noise[part].to(event)
-            loss = run.policy.supervised_loss(condition, event, times[part], drawn, mask)
-            return loss + penalty
+            loss = run.policy.supervised_loss(condition, event, times[part], drawn, mask) + penalty
+            return loss if self.weights is None else self.weights[rows[part]].to(loss) * loss
 
         run.descend(losses, len(rows), "bc")
 

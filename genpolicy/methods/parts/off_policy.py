@@ -10,14 +10,15 @@ from genpolicy.methods.parts.cached_samples import CachedSamples
 from genpolicy.methods.parts.chunk_critic import ChunkCritic, Following, Valuing
 from genpolicy.methods.parts.imitation import Imitation
 from genpolicy.methods.parts.practice import Episodes, Practice
+from genpolicy.policy.policy import ChainPolicy
 from genpolicy.training.run import Run
 
 
 class OffPolicy:
     """Episodes, cached samples of the policy and a critic, in one loop.
 
-    part: the name of a part that `begin` attaches, by which a resumed run knows that it has begun.
-    acts: True where the critic is that part.
+    part: the name of a part that `train`'s ``begin`` attaches, by which a resumed run knows that it
+    has begun; "best_of" is the critic itself. draws: see `CachedSamples`.
     """
 
     def __init__(
@@ -30,11 +31,12 @@ class OffPolicy:
         cut_fails: bool,
         samples: int,
         part: str | None = "best_of",
+        draws: Callable[[], ChainPolicy] | None = None,
     ) -> None:
         self.run = run
         self.episodes = Episodes(run, practice, cut_fails)
         self.experience = self.episodes.experience
-        self.samples = CachedSamples(run, self.experience, samples)
+        self.samples = CachedSamples(run, self.experience, samples, draws)
         self.critic = ChunkCritic(run, critic, gamma, acts=part == "best_of")
         self.part = part
         self.updates = 0  # of the critic in this iteration
@@ -56,8 +58,8 @@ class OffPolicy:
         for iteration in run.iterations():
             if self.part is not None and run.awaits(self.part):
                 begin()
-            steps = self.episodes.gather()
-            self.updates = round(critic.settings.per_step * steps)
+            self.episodes.gather()
+            self.updates = critic.settings.updates
             if iteration == 1:
                 critic.standardise(self.experience.features)
                 begin()

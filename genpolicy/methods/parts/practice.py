@@ -1,5 +1,5 @@
-"""The episodes of a method that learns from everything that was done: those that there are, a
-warm-up, and a few in every iteration.
+"""The episodes of a method that learns from everything that was done: those that there are, some in
+the first iteration, and a few in every later one.
 """
 
 from dataclasses import dataclass
@@ -15,45 +15,41 @@ class Practice:
 
     # of the policy as it came, in the first iteration, from which critics first learn, beside the
     # data section's; 0: from those alone
-    warm_up: int = 50
+    first: int = 50
     episodes: int = 10  # per iteration after that
 
     def __post_init__(self) -> None:
-        at_least("method: practice", self, warm_up=0, episodes=1)
+        at_least("method: practice", self, first=0, episodes=1)
 
 
 class Episodes:
-    """A run's episodes as one replay, whose first decisions, the data section's and the warm-up's,
-    are those before the policy improved.
+    """A run's episodes as one replay, whose first decisions, the data section's and the first
+    iteration's, are those before the policy improved.
     """
 
     def __init__(self, run: Run, settings: Practice, cut_fails: bool) -> None:
-        if run.data is None and not settings.warm_up:
+        if run.data is None and not settings.first:
             raise ConfigError(
                 "there is nothing that critics could first learn from: name recorded episodes in"
-                " the data section, or let some be played (method: practice.warm_up)"
+                " the data section, or let some be played (method: practice.first)"
             )
         self.run, self.settings = run, settings
-        for name in ("warm_up", "episodes"):
+        for name in ("first", "episodes"):
             if count := getattr(settings, name):
                 run.require_split(f"method: practice.{name}", count)
         self.experience = Experience(run, cut_fails)
 
-    def gather(self) -> float:
-        """Plays the iteration's episodes with the policy that acts now; returns the environment
-        steps that they took, of all processes.
-        """
+    def gather(self) -> None:
+        """Plays the iteration's episodes with the policy that acts now."""
         run = self.run
-        episodes = self.settings.warm_up if run.iteration == 1 else self.settings.episodes
-        if not episodes:
-            return 0.0
-        rollout = run.collect(episodes, 1, keep=True)
-        self.experience.add(run.iteration)
-        return run.processes.sum(float(rollout.decisions.executed.sum()))
+        episodes = self.settings.first if run.iteration == 1 else self.settings.episodes
+        if episodes:
+            run.collect(episodes, 1, keep=True)
+            self.experience.add(run.iteration)
 
     @property
     def before(self) -> int:
         """The number of the replay's decisions that are older than the policy's improvement."""
         parts = self.experience.learned
-        first = (self.run.data is not None) + (self.settings.warm_up > 0)
+        first = (self.run.data is not None) + (self.settings.first > 0)
         return sum(map(len, parts[:first]))

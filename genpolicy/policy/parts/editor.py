@@ -10,13 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from genpolicy.chain.values import Gaussian
 from genpolicy.contracts.model import Model
+from genpolicy.learning.squashed import Squashed, SquashedActor
 from genpolicy.policy.policy import ChainPolicy
 
 WEIGHTS, SETTINGS = "editor.safetensors", "editor.json"
-LOW, HIGH = -5.0, 2.0
-"""Bounds of log std, before the squashing."""
 
 
 class Editor(nn.Module):
@@ -50,42 +48,21 @@ class Editor(nn.Module):
             "edited": edited,
             "hidden": hidden,
         }
-        self.size, self.bound, self.edited = size, bound, edited
-        self.network = nn.Sequential(
-            nn.LayerNorm(features + dims),
-            nn.Linear(features + dims, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, 2 * dims),
-        )
-        nn.init.zeros_(self.network[-1].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.network[-1].bias)  # type: ignore[arg-type]
+        self.bound, self.edited = bound, edited
+        self.actor = SquashedActor(features + dims, dims, size, hidden)
 
-    def before_squashing(self, features: Tensor, event: Tensor) -> Gaussian:
-        """The Gaussian whose tanh u is: features [B,F], event [B,*E] -> over [B,*E]."""
-        seen = torch.cat([features, event.flatten(1)], 1)
-        mean, log_std = self.network(seen).chunk(2, 1)
-        # between the bounds by tanh, so that the gradient ends nowhere
-        log_std = LOW + (HIGH - LOW) * (log_std.tanh() + 1) / 2
-        return Gaussian(mean.view_as(event), log_std.exp().view_as(event))
+    def edits(self, features: Tensor, event: Tensor) -> Squashed:
+        """The distribution of size u: features [B,F], event [B,*E] -> over [B,*E]."""
+        return self.actor(torch.cat([features, event.flatten(1)], 1), tuple(event.shape[1:]))
 
-    def moved(self, event: Tensor, u: Tensor) -> Tensor:
-        """The event, edited by u, [B,*E] each."""
-        return (event + self.size * u).clamp(-self.bound, self.bound)
-
-    def log_prob(self, gaussian: Gaussian, raw: Tensor) -> Tensor:
-        """log density of the edit size tanh(raw) where raw [B,*E] was drawn from the Gaussian, [B]:
-        log N(raw) - sum log(1 - tanh(raw)^2) - d log size.
-        """
-        plain = gaussian.log_prob(raw, reduce="sum")
-        slope = 2 * (math.log(2) - raw - nn.functional.softplus(-2 * raw))  # log(1 - tanh^2)
-        return plain - slope.flatten(1).sum(1) - slope[0].numel() * math.log(self.size)
+    def moved(self, event: Tensor, edit: Tensor) -> Tensor:
+        """The event, edited, [B,*E] each."""
+        return (event + edit).clamp(-self.bound, self.bound)
 
     def forward(self, policy: ChainPolicy, features: Tensor, event: Tensor) -> Tensor:
         assert policy.judge is not None
         scored = policy.model.scored
-        edited = self.moved(event, self.before_squashing(features, event).mean.tanh())
+        edited = self.moved(event, self.edits(features, event).mode)
         better = policy.judge(features, scored(edited)) > policy.judge(features, scored(event))
         return torch.where(better.view(-1, *[1] * (event.ndim - 1)), edited, event)
 
