@@ -158,7 +158,7 @@ class _Page:
 
     def found(self, known: int, asked: int) -> None:
         played = (
-            f"the other {asked - known} are played, that which was in flight again"
+            f"the other {asked - known} are played, those in flight again from their beginning"
             if known < asked
             else "none is played"
         )
