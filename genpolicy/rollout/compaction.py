@@ -129,8 +129,8 @@ def as_frames(
         EXECUTED: executed[decision],
     }
     columns = {column: value[:, None] for column, value in columns.items()}
-    start = episode["start"]
-    if start[0].numel() <= SMALL:
+    start = episode["start"].flatten(1)  # LeRobot's tools merge no columns of matrices
+    if start.shape[1] <= SMALL:
         columns[START] = start[decision]
     low, high = torch.tensor(task.action_low), torch.tensor(task.action_high)
     return Demonstration(

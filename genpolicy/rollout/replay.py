@@ -238,13 +238,13 @@ def _noise(data: Dataset, event: Tensor, executed: Tensor, human: Tensor) -> Ten
     """
     noise = torch.full_like(event, math.nan)
     start = data.columns.get(START)
-    if start is None or start.shape != event.shape:
+    if start is None or start.shape != event.flatten(1).shape:
         return noise
     begins = torch.ones_like(human)
     decision = torch.stack([data.episode.double(), data.columns[DECISION].flatten().double()])
     begins[1:] = (decision[:, 1:] != decision[:, :-1]).any(0)
     whole = begins & ~human & (executed == data.columns[EXECUTED].flatten())
-    noise[whole] = start[whole]
+    noise[whole] = start[whole].view_as(event[whole])
     return noise
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context
 from genpolicy.rollout.frames import PICTURES
@@ -50,8 +51,9 @@ def decisions(episode: Mapping[str, Any], model: ControlModel | None) -> Kept:
     person takes over, or hands back, between two steps of one. What a person did was drawn from no
     noise; its event is made of the executed actions.
 
-    Raises `ValueError` where a person acted and there is no ``model`` to make events, and where a
-    decision is both a person's and the policy's and what was seen in between was not kept.
+    Raises `ValueError` where a person acted and there is no ``model`` to make events, and
+    `ConfigError` where a decision is both a person's and the policy's and what was seen in between
+    was not kept.
     """
     executed, rewards = episode["executed"], episode["rewards"].double()
     steps = torch.arange(rewards.shape[1])
@@ -101,7 +103,7 @@ def _views(
         seen = episode["observation"]
         return Context(prompts, {name: value[decision] for name, value in seen.items()})
     if FRAMES not in episode:
-        raise ValueError(
+        raise ConfigError(
             "a decision of this episode is both a person's and the policy's, and what was seen when"
             " one followed the other was not kept: collect with record: true in the experiment"
         )

@@ -102,11 +102,36 @@ def test_lerobot_reads_what_was_lived(made):
         decision = torch.arange(len(taken)).repeat_interleave(episode["executed"])
         assert torch.equal(found[DECISION], decision)
         assert torch.equal(found[EXECUTED], episode["executed"][decision])
-        assert torch.equal(found[START], episode["start"][decision])
+        assert torch.equal(found[START], episode["start"][decision].flatten(1))
     assert at == len(theirs)
     assert columns[TRUNCATED].any()
     assert columns[SUCCESS].any()
     assert columns[INTERVENTION].any()
+
+
+def test_lerobots_own_tools_work_on_it(made, tmp_path):
+    """Merging, deleting episodes, its replay buffer, and what a policy of its would take."""
+    _, folder = made
+    with quiet():
+        from lerobot.datasets.dataset_tools import delete_episodes, merge_datasets
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset as Theirs
+        from lerobot.rl.buffer import ReplayBuffer
+        from lerobot.utils.feature_utils import dataset_to_policy_features
+
+        theirs = Theirs("local/set", root=folder)
+        assert set(dataset_to_policy_features(theirs.meta.features)) == {STATE, GOAL, "action"}
+        merge_datasets([theirs, theirs], output_repo_id="local/two", output_dir=tmp_path / "two")
+        delete_episodes(theirs, [0], repo_id="local/less", output_dir=tmp_path / "less")
+        buffer = ReplayBuffer.from_lerobot_dataset(
+            theirs, device="cpu", state_keys=[STATE], capacity=1000
+        )
+    assert len(buffer) == len(theirs)
+    assert int(buffer.dones[: len(buffer)].sum()) == ITERATIONS * EPISODES
+    ours = LeRobotDataset(str(folder))
+    twice, less = (LeRobotDataset(str(tmp_path / name)) for name in ("two", "less"))
+    for name, values in ours.columns.items():
+        assert torch.equal(twice.columns[name], torch.cat([values, values])), name
+        assert torch.equal(less.columns[name], values[ours.episode > 0]), name
 
 
 def test_the_data_set_tells_a_replay_what_the_journal_does(made):

@@ -160,7 +160,7 @@ def test_the_noise_of_a_decision_is_known_where_it_began_and_for_a_whole_chunk()
         DECISION: torch.tensor([0.0, 0, 1, 2, 2, 3])[:, None],
         EXECUTED: torch.tensor([2.0, 2, 1, 2, 2, 1])[:, None],
         INTERVENTION: torch.tensor([0.0, 0, 0, 1, 1, 0])[:, None],
-        START: torch.arange(12.0).view(6, 2, 1),
+        START: torch.arange(12.0).view(6, 2),
     }
     found = Replay.of_dataset(data, model(2), cut_fails=True)
     known = (~found.start.isnan().flatten(1)).all(1).tolist()
@@ -259,7 +259,7 @@ def test_a_decision_of_both_is_cut_where_the_other_begins():
     returns = found.returns(GAMMA)[:6]
     whole = [sum(i * GAMMA ** (i - row[0]) for i in range(row[0], 10)) for row in once]
     assert returns.tolist() == pytest.approx(whole)
-    with pytest.raises(ValueError, match=r"record: true"):
+    with pytest.raises(ConfigError, match=r"record: true"):
         Replay.of_episodes([{n: v for n, v in made.items() if n != FRAMES}], model=model(3))
 
 
