@@ -54,6 +54,7 @@ def command_line() -> Parser:
     _train(verbs)
     _evaluate(verbs)
     _demonstrate(verbs)
+    _compact(verbs)
     _compare(verbs)
     _sample(verbs)
     _export(verbs)
@@ -199,6 +200,14 @@ def _demonstrate(verbs: Any) -> None:
         "--seed", type=int, default=10_000, help="of the first start (default: %(default)s)"
     )
     verb.add_argument("--by", metavar="POLICY", help="who acts (default: the task's expert)")
+    _trust(verb)
+
+
+def _compact(verbs: Any) -> None:
+    text = "Write the episodes that a run has kept (record: true) as one data set."
+    verb = _verb(verbs, "compact", text, "compact")
+    verb.add_argument("run", metavar="RUN", help="a run's folder")
+    verb.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     _trust(verb)
 
 

@@ -153,6 +153,9 @@ class Experiment:
     # CPU threads per process; small networks are fastest on 1; None is torch's number
     threads: int | None = None
     environments: int = 20  # environments side by side, per process
+    # keep every episode that is collected in environments as long as the run, frame by frame, so
+    # that `genpolicy compact` can write all of them as a data set (docs/replay.md)
+    record: bool = False
     # rows per forward and backward; auto takes all, halved when memory runs out
     micro_batch: int | str = "auto"
     checkpoint_every: int = 20  # iterations between checkpoints

@@ -70,10 +70,14 @@ class DatasetWriter(Protocol):
     """A leaf of datasets/ that episodes can be recorded as."""
 
     def recording(
-        self, out: Path, task: ControlTask, made: Mapping[str, Any]
+        self,
+        out: Path,
+        task: ControlTask,
+        made: Mapping[str, Any],
+        columns: Mapping[str, Tensor] | None = None,
     ) -> AbstractContextManager[Callable[[Demonstration], None]]:
         """A data set of ``task`` that is being written to the new folder ``out``: hand it episodes,
-        one by one.
+        one by one. columns: those that every episode has besides, each with the [L,*shape] of one.
 
         Leaving it makes the finished folder appear; leaving it by an exception leaves nothing
         behind. ``made`` says how the data set was made; it is written down at the end, and may be

@@ -110,15 +110,20 @@ class Environments(Protocol):
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One episode of somebody who knows the task, L steps: observation name -> [L,*shape] (what was
-    seen before each action), actions [L,D] as executed, rewards [L], and whether it succeeded. All
-    fp32 on the CPU.
+    """One recorded episode, often of somebody who knows the task, of L steps: observation name ->
+    [L,*shape] (what was seen before each action; pictures in [0,1], or bytes), actions [L,D] as
+    executed, rewards [L], and whether it succeeded. All fp32 on the CPU.
+
+    instruction: what was asked, in words; None: what the task says. columns: what else is recorded
+    of every step, name -> [L,*shape].
     """
 
     observation: Mapping[str, Tensor]
     actions: Tensor
     rewards: Tensor
     success: bool
+    instruction: str | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""Writes demonstrations as a LeRobotDataset (v3), whole or not at all."""
+"""Writes episodes as a LeRobotDataset (v3), whole or not at all."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ from genpolicy.datasets._lerobot_import import quiet
 
 @contextmanager
 def recording(
-    out: Path, task: ControlTask, made: Mapping[str, Any]
+    out: Path, task: ControlTask, made: Mapping[str, Any], columns: Mapping[str, Tensor]
 ) -> Iterator[Callable[[Demonstration], None]]:
     """Fills `genpolicy.contracts.dataset.DatasetWriter`; ``made`` becomes meta/genpolicy.json, with
     the checksums of all other files.
@@ -34,7 +34,7 @@ def recording(
             writing = Theirs.create(
                 repo_id=f"local/{out.name}",
                 fps=task.fps,
-                features=_features(task),
+                features={**_features(task), **_described(columns)},
                 root=staged,
                 use_videos=False,
             )
@@ -63,6 +63,18 @@ def _features(task: ControlTask) -> dict[str, dict[str, Any]]:
     return features
 
 
+def _described(columns: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """The features of further columns, [L,*shape] each."""
+    return {
+        name: {
+            "dtype": str(value.numpy().dtype),
+            "shape": tuple(value.shape[1:]),
+            "names": None,
+        }
+        for name, value in columns.items()
+    }
+
+
 def _is_picture(name: str) -> bool:
     return name.startswith("observation.image")
 
@@ -72,6 +84,7 @@ def _add(writing: Any, episode: Demonstration, task: ControlTask) -> None:
     one that succeeded.
     """
     seen = {name: _frames(name, value) for name, value in episode.observation.items()}
+    seen |= {name: value.numpy() for name, value in episode.columns.items()}
     actions = episode.actions.numpy()
     rewards = episode.rewards.numpy()
     for h in range(len(actions)):
@@ -81,7 +94,7 @@ def _add(writing: Any, episode: Demonstration, task: ControlTask) -> None:
             | {
                 "action": actions[h],
                 "next.reward": rewards[h : h + 1],
-                "task": task.instruction,
+                "task": episode.instruction or task.instruction,
             }
             | ({"next.success": success} if task.has_success else {})
         )
@@ -90,4 +103,5 @@ def _add(writing: Any, episode: Demonstration, task: ControlTask) -> None:
 
 def _frames(name: str, value: Tensor) -> np.ndarray:
     """Converts pictures in [0,1] to bytes, rounded: LeRobot would round down."""
-    return (value * 255).round().byte().numpy() if _is_picture(name) else value.numpy()
+    numbers = _is_picture(name) and value.is_floating_point()
+    return ((value * 255).round().byte() if numbers else value).numpy()

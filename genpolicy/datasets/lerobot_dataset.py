@@ -93,10 +93,13 @@ class LeRobotDataset:
 
     @staticmethod
     def recording(
-        out: Path, task: ControlTask, made: Mapping[str, Any]
+        out: Path,
+        task: ControlTask,
+        made: Mapping[str, Any],
+        columns: Mapping[str, Tensor] | None = None,
     ) -> AbstractContextManager[Callable[[Demonstration], None]]:
         """See `genpolicy.contracts.dataset.DatasetWriter`."""
-        return recording(out, task, made)
+        return recording(out, task, made, columns or {})
 
     def __len__(self) -> int:
         return len(self.episode)

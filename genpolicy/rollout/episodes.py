@@ -20,10 +20,12 @@ environment step.
 
 @dataclass(frozen=True)
 class Decision:
-    """One decision of n environments at once: whose (``episode`` [n], the ``h``-th of each [n]),
-    what they saw, what was sampled, the actions Float[n,T,D], and what came of it.
+    """One decision of n environments at once: where (``slots``), whose (``episode`` [n], the
+    ``h``-th of each [n]), what they saw, what was sampled, the actions Float[n,T,D], and what came
+    of it.
     """
 
+    slots: Sequence[int]
     episode: Tensor
     h: Tensor
     context: Context
@@ -71,8 +73,8 @@ def play(
         if watch is None:
             step = environments.step(slots, actions)
         else:
-            step = _singly(environments, slots, playing, context, actions, watch)
-        yield Decision(episode, decided[episode], context, trajectory, actions, step)
+            step = singly(environments, slots, playing, context, actions, watch)
+        yield Decision(slots, episode, decided[episode], context, trajectory, actions, step)
         decided[episode] += 1
         slots, playing, context = _go_on(environments, slots, playing, step, waiting, seeds)
 
@@ -102,7 +104,7 @@ def _go_on(
     )
 
 
-def _singly(
+def singly(
     environments: Environments,
     slots: Sequence[int],
     playing: Sequence[int],
@@ -110,7 +112,7 @@ def _singly(
     actions: Tensor,
     watch: Watch,
 ) -> TaskStep:
-    """The chunk action by action: the same as in one step, with somebody watching."""
+    """Carries out the chunk action by action: the same as in one step, with somebody watching."""
     n, length = actions.shape[:2]
     rewards, executed = torch.zeros(n, length), torch.zeros(n, dtype=torch.long)
     terminated, truncated, success = (torch.zeros(n, dtype=torch.bool) for _ in range(3))

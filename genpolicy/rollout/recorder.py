@@ -11,6 +11,7 @@ from genpolicy.chain import Noise, Trajectory
 from genpolicy.contracts.task import Context, Environments, TaskStep
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.episodes import play
+from genpolicy.rollout.frames import FrameByFrame
 from genpolicy.rollout.rollout import Decisions
 
 CHAIN = ("start", "x", "mean", "std", "x0")
@@ -19,6 +20,8 @@ CHAIN = ("start", "x", "mean", "std", "x0")
 
 OUTCOME = ("rewards", "executed", "terminated", "truncated", "success")
 """and of what came of it."""
+FRAMES = "frames"
+"""The key of an episode for what was seen before each of its actions, where that is kept."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class Ledger(Protocol):
 
     def write(self, episode: int, rows: dict[str, Any]) -> None: ...
 
+    def found(self, known: int, asked: int) -> None:
+        """Called before anybody acts where episodes are there already: how many of how many."""
+        ...
+
 
 def live(
     policy: ChainPolicy,
@@ -51,12 +58,14 @@ def live(
     noise: Noise,
     *,
     ledger: Ledger | None = None,
+    frames: bool = False,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Lived:
     """Play an episode from each seed, and keep everything a method may learn from. parts: return,
     success, length.
 
-    ledger: what it has is not played again, and what is played is written there.
+    ledger: what it has is not played again, and what is played is written there, with what was seen
+    before every single action too where ``frames`` are asked for.
     """
     on_phase("sample")
     known = (
@@ -64,13 +73,19 @@ def live(
         if ledger is None
         else {e: rows for e in range(len(seeds)) if (rows := ledger.read(e)) is not None}
     )
-    world = _Recalling(environments, known) if known else environments
+    if ledger is not None and known:
+        ledger.found(len(known), len(seeds))
+    watched = FrameByFrame(environments) if frames else None
+    world: Environments = watched or environments
+    if known:
+        world = _Recalling(world, known)
     made = dict(known)
-    for episode, rows in _episodes(policy, world, seeds, noise):
+    for episode, slot, rows in _episodes(policy, world, seeds, noise):
         if episode not in known:
             made[episode] = rows
             if ledger is not None:
-                ledger.write(episode, rows)
+                seen = {FRAMES: watched.frames(slot)} if watched is not None else {}
+                ledger.write(episode, {**rows, **seen})
     return _lived([made[e] for e in range(len(seeds))], policy)
 
 
@@ -146,8 +161,8 @@ class _Recalling:
 
 def _episodes(
     policy: ChainPolicy, environments: Environments, seeds: Sequence[int], noise: Noise
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(which seed's, its rows) of every episode as it ends."""
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(which seed's, in which slot, its rows) of every episode as it ends."""
     going: dict[int, list[dict[str, Any]]] = {}
     for decision in play(policy, environments, seeds, noise):
         chain, step = _kept(decision.trajectory), decision.step
@@ -174,7 +189,7 @@ def _episodes(
                 }
                 whole["prompts"] = [prompt for r in rows for prompt in r["prompts"]]
                 whole["final"] = _observed(step.context, one)
-                yield episode, whole
+                yield episode, decision.slots[row], whole
 
 
 def _kept(trajectory: Trajectory) -> dict[str, Tensor]:

@@ -14,12 +14,22 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain.values import Condition
+from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.dataset import Dataset, Merged
 from genpolicy.contracts.model import ControlModel
 from genpolicy.contracts.task import Context
+from genpolicy.rollout.columns import (
+    DECISION,
+    DONE,
+    EXECUTED,
+    INTERVENTION,
+    REWARD,
+    START,
+    SUCCESS,
+    TRUNCATED,
+)
+from genpolicy.rollout.takeovers import decisions, last_own
 
-REWARD, SUCCESS = "next.reward", "next.success"
-"""LeRobot's names of the outcome of a frame."""
 AT_ONCE = 1024
 """Observations that are encoded together."""
 
@@ -77,25 +87,31 @@ class Replay:
 
     @classmethod
     def of_episodes(
-        cls, episodes: Sequence[Mapping[str, Any]], cut_fails: bool = False
+        cls,
+        episodes: Sequence[Mapping[str, Any]],
+        cut_fails: bool = False,
+        model: ControlModel | None = None,
     ) -> "Replay":
         """Episodes as `genpolicy.rollout.recorder.live` writes them: a row is a decision of the
-        policy. cut_fails: nothing comes after an episode that was cut.
+        policy, or of a person's (see `genpolicy.rollout.takeovers`, which then needs the
+        ``model``). cut_fails: nothing comes after an episode that was cut.
         """
         contexts, parts, begin = [], [], 0
         for number, e in enumerate(episodes):
-            length = len(e["x0"])
-            contexts += [
-                Context(e["prompts"], e["observation"]),
-                Context(e["prompts"][-1:], e["final"]),
-            ]
+            kept = decisions(e, model)
+            length = len(kept)
+            contexts += [kept.views, Context(e["prompts"][-1:], e["final"])]
             now = begin + torch.arange(length)
-            row = {"now": now, "after": now + 1, "event": e["x0"], "rewards": e["rewards"].double()}
-            row |= {
-                "start": e["start"],
-                "executed": e["executed"],
-                "human": torch.zeros_like(e["rewards"], dtype=torch.bool),
-                "terminated": e["terminated"] | (e["truncated"] & cut_fails),
+            over = bool(e["terminated"][-1] | (e["truncated"][-1] & cut_fails))
+            row = {
+                "now": now,
+                "after": now + 1,
+                "event": kept.event,
+                "start": kept.start,
+                "rewards": kept.rewards,
+                "executed": kept.executed,
+                "human": kept.human,
+                "terminated": (torch.arange(length) == length - 1) & over,
             }
             row |= {
                 "success": e["success"][-1:].repeat(length),
@@ -111,10 +127,13 @@ class Replay:
     @classmethod
     def of_dataset(cls, data: Dataset, model: ControlModel, cut_fails: bool = False) -> "Replay":
         """A data set's frames, each as the decision that it could have been: the chunk that follows
-        it. What came of it is decided by `outcome`, of several data sets for each by itself.
+        it, cut where a person takes over or hands back. What came of it is decided by `outcome`,
+        of several data sets for each by itself.
 
-        An episode ended by itself where it succeeded; where it was cut, what comes after its last
-        chunk was not recorded, and that chunk is left out, unless nothing does (``cut_fails``).
+        An episode ended by itself where the data set says so (`ended`); where it was cut, what
+        comes after its last chunk was not recorded, and that chunk is left out, unless nothing does
+        (``cut_fails``). The noise of a decision is that of the chunk which begins where it does and
+        has as many steps.
         """
         if isinstance(data, Merged):
             return cls.cat([cls.of_dataset(part, model, cut_fails) for part in data.parts])
@@ -124,22 +143,28 @@ class Replay:
         frame, steps = torch.arange(len(number)), torch.arange(model.executed)
         reward, success = outcome(data)
         succeeded = success[number]
-        executed = (last - frame + 1).clamp_max(model.executed)
-        ends = frame + model.executed > last
+        human = data.columns.get(INTERVENTION, torch.zeros(len(frame))).flatten() > 0
+        own = last_own(number, human)
+        executed = (own - frame + 1).clamp_max(model.executed)
+        ends = frame + executed > last
         views, actions, _ = data.rows(frame, model.history, model.horizon)
+        if bool(human.any()):  # a chunk goes on as long as its actor does
+            asked = frame[:, None] + torch.tensor(model.horizon)
+            begin = last - lengths[number] + 1
+            actions = data.columns["action"][asked.clamp(begin[:, None], own[:, None])]
         event = model.event(actions).cpu()
         inside = steps < executed[:, None]
         rewards = reward[(frame[:, None] + steps).clamp_max(len(frame) - 1)] * inside
         whole = cls(
             views,
             frame,
-            torch.minimum(frame + model.executed, last),
+            torch.minimum(frame + executed, last),
             event,
-            torch.full_like(event, math.nan),
+            _noise(data, event, executed, human),
             rewards,
             executed,
-            torch.zeros_like(inside),
-            ends & (succeeded | cut_fails),
+            inside & human[:, None],
+            ends & (ended(data, success)[number] | cut_fails),
             succeeded,
             number,
             frame == (last - lengths[number] + 1),
@@ -214,8 +239,15 @@ def outcome(data: Dataset) -> tuple[Tensor, Tensor]:
 
     Without "next.success" an episode succeeded where it was rewarded, and without "next.reward" too
     it is a demonstration, which succeeded at its last frame. Without "next.reward" a frame of
-    success is rewarded with 1.
+    success is rewarded with 1. Raises `ConfigError` for a data set with a person's interventions
+    and neither: a policy's episode is no demonstration, and hand-back is no success.
     """
+    if INTERVENTION in data.columns and not {SUCCESS, REWARD} & set(data.columns):
+        raise ConfigError(
+            f"data: it has the column {INTERVENTION}, of a policy's episodes that a person"
+            f" corrected, and neither {SUCCESS} nor {REWARD}: nothing says what came of them. Add"
+            f" one (lerobot.datasets.dataset_tools.add_features), or imitate it (method bc)"
+        )
     number = data.episode.unique_consecutive(return_inverse=True)[1]
     last = torch.ones_like(number, dtype=torch.bool)
     last[:-1] = number[1:] != number[:-1]
@@ -224,6 +256,34 @@ def outcome(data: Dataset) -> tuple[Tensor, Tensor]:
     reward = data.columns.get(REWARD, success.float()).flatten().double()
     count = torch.zeros(int(number.max()) + 1).index_add(0, number, success.float())
     return reward, count > 0
+
+
+def ended(data: Dataset, success: Tensor) -> Tensor:
+    """Returns which of the N episodes of a data set ended by themselves, so that nothing comes
+    after them: bool [N]. Those that "next.done" and "next.truncated" say, which are read together;
+    without both, those that succeeded, ``success`` [N].
+    """
+    if DONE not in data.columns or TRUNCATED not in data.columns:
+        return success
+    number = data.episode.unique_consecutive(return_inverse=True)[1]
+    over = (data.columns[DONE] > 0) & ~(data.columns[TRUNCATED] > 0)
+    return torch.zeros(len(success)).index_add(0, number, over.flatten().float()) > 0
+
+
+def _noise(data: Dataset, event: Tensor, executed: Tensor, human: Tensor) -> Tensor:
+    """The noise that the chunks [F,*E] of every frame were drawn from, where it was recorded, nan
+    elsewhere.
+    """
+    noise = torch.full_like(event, math.nan)
+    start = data.columns.get(START)
+    if start is None or start.shape != event.flatten(1).shape:
+        return noise
+    begins = torch.ones_like(human)
+    decision = torch.stack([data.episode.double(), data.columns[DECISION].flatten().double()])
+    begins[1:] = (decision[:, 1:] != decision[:, :-1]).any(0)
+    whole = begins & ~human & (executed == data.columns[EXECUTED].flatten())
+    noise[whole] = start[whole].view_as(event[whole])
+    return noise
 
 
 ROWS = tuple(field.name for field in fields(Replay) if field.name != "views")

@@ -3,7 +3,7 @@ done, or counted, twice.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,14 @@ class EpisodeStore:
     experiment meanwhile, the name's last part tells: the origin.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        say: Callable[[str], None] = lambda text: None,
+        for_good: bool = False,
+    ) -> None:
         self.folder, self.say = folder / FOLDER, say
+        self.for_good = for_good  # nothing is deleted that a run may have learned from
         self.pinned: set[int] = set()  # iterations whose episodes are learned from for longer
 
     def read(self, iteration: int, name: str) -> dict[str, Any] | None:
@@ -59,8 +65,10 @@ class EpisodeStore:
 
     def trim(self, iteration: int) -> None:
         """Delete the episodes up to this iteration, from which a run may be resumed, but for those
-        that are pinned.
+        that are pinned; none of a run that keeps them for good.
         """
+        if self.for_good:
+            return
         for folder in self.folder.glob("[0-9]*"):
             if int(folder.name) <= iteration and int(folder.name) not in self.pinned:
                 shutil.rmtree(folder)
@@ -72,8 +80,7 @@ class EpisodeStore:
         others alone would teach something else.
         """
         folder = self.folder / str(iteration)
-        names = [path.stem for path in folder.glob(EPISODES)]
-        ordered = sorted(names, key=lambda name: [int(number) for number in name.split("-")[:2]])
+        ordered = self._names(iteration)
         try:
             found = [tensor_file.read(self._path(iteration, name)) for name in ordered]
         except ValueError as error:
@@ -82,6 +89,36 @@ class EpisodeStore:
         if missing:
             raise ConfigError(f"{folder} has lost the episode {missing} (GROUP-MEMBER); {LOST}")
         return found
+
+    def iterations(self) -> list[int]:
+        """The iterations of which there are episodes, in order."""
+        return sorted(int(folder.name) for folder in self.folder.glob("[0-9]*"))
+
+    def whole(self, iteration: int) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yields the episodes of an iteration, by group and member, with their files; says which
+        file is damaged, and which episode is missing, and leaves them out.
+        """
+        names, found = self._names(iteration), []
+        for name in names:
+            path = self._path(iteration, name)
+            try:
+                episode = tensor_file.read(path)
+            except ValueError as error:
+                self.say(f"{error}; it is left out")
+                continue
+            found.append({COLLECTED: episode[COLLECTED]} if COLLECTED in episode else {})
+            yield path, episode
+        missing = _missing(names, found)
+        if missing:
+            self.say(
+                f"iteration {iteration}: {len(found)} of its episodes are there, and {missing}"
+                " (GROUP-MEMBER) is not: it had not ended, or is lost"
+            )
+
+    def _names(self, iteration: int) -> list[str]:
+        """The names of an iteration's episodes, by group and member."""
+        names = [path.stem for path in (self.folder / str(iteration)).glob(EPISODES)]
+        return sorted(names, key=lambda name: [int(number) for number in name.split("-")[:2]])
 
     def _path(self, iteration: int, name: str) -> Path:
         return self.folder / str(iteration) / f"{name}.pt"

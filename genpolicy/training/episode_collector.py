@@ -28,7 +28,7 @@ class EpisodeCollector:
 
     model: the one that learns. circumstances: all that an episode depends on beside weights and
     start, in words. judged: the task says what success is. store: where episodes that are kept are
-    written.
+    written. record: every episode is kept, frame by frame.
     """
 
     seed: int
@@ -39,6 +39,7 @@ class EpisodeCollector:
     processes: Processes
     metrics: IterationMetrics
     store: EpisodeStore
+    record: bool = False
 
     def __call__(self, policy: ChainPolicy, iteration: int, request: Request) -> Rollout:
         groups, members, updates = request.groups, request.members, request.updates
@@ -57,12 +58,20 @@ class EpisodeCollector:
         # play this process's episodes; the members of a group begin in the same state
         seeds = [starts[group] for group in local.tolist() for _ in range(members)]
         ledger = None
-        if request.keep:
+        if request.keep or self.record:
             origin = self._origin(policy, starts)
             ledger = _Page(self.store, iteration, noise, origin, (groups, members))
         phase = self.metrics.phase
         with acting(policy, self.model, self.metrics):
-            lived = live(policy, self.environments, seeds, noise, ledger=ledger, on_phase=phase)
+            lived = live(
+                policy,
+                self.environments,
+                seeds,
+                noise,
+                ledger=ledger,
+                frames=self.record,
+                on_phase=phase,
+            )
         self.metrics.phase(None)
         self.metrics.collected += len(lived.trajectory)
         self.metrics.env_steps += float(lived.parts["length"].sum())
@@ -146,6 +155,17 @@ class _Page:
     def write(self, episode: int, rows: dict[str, Any]) -> None:
         told = {**rows, COLLECTED: torch.tensor(self.collected)}
         self.store.write(self.iteration, self._name(episode), told)
+
+    def found(self, known: int, asked: int) -> None:
+        played = (
+            f"the other {asked - known} are played, those in flight again from their beginning"
+            if known < asked
+            else "none is played"
+        )
+        self.store.say(
+            f"iteration {self.iteration}: {known} of {asked} episodes were on disk already and are"
+            f" taken as they were written; {played}"
+        )
 
     def _name(self, episode: int) -> str:
         return f"{int(self.noise.group[episode])}-{int(self.noise.member[episode])}-{self.origin}"

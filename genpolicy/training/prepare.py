@@ -123,7 +123,7 @@ def prepare(
         )
         evaluator = EpisodeEvaluator(environments, task.has_success, settings)
         circumstances = repr((experiment.task, experiment.chain, experiment.environments))
-        store = EpisodeStore(folder, display.say)
+        store = EpisodeStore(folder, display.say, for_good=experiment.record)
         collector = EpisodeCollector(
             seed,
             model,
@@ -133,8 +133,11 @@ def prepare(
             processes,
             metrics,
             store,
+            experiment.record,
         )
     else:
+        if experiment.record:
+            raise ConfigError("record keeps what robots see: leave it out where prompts are drawn")
         reward = make_rewards(experiment.reward, origin, experiment.patience)
         evaluator = PromptEvaluator(reward, evaluation_prompts(experiment, task), settings)
         load_rewards(reward)

@@ -3,6 +3,7 @@ or between two stages; and no episode that was over is ever played again.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -88,6 +89,7 @@ def runs(tmp_path_factory):
     again = root / "broken/run/config.yaml"
     codes, said = trained([whole, broken, again, again])
     assert codes == [0, -9, -9, 0], said
+    (root / "said.txt").write_text(said)
     return root
 
 
@@ -131,6 +133,21 @@ def test_no_episode_that_was_over_is_played_again_and_none_is_missing(runs):
         assert 1 <= len(going) <= 2, "only what was going on when it was killed begins again"
         twice -= Counter(going)
     assert not twice
+
+
+def test_a_restart_says_how_many_episodes_it_found_and_what_it_plays_again(runs):
+    told = re.findall(
+        r"iteration (\d+): (\d+) of (\d+) episodes were on disk already .*; the other (\d+) are"
+        r" played, those in flight again from their beginning",
+        (runs / "said.txt").read_text(),
+    )
+    assert [(int(i), int(asked)) for i, _, asked, _ in told] == [(3, 11), (8, 7)]
+    for iteration, known, asked, left in told:
+        assert int(known) + int(left) == int(asked)
+        begun = {reset_seed(0, int(iteration), g) for g in range(5)}
+        again = begun & set(played(runs / "broken")[0] - played(runs / "whole")[0])
+        # the fifth was never begun: the process died in its place
+        assert int(known) == len(begun) - 1 - len(again)
 
 
 def test_what_the_robot_did_is_counted_once(runs):

@@ -134,6 +134,9 @@ class Book:
         self.order.append(episode)
         self.known[episode] = rows
 
+    def found(self, known, asked):
+        pass
+
 
 class Eye:
     """Environments that remember the seeds they were reset with,

@@ -161,8 +161,14 @@ def test_a_damaged_episode_of_the_collection_that_is_going_on_is_played_again(tm
     object.__setattr__(run.collector, "store", EpisodeStore(run.folder, said.append))
     again = run.collect(3, 2, keep=True)
     assert torch.equal(again.trajectory.x0, first.trajectory.x0)
-    assert len(said) == 1
-    assert "is played again" in said[0]
+    damaged, found = said
+    assert f"{file} is damaged" in damaged
+    assert "it is played again" in damaged
+    assert "5 of 6 episodes were on disk already" in found
+    said.clear()
+    run.collect(3, 2, keep=True)
+    assert "6 of 6 episodes" in said.pop(), "control: it is whole again"
+    assert not said
     assert len(run.kept(1)) == 6
 
 

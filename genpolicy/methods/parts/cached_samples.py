@@ -23,6 +23,8 @@ class CachedSamples:
     for, recording by recording, so that a run that is resumed draws the same ones to the bit. The
     version, the iteration in which the policy last changed, is saved and resumed with the run.
 
+    counted: of so many recordings the evaluations were counted already.
+
     A view's samples follow from run, version and view alone. Call `renew` whenever the policy has
     changed and before anything is asked for again.
     """
@@ -37,13 +39,13 @@ class CachedSamples:
         """draws: the policy that draws, by default the run's, without its critic's choice."""
         self.run, self.experience, self.count = run, experience, count
         self.draws = draws or (lambda: run.policy)
-        self.version = 0
+        self.version = self.counted = 0
         self._forget()
         run.register(cached_samples=self)
 
     def renew(self) -> None:
         """Forgets the samples of the policy as it was."""
-        self.version = self.run.iteration
+        self.version, self.counted = self.run.iteration, 0
         self._forget()
 
     def _forget(self) -> None:
@@ -63,7 +65,11 @@ class CachedSamples:
         if self._all is None or len(self._drawn) < len(parts):
             while len(self._drawn) < len(parts):
                 begin = sum(len(x0) for x0, _ in self._drawn)
+                model, counted = self.run.policy.model, self.run.policy.model.evaluations
                 self._drawn.append(self._draw(begin, begin + len(parts[len(self._drawn)].views)))
+                if len(self._drawn) <= self.counted:  # before the run was stopped
+                    model.evaluations = counted
+            self.counted = len(self._drawn)
             x0, start = zip(*self._drawn, strict=True)
             self._all = torch.cat(x0), torch.cat(start)
         return self._all
@@ -87,8 +93,8 @@ class CachedSamples:
         return torch.cat(x0).unflatten(0, shape), torch.cat(start).unflatten(0, shape)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"version": self.version}
+        return {"version": self.version, "counted": self.counted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.version = state["version"]
+        self.version, self.counted = state["version"], state["counted"]
         self._forget()

@@ -67,7 +67,7 @@ class Experience:
         for iteration in self.iterations[len(self._parts) - (data is not None) :]:
             kept = self.run.kept(iteration)
             self._require_one_reward([_returns(kept)])
-            self._parts.append(Replay.of_episodes(kept, self.cut_fails))
+            self._parts.append(Replay.of_episodes(kept, self.cut_fails, self.model))
         return self._parts
 
     @property

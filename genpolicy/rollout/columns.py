@@ -1,0 +1,22 @@
+"""The columns of a data set of episodes beside what was seen and done: LeRobot's names, and ours
+for what LeRobot has no name for.
+"""
+
+REWARD = "next.reward"
+"""The reward of the step."""
+SUCCESS = "next.success"
+"""True at the last step of an episode that succeeded."""
+DONE = "next.done"
+"""True at the last step of an episode, however it ended."""
+TRUNCATED = "next.truncated"
+"""True at the last step of an episode that was cut by its time limit."""
+INTERVENTION = "intervention"
+"""True where a person acted: the tag of LeRobot's DAgger recordings."""
+ITERATION = "genpolicy.iteration"
+"""The iteration in which the episode was collected: the version of the weights that acted."""
+DECISION = "genpolicy.decision"
+"""The number of the decision, in its episode, that the step belongs to."""
+EXECUTED = "genpolicy.executed"
+"""The number of steps of that decision that were executed."""
+START = "genpolicy.start"
+"""The noise that the chunk of that decision was drawn from, in one row: an event's numbers."""
