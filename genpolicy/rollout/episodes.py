@@ -21,7 +21,7 @@ environment step.
 @dataclass(frozen=True)
 class Decision:
     """One decision of n environments at once: whose (``episode`` [n], the ``h``-th of each [n]),
-    what they saw, what was sampled, the actions Float[n,T,D], and what came of it.
+    what they saw, what was sampled, the actions Float[n,T,D] as executed, and what came of it.
     """
 
     episode: Tensor
@@ -72,6 +72,8 @@ def play(
             step = environments.step(slots, actions)
         else:
             step = _singly(environments, slots, playing, context, actions, watch)
+        if step.actions is not None:  # a person may have acted
+            actions = step.actions
         yield Decision(episode, decided[episode], context, trajectory, actions, step)
         decided[episode] += 1
         slots, playing, context = _go_on(environments, slots, playing, step, waiting, seeds)

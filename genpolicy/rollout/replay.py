@@ -77,10 +77,14 @@ class Replay:
 
     @classmethod
     def of_episodes(
-        cls, episodes: Sequence[Mapping[str, Any]], cut_fails: bool = False
+        cls,
+        episodes: Sequence[Mapping[str, Any]],
+        model: ControlModel,
+        cut_fails: bool = False,
     ) -> "Replay":
         """Episodes as `genpolicy.rollout.recorder.live` writes them: a row is a decision of the
-        policy. cut_fails: nothing comes after an episode that was cut.
+        policy, or of a person, whose chunk ``model`` puts as the chain has it. cut_fails: nothing
+        comes after an episode that was cut.
         """
         contexts, parts, begin = [], [], 0
         for number, e in enumerate(episodes):
@@ -90,11 +94,13 @@ class Replay:
                 Context(e["prompts"][-1:], e["final"]),
             ]
             now = begin + torch.arange(length)
-            row = {"now": now, "after": now + 1, "event": e["x0"], "rewards": e["rewards"].double()}
+            human = e.get("human", torch.zeros_like(e["rewards"], dtype=torch.bool))
+            event, start = _by_hand(e, human, model)
+            row = {"now": now, "after": now + 1, "event": event, "rewards": e["rewards"].double()}
             row |= {
-                "start": e["start"],
+                "start": start,
                 "executed": e["executed"],
-                "human": torch.zeros_like(e["rewards"], dtype=torch.bool),
+                "human": human,
                 "terminated": e["terminated"] | (e["truncated"] & cut_fails),
             }
             row |= {
@@ -168,6 +174,34 @@ class Replay:
         """The views as conditions of the policy, [F], by the encoder as it is now."""
         parts = [model.encode(self.views[rows]) for rows in _slices(len(self.views))]
         return torch.cat(parts)  # type: ignore[arg-type]
+
+
+def _by_hand(
+    episode: Mapping[str, Any], human: Tensor, model: ControlModel
+) -> tuple[Tensor, Tensor]:
+    """The chunks of an episode's R decisions as the chain has them, and the noise they were drawn
+    from. The policy's own are those that it planned; a person's are what was executed around the
+    decision's first step, up to the hand-back, before which the last action is repeated.
+    """
+    event, start = episode["x0"], episode["start"]
+    rows = human.any(1).nonzero().flatten()
+    if not len(rows):
+        return event, start
+    executed = episode["executed"]
+    inside = torch.arange(human.shape[1]) < executed[:, None]
+    actions = episode["actions"][inside]  # [L,D], step by step
+    theirs = human[inside]
+    # of each step of the person: the last one before a step of the robot
+    steps = torch.arange(len(theirs))
+    robots = torch.where(theirs, len(steps), steps)
+    ends = robots.flip(0).cummin(0).values.flip(0) - 1
+    begins = (executed.cumsum(0) - executed)[rows, None]
+    wanted = begins + torch.tensor(model.horizon)
+    at = torch.minimum(wanted.clamp_min(0), ends[begins])
+    event, start = event.clone(), start.clone()
+    event[rows] = model.event(actions[at]).to(event)
+    start[rows] = math.nan
+    return event, start
 
 
 def outcome(data: Dataset) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ class Experience:
             for iteration in self.iterations:
                 kept = self.run.kept(iteration)
                 self._require_one_reward([_returns(kept)])
-                parts.append(Replay.of_episodes(kept, self.cut_fails))
+                parts.append(Replay.of_episodes(kept, self.model, self.cut_fails))
             if not parts or (self.own and not self.iterations):
                 raise ConfigError(
                     "there is nothing to learn from: name recorded episodes in the data section,"
