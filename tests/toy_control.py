@@ -115,6 +115,25 @@ class Point:
         walk = Walk(self.ends)
         return record(walk, partial(walk.expert, skill=self.skill), seed, self.limit, noise)
 
+    def person(self) -> "Guide":
+        return Guide(self.skill)
+
+
+@dataclass
+class Guide:
+    """The expert as a `genpolicy.contracts.task.Person`; progress is minus the distance."""
+
+    skill: float
+
+    def act(self, context: Context) -> Tensor:
+        return self.skill * self._way(context) / SPEED
+
+    def progress(self, context: Context) -> float:
+        return -float(self._way(context).norm())
+
+    def _way(self, context: Context) -> Tensor:
+        return context.observation[GOAL][0, -1] - context.observation[STATE][0, -1]
+
 
 @dataclass
 class Recorded:

@@ -70,6 +70,9 @@ class TaskStep:
     [n,T]: of each environment step, 0 after the end. executed [n]: how many of the T actions were
     taken. terminated [n]: the episode ended by itself (nothing comes after); truncated [n]: it was
     cut by the time limit (never both). success [n]: the task's own verdict so far.
+    Where a person can take over: actions [n,T,D] as executed (behind ``executed`` the rest of the
+    robot's plan, or the person's last one again), and human [n,T], the steps that the person took;
+    None elsewhere.
     """
 
     context: Context
@@ -78,6 +81,8 @@ class TaskStep:
     terminated: Tensor
     truncated: Tensor
     success: Tensor
+    actions: Tensor | None = None
+    human: Tensor | None = None
 
 
 class Environments(Protocol):
@@ -155,6 +160,32 @@ class ControlTask(Protocol):
     def demonstrate(self, seed: int, noise: float) -> Demonstration:
         """An expert's episode from this reset seed, with Gaussian ``noise`` (std) on its actions.
         Raises `ValueError` with one sentence where the task has no expert.
+        """
+        ...
+
+
+class Person(Protocol):
+    """One who can do a task and sees what the robot sees, for the length of an episode."""
+
+    def act(self, context: Context) -> Tensor:
+        """The next action Float[D], for what is seen (one row)."""
+        ...
+
+    def progress(self, context: Context) -> float:
+        """How far the task has come, for what is seen (one row); more is better."""
+        ...
+
+
+@runtime_checkable
+class Attended(Protocol):
+    """A `ControlTask` beside which a person can stand."""
+
+    action_low: list[float]
+    action_high: list[float]
+
+    def person(self) -> Person:
+        """A new person, for one episode. Raises `ConfigError` where what is shown is not enough to
+        act on.
         """
         ...
 

@@ -21,8 +21,8 @@ environment step.
 @dataclass(frozen=True)
 class Decision:
     """One decision of n environments at once: where (``slots``), whose (``episode`` [n], the
-    ``h``-th of each [n]), what they saw, what was sampled, the actions Float[n,T,D], and what came
-    of it.
+    ``h``-th of each [n]), what they saw, what was sampled, the actions Float[n,T,D] as executed,
+    and what came of it.
     """
 
     slots: Sequence[int]
@@ -74,6 +74,8 @@ def play(
             step = environments.step(slots, actions)
         else:
             step = singly(environments, slots, playing, context, actions, watch)
+        if step.actions is not None:  # a person may have acted
+            actions = step.actions
         yield Decision(slots, episode, decided[episode], context, trajectory, actions, step)
         decided[episode] += 1
         slots, playing, context = _go_on(environments, slots, playing, step, waiting, seeds)

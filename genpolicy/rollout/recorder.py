@@ -12,6 +12,7 @@ from genpolicy.contracts.task import Context, Environments, TaskStep
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.episodes import play
 from genpolicy.rollout.frames import FrameByFrame
+from genpolicy.rollout.person import takeovers
 from genpolicy.rollout.rollout import Decisions
 
 CHAIN = ("start", "x", "mean", "std", "x0")
@@ -19,7 +20,9 @@ CHAIN = ("start", "x", "mean", "std", "x0")
 
 
 OUTCOME = ("rewards", "executed", "terminated", "truncated", "success")
-"""and of what came of it."""
+"""and of what came of it,"""
+PERSON = ("actions", "human")
+"""with what a `TaskStep` says besides where a person can take over."""
 FRAMES = "frames"
 """The key of an episode for what was seen before each of its actions, where that is kept."""
 
@@ -58,14 +61,14 @@ def live(
     noise: Noise,
     *,
     ledger: Ledger | None = None,
-    frames: bool = False,
+    frames: FrameByFrame | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Lived:
     """Play an episode from each seed, and keep everything a method may learn from. parts: return,
-    success, length.
+    success, length; where a person can take over, also person (steps) and takeovers.
 
     ledger: what it has is not played again, and what is played is written there, with what was seen
-    before every single action too where ``frames`` are asked for.
+    before every single action too where the environments are, or act through, ``frames``.
     """
     on_phase("sample")
     known = (
@@ -75,16 +78,13 @@ def live(
     )
     if ledger is not None and known:
         ledger.found(len(known), len(seeds))
-    watched = FrameByFrame(environments) if frames else None
-    world: Environments = watched or environments
-    if known:
-        world = _Recalling(world, known)
+    world = _Recalling(environments, known) if known else environments
     made = dict(known)
     for episode, slot, rows in _episodes(policy, world, seeds, noise):
         if episode not in known:
             made[episode] = rows
             if ledger is not None:
-                seen = {FRAMES: watched.frames(slot)} if watched is not None else {}
+                seen = {FRAMES: frames.frames(slot)} if frames is not None else {}
                 ledger.write(episode, {**rows, **seen})
     return _lived([made[e] for e in range(len(seeds))], policy)
 
@@ -122,17 +122,21 @@ class _Recalling:
             self._at[slot] = (self._at[slot][0], self._at[slot][1] + 1)
         seen = [self._recalled(slot) for slot in slots]
         parts = [
-            {name: known[name][j : j + 1] for name in OUTCOME} if known else {}
+            {name: known[name][j : j + 1] for name in _told(known)} if known else {}
             for known, j in zip(rows, h, strict=True)
         ]
         if moving:
             fresh = self._world.step([slots[row] for row in moving], actions[moving])
             for place, row in enumerate(moving):
                 seen[row] = fresh.context[place : place + 1]
-                parts[row] = {name: getattr(fresh, name)[place : place + 1] for name in OUTCOME}
+                parts[row] = {
+                    name: getattr(fresh, name)[place : place + 1]
+                    for name in (*OUTCOME, *PERSON)
+                    if getattr(fresh, name) is not None
+                }
         return TaskStep(
             Context.cat(seen),
-            **{name: torch.cat([part[name] for part in parts]) for name in OUTCOME},
+            **{name: torch.cat([part[name] for part in parts]) for name in parts[0]},
         )
 
     def render(self, slot: int) -> Any:
@@ -176,12 +180,14 @@ def _episodes(
                 "observation": _observed(decision.context, one),
             }
             made["prompts"] = [decision.context.prompts[row]]
+            if step.human is not None:
+                made["human"] = step.human[one].clone()
             going.setdefault(episode, []).append(made)
             if last[row]:
                 rows = going.pop(episode)
                 whole: dict[str, Any] = {
                     name: torch.cat([r[name] for r in rows])
-                    for name in (*CHAIN, *OUTCOME, "actions")
+                    for name in (*CHAIN, "actions", *_told(made))
                 }
                 whole["observation"] = {
                     name: torch.cat([r["observation"][name] for r in rows])
@@ -190,6 +196,13 @@ def _episodes(
                 whole["prompts"] = [prompt for r in rows for prompt in r["prompts"]]
                 whole["final"] = _observed(step.context, one)
                 yield episode, decision.slots[row], whole
+
+
+def _told(episode: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of what a recorded episode, or decision, came to: a person's too, where one could
+    take over.
+    """
+    return (*OUTCOME, *PERSON) if "human" in episode else OUTCOME
 
 
 def _kept(trajectory: Trajectory) -> dict[str, Tensor]:
@@ -234,6 +247,11 @@ def _lived(episodes: Sequence[dict[str, Any]], policy: ChainPolicy) -> Lived:
         "success": joined("success")[last].double(),
         "length": zeros.index_add(0, number, executed.double()),
     }
+    if "human" in episodes[0]:
+        human = joined("human")
+        first = torch.cat([torch.arange(len(e["x0"])) == 0 for e in episodes])
+        parts["person"] = zeros.index_add(0, number, human.double().sum(1))
+        parts["takeovers"] = zeros.index_add(0, number, takeovers(human, first).double())
     decisions = Decisions(
         number, rewards, executed, terminated, last, final, torch.arange(len(last)), len(last)
     )

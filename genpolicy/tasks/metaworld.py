@@ -12,9 +12,11 @@ from functools import cached_property, partial
 from typing import Literal, get_args
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from genpolicy.config.errors import at_least, choice, positive, share
-from genpolicy.contracts.task import Demonstration
+from genpolicy.config.errors import ConfigError, at_least, choice, positive, share
+from genpolicy.contracts.task import Context, Demonstration
 from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._environments import Environments
 from genpolicy.tasks._sawyer import HAND, PICTURES, POINTS, STATE, WORLD, Sawyer, See, catalogue
@@ -25,6 +27,33 @@ NOISE = np.array([1, 1, 1, 0.3])
 """Shares of a demonstration's noise for hand (x, y, z) and gripper; more on the gripper drops
 things.
 """
+
+
+class Script:
+    """MetaWorld's script as a `genpolicy.contracts.task.Person` who sees the 39 numbers."""
+
+    def __init__(self, env: str) -> None:
+        self._script = library("metaworld.policies", "task metaworld").ENV_POLICY_MAP[env]()
+
+    def act(self, context: Context) -> Tensor:
+        with warnings.catch_warnings():
+            # the scripts' gains are meant to be clipped
+            warnings.filterwarnings("ignore", "Constant", UserWarning)
+            action = self._script.get_action(_numbers(context).double().numpy())
+        return torch.from_numpy(np.asarray(action, np.float32))
+
+    def progress(self, context: Context) -> float:
+        """Minus the way that is left, metres: from the hand to the object, and from there to the
+        goal.
+        """
+        numbers = _numbers(context)
+        hand, thing, goal = numbers[:3], numbers[HAND : HAND + 3], numbers[-3:]
+        return -float((hand - thing).norm() + (thing - goal).norm())
+
+
+def _numbers(context: Context) -> Tensor:
+    """The 39 numbers of the newest frame of one row."""
+    return torch.cat([context.observation[name][0, -1] for name in (STATE, WORLD)])
 
 
 @dataclass
@@ -90,6 +119,14 @@ class MetaWorld:
             # the scripts' gains are meant to be clipped
             warnings.filterwarnings("ignore", "Constant", UserWarning)
             return record(self._stage, expert, seed, self.limit, noise * NOISE)
+
+    def person(self) -> Script:
+        """The script step by step; `ConfigError` where its 39 numbers are not shown."""
+        if self.see != "state":
+            raise ConfigError(
+                f"person: MetaWorld's script reads the state, and see is {self.see}; set see: state"
+            )
+        return Script(self.env)
 
     @cached_property
     def _stage(self) -> Sawyer:

@@ -11,6 +11,7 @@ from genpolicy.config.errors import at_least
 from genpolicy.contracts.model import Model
 from genpolicy.contracts.task import Context
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.person import Intervention
 from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.iteration_metrics import IterationMetrics
 
@@ -30,6 +31,8 @@ class Request:
     keep: bool = False
     # reset seeds of the M groups in the place of the iteration's own (episodes only)
     starts: Sequence[int] | None = None
+    # the rule by which a person takes over (episodes only); None: nobody is there
+    person: Intervention | None = None
 
     def __post_init__(self) -> None:
         at_least("collect", self, groups=1, members=1, updates=1)

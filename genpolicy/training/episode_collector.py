@@ -11,9 +11,11 @@ from torch import Tensor
 from genpolicy.chain import Noise
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.model import Model
-from genpolicy.contracts.task import Context, Environments
+from genpolicy.contracts.task import Context, ControlTask, Environments
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.episodes import reset_seed
+from genpolicy.rollout.frames import FrameByFrame
+from genpolicy.rollout.person import Intervention, Watched
 from genpolicy.rollout.recorder import Lived, live
 from genpolicy.rollout.rollout import Decisions, Rollout
 from genpolicy.rollout.store import COLLECTED, EpisodeStore
@@ -27,7 +29,7 @@ class EpisodeCollector:
     """Collects episodes in environments; see `genpolicy.training.collector.Collector`.
 
     model: the one that learns. circumstances: all that an episode depends on beside weights and
-    start, in words. judged: the task says what success is. store: where episodes that are kept are
+    start, in words. environments: of the ``task``. store: where episodes that are kept are
     written. record: every episode is kept, frame by frame.
     """
 
@@ -35,7 +37,7 @@ class EpisodeCollector:
     model: Model
     circumstances: str
     environments: Environments
-    judged: bool
+    task: ControlTask
     processes: Processes
     metrics: IterationMetrics
     store: EpisodeStore
@@ -59,17 +61,21 @@ class EpisodeCollector:
         seeds = [starts[group] for group in local.tolist() for _ in range(members)]
         ledger = None
         if request.keep or self.record:
-            origin = self._origin(policy, starts)
+            origin = self._origin(policy, starts, request.person)
             ledger = _Page(self.store, iteration, noise, origin, (groups, members))
+        frames = FrameByFrame(self.environments) if self.record else None
+        environments: Environments = frames or self.environments
+        if request.person is not None:
+            environments = Watched(environments, self.task, request.person)
         phase = self.metrics.phase
         with acting(policy, self.model, self.metrics):
             lived = live(
                 policy,
-                self.environments,
+                environments,
                 seeds,
                 noise,
                 ledger=ledger,
-                frames=self.record,
+                frames=frames,
                 on_phase=phase,
             )
         self.metrics.phase(None)
@@ -83,7 +89,10 @@ class EpisodeCollector:
         }
         decisions = _placed(lived, counts, found.pop("decisions"), local)
         success, length = found.pop("success"), found.pop("length")
-        if self.judged:
+        if request.person is not None:
+            self.metrics.log("person/steps", found.pop("person").sum().item())
+            self.metrics.log("person/takeovers", found.pop("takeovers").sum().item())
+        if self.task.has_success:
             self.metrics.log("episode/success", success.mean().item())
         self.metrics.log("episode/length", length.mean().item())
         return Rollout(
@@ -96,7 +105,7 @@ class EpisodeCollector:
             tuple(f"start {seed}" for seed in starts),
             local,
             decisions,
-            success if self.judged else None,
+            success if self.task.has_success else None,
         )
 
     def example(self) -> Context:
@@ -123,11 +132,14 @@ class EpisodeCollector:
             )
         return episodes
 
-    def _origin(self, policy: ChainPolicy, starts: Sequence[int]) -> str:
+    def _origin(
+        self, policy: ChainPolicy, starts: Sequence[int], person: Intervention | None
+    ) -> str:
         """A digest of what an iteration's episodes come from, eight letters, the same on every
         process.
         """
-        digest = hashlib.sha256(repr((self.seed, self.circumstances, list(starts))).encode())
+        told = (self.seed, self.circumstances, list(starts), *([person] if person else []))
+        digest = hashlib.sha256(repr(told).encode())
         for parameter in policy.model.trainable().values():
             digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         mine = torch.tensor([int.from_bytes(digest.digest()[:4], "big")])

@@ -129,7 +129,7 @@ def prepare(
             model,
             circumstances,
             environments,
-            task.has_success,
+            task,
             processes,
             metrics,
             store,

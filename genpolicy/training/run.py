@@ -25,6 +25,7 @@ from genpolicy.rollout import minibatch
 from genpolicy.rollout.episodes import reset_seed
 from genpolicy.rollout.examples import shown
 from genpolicy.rollout.minibatch import PASS, Batch, Batches, Chosen, Pass
+from genpolicy.rollout.person import Intervention
 from genpolicy.rollout.rollout import Rollout, unjudged
 from genpolicy.training.budget import Spent
 from genpolicy.training.checkpoint import RunState, Stateful
@@ -170,6 +171,7 @@ class Run:
         branch_at: int | None = None,
         keep: bool = False,
         starts: Sequence[int] | None = None,
+        person: Intervention | None = None,
         policy: ChainPolicy | None = None,
         window: tuple[int, int] | None = None,
     ) -> Rollout:
@@ -179,12 +181,12 @@ class Run:
         shared_prefix: the members of a group share everything before the window (prompts only).
         branch_at: they share their first ``branch_at`` steps, which are drawn as the others are,
         and only the steps after them are kept (prompts only).
-        updates, keep, starts: see `Request`. policy: one that acts in the place of the one that
+        updates, keep, starts, person: see `Request`. policy: acts in the place of the one that
         learns. window: [low, high) steps at which the kernel acts, kept and trained.
         """
         window = window or self._draw_window()
         branch = window[0] if shared_prefix else branch_at
-        request = Request(groups, members, updates, branch, keep, starts)
+        request = Request(groups, members, updates, branch, keep, starts, person)
         acting = (policy or self.policy).with_window(window)
         rollout = self.collector(acting, self.iteration, request)
         self.metrics.log_all(rollout.metrics())

@@ -26,7 +26,8 @@ def run(tmp_path_factory):
 def lived(run, book, frames=True):
     eye = Eye(run.collector.environments)
     noise = Noise.rows(0, 1, torch.arange(len(SEEDS)), 1)
-    return live(run.policy, eye, SEEDS, noise, ledger=book, frames=frames), eye
+    watched = FrameByFrame(eye) if frames else None
+    return live(run.policy, watched or eye, SEEDS, noise, ledger=book, frames=watched), eye
 
 
 def test_frames_are_seen_before_every_action_and_change_nothing(run):

@@ -272,7 +272,7 @@ def lived(tmp_path_factory):
     torch.manual_seed(0)
     run, _ = prepared(tmp_path_factory.mktemp("lived"), method={"name": "bc"}, environments=7)
     rollout = run.collect(15, 2, keep=True)
-    return run, rollout, Replay.of_episodes(run.collector.store.episodes(1))
+    return run, rollout, Replay.of_episodes(run.collector.store.episodes(1), model=run.policy.model)
 
 
 def test_episodes_that_were_lived_are_the_rollouts_decisions(lived):

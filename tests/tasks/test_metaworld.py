@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from genpolicy.config import leaves
-from genpolicy.config.errors import RenderError
+from genpolicy.config.errors import ConfigError, RenderError
 from genpolicy.config.origin import PERSON
+from genpolicy.rollout.person import Intervention, Watched
 from genpolicy.tasks import _sawyer_pictures
 from genpolicy.tasks._sawyer import PICTURES, POINTS, STATE, WORLD, Cloud, Sawyer, catalogue
 from genpolicy.tasks._sawyer_pictures import Studio, moment
@@ -456,3 +457,37 @@ def test_every_task(env):
     clouds = Sawyer(env, "sparse", "points")
     assert np.isfinite(clouds.reset(seed=0)[0][POINTS]).all()
     assert not np.array_equal(clouds.reset(seed=1)[0][POINTS], clouds.reset(seed=0)[0][POINTS])
+
+
+# -- a person --------------------------------------------------------------------------------------
+
+
+def rescued(patience: int) -> tuple[list[bool], int]:
+    """The success of three episodes of reach in which the robot does nothing, and the steps of the
+    person who takes over after so many without progress.
+    """
+    task = MetaWorld("reach-v3", limit=100)
+    world = Watched(task.environments(1, 1), task, Intervention(patience=patience))
+    success, steps = [], 0
+    for seed in range(3):
+        world.reset([0], [seed])
+        over = False
+        while not over:
+            step = world.step([0], torch.zeros(1, 8, 4))
+            steps += int(step.human.sum())
+            over = bool(step.terminated | step.truncated)
+        success.append(bool(step.success))
+    world.close()
+    return success, steps
+
+
+def test_the_script_takes_over_where_a_robot_makes_no_progress():
+    success, steps = rescued(patience=10)
+    assert all(success)
+    assert steps > 0
+    assert rescued(patience=1000) == ([False] * 3, 0)
+
+
+def test_the_script_can_not_take_over_where_its_numbers_are_not_shown():
+    with pytest.raises(ConfigError, match="see: state"):
+        MetaWorld("reach-v3", see="points").person()

@@ -41,7 +41,8 @@ class Stage:
         torch.manual_seed(0)
         self.run = toy(folder)
         self.run.collect(20, 1, keep=True)
-        self.replay = Replay.of_episodes(self.run.collector.store.episodes(1))
+        episodes = self.run.collector.store.episodes(1)
+        self.replay = Replay.of_episodes(episodes, model=self.run.policy.model)
         self.features = self.run.policy.model.features(self.replay.encoded(self.run.policy.model))
         self.value = ActionValue(self.run, 0.99)
         self.gate = OfflineEvaluation(
