@@ -1,5 +1,6 @@
 """The policy of tokens: its loss is the likelihood of what it draws, and it draws by noise alone."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,19 @@ def test_both_modes_of_a_bandit_are_kept_where_a_regression_takes_their_mean() -
     regression = MLP(family="gaussian", hidden=32, blocks=1, chunk=2)
     regression.initialise(Recorded())
     assert fitted(regression, target, 150).abs().max() < 0.1
+
+
+def test_a_critic_picks_among_its_samples_as_among_any_others() -> None:
+    model = made()
+    condition, noise = seen(model, 6), Noise.rows(3, 1, torch.arange(6), 1)
+
+    def value(_: Tensor, event: Tensor) -> Tensor:
+        return event.flatten(1).sum(1)
+
+    acts = policy(model)
+    best = replace(acts, best_of=4, judge=value).sample(condition, noise).x0
+    every = acts.sample(condition[torch.arange(6).repeat_interleave(4)], noise.fan(4)).x0
+    worth = value(condition, every).view(6, 4)
+    assert torch.allclose(value(condition, best), worth.amax(1))
+    assert (worth.amax(1) > worth[:, 0]).any()
+    assert len(worth.unique()) == 24  # no two samples are the same chunk
