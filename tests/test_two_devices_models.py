@@ -137,6 +137,20 @@ def test_observations_that_stay_on_the_cpu_are_found(tmp_path: Path, monkeypatch
         trained(tmp_path, robot(tmp_path, "bc"))
 
 
+@pytest.mark.usefixtures("_two")
+@pytest.mark.parametrize("method", ["bc", "find"])
+def test_a_policy_of_tokens_learns_on_a_device_that_is_not_the_cpu(tmp_path: Path, method: str):
+    raw = robot(tmp_path, method)
+    trained(
+        tmp_path,
+        {
+            **raw,
+            "policy": {"name": "tokens", "hidden": 8, "blocks": 1, "chunk": 2},
+            "chain": {"steps": 1, "kernel": {"name": "ddim", "eta": 0.0}},
+        },
+    )
+
+
 @dataclass
 class Shown:
     """Recorded frames of what the point of `genpolicy.tasks.point_instructions` sees and does."""

@@ -180,6 +180,22 @@ class PrefixModel(ControlModel, Protocol):
         ...
 
 
+@runtime_checkable
+class TokenModel(ControlModel, Protocol):
+    """A model that says a chunk dim by dim, each given those before, and denoises nothing.
+
+    Its `denoise` runs the whole generation, x_0 = G(x, condition): x at the noisiest time, N(0, I),
+    is all the chance of a sample. Its chains are of one step (`grid` refuses others), and between
+    noise and sample there are no states that could be noised, taught or scored.
+    """
+
+    def token_losses(self, condition: Condition, event: Tensor) -> Tensor:
+        """-log p(token of dim d | tokens of the dims before it, condition) of event [B,*E], in
+        nats, [B,*E]: the supervised loss of each dim, with gradients if they are on. Counted.
+        """
+        ...
+
+
 def require_fit(model: ControlModel, task: ControlTask) -> None:
     """Raise `ConfigError` where the task does not show what the model needs to see, or takes other
     actions.

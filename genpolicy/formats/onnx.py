@@ -21,7 +21,7 @@ from genpolicy import __version__
 from genpolicy.config.documents import json_file
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.dataset import Dataset
-from genpolicy.contracts.model import ControlModel, PrefixModel
+from genpolicy.contracts.model import ControlModel, PrefixModel, TokenModel
 from genpolicy.contracts.task import ControlTask
 from genpolicy.formats import _graph, _latency, _pair, _parity
 from genpolicy.formats._capture import (
@@ -74,6 +74,11 @@ def onnx(
     _graph.require_packages()
     require_free(out, is_export)
     policy = _on_cpu(found)
+    if precision == "fp16" and isinstance(policy.model, TokenModel):
+        raise ConfigError(
+            f"{found.where} is a policy of tokens, which half precision makes others of: export it"
+            " in fp32, without --precision"
+        )
     told = _told(policy, task, instruction)
     with fresh(out, is_export) as folder:
         manifest, parity, latency = exported(policy, found, folder, data, task, told, precision)

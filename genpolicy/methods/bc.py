@@ -1,4 +1,4 @@
-"""Behaviour cloning: supervised training of a denoising policy on recorded examples (see
+"""Behaviour cloning: supervised training of a policy on recorded examples (see
 `genpolicy.methods.parts.imitation`).
 
 The policy with the averaged weights (optimizer.ema) is what is evaluated and saved.

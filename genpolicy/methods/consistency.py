@@ -74,7 +74,7 @@ class Consistency:
     fake_lr: float = 1e-4  # its learning rate
     visits: Visits = field(default_factory=Visits)  # robots: episodes played to see states
 
-    needs: ClassVar[Needs] = Needs(teacher=True)
+    needs: ClassVar[Needs] = Needs(denoising=True, teacher=True)
 
     def __post_init__(self) -> None:
         at_least("method consistency", self, batch=1, updates=1, minibatch=1, huber=0, fakes=1)

@@ -121,7 +121,7 @@ class DiffusionNFT:
     # d(n) of the old policy: "on_policy", "rising", or "delayed" (OCR)
     old: Literal["on_policy", "rising", "delayed"] = "rising"
 
-    needs: ClassVar[Needs] = Needs(whole_updates=True)
+    needs: ClassVar[Needs] = Needs(denoising=True, whole_updates=True)
 
     def __post_init__(self) -> None:
         choice("method diffusion_nft: advantage", self.advantage, (*get_args(Kind), "critic"))

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
 from genpolicy.models._encoders import FEATURES, Eye, shifted
 from genpolicy.models._mlp_scaling import Scaling
@@ -29,6 +30,22 @@ def visible(name: str, shape: tuple[int, ...]) -> bool:
     return name.startswith("observation.") and (
         len(shape) in (1, 3) or (len(shape) == 2 and shape[1] == 3)
     )
+
+
+def chosen(inputs: list[str] | None, dataset: Dataset) -> list[str]:
+    """Returns the names of the observations that are seen: ``inputs``, or all of a data set.
+
+    Raises `ValueError` for a name that is no visible observation of the data set.
+    """
+    there = [name for name, shape in dataset.shapes.items() if visible(name, shape)]
+    names = inputs or there
+    wrong = [name for name in names if name not in there]
+    if wrong or not names:
+        raise ValueError(
+            f"policy.inputs: {wrong[0] if wrong else 'the data set'} is no observation [q],"
+            f" [C,H,W] or [P,3] of the data set; it has {', '.join(there) or 'none'}"
+        )
+    return names
 
 
 def width(shapes: dict[str, tuple[int, ...]], history: int) -> int:

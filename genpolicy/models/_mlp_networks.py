@@ -24,6 +24,20 @@ def embed(position: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 
+def residual_blocks(hidden: int, blocks: int) -> nn.ModuleList:
+    """The branches W2 silu(W1 silu(LN h)) of ``blocks`` residual blocks, each to be added to h."""
+    return nn.ModuleList(
+        nn.Sequential(
+            nn.LayerNorm(hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+        )
+        for _ in range(blocks)
+    )
+
+
 class Residual(nn.Module):
     """One input of everything, ``blocks`` times h + W2 silu(W1 silu(LN h)), then silu and a linear
     readout.
@@ -35,16 +49,7 @@ class Residual(nn.Module):
         super().__init__()
         event = math.prod(event_shape)
         self.enter = nn.Linear(event + TIME + condition, hidden)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(hidden),
-                nn.SiLU(),
-                nn.Linear(hidden, hidden),
-                nn.SiLU(),
-                nn.Linear(hidden, hidden),
-            )
-            for _ in range(blocks)
-        )
+        self.blocks = residual_blocks(hidden, blocks)
         self.leave = nn.Linear(hidden, event)
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ without: the same context is the same condition. What imitation may add (moved p
 bottleneck, the encoders' own losses) is in `supervised` alone.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,24 +17,22 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genpolicy.chain import Linear, Prediction, VariancePreserving
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
-from genpolicy.config.documents import json_file
 from genpolicy.config.parse import decode
 from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
-from genpolicy.models import _head
+from genpolicy.models import _head, _mlp_files
 from genpolicy.models import _mlp_networks as networks
-from genpolicy.models._mlp_condition import Sight, visible, width
+from genpolicy.models._mlp_condition import Sight, chosen, width
 from genpolicy.models._mlp_scaling import Scaling
 
-WEIGHTS = "mlp.safetensors"
-SETTINGS = "mlp.json"
+KIND = "mlp"
+"""The name of its files."""
 PREFIXES = ("network.", "eyes.")
 """The beginnings of the names of saved weights; the names of statistics begin otherwise."""
 LEVELS = 100
@@ -46,14 +43,6 @@ HEADS: dict[str, tuple[Parametrisation, ...]] = {
     "gaussian": ("sample",),
 }
 """The heads that each family can have; its default is the first."""
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """The sizes of what a saved one sees and does."""
-
-    shapes: dict[str, list[int]]  # of observations, by name
-    action_dim: int
 
 
 @dataclass(eq=False)
@@ -154,14 +143,7 @@ class MLP:
         """Fresh weights for the data set's shapes, and its statistics: mean and std of what is
         seen, range of actions.
         """
-        there = [name for name, shape in dataset.shapes.items() if visible(name, shape)]
-        names = self.inputs or there
-        wrong = [name for name in names if name not in there]
-        if wrong or not names:
-            raise ValueError(
-                f"policy.inputs: {wrong[0] if wrong else 'the data set'} is no observation [q],"
-                f" [C,H,W] or [P,3] of the data set; it has {', '.join(there) or 'none'}"
-            )
+        names = chosen(self.inputs, dataset)
         self._build(
             {name: tuple(dataset.shapes[name]) for name in names},
             *dataset.shapes["action"],
@@ -191,48 +173,29 @@ class MLP:
         )
 
     def _load(self, folder: Path) -> None:
-        if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
-            raise FileNotFoundError(
-                f"policy.pretrained {folder} is no saved mlp: it has no {SETTINGS} and {WEIGHTS}"
-            )
-        file = folder / SETTINGS
-        document = json_file(file)
-        if not isinstance(document, dict):
-            raise ValueError(f"{file} is damaged: it must hold the settings of an mlp")
-        facts = {name: document.pop(name) for name in ("shapes", "action_dim") if name in document}
-        sizes = decode(_Sizes, facts, str(file))
-        shapes = {name: tuple(shape) for name, shape in sizes.shapes.items()}
+        found = _mlp_files.read(folder, KIND, self.device)
         # its settings are checked as a new one's are
-        new = decode(type(self), document, str(file), {"pretrained": None, "device": self.device})
+        given = {"pretrained": None, "device": self.device}
+        new = decode(type(self), found.settings, str(found.file), given)
         # shift is of this run's imitation, not of the network
-        for name in document.keys() - {"shift", "prediction_type"}:
+        for name in found.settings.keys() - {"shift", "prediction_type"}:
             setattr(self, name, getattr(new, name))
         # policies saved before the head was a setting have none
         _head.tell(self.prediction_type, new.prediction_type or HEADS[self.family][0])
         self.prediction_type = self.prediction_type or new.prediction_type
         self._settle()
-        tensors = load_file(folder / WEIGHTS, device=str(self.device))
-        statistics = {n: value for n, value in tensors.items() if not n.startswith(PREFIXES)}
-        self._build(shapes, sizes.action_dim, Scaling(statistics))
-        for prefix, module in zip(PREFIXES, self._modules(), strict=True):
-            mine = [name for name in tensors if name.startswith(prefix)]
-            module.load_state_dict({name.removeprefix(prefix): tensors[name] for name in mine})
+        self._build(found.shapes, found.action_dim, found.scaling(PREFIXES))
+        found.restore(self._modules())
 
     def save(self, directory: Path, sampler: ChainConfig | None = None) -> None:
         """Weights and statistics as safetensors; settings and shapes as json."""
         settings = {k: v for k, v in asdict(self).items() if k not in ("pretrained", "device")}
         settings["prediction_type"] = self.parametrisation
-        (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
-        weights = {
-            prefix + name: value
-            for prefix, module in zip(PREFIXES, self._modules(), strict=True)
-            for name, value in module.state_dict().items()
-        }
-        save_file({**weights, **self._scaling.tensors}, directory / WEIGHTS)
+        _mlp_files.write(directory, KIND, settings, self._modules(), self._scaling)
 
-    def _modules(self) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """The modules whose weights are saved, under the `PREFIXES`."""
-        return self._network, self._sight.eyes
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        """The modules whose weights are saved, by the prefix of their names."""
+        return dict(zip(PREFIXES, (self._network, self._sight.eyes), strict=True))
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The network's parameters, then the encoders'."""

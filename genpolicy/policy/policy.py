@@ -13,7 +13,7 @@ from genpolicy.chain import Chain, ClipX0, Condition, Guidance, Noise, Trajector
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Denoiser, Gaussian, expand, output_gain, reduce_event
 from genpolicy.chain.warm_start import WarmStart, shifted
-from genpolicy.contracts.model import Model
+from genpolicy.contracts.model import Model, TokenModel
 from genpolicy.learning.objective import Scored
 from genpolicy.policy.weights import Weights
 
@@ -315,16 +315,24 @@ class ChainPolicy:
     ) -> Tensor:
         """mean over E of (output - target)^2 at x_t = alpha x_0 + sigma eps, for each row: [B].
 
+        Of a `TokenModel` mean over E of -log p(token | tokens before it), in nats: 1/|E| times the
+        negative log-likelihood of the row, which takes neither t nor noise.
+
         event, noise [B,*E]; t [B] noise times; mask bool, broadcastable to [B,*E].
         """
+        if isinstance(self.model, TokenModel):
+            return reduce_event(self.model.token_losses(condition, event), "mean", mask)
         return reduce_event(self.output_error(condition, event, t, noise) ** 2, "mean", mask)
 
     def output_error(self, condition: Condition, event: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """output - target of the network at x_t = alpha x_0 + sigma eps, [B,*E].
 
         In terms of the prediction: output error = d_output/d_x0 (x0_hat - x_0), so one formula
-        serves every parametrisation. event, noise [B,*E]; t [B] noise times.
+        serves every parametrisation. event, noise [B,*E]; t [B] noise times. Raises `ValueError`
+        for a `TokenModel`, which has no x_t.
         """
+        if isinstance(self.model, TokenModel):
+            raise ValueError("a policy of tokens has no output at a noisy x_t, and so no error")
         schedule, kind = self.model.schedule, self.model.parametrisation
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         x = expand(alpha, event) * event + expand(sigma, event) * noise

@@ -14,7 +14,7 @@ from genpolicy.config.leaves import leaf, settings
 from genpolicy.config.origin import PERSON, STRANGER, Origin
 from genpolicy.config.parse import decode
 from genpolicy.config.schema import ChainConfig
-from genpolicy.contracts.model import Model
+from genpolicy.contracts.model import Model, TokenModel
 from genpolicy.policy.policy import ChainPolicy, Part
 
 ODE = {"name": "ddim", "eta": 0.0}
@@ -126,6 +126,7 @@ def make_policy(
         built = Chain(model.schedule, grid, kernel, window=sampler.window)
         interval = sampler.guidance_interval or (0.0, float("inf"))
         policy = ChainPolicy(model, built, sampler.guidance, interval, sampler.negative_gradient)
+        _require_said(model, built)
         if bool((grid.diff(dim=0) > 0).any()):
             raise ConfigError(
                 f"chain: {sampler.steps} steps do not fit below noise time {float(grid.max()):g}"
@@ -160,6 +161,17 @@ def make_policy(
     return replace(policy, best_of=sampler.best_of)
 
 
+def _require_said(model: Model, chain: Chain) -> None:
+    """Raise `ConfigError` where a chain would draw noise behind a policy of tokens, whose only
+    chance is the noise that it begins from.
+    """
+    if isinstance(model, TokenModel) and (chain.window or (0, 0))[1] > 0:
+        raise ConfigError(
+            "chain: window names steps that draw noise, and a policy of tokens draws all of its"
+            " chance before its only step: leave window out"
+        )
+
+
 def _replanning(policy: ChainPolicy, sampler: ChainConfig) -> ChainPolicy:
     """The policy that carries out ``execute`` actions and begins as ``warm`` says."""
     if sampler.execute is None and sampler.warm is None:
@@ -172,6 +184,11 @@ def _replanning(policy: ChainPolicy, sampler: ChainConfig) -> ChainPolicy:
             f"chain: execute is {sampler.execute}; the policy says {executed} actions at a time"
         )
     warm = None if sampler.warm is None else make_warm(sampler.warm)
+    if warm is not None and isinstance(policy.model, TokenModel):
+        raise ConfigError(
+            "chain: warm goes on from a plan that is made noisy again, and a policy of tokens says"
+            " every chunk anew: leave warm out"
+        )
     if warm is not None:
         warm.require_fit(policy.chain, tuple(policy.model.event_shape), sampler.best_of)
     return replace(policy, execute=sampler.execute, warm=warm)

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.dataset import Dataset, Pictures
-from genpolicy.contracts.model import Model
+from genpolicy.contracts.model import Model, TokenModel
 from genpolicy.contracts.task import is_control
 from genpolicy.policy.parts.base import Base
 from genpolicy.policy.policy import ChainPolicy
@@ -25,6 +25,8 @@ class Needs:
     data: recorded examples, named in the data section.
     window: at least one step of the chain at which noise is drawn.
     likelihoods: a density at every step of that window.
+    denoising: it asks the network at noisy states x_t of its own choice, so that its policies must
+        denoise (a window or likelihoods say so already).
     teacher: a saved policy that the policy section names as its teacher.
     split: names of settings that count the groups or episodes which the processes share out; those
         that the method has are held against the number of processes before any work
@@ -37,6 +39,7 @@ class Needs:
     data: bool = False
     window: bool = False
     likelihoods: bool = False
+    denoising: bool = False
     teacher: bool = False
     split: tuple[str, ...] = ("groups", "episodes")
     whole_updates: bool = False
@@ -107,6 +110,13 @@ def require_shape(model: Model, data: Dataset | Pictures | None) -> None:
 
 def require_chain(name: str, needs: Needs, policy: ChainPolicy) -> None:
     """Raise `ConfigError` unless the chain can be trained as method ``name`` needs it."""
+    if isinstance(policy.model, TokenModel) and (
+        needs.denoising or needs.window or needs.likelihoods
+    ):
+        raise ConfigError(
+            f"method {name} trains the denoising steps of a chain, and a policy of tokens has none:"
+            " clone it (bc), steer its noise (find), or take a policy that denoises"
+        )
     window = policy.chain.stochastic
     if not needs.window and not needs.likelihoods:
         return

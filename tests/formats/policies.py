@@ -11,6 +11,7 @@ from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.task import Context
 from genpolicy.learning.critic import Critic, Support
 from genpolicy.models.mlp import MLP
+from genpolicy.models.tokens import Tokens
 from genpolicy.policy.parts.base import Base
 from genpolicy.policy.parts.best_of import BestOf
 from genpolicy.policy.parts.learned_start import LearnedStart
@@ -56,6 +57,12 @@ class Recorded:
 def mlp(*names: str, **settings: Any) -> MLP:
     model = MLP(**{"hidden": 32, "blocks": 1, **settings})
     model.initialise(Recorded(*(names or (STATE,))))  # type: ignore[arg-type]
+    return model
+
+
+def tokens(**settings: Any) -> Tokens:
+    model = Tokens(**{"hidden": 32, "blocks": 1, "bins": 16, **settings})
+    model.initialise(Recorded(STATE))  # type: ignore[arg-type]
     return model
 
 
@@ -122,6 +129,7 @@ POLICIES: dict[str, Callable[[], ChainPolicy]] = {
     "one step": lambda: policy(mlp(prediction_type="sample"), steps=1, kernel=ODE),
     "unet": lambda: policy(mlp(network="unet", blocks=2), steps=2, kernel=ODE),
     "gaussian": lambda: policy(mlp(family="gaussian"), steps=1, kernel=FLOOR, window=(0, 1)),
+    "tokens": lambda: policy(tokens(), steps=1, kernel=ODE),
     "noisy steps": lambda: policy(mlp(family="flow"), steps=3, kernel=DDPM, window=(0, 2)),
     "pictures": lambda: policy(mlp(STATE, PICTURE, family="flow"), steps=2, kernel=ODE),
     "points": lambda: policy(mlp(STATE, CLOUD, family="flow"), steps=2, kernel=ODE),

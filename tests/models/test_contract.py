@@ -10,6 +10,7 @@ ACTS = {
     "lerobot_diffusion": True,
     "lerobot_flow": True,
     "mlp": True,
+    "tokens": True,
     "toy": False,
 }
 OF_EVERY_MODEL = (

@@ -71,9 +71,9 @@ def test_an_mlps_head_is_saved_with_it(family: Any, head: Any, tmp_path: Path) -
     assert (again.clip is None) == (family != "vp")
     acted = ode(model, condition)
     assert torch.equal(ode(again, condition), acted)
-    settings = json.loads((tmp_path / mlp.SETTINGS).read_text())
+    settings = json.loads((tmp_path / "mlp.json").read_text())
     del settings["prediction_type"]  # as before it was a setting
-    (tmp_path / mlp.SETTINGS).write_text(json.dumps(settings))
+    (tmp_path / "mlp.json").write_text(json.dumps(settings))
     stripped = mlp.MLP(pretrained=str(tmp_path))
     assert stripped.parametrisation == OF_FAMILY[family][0]
     same = torch.equal(ode(stripped, condition), acted)

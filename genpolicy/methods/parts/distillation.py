@@ -10,6 +10,7 @@ from torch import Tensor
 from genpolicy.chain import Condition, Consistency, Noise
 from genpolicy.chain.values import expand, output_gain, reduce_event
 from genpolicy.config.errors import ConfigError
+from genpolicy.contracts.model import TokenModel
 from genpolicy.policy.policy import ChainPolicy
 
 AMPLIFIED = 100.0
@@ -74,6 +75,11 @@ def distance(said: Tensor, target: Tensor, huber: float, mask: Tensor | None = N
 
 def require_teachable(student: ChainPolicy, teacher: ChainPolicy) -> None:
     """Raise `ConfigError` where the student could not learn what the teacher's sampler does."""
+    if isinstance(teacher.model, TokenModel):
+        raise ConfigError(
+            "policy.teacher is a policy of tokens, whose samples jump with its noise, and it"
+            " denoises nothing on the way: it can't teach a student to denoise"
+        )
     if student.guidance != 1.0:
         raise ConfigError(
             f"chain.guidance is {student.guidance:g}: a student learns the guidance of its teacher"

@@ -1,11 +1,12 @@
-"""Imitation: supervised updates of a denoising policy on recorded examples.
+"""Imitation: supervised updates of a policy on recorded examples.
 
     loss = mean over rows and event dims of (output(x_t, t, condition) - target)^2,
     x_t  = alpha(t) x_0 + sigma(t) eps
 
 with x_0 the chunk (or picture) of the example, t from the family's own training distribution and
 eps standard normal: the denoising loss (arXiv 2006.11239 eq. 14; for robots 2303.04137) for every
-parametrisation.
+parametrisation. A policy of tokens has the mean of -log p(token | tokens before it) in its place
+(`ChainPolicy.supervised_loss`).
 """
 
 from collections.abc import Callable
