@@ -43,6 +43,7 @@ SMALL = {
     "every": 2,
     "samples": 3,
     "best": 2,
+    "edited": 2,
     "minibatch": 2**20,
     "batch": 16,
     "iterations": 1,
@@ -183,6 +184,7 @@ def toys(needs: Needs, world: World, folder: Path) -> list[Toy]:
     network = {"name": "mlp", "hidden": 16, "blocks": 1, "chunk": 4, "inputs": [STATE]}
     gaussian = {"steps": 1, "window": [0, 1]}
     gaussian["kernel"] = {"name": "floorstd", "floor": 0.1, "kernel": ODE}
+    still = {"steps": 4, "kernel": ODE}
     idle = {"task": robots_task(SHORT)}
     if needs.teacher:
         return [
@@ -193,6 +195,7 @@ def toys(needs: Needs, world: World, folder: Path) -> list[Toy]:
         Toy({**common, "policy": {**network, "family": "flow"}}, idle),
         Toy({**common, "policy": {**network, "family": "vp"}}, idle),
         Toy({**common, "policy": {**network, "family": "gaussian"}, "chain": gaussian}, idle),
+        Toy({**common, "policy": {**network, "family": "flow"}, "chain": still}, idle),
     ]
 
 
