@@ -13,7 +13,7 @@ says stays one:
     Q_L(s, a_1 .. a_L)  -> sum_j gamma^j r_j + gamma^m V(s_{+L})
     Q(s, a_1)           -> Q_L(s, a_1 .. a_L), by an expectile (``suffix``): .5 is the mean over
                            what followed in the data, 1 the best
-    V(s)                -> Q_target(s, a_1), by an expectile (``best``)
+    V(s)                -> Q_target(s, a_1), by an expectile (``optimism``)
 
 bootstrap "steps" is the control: Q(s, a_1) regresses on the L-step return itself, which takes what
 the data's policy did behind a_1 for what the policy would do.
@@ -47,7 +47,7 @@ class QChunking:
     # "chunk": Q learns what Q_L says; "steps": the return itself, the control
     bootstrap: Literal["chunk", "steps"] = "chunk"
     suffix: float = 0.5  # expectile over what followed, in [0, 1]; .5 or .8 in dqc.py
-    best: float = 0.7  # expectile of V over what was done, in [0, 1]; .5 to .93 in dqc.py
+    optimism: float = 0.7  # expectile of V over what was done, in [0, 1]; .5 to .93 in dqc.py
     batch: int = 256  # decisions per update of the policy
     every: int = 10  # iterations between imitations
     updates: int = 100  # of the policy per imitation
@@ -59,7 +59,7 @@ class QChunking:
     def __post_init__(self) -> None:
         at_least("method q_chunking", self, samples=1, length=1, batch=1, every=1, updates=0)
         choice("method q_chunking: bootstrap", self.bootstrap, ("chunk", "steps"))
-        share("method q_chunking", self, "gamma", "suffix", "best")
+        share("method q_chunking", self, "gamma", "suffix", "optimism")
 
     def train(self, run: Run) -> None:
         _Chunking(self, run).train()
@@ -86,7 +86,7 @@ class _Chunking:
                 length=settings.length,
                 gamma=settings.gamma,
                 suffix=settings.suffix if settings.bootstrap == "chunk" else None,
-                best=settings.best,
+                optimism=settings.optimism,
             )
             self.learn = decoupled.learn
 

@@ -137,9 +137,10 @@ KERNELLED = [(m, kernel) for m in METHODS for kernel in kernels(NEEDS[m])]
 def section(method, **sizes):
     """A method's section with those of the sizes that it knows."""
     known = {f.name for f in fields(leaves.leaf("methods", method, PERSON))}
+    given = {**CLIP, **sizes, **(OFF_POLICY if "practice" in known else {})}
     return {
         "name": method,
-        **{name: value for name, value in {**CLIP, **sizes}.items() if name in known},
+        **{name: value for name, value in given.items() if name in known},
     }
 
 
@@ -157,11 +158,26 @@ SMALL = {
 }
 
 
+OFF_POLICY = {
+    "practice": {"first": 4, "episodes": 4},
+    "critic": {"first": 4, "updates": 4, "batch": 32, "members": 2},
+    "samples": 3,
+    "best": 2,
+    "edited": 2,
+    "every": 1,
+    "states": 16,
+}
+"""The sizes of methods that learn from everything that was done; their data says what came of it.
+"""
+
+
 def prepared(tmp_path, method, world=None, **sections):
     """A run at iteration 1 in the method's first world, or in ``world``, and the method."""
     needs = needs_of(method)
     world = world or needs.worlds[0]
     raw = WORLDS[world](tmp_path, method=section(method, **SMALL), **sections)
+    if "practice" in raw["method"]:
+        raw["data"] = {"name": "tests.rl100_toy:Outcomes"}
     if world == "robots":
         raw["policy"]["family"] = "flow"
     elif needs.data:
@@ -358,7 +374,7 @@ def test_wrong_sign_fails_where_the_method_succeeds(tmp_path, method):
 
 def moved(tmp_path, method, world):
     """True where an iteration of the method moves the weights, or a part that it attached, with the
-    numbers that it logs.
+    numbers that it logs; of methods whose first one criticises, the second.
     """
     run, built = prepared(tmp_path, method, world, chain={"steps": 5, "kernel": ODE})
     before, attach, attached = run.weights(), run.attach, {}
@@ -368,7 +384,14 @@ def moved(tmp_path, method, world):
         attached.update({name: deepcopy(part.state_dict()) for name, part in parts.items()})
 
     run.attach = watched
-    run.iterations = lambda: iter([1])
+    count = 2 if hasattr(built, "practice") else 1
+
+    def iterations():
+        for iteration in range(1, count + 1):
+            run.begin(iteration)
+            yield iteration
+
+    run.iterations = iterations
     built.train(run)
     changed = any(
         not torch.equal(old, new.detach())

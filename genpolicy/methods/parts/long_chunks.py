@@ -24,7 +24,7 @@ class LongChunks:
 
         Q_L:  (Q_L(s, a_1 .. a_L) - y)^2,   y = sum_j gamma^j r_j + gamma^m (1 - end) V(s_{+L})
         Q:    | suffix - 1{u < 0} | u^2,    u = mean of Q_L(s, a_1 .. a_L) - Q(s, a_1)
-        V:    | best - 1{u < 0} | u^2,      u = mean of Q_target(s, a_1) - V(s)
+        V:    | optimism - 1{u < 0} | u^2,      u = mean of Q_target(s, a_1) - V(s)
 
     suffix None: Q regresses on y itself, and there is no Q_L. Q_L, V and their optimiser are saved
     and resumed with the run; Q is the critic's own (`ChunkCritic`).
@@ -38,11 +38,11 @@ class LongChunks:
         length: int,
         gamma: float,
         suffix: float | None,
-        best: float,
+        optimism: float,
     ) -> None:
         """Draws the networks' weights from torch's global generator."""
         self.run, self.world = run, world
-        self.length, self.gamma, self.suffix, self.best = length, gamma, suffix, best
+        self.length, self.gamma, self.suffix, self.optimism = length, gamma, suffix, optimism
         settings, model = world.critic.settings, run.policy.model
         if settings.kind != "rlpd" or settings.bins:
             raise ConfigError(
@@ -88,7 +88,7 @@ class LongChunks:
                 taught = y if self.suffix is None else self.q(now, together).mean(0)
 
             def long_losses(part: slice, now=now, together=together, y=y, worth=worth) -> Tensor:
-                loss = expectile_loss(worth[part] - self.v(now[part]), self.best)
+                loss = expectile_loss(worth[part] - self.v(now[part]), self.optimism)
                 if self.suffix is not None:
                     loss = loss + self.q.loss(now[part], together[part], y[part]).sum(0)
                 return loss
