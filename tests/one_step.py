@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpolicy.contracts.task import Context
+from genpolicy.contracts.task import Context, Demonstration
+from genpolicy.tasks._demonstrations import record
 from genpolicy.tasks._environments import Environments
 from genpolicy.tasks._slots import Frame
 from genpolicy.training.run import Run
@@ -24,8 +25,8 @@ MODE, SPREAD = 0.9, 0.03
 ODE = {"name": "ddim", "eta": 0.0}
 POLICIES: dict[str, dict[str, Any]] = {
     "diffusion": {
-        "policy": {"name": "mlp", "family": "vp", "hidden": 32, "blocks": 1, "chunk": 1},
-        "chain": {"steps": 5, "kernel": ODE},
+        "policy": {"name": "mlp", "family": "vp", "hidden": 64, "blocks": 1, "chunk": 1},
+        "chain": {"steps": 10, "kernel": ODE},
     },
     "flow": {
         "policy": {"name": "mlp", "family": "flow", "hidden": 32, "blocks": 1, "chunk": 1},
@@ -79,6 +80,9 @@ class Chosen:
 
     def environments(self, count: int, history: int) -> Environments:
         return Environments(Choice, count, history, self.limit, self.instruction)
+
+    def demonstrate(self, seed: int, noise: float) -> Demonstration:
+        return record(Choice(), lambda frame: np.full(1, MODE), seed, self.limit, noise)
 
 
 @dataclass
