@@ -20,7 +20,7 @@ from genpolicy.training.run import Run
 from tests import toy_control
 from tests.toy_control import STATE, Box
 
-MODE, SPREAD = 0.9, 0.03
+MODE, SPREAD = 0.6, 0.02
 """Where the data's actions lie, and the std around it, in the environment's units."""
 ODE = {"name": "ddim", "eta": 0.0}
 POLICIES: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 class Choice:
-    """The world as a `Simulation`: the reward of an action a is -(a - MODE)^2."""
+    """The world as a `Simulation`: the reward of an action a is -4 (a - MODE)^2."""
 
     action_space = Box(np.full(1, -1, np.float32), np.full(1, 1, np.float32))
 
@@ -54,7 +54,7 @@ class Choice:
         return self.seen, {"success": False}
 
     def step(self, action: np.ndarray) -> tuple[Frame, float, bool, bool, dict[str, Any]]:
-        reward = -float((action[0] - MODE) ** 2)
+        reward = -4 * float((action[0] - MODE) ** 2)
         return self.seen, reward, True, False, {"success": reward > -0.1}
 
     def render(self) -> np.ndarray:
@@ -102,7 +102,7 @@ class Both:
             "action": torch.from_numpy(action.clip(-1, 1))[:, None].float(),
         }
         self.values = values
-        reward = -((values["action"] - MODE) ** 2)
+        reward = -4 * (values["action"] - MODE) ** 2
         outcome = {"next.reward": reward, "next.success": (reward > -0.1).float()}
         self.columns = {**values, **outcome}
         self.shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(values, (1,))

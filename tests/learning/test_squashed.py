@@ -25,8 +25,8 @@ def test_the_density_integrates_to_one_and_is_that_of_the_draws(mean, std, size)
     it does not.
     """
     noise = torch.linspace(-9, 9, 200_001, dtype=torch.float64)[:, None]
-    draws, density = one(mean, std, size, len(noise)).drawn(noise)
-    p, u = density.exp(), draws.flatten()
+    draws, density = (x.flatten() for x in one(mean, std, size, len(noise)).drawn(noise))
+    p, u = density.exp(), draws
     assert float(torch.trapezoid(p, u)) == pytest.approx(1, abs=1e-4)
     # the probability of an interval is that of its noise
     low, high = 80_000, 120_000
@@ -40,17 +40,14 @@ def test_the_density_integrates_to_one_and_is_that_of_the_draws(mean, std, size)
             assert abs(float(torch.trapezoid(wrong.exp(), u)) - 1) > 0.05
 
 
-def test_a_density_of_several_numbers_is_the_product() -> None:
+def test_every_number_has_a_density_of_its_own() -> None:
     mean, std = torch.randn(3, 2, 2, dtype=torch.float64), torch.rand(3, 2, 2).double() + 0.1
     noise = torch.randn(3, 2, 2, dtype=torch.float64)
     draws, density = Squashed(Gaussian(mean, std), 0.7).drawn(noise)
-    assert density.shape == (3,)
-    each = [
-        Squashed(Gaussian(m.view(-1, 1), s.view(-1, 1)), 0.7).drawn(n.view(-1, 1))
-        for m, s, n in zip(mean, std, noise, strict=True)
-    ]
-    assert torch.allclose(density, torch.stack([d.sum() for _, d in each]))
-    assert torch.allclose(draws.flatten(), torch.cat([d.flatten() for d, _ in each]))
+    flat = (value.view(-1, 1) for value in (mean, std, noise))
+    alone = Squashed(Gaussian(next(flat), next(flat)), 0.7).drawn(next(flat))
+    assert torch.equal(draws.view(-1, 1), alone[0])
+    assert torch.equal(density.view(-1, 1), alone[1])
     assert torch.equal(draws, Squashed(Gaussian(mean, std), 0.7).sample(noise))
 
 
@@ -70,6 +67,40 @@ def test_an_actor_begins_at_zero_with_the_std_that_is_asked_for() -> None:
     std = actor(torch.randn(5, 3), (2, 2)).before.std
     assert torch.allclose(std[..., 0], torch.full((5, 2), math.exp(LOW)))
     assert torch.allclose(std[..., 1], torch.full((5, 2), math.exp(HIGH)))
+
+
+class Blind(torch.nn.Module):
+    """A LayerNorm of what is seen, in the place of standardising it."""
+
+    def forward(self, seen: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(seen, seen.shape[1:])
+
+
+def error(actor: SquashedActor, inputs: int) -> float:
+    """The mean square of mode - mean(seen) / 2 after 200 updates on it."""
+    optimizer = torch.optim.Adam(actor.parameters(), 1e-2)
+    for _ in range(200):
+        seen = torch.rand(64, inputs) * 2 - 1
+        square = (actor(seen, (1,)).mode - seen.mean(1, keepdim=True) / 2).square().mean()
+        optimizer.zero_grad()
+        square.backward()
+        optimizer.step()
+    return float(square.detach())
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_an_actor_sees_what_its_numbers_have_in_common(inputs: int) -> None:
+    assert error(SquashedActor(inputs, 1, 1.0, 16), inputs) < 1e-3
+    blind = SquashedActor(inputs, 1, 1.0, 16)
+    blind.scale = Blind()  # type: ignore[assignment]  # control
+    assert error(blind, inputs) > 1e-2
+
+
+def test_what_it_sees_is_standardised() -> None:
+    actor, seen = SquashedActor(2, 1, 1.0, 16), 50 + 3 * torch.randn(64, 2)
+    before = actor.network(actor.scale(seen)).std(0).mean()
+    actor.scale.fit(seen)
+    assert float(actor.network(actor.scale(seen)).std(0).mean()) > 3 * float(before)
 
 
 @pytest.mark.parametrize(("log_prob", "rises"), [(3.0, True), (-3.0, False)])
@@ -92,7 +123,7 @@ def test_alpha_rises_while_the_entropy_is_too_small(log_prob: float, rises: bool
 def loss_of(actor: SquashedActor, seen: Tensor, noise: Tensor, weight: EntropyWeight) -> Tensor:
     """The actor's loss with Q = -(a - 1)^2, [b]."""
     action, log_prob = actor(seen, (1,)).drawn(noise)
-    return weight.loss(log_prob, -((action - 1) ** 2).sum(1))[0]
+    return weight.loss(log_prob.sum(1), -((action - 1) ** 2).sum(1))[0]
 
 
 def test_the_gradient_of_an_actor_is_that_of_its_loss() -> None:
@@ -109,7 +140,7 @@ def test_the_gradient_of_an_actor_is_that_of_its_loss() -> None:
 
     def worth() -> float:
         action, log_prob = actor(seen, (1,)).drawn(noise)
-        return float((0.2 * log_prob + ((action - 1) ** 2).sum(1)).mean().detach())
+        return float((0.2 * log_prob.sum(1) + ((action - 1) ** 2).sum(1)).mean().detach())
 
     for parameter, gradient in zip(parameters, gradients, strict=True):
         flat = parameter.data.view(-1)
