@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.methods.expo import EXPO, _Editing
+from genpolicy.policy.parts.refiner import Refiner
 from genpolicy.policy.policy import ChainPolicy
 from tests import one_step
 
@@ -163,4 +164,13 @@ def test_numbers_that_are_padding_count_in_no_entropy(tmp_path: Path) -> None:
 def test_settings_that_are_none_are_one_sentence(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said) as raised:
         EXPO(**settings)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_policy_with_a_refiner_is_refused_before_any_work(tmp_path: Path) -> None:
+    made = editing(tmp_path)  # control: this one came without
+    run = made.run
+    run.policy = replace(run.policy, parts={}).attach("refiner", Refiner(1, 0.1))
+    with pytest.raises(ConfigError, match="came with a refiner") as raised:
+        _Editing(made.settings, run)
     assert "\n" not in str(raised.value)

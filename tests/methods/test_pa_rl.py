@@ -14,6 +14,7 @@ from genpolicy.config.errors import ConfigError
 from genpolicy.learning.selection import drawn, standardised
 from genpolicy.methods.pa_rl import PARL, _Improvement
 from genpolicy.methods.parts.imitation import Imitation, recorded
+from genpolicy.policy.parts.editor import Editor
 from genpolicy.policy.parts.refiner import Refiner
 from tests import one_step
 
@@ -222,4 +223,14 @@ def test_control_both_modes_stay(tmp_path: Path, control: str) -> None:
 def test_settings_that_are_none_are_one_sentence(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said) as raised:
         PARL(**settings)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_policy_with_an_editor_is_refused_before_any_work(tmp_path: Path) -> None:
+    made = improvement(tmp_path, linear, steps=1)
+    run = made.run
+    editor = Editor(run.features, 1, size=0.1)
+    run.policy = replace(run.policy, parts={}).attach("editor", editor)
+    with pytest.raises(ConfigError, match="came with an editor") as raised:
+        _Improvement(made.settings, run)
     assert "\n" not in str(raised.value)

@@ -434,6 +434,7 @@ class Oracle(torch.nn.Linear):
     """A part of a kind that genpolicy does not have."""
 
     kind: ClassVar[str] = "oracle"
+    slot: ClassVar[str] = "judge"
     version: ClassVar[int] = 1
 
     def attach(self, policy: ChainPolicy) -> ChainPolicy:
@@ -508,6 +509,26 @@ def test_two_parts_of_one_kind_are_refused(run: Run):
         run.attach(beginning=start(run))
     assert run.state.parts.keys() == run.policy.parts.keys() == {"start"}
     run.attach(start=start(run))  # control: in its place
+
+
+SHARED = [
+    (("best_of", "refiner"), "editor"),
+    (("best_of", "editor"), "refiner"),
+    (("start",), "noise_actor"),
+    (("noise_actor",), "start"),
+]
+"""Parts that a policy has, and one of another kind that would act in the place of the last."""
+
+
+@pytest.mark.parametrize(("there", "new"), SHARED)
+def test_two_kinds_that_fill_one_slot_are_refused(run: Run, there: tuple[str, ...], new: str):
+    """...of which the earlier one would be saved and act no more."""
+    for each in there:
+        run.attach(**{each: part(each, run.policy, run.features)})
+    with pytest.raises(ValueError, match=f"already, '{there[-1]}', in whose slot '{new}' would"):
+        run.attach(**{new: part(new, run.policy, run.features)})
+    assert list(run.policy.parts) == list(there)
+    run.attach(std=part("std", run.policy, run.features))  # control
 
 
 def test_a_part_of_another_kind_does_not_take_the_place_of_one(run: Run):

@@ -30,6 +30,7 @@ class Refiner:
     refined: int | None = None
 
     kind: ClassVar[str] = "refiner"
+    slot: ClassVar[str] = "refiner"
     version: ClassVar[int] = 2
 
     def __call__(self, policy: ChainPolicy, features: Tensor, event: Tensor) -> Tensor:
