@@ -51,7 +51,8 @@ class DSRL:
     samples: int = 8
     lr: float = 3e-4  # of the actor and of Q_z in form NA; cfg
     alpha: float = 0.01  # weight of the entropy at first
-    target: float | None = None  # entropy of z, nats; None: d (log bound - 1/2), as SAC has it
+    # entropy of z, nats; None: d (log bound - 1/2), half of SAC's -d and in units of the bound
+    target: float | None = None
     batch: int = 256  # decisions per update; cfg
     practice: Practice = field(default_factory=Practice)  # the episodes
     critic: Valuing = field(default_factory=Valuing)  # Q of NA, Q_z of SAC

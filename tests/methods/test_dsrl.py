@@ -3,6 +3,7 @@
 The best noise is (a* - mu) / s, or the end of the range that is nearer to it.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from tests import one_step
 BOUND, SLOPE = 1.5, 0.4
 SMALL = {
     "practice": {"first": 100, "episodes": 10},
-    "critic": {"first": 200, "updates": 100, "members": 2, "hidden": 32, "lr": 3e-3, "batch": 128},
+    "critic": {"first": 200, "updates": 100, "members": 2, "hidden": 32, "lr": 3e-3, "batch": 64},
     "samples": 4,
     "lr": 3e-3,
-    "batch": 128,
+    "batch": 64,
 }
 
 
@@ -102,6 +103,19 @@ def test_the_actor_finds_the_best_noise(tmp_path: Path, form: str) -> None:
     z = noise(run, steering)
     assert float((z - best).abs().mean()) < 0.2
     assert float((z + best).abs().mean()) > 1.0, "control: the other sign"
+    if form == "sac":
+        return
+
+    # noise aliasing: Q_z(s, z) = Q(s, g(s, z)) where noises are drawn
+    z = torch.linspace(-BOUND, BOUND, 31)[:, None]
+    seen = steering.world.experience.features[:1].expand(31, -1)
+    with torch.no_grad():
+        found = steering.q_z(seen, z)
+    expected = -(0.6 + SLOPE * z.flatten() - best_action(run)).square()
+    spread = float(expected.max() - expected.min())
+    error, wrong = ((q - expected).square().mean().sqrt() for q in (found, found.flip(1)))
+    assert float(error) < 0.05 * spread
+    assert float(wrong) > 0.3 * spread, "control: the sign of the noise turned around"
 
 
 @pytest.mark.parametrize("form", ["na", "sac"])
@@ -113,17 +127,51 @@ def test_out_of_reach_it_goes_to_the_end_of_its_range(tmp_path: Path, form: str)
     assert float(z.mean()) > 0.8 * BOUND
 
 
-def test_the_critic_of_noises_says_what_that_of_actions_says(tmp_path: Path) -> None:
-    """Noise aliasing: Q_z(s, z) = Q(s, g(s, z)) where noises are drawn."""
-    run, steering = steered(tmp_path, 0.6, "na")
-    z = torch.linspace(-BOUND, BOUND, 31)[:, None]
-    seen = steering.world.experience.features[:1].expand(31, -1)
+def test_what_is_carried_out_and_judged_is_what_the_sampler_makes_of_the_noise(
+    tmp_path: Path,
+) -> None:
+    """The target's actions come of the actor's noise; half of the noises that Q_z learns from are
+    the actor's, inside its range, and half N(0, I), each with the value of its own action.
+    """
+    run, built = prepared(tmp_path, 0.6)
+    steering = _Steering(built, run)
+    known: Any = Known(best_action(run))
+    steering.world.critic.q = known
+    run.attach(start=steering.actor)
+    experience, views = steering.world.experience, torch.arange(200)
+    features = experience.features[views]
+    first, again = (steering._carried_out(views, features).flatten() for _ in range(2))
+    assert float(((first - 0.6) / SLOPE).abs().max()) <= BOUND
+    assert not torch.equal(first, again), "each time that it is asked other noise is drawn"
     with torch.no_grad():
-        found = steering.q_z(seen, z)
-        expected = -(0.6 + SLOPE * z.flatten() - best_action(run)).square()
-    spread = float(expected.max() - expected.min())
-    assert float((found - expected).square().mean().sqrt()) < 0.05 * spread
-    assert float((found.flip(1) - expected).square().mean().sqrt()) > 0.3 * spread, "control"
+        z, worth = steering._aliased(torch.arange(200), 0)
+    action = 0.6 + SLOPE * z.flatten()
+    assert torch.allclose(worth, -(action - best_action(run)).square(), atol=1e-5)
+    assert float(z[::2].abs().max()) <= BOUND < float(z[1::2].abs().max())
+    assert float(z[1::2].std()) == pytest.approx(1.0, abs=0.2)
+    plain, kept = steering.world.samples.starts(views), z[1::2]
+    assert bool((plain[1::2] == kept[:, None]).any(1).all()), "and these are kept"
+
+
+def test_numbers_that_are_padding_count_in_no_entropy(tmp_path: Path) -> None:
+    """The actor's target is d (log bound - 1/2) of the numbers that its critic sees."""
+    found = {}
+    for padded in (False, True):
+        (tmp_path / str(padded)).mkdir()
+        policy = {**one_step.POLICIES["flow"]["policy"], "chunk": 2}
+        run, built = one_step.prepared(
+            tmp_path / str(padded), policy=policy, method={"name": "dsrl", **SMALL}
+        )
+        if padded:
+            model: Any = run.policy.model
+            model.scored = lambda value: value[:, :1]
+        steering = _Steering(built, run)
+        steering._begin()
+        steering.world.updates = 1
+        steering._steer()
+        found[padded] = float(run.metrics.numbers["actor/entropy"][0]), steering.entropy.target
+    assert found[False][1] == pytest.approx(2 * (math.log(BOUND) - 0.5))
+    assert found[True] == pytest.approx([value / 2 for value in found[False]], abs=0.1)
 
 
 def test_actions_are_a_function_of_noise_alone(tmp_path: Path) -> None:
