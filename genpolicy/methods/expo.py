@@ -100,8 +100,12 @@ class _Editing:
         self.world.train(self._begin, self._improve, self.world.learn)
 
     def _begin(self) -> None:
+        """From now on samples are edited before the best one is carried out."""
+        experience = self.world.experience
         if self.run.iteration == 1:
-            self.editor.actor.scale.fit(self.world.experience.features)
+            self.editor.actor.scale.fit(experience.features)
+        known = experience.replay.event[: self.world.episodes.before]
+        self.editor.clip_at(float(known.abs().amax()))
         self.run.attach(best_of=self.world.critic.part, editor=self.editor)
         self.run.choose_among(self.settings.samples)
 

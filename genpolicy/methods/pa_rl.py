@@ -99,7 +99,8 @@ class _Improvement:
         settings = self.settings
         known = self.experience.replay.event[: self.world.episodes.before]
         size = float(known.std(0, correction=0).square().mean())
-        self.refiner = Refiner(settings.steps, settings.rate * size, refined=settings.best)
+        bound = float(known.abs().amax())  # 1 only where the model scales actions by their range
+        self.refiner = Refiner(settings.steps, settings.rate * size, -bound, bound, settings.best)
         self.run.attach(best_of=self.critic.part)
         if settings.steps:
             self.run.attach(refiner=self.refiner)

@@ -15,6 +15,7 @@ from genpolicy.chain.values import Denoiser, Gaussian, expand, output_gain, redu
 from genpolicy.chain.warm_start import WarmStart, shifted
 from genpolicy.contracts.model import Model, TokenModel
 from genpolicy.learning.objective import Scored
+from genpolicy.learning.selection import highest
 from genpolicy.policy.weights import Weights
 
 Judge = Callable[[Tensor, Tensor], Tensor]
@@ -210,8 +211,8 @@ class ChainPolicy:
             worth = judge(seen, scored(events))
         else:
             worth = judge(seen, scored(events))
-            highest = worth.view(-1, samples).topk(self.refined, 1).indices
-            moved = (row[::samples, None] + highest).flatten()
+            first = highest(worth.view(-1, samples), self.refined)
+            moved = (row[::samples, None] + first).flatten()
             events = events.clone()
             events[moved] = self.refiner(self, seen[moved], events[moved])
             worth[moved] = judge(seen[moved], scored(events[moved]))

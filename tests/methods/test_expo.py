@@ -103,8 +103,12 @@ def test_edits_are_clipped_to_the_actions_range(tmp_path: Path) -> None:
     events = torch.full((N, 1, 1), 0.95)
     with torch.no_grad():
         made.editor.actor.readout.bias[:1] = 5.0
-    assert float(made.editor.moved(events, torch.full_like(events, SIZE)).max()) == 1.0
-    assert float(picked(made.run.policy, events)[0].max()) == 1.0
+    bound = float(made.world.experience.replay.event.abs().max())
+    assert bound == pytest.approx(1, abs=1e-4)
+    assert float(made.editor.moved(events, torch.full_like(events, SIZE)).max()) == bound
+    assert float(picked(made.run.policy, events)[0].max()) == bound
+    made.editor.clip_at(2.0)
+    assert float(made.editor.moved(events, torch.full_like(events, SIZE)).max()) > bound, "control"
 
 
 def test_only_the_highest_valued_are_edited(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from genpolicy.config.errors import ConfigError
 from genpolicy.learning.selection import drawn, standardised
 from genpolicy.methods.pa_rl import PARL, _Improvement
 from genpolicy.methods.parts.imitation import Imitation, recorded
+from genpolicy.policy.parts.best_of import BestOf
 from genpolicy.policy.parts.editor import Editor
 from genpolicy.policy.parts.refiner import Refiner
 from tests import one_step
@@ -128,8 +129,9 @@ def test_candidates_are_refined_before_they_are_drawn(tmp_path: Path) -> None:
     samples = uniform_samples(made)
     event = made.experience.replay.event
     step = 0.05 * float(event.std(0, correction=0) ** 2)
-    assert made.refiner == Refiner(3, pytest.approx(step), refined=K)
-    expected = (candidates(made, samples, 0) + 3 * step).clamp(max=1.0)
+    bound = float(event.abs().max())
+    assert made.refiner == Refiner(3, pytest.approx(step), -bound, bound, refined=K)
+    expected = (candidates(made, samples, 0) + 3 * step).clamp(max=bound)
     assert torch.allclose(targets(made, 0).unique(), expected.unique(), atol=1e-6)
     still = improvement(_made(tmp_path / "still"), linear, steps=0)
     samples = uniform_samples(still)
@@ -139,6 +141,19 @@ def test_candidates_are_refined_before_they_are_drawn(tmp_path: Path) -> None:
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+def test_the_bounds_are_those_of_what_was_recorded(tmp_path: Path) -> None:
+    """...and not 1: a model that scales actions by their std has larger ones."""
+    made = improvement(tmp_path, linear, steps=1)
+    assert made.refiner.high == pytest.approx(1, abs=1e-4), "control: scaled by their range"
+    replay = made.experience.replay
+    made.experience._whole = replace(replay, event=2.5 * replay.event)
+    made.run.policy = replace(made.run.policy, parts={})
+    made.critic.part = BestOf(made.critic.q, 0.0)
+    made._begin()
+    assert made.refiner.high == pytest.approx(2.5, abs=1e-3)
+    assert made.refiner.low == -made.refiner.high
 
 
 def test_with_one_candidate_it_is_the_recorded_action(tmp_path: Path) -> None:

@@ -52,6 +52,10 @@ class Editor(nn.Module):
         self.bound, self.edited = bound, edited
         self.actor = SquashedActor(features + dims, dims, size, hidden)
 
+    def clip_at(self, bound: float) -> None:
+        """Clips events to +-bound from now on, event units."""
+        self.bound = self.settings["bound"] = bound
+
     def edits(self, features: Tensor, event: Tensor) -> Squashed:
         """The distribution of size u: features [B,F], event [B,*E] -> over [B,*E]."""
         return self.actor(torch.cat([features, event.flatten(1)], 1), tuple(event.shape[1:]))
