@@ -16,14 +16,16 @@ made again.
 import argparse
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from genpolicy.config import leaves, parse
 from genpolicy.config.origin import PERSON
+from genpolicy.contracts.model import ControlModel
 from genpolicy.evaluation import metrics_file
 from genpolicy.evaluation.curves import COLOURS, by_experience, evaluation, save_panels
 from genpolicy.evaluation.episode_scores import evaluate_control
@@ -91,7 +93,7 @@ def played(policy: Path, task: str) -> Tensor:
     """The successes of a policy from the fresh starts."""
     world = leaves.make("tasks", {"name": "metaworld", "env": task}, PERSON)
     loaded = load(policy)
-    environments = world.environments(SLOTS, loaded.model.history)
+    environments = world.environments(SLOTS, cast(ControlModel, loaded.model).history)
     found = evaluate_control(loaded, environments, episodes=len(FRESH), seed=FRESH.start)
     environments.close()
     return found.success
@@ -105,7 +107,7 @@ def course(folder: Path) -> list[tuple[float, float]]:
 
 def reached(points: list[tuple[float, float]]) -> float | None:
     """The steps of the first evaluation at or above the level that the next one confirms."""
-    for (steps, now), (_, after) in zip(points, points[1:], strict=False):
+    for (steps, now), (_, after) in pairwise(points):
         if min(now, after) >= LEVEL:
             return steps
     return None
