@@ -3,8 +3,8 @@ r"""ALOE beside simpler rules, where a person corrects the robot.
     python -m benchmarks.corrections train --seeds 0 1 2
     python -m benchmarks.corrections table
 
-The clones of benchmarks/off_policy learn from their own episodes, half of which fail at first, and
-from a scripted person who watches half of the start states and takes over after 30 environment
+The clones of benchmarks/off_policy learn from their demonstrations, their own episodes, half of
+which fail at first, and from a scripted person who watches half of the start states and takes over after 30 environment
 steps without a centimetre of progress, for the rest of the episode. All rules imitate the same kind
 of data with the same number of updates, and play as many environment steps, a person's among them;
 they differ in what they imitate and how much (`genpolicy.methods.aloe`, setting ``weigh``). What is
@@ -29,7 +29,7 @@ TOLD = {
     "critic": "ALOE",
     "returns": "weighted by observed returns (AWR)",
     "success": "clones successes",
-    "person": "clones the person alone (DAgger)",
+    "person": "clones demonstrations and the person (DAgger)",
     "alike": "clones everything",
 }
 STEPS = 60_000
@@ -42,6 +42,7 @@ def learn(out: Path, rule: str, seed: int) -> None:
         overrides = [
             f"--policy.pretrained={clone(out, TASK, seed)}",
             f"--task.env={TASK}",
+            f"--data={{name: lerobot_dataset, root: {out / TASK / 'demonstrations'}}}",
             f"--method.weigh={rule}",
             "--method.practice.person.share=0.5",
             f"--budget={{env_steps: {STEPS}}}",
