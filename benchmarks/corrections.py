@@ -3,12 +3,13 @@ r"""ALOE beside simpler rules, where a person corrects the robot.
     python -m benchmarks.corrections train --seeds 0 1 2
     python -m benchmarks.corrections table
 
-The clones of benchmarks/off_policy learn from their demonstrations, their own episodes, half of
-which fail at first, and from a scripted person who watches half of the start states and takes over after 30 environment
-steps without a centimetre of progress, for the rest of the episode. All rules imitate the same kind
-of data with the same number of updates, and play as many environment steps, a person's among them;
-they differ in what they imitate and how much (`genpolicy.methods.aloe`, setting ``weigh``). What is
-reported is the last policy, alone, on the fresh starts of benchmarks/off_policy.
+The clones of benchmarks/off_policy learn from their demonstrations, from their own episodes, half
+of which fail at first, and from a scripted person who watches half of the start states and takes
+over after 30 environment steps without a centimetre of progress, for the rest of the episode. All
+rules see the same kind of data, make the same number of updates and play as many environment steps,
+a person's among them; they differ in what they imitate and how much (`genpolicy.methods.aloe`,
+setting ``weigh``). What is reported is the last policy, alone, on the fresh starts of
+benchmarks/off_policy.
 """
 
 import argparse
