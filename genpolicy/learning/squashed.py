@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genpolicy.chain.values import Gaussian
+from genpolicy.learning.critic import Standard
 
 LOW, HIGH = -5.0, 1.0
 """Bounds of log std, before the squashing."""
@@ -32,19 +33,23 @@ class Squashed:
         return self.size * self.before.sample(noise).tanh()
 
     def drawn(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The draw, [B,*E], and the log of its density, [B]:
+        """The draw and the log of each number's density, [B,*E] both; a row's is their sum.
 
-        log N(x) - sum log(1 - tanh(x)^2) - d log size.
+        log N(x) - log(1 - tanh(x)^2) - log size.
         """
         x = self.before.sample(noise)
         slope = 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2)
-        density = self.before.log_prob(x, reduce="sum") - slope.flatten(1).sum(1)
-        return self.size * x.tanh(), density - x[0].numel() * math.log(self.size)
+        density = self.before.log_prob(x, reduce="none") - slope - math.log(self.size)
+        return self.size * x.tanh(), density
 
 
 class SquashedActor(nn.Module):
-    """A `Squashed` over events of ``dims`` numbers, by an MLP of two hidden layers: Float[B,inputs]
-    -> over [B,*E]. At first its mean is 0, and the std before the squashing is ``std``.
+    """A `Squashed` over events of ``dims`` numbers, by an MLP of two hidden layers with LayerNorm:
+    Float[B,inputs] -> over [B,*E]. At first its mean is 0, and the std before the squashing is
+    ``std``.
+
+    What is seen is standardised (`scale`) as critics do it. A LayerNorm in the place of that would
+    hide from the actor what all numbers have in common: of one number it leaves 0, of two a sign.
     """
 
     def __init__(
@@ -52,11 +57,13 @@ class SquashedActor(nn.Module):
     ) -> None:
         super().__init__()
         self.size = size
+        self.scale = Standard(inputs)
         self.network = nn.Sequential(
-            nn.LayerNorm(inputs),
             nn.Linear(inputs, hidden),
+            nn.LayerNorm(hidden),
             nn.SiLU(),
             nn.Linear(hidden, hidden),
+            nn.LayerNorm(hidden),
             nn.SiLU(),
         )
         self.readout = nn.Linear(hidden, 2 * dims)
@@ -66,7 +73,7 @@ class SquashedActor(nn.Module):
         nn.init.constant_(self.readout.bias[dims:], math.atanh(share))
 
     def forward(self, seen: Tensor, shape: tuple[int, ...]) -> Squashed:
-        mean, log_std = self.readout(self.network(seen)).chunk(2, 1)
+        mean, log_std = self.readout(self.network(self.scale(seen))).chunk(2, 1)
         # brought between its bounds by a tanh, so that its gradient ends nowhere
         log_std = LOW + (HIGH - LOW) * (log_std.tanh() + 1) / 2
         std = log_std.exp().view(-1, *shape)

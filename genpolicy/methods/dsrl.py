@@ -96,6 +96,12 @@ class _Steering:
                 f"method dsrl: the policy came with a {found.kind}, and a noise_actor can't take"
                 " its place: begin with another policy"
             )
+        if found is not None and found.settings["bound"] != settings.bound:
+            raise ConfigError(
+                f"method dsrl: bound is {settings.bound:g}, and the policy's noise_actor has"
+                f" {found.settings['bound']:g}: take that, or begin with another policy"
+            )
+        self.fresh = found is None
         self.actor = found or NoiseActor(run.features, model.event_shape, settings.bound)
         self.actor.to(model.device).requires_grad_(True)
         dims = model.scored(torch.zeros(1, *model.event_shape)).numel()
@@ -119,7 +125,16 @@ class _Steering:
 
     def train(self) -> None:
         learn = self._learn_actions if self.settings.form == "na" else self._learn_noise
-        self.world.train(lambda: self.run.attach(start=self.actor), lambda: None, learn)
+        self.world.train(self._begin, lambda: None, learn)
+
+    def _begin(self) -> None:
+        """From now on chains begin where the actor says."""
+        run, features = self.run, self.world.experience.features
+        if run.iteration == 1:
+            self.q_z.scale.fit(features)
+            if self.fresh:
+                self.actor.actor.scale.fit(features)
+        run.attach(start=self.actor)
 
     def _plain(self) -> ChainPolicy:
         """The policy as it came: its chain begins with N(0, I)."""
@@ -131,8 +146,6 @@ class _Steering:
     def _learn_actions(self) -> None:
         """Updates of Q, and then of Q_z and the actor."""
         self.asked = 0
-        if self.run.iteration == 1:
-            self.q_z.scale.fit(self.world.experience.features)
         self.world.learn(self._carried_out)
         self._steer()
 
@@ -175,7 +188,12 @@ class _Steering:
         noises = replace(replay, event=replay.start / scale)[known.nonzero().flatten()]
         early = int(known[:before].sum())
         world.critic.learn(
-            noises, world.experience.features, early, world.updates, self._begun, world.samples.at
+            noises,
+            world.experience.features,
+            early,
+            world.updates,
+            self._begun,
+            world.samples.starts,
         )
         self._steer()
 
@@ -212,7 +230,8 @@ class _Steering:
 
             def losses(part: slice, seen=seen, eps=eps) -> tuple[Tensor, dict[str, Tensor]]:
                 z, log_prob = self.actor.z(seen[part]).drawn(eps[part])
-                return self.entropy.loss(log_prob, self.q_z(seen[part], scored(z)).amin(0))
+                worth = self.q_z(seen[part], scored(z)).amin(0)
+                return self.entropy.loss(scored(log_prob).flatten(1).sum(1), worth)
 
             run.descend(losses, len(rows), "actor", self.optimizer)
         critic.optimizer.zero_grad()  # the actor's loss reached the critics' networks too

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from genpolicy.config.errors import at_least, at_most, positive, share
+from genpolicy.config.errors import ConfigError, at_least, at_most, positive, share
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.learning.squashed import EntropyWeight
 from genpolicy.methods.parts.chunk_critic import Valuing, mixed_rows
@@ -69,6 +69,11 @@ class _Editing:
 
     def __init__(self, settings: EXPO, run: Run) -> None:
         self.settings, self.run = settings, run
+        if "refiner" in run.policy.parts:
+            raise ConfigError(
+                "method expo: the policy came with a refiner, and an editor can't act beside it:"
+                " begin with another policy"
+            )
         self.world = OffPolicy(
             run,
             settings.practice,
@@ -78,10 +83,11 @@ class _Editing:
             samples=settings.samples,
         )
         model = run.policy.model
-        dims = math.prod(model.event_shape)
-        self.editor = Editor(run.features, dims, settings.size, edited=settings.edited).to(
+        numbers = math.prod(model.event_shape)
+        self.editor = Editor(run.features, numbers, settings.size, edited=settings.edited).to(
             model.device
         )
+        dims = model.scored(torch.zeros(1, *model.event_shape)).numel()
         target = -dims / 2 + dims * math.log(settings.size)
         self.entropy = EntropyWeight(settings.alpha, target).to(model.device)
         self.optimizer = run.new_optimizer(
@@ -94,6 +100,8 @@ class _Editing:
         self.world.train(self._begin, self._improve, self.world.learn)
 
     def _begin(self) -> None:
+        if self.run.iteration == 1:
+            self.editor.actor.scale.fit(self.world.experience.features)
         self.run.attach(best_of=self.world.critic.part, editor=self.editor)
         self.run.choose_among(self.settings.samples)
 
@@ -125,7 +133,7 @@ class _Editing:
                 edit, log_prob = self.editor.edits(seen[part], event[part]).drawn(eps[part])
                 edited = self.editor.moved(event[part], edit)
                 worth = world.critic.q(seen[part], scored(edited)).mean(0)
-                return self.entropy.loss(log_prob, worth)
+                return self.entropy.loss(scored(log_prob).flatten(1).sum(1), worth)
 
             run.descend(losses, len(rows), "editor", self.optimizer)
         world.critic.optimizer.zero_grad()  # the loss reached the critic's networks too

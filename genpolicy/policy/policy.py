@@ -27,11 +27,13 @@ Wrapper = Callable[[Denoiser], Denoiser]
 class Part(Protocol):
     """A part of a policy: what acts besides its network, and is saved with it.
 
-    kind: the name of its file in genpolicy/policy/parts. version: of its files; a saved policy
-    whose part is newer than this is refused. `state_dict` and `load_state_dict` resume it.
+    kind: the name of its file in genpolicy/policy/parts. slot: the field of the policy, or of its
+    chain, that it fills; one part alone can. version: of its files; a saved policy whose part is
+    newer than this is refused. `state_dict` and `load_state_dict` resume it.
     """
 
     kind: ClassVar[str]
+    slot: ClassVar[str]
     version: ClassVar[int]
 
     def attach(self, policy: "ChainPolicy") -> "ChainPolicy":
@@ -106,10 +108,11 @@ class ChainPolicy:
                 " can't take its place: attach it under another name"
             )
         for other, there in self.parts.items():
-            if other != name and there.kind == part.kind:
+            if other != name and there.slot == part.slot:
+                way = "attach it under that name" if there.kind == part.kind else "only one can act"
                 raise ValueError(
-                    f"the policy has a part of kind {part.kind} already, {other!r}, in whose slot"
-                    f" {name!r} would act: attach it under that name"
+                    f"the policy has a part of kind {there.kind} already, {other!r}, in whose slot"
+                    f" {name!r} would act: {way}"
                 )
         return replace(part.attach(self), parts={**self.parts, name: part})
 

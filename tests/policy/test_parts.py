@@ -1,7 +1,7 @@
 """Parts of a policy: each acts the same whatever becomes of the policy, and none is lost unsaid.
 
-The table is {base, best_of, std, start, refiner, head, grid} x {save, load, sample, evaluate,
-stages/, train on, resume, two processes}. Every cell asserts something of a policy that has the
+The table is {base, best_of, std, start, noise_actor, refiner, editor, head, grid} x {save, load,
+sample, evaluate, stages/, train on, resume, two processes}. Every cell asserts something of a policy that has the
 part, and the same of one that has lost it, the negative control, must fail.
 """
 
@@ -29,7 +29,9 @@ from genpolicy.contracts.task import Context
 from genpolicy.evaluation import pictures
 from genpolicy.evaluation.prompt_scores import draw
 from genpolicy.policy.files import load, save_policy, saved
+from genpolicy.policy.parts.editor import Editor
 from genpolicy.policy.parts.learned_start import LearnedStart
+from genpolicy.policy.parts.noise_actor import NoiseActor
 from genpolicy.policy.parts.refiner import Refiner
 from genpolicy.policy.parts_files import load_parts
 from genpolicy.policy.policy import ChainPolicy
@@ -174,7 +176,7 @@ def test_evaluate(runs: Runs, tmp_path: Path, name: str):
     control = played(runs.bare(name), tmp_path / "without", *SAMPLERS)
     assert mine["deployed"] == run.deployment.last["return"]
     assert {each for each in mine if mine[each] != control[each]} == ACTIVE.get(name, set(mine))
-    if name in ("best_of", "refiner"):
+    if name in ("best_of", "refiner", "editor"):
         several = played(run.folder, tmp_path / "several", "last_mean", "best_of_4")
         assert several["best_of_4"] != several["last_mean"]
 
@@ -188,11 +190,11 @@ def test_stages(runs: Runs, name: str):
     for stage in ("reached", "kept"):
         assert same(load(run.folder / "stages" / stage), run.deployed)
         assert not same(load(runs.bare(name)), load(run.folder / "stages" / stage)), "control"
-    if name == "refiner":
+    if name in ("refiner", "editor"):
         run.milestone("best_of_4", 4)
         several = load(run.folder / "stages/best_of_4")
         assert several.best_of == 4
-        assert several.parts.keys() == {"best_of", "refiner"}
+        assert several.parts.keys() == {"best_of", name}
 
 
 def continued(name: str, home: Path, folder: Path, **sampler: Any) -> tuple[Run, Any]:
@@ -315,7 +317,7 @@ def test_two_processes(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run.evaluator.close()
 
 
-@pytest.mark.parametrize("name", ["start", "refiner", "head"])
+@pytest.mark.parametrize("name", ["start", "noise_actor", "refiner", "editor", "head"])
 def test_what_was_trained_by_the_verbs_of_run_is_what_is_loaded(
     runs: Runs, tmp_path: Path, name: str
 ):
@@ -406,6 +408,7 @@ def forgetting(kind: Any, **forgotten: Any) -> Any:
     [
         ("refiner", {"rate": 0.7}),
         ("refiner", {"low": -2.0}),
+        ("editor", {"bound": 0.1}),
         ("best_of", {"pessimism": 0.0}),
         ("start", {"high": 1.0}),
         ("std", {"low": -9.0}),
@@ -416,7 +419,7 @@ def test_a_part_that_forgets_a_setting_is_refused(
 ):
     """...though its weights come back as they were: it would act otherwise when it is loaded."""
     made = part(name, run.policy, run.features)
-    if name == "refiner":
+    if name in ("refiner", "editor"):
         run.attach(best_of=part("best_of", run.policy, run.features))
     with monkeypatch.context() as patch:
         patch.setattr(type(made), "load", forgetting(type(made), **forgotten))
@@ -431,6 +434,7 @@ class Oracle(torch.nn.Linear):
     """A part of a kind that genpolicy does not have."""
 
     kind: ClassVar[str] = "oracle"
+    slot: ClassVar[str] = "judge"
     version: ClassVar[int] = 1
 
     def attach(self, policy: ChainPolicy) -> ChainPolicy:
@@ -477,7 +481,9 @@ def test_a_part_has_one_owner(run: Run, name: str):
 def test_a_part_that_does_not_fit_is_refused_and_leaves_nothing_behind(run: Run):
     unfit = {
         "refiner": (Refiner(steps=1, rate=0.1), "attach a best_of part first"),
+        "editor": (Editor(4, 4, size=0.1), "attach a best_of part first"),
         "start": (LearnedStart(4, (3,)), r"has shape \[3\], its events \[2, 2\]"),
+        "noise_actor": (NoiseActor(4, (3,), 1.5), r"has shape \[3\], its events \[2, 2\]"),
     }
     for name, (value, said) in unfit.items():
         with pytest.raises(ValueError, match=said):
@@ -488,6 +494,14 @@ def test_a_part_that_does_not_fit_is_refused_and_leaves_nothing_behind(run: Run)
     assert run.deployed.parts.keys() == {"best_of", "refiner"}, "control"
 
 
+def test_an_editor_of_other_events_is_refused(run: Run):
+    run.attach(best_of=part("best_of", run.policy, run.features))
+    with pytest.raises(ConfigError, match=r"edits 3 numbers, its events have 4") as raised:
+        run.attach(editor=Editor(run.features, 3, size=0.1))
+    assert "\n" not in str(raised.value)
+    run.attach(editor=Editor(run.features, 4, size=0.1))  # control
+
+
 def test_two_parts_of_one_kind_are_refused(run: Run):
     """...of which only the last would act, and both be saved."""
     run.attach(start=start(run))
@@ -495,6 +509,26 @@ def test_two_parts_of_one_kind_are_refused(run: Run):
         run.attach(beginning=start(run))
     assert run.state.parts.keys() == run.policy.parts.keys() == {"start"}
     run.attach(start=start(run))  # control: in its place
+
+
+SHARED = [
+    (("best_of", "refiner"), "editor"),
+    (("best_of", "editor"), "refiner"),
+    (("start",), "noise_actor"),
+    (("noise_actor",), "start"),
+]
+"""Parts that a policy has, and one of another kind that would act in the place of the last."""
+
+
+@pytest.mark.parametrize(("there", "new"), SHARED)
+def test_two_kinds_that_fill_one_slot_are_refused(run: Run, there: tuple[str, ...], new: str):
+    """...of which the earlier one would be saved and act no more."""
+    for each in there:
+        run.attach(**{each: part(each, run.policy, run.features)})
+    with pytest.raises(ValueError, match=f"already, '{there[-1]}', in whose slot '{new}' would"):
+        run.attach(**{new: part(new, run.policy, run.features)})
+    assert list(run.policy.parts) == list(there)
+    run.attach(std=part("std", run.policy, run.features))  # control
 
 
 def test_a_part_of_another_kind_does_not_take_the_place_of_one(run: Run):

@@ -21,8 +21,10 @@ from genpolicy.learning.critic import Critic
 from genpolicy.policy.files import load, save_policy
 from genpolicy.policy.parts.base import Base
 from genpolicy.policy.parts.best_of import BestOf
+from genpolicy.policy.parts.editor import Editor
 from genpolicy.policy.parts.learned_start import LearnedStart
 from genpolicy.policy.parts.learned_std import LearnedStd
+from genpolicy.policy.parts.noise_actor import NoiseActor
 from genpolicy.policy.parts.refiner import Refiner
 from genpolicy.policy.policy import ChainPolicy, Part
 from genpolicy.training.prepare import prepare
@@ -112,6 +114,10 @@ def _loss(value: Any, features: Tensor, event: Tensor) -> Tensor:
         return (value(torch.full((len(features),), 0.5), features) - 0.5).square().mean(1)
     if isinstance(value, LearnedStart):
         return -value(features, 1.0).log_prob(event, reduce="mean")
+    if isinstance(value, NoiseActor):
+        return (value.z(features).mode - event).square().flatten(1).mean(1)
+    if isinstance(value, Editor):
+        return (value.edits(features, event).mode - 0.1).square().flatten(1).mean(1)
     return value.critic.loss(features, event, event.flatten(1).sum(1)).mean(0)
 
 
@@ -131,6 +137,8 @@ def part(name: str, policy: ChainPolicy, features: int) -> Part:
         "best_of": lambda: Critic(features, math.prod(shape), members=2, hidden=8),
         "std": lambda: LearnedStd(features, math.prod(shape), 0.2, 1.5, hidden=8),
         "start": lambda: LearnedStart(features, shape),
+        "noise_actor": lambda: NoiseActor(features, shape, 1.5, hidden=8),
+        "editor": lambda: Editor(features, math.prod(shape), 0.5, hidden=8),
     }[name]()
     for parameter in made.parameters():
         parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator)
@@ -175,7 +183,9 @@ ROWS = {
     "best_of": Row(("best_of",), sampler={"best_of": 4}, saved=True),
     "std": Row(("std",), sampler={"kernel": STOCHASTIC}),
     "start": Row(("start",)),
+    "noise_actor": Row(("noise_actor",)),
     "refiner": Row(("best_of", "refiner")),
+    "editor": Row(("best_of", "editor")),
     "head": Row(policy={"prediction_type": "sample"}, chain={**STUDENT, "start": 0.6}),
     "grid": Row(
         policy={**LEROBOT, "prediction_type": "sample"}, chain={**STUDENT, "grid": "native"}

@@ -27,6 +27,7 @@ class Base:
     above: float
 
     kind: ClassVar[str] = "base"
+    slot: ClassVar[str] = "base"
     version: ClassVar[int] = 1
 
     @classmethod

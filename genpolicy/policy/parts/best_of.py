@@ -28,6 +28,7 @@ class BestOf:
     pessimism: float
 
     kind: ClassVar[str] = "best_of"
+    slot: ClassVar[str] = "judge"
     version: ClassVar[int] = 1
 
     def __call__(self, features: Tensor, event: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class Editor(nn.Module):
     """
 
     kind: ClassVar[str] = "editor"
+    slot: ClassVar[str] = "refiner"
     version: ClassVar[int] = 1
 
     def __init__(

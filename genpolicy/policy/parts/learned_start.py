@@ -25,6 +25,7 @@ class LearnedStart(nn.Module):
     """
 
     kind: ClassVar[str] = "learned_start"
+    slot: ClassVar[str] = "prior"
     version: ClassVar[int] = 3
 
     def __init__(self, features: int, shape: tuple[int, ...], bounds: Bounds = USUAL) -> None:

@@ -31,6 +31,7 @@ class LearnedStd(nn.Module):
     """
 
     kind: ClassVar[str] = "learned_std"
+    slot: ClassVar[str] = "noise"
     version: ClassVar[int] = 1
 
     def __init__(self, features: int, dims: int, low: float, high: float, hidden: int = 64) -> None:

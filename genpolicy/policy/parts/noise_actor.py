@@ -26,6 +26,7 @@ class NoiseActor(nn.Module):
     """
 
     kind: ClassVar[str] = "noise_actor"
+    slot: ClassVar[str] = "prior"
     version: ClassVar[int] = 1
 
     def __init__(

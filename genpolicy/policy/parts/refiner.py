@@ -30,6 +30,7 @@ class Refiner:
     refined: int | None = None
 
     kind: ClassVar[str] = "refiner"
+    slot: ClassVar[str] = "refiner"
     version: ClassVar[int] = 2
 
     def __call__(self, policy: ChainPolicy, features: Tensor, event: Tensor) -> Tensor:
@@ -47,13 +48,13 @@ class Refiner:
             with torch.enable_grad():
                 at = at.detach().requires_grad_(True)
                 value = policy.judge(features, policy.model.scored(at))
-                gradient = torch.autograd.grad(value.sum(), at)[0]
             # keep the best iterate of each row
             better = value.detach() > highest
             highest = torch.where(better, value.detach(), highest)
             number = torch.where(better, step, number)
             best = torch.where(better.view(-1, *[1] * (at.ndim - 1)), at.detach(), best)
             if step < self.steps:
+                gradient = torch.autograd.grad(value, at, torch.ones_like(value))[0]
                 at = (at.detach() + self.rate * gradient).clamp(self.low, self.high)
         return best, number
 

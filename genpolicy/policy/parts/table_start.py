@@ -31,6 +31,7 @@ class TableStart(nn.Module):
     """
 
     kind: ClassVar[str] = "table_start"
+    slot: ClassVar[str] = "prior"
     version: ClassVar[int] = 2
     keys: Tensor
 
