@@ -149,18 +149,14 @@ class _Weighing:
 
 
 def doubtful(replay: Replay, count: int) -> Tensor:
-    """True for the policy's last ``count`` decisions before a person takes over, [R]."""
-    person = replay.human.any(1)
-    found = torch.zeros(len(replay), dtype=torch.bool)
-    before = person.clone()
+    """True for the policy's decisions that a person's follows within ``count``, [R]; of a data
+    set, whose every frame is a decision, within so many chunks.
+    """
+    person, following = replay.human.any(1), replay.following()
+    found = torch.zeros_like(person)
     for _ in range(count):
-        # the decision that stands before one of these, in the same episode
-        earlier = before.roll(-1)
-        earlier[-1:] = False
-        same = replay.episode == replay.episode.roll(-1)
-        before = earlier & same & ~person
-        found |= before
-    return found
+        found |= (following >= 0) & (person | found)[following]
+    return found & ~person
 
 
 class ReturnValue:

@@ -171,20 +171,26 @@ class Replay:
         )
         return whole[(~ends | whole.terminated).nonzero().flatten()]
 
+    def following(self) -> Tensor:
+        """The row of the decision that was taken where each one led to, [R]; -1 where there is
+        none: its episode ended or was cut there.
+        """
+        row_of = torch.full((len(self.views),), -1)
+        row_of[self.now] = torch.arange(len(self))
+        found = torch.where(self.terminated, -1, row_of[self.after])
+        return torch.where(found > torch.arange(len(self)), found, -1)
+
     def returns(self, gamma: float) -> Tensor:
         """The return of every decision's episode from there on, sum_j gamma^j r_j over its
         environment steps: [R] fp64, nan where the recording stops before the episode does.
         """
-        row_of = torch.full((len(self.views) + 1,), -1)
-        row_of[self.now] = torch.arange(len(self))
-        following = torch.where(self.terminated, -1, row_of[self.after]).tolist()
-        steps = torch.arange(self.rewards.shape[1])
+        following, steps = self.following().tolist(), torch.arange(self.rewards.shape[1])
         happened = torch.where(steps < self.executed[:, None], self.rewards.double(), 0.0)
         own = (happened * gamma**steps).sum(1).tolist()
         discount, over = (gamma ** self.executed.double()).tolist(), self.terminated.tolist()
         found = [math.nan] * len(self)
         for row in reversed(range(len(self))):  # a decision's next one stands behind it
-            rest = 0.0 if over[row] else found[following[row]] if following[row] > row else math.nan
+            rest = 0.0 if over[row] else found[following[row]] if following[row] >= 0 else math.nan
             found[row] = own[row] + discount[row] * rest
         return torch.tensor(found, dtype=torch.float64)
 
@@ -193,10 +199,7 @@ class Replay:
         one: what was done, [R,length,*E] (behind the episode's end its last chunk again), what came
         of it, and what was seen after the last of them.
         """
-        following = torch.full((len(self.views) + 1,), -1)
-        following[self.now] = torch.arange(len(self))
-        following = torch.where(self.terminated, -1, following[self.after])
-        following = torch.where(following > torch.arange(len(self)), following, -1)
+        following = self.following()
         last, steps = torch.arange(len(self)), self.rewards.shape[1]
         rows, before = [], torch.zeros_like(self.executed)
         rewards = self.rewards.new_zeros(len(self), length * steps)

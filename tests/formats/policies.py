@@ -14,8 +14,10 @@ from genpolicy.models.mlp import MLP
 from genpolicy.models.tokens import Tokens
 from genpolicy.policy.parts.base import Base
 from genpolicy.policy.parts.best_of import BestOf
+from genpolicy.policy.parts.editor import Editor
 from genpolicy.policy.parts.learned_start import LearnedStart
 from genpolicy.policy.parts.learned_std import LearnedStd
+from genpolicy.policy.parts.noise_actor import NoiseActor
 from genpolicy.policy.parts.refiner import Refiner
 from genpolicy.policy.policy import ChainPolicy, Part
 from genpolicy.policy.sampler import make_policy
@@ -101,6 +103,25 @@ def _refined() -> ChainPolicy:
     return policy(model, parts, steps=2, kernel=DDPM, best_of=2)
 
 
+def _refined_best() -> ChainPolicy:
+    model = mlp(family="flow")
+    parts = {"critic": _critic(model), "refiner": Refiner(2, 0.1, refined=2)}
+    return policy(model, parts, steps=2, kernel=DDPM, best_of=4)
+
+
+def _edited() -> ChainPolicy:
+    model = mlp(family="flow")
+    editor = _shaken(Editor(_features(model), math.prod(model.event_shape), 0.2, edited=2))
+    parts = {"critic": _critic(model), "editor": editor}
+    return policy(model, parts, steps=2, kernel=DDPM, best_of=4)
+
+
+def _noise_actor() -> ChainPolicy:
+    model = mlp(family="flow")
+    start = _shaken(NoiseActor(_features(model), model.event_shape, 1.5))
+    return policy(model, {"start": start}, steps=2, kernel=ODE)
+
+
 def _learned_start(band: float | None = None) -> ChainPolicy:
     model = mlp(family="flow")
     start = _shaken(LearnedStart(_features(model), model.event_shape, Bounds(band=band)))
@@ -137,10 +158,21 @@ POLICIES: dict[str, Callable[[], ChainPolicy]] = {
     "dpmsolver": lambda: policy(mlp(family="flow"), steps=3, kernel={"name": "dpmsolver"}),
     "best of 4": _best_of,
     "refined": _refined,
+    "the best two of four refined": _refined_best,
+    "edited": _edited,
+    "noise actor": _noise_actor,
     "learned start": _learned_start,
     "typical start": lambda: _learned_start(0.1),
     "learned std": _learned_std,
     "base": _based,
 }
-DRAWS = {"gaussian": 2, "noisy steps": 3, "best of 4": 12, "refined": 4, "learned std": 3}
+DRAWS = {
+    "gaussian": 2,
+    "noisy steps": 3,
+    "best of 4": 12,
+    "refined": 4,
+    "the best two of four refined": 8,
+    "edited": 8,
+    "learned std": 3,
+}
 """Draws of a decision; of those that are not named, one."""

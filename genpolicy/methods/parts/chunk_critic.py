@@ -104,7 +104,11 @@ class ChunkCritic:
             run.features, dims, settings.members, settings.hidden, support=settings.support()
         ).to(model.device)
         self.target = copy.deepcopy(self.q).requires_grad_(False)
-        self.v = StateValue(run.features).to(model.device) if settings.kind == "iql" else None
+        self.v = (
+            StateValue(run.features, settings.hidden).to(model.device)
+            if settings.kind == "iql"
+            else None
+        )
         learned = [*self.q.parameters(), *(self.v.parameters() if self.v else ())]
         self.optimizer = run.new_optimizer(
             learned, OptimizerConfig(lr=settings.lr, weight_decay=0.0, max_grad_norm=10.0)

@@ -48,12 +48,13 @@ class Experience:
         """Forgets what the encoder made of the views: call it when the encoder has changed."""
         self._encoded: list[Condition] = []
         self._conditions: Condition | None = None
+        self._features: Tensor | None = None
 
     def add(self, iteration: int) -> None:
         """Adds the episodes that were kept in an iteration."""
         self.iterations.append(iteration)
         self.run.pin(iteration)
-        self._everything = self._whole = self._conditions = None
+        self._everything = self._whole = self._conditions = self._features = None
 
     @property
     def parts(self) -> list[Replay]:
@@ -168,7 +169,9 @@ class Experience:
     @property
     def features(self) -> Tensor:
         """The replay's views as critics see them, Float[F,D]."""
-        return self.model.features(self.conditions)
+        if self._features is None:
+            self._features = self.model.features(self.conditions)
+        return self._features
 
     def redraw(
         self, states: int, number: int, samples: int = 1, branch_at: int | None = None

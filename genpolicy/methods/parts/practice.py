@@ -2,10 +2,11 @@
 the first iteration, and a few in every later one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from genpolicy.config.errors import ConfigError, at_least
 from genpolicy.methods.parts.offline_data import Experience
+from genpolicy.rollout.person import Intervention
 from genpolicy.training.run import Run
 
 
@@ -17,6 +18,8 @@ class Practice:
     # data section's; 0: from those alone
     first: int = 50
     episodes: int = 10  # per iteration after that
+    # the rule by which a person takes over; share is 0, so that nobody does
+    person: Intervention = field(default_factory=lambda: Intervention(share=0.0))
 
     def __post_init__(self) -> None:
         at_least("method: practice", self, first=0, episodes=1)
@@ -44,7 +47,8 @@ class Episodes:
         run = self.run
         episodes = self.settings.first if run.iteration == 1 else self.settings.episodes
         if episodes:
-            run.collect(episodes, 1, keep=True)
+            person = self.settings.person if self.settings.person.share else None
+            run.collect(episodes, 1, keep=True, person=person)
             self.experience.add(run.iteration)
 
     @property

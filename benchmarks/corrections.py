@@ -1,0 +1,112 @@
+r"""ALOE beside simpler rules, where a person corrects the robot.
+
+    python -m benchmarks.corrections train --seeds 0 1 2
+    python -m benchmarks.corrections table
+
+The clones of benchmarks/off_policy learn from their demonstrations, from their own episodes, half
+of which fail at first, and from a scripted person who watches half of the start states and takes
+over after 30 environment steps without a centimetre of progress, for the rest of the episode. All
+rules see the same kind of data, make the same number of updates and play as many environment steps,
+a person's among them; they differ in what they imitate and how much (`genpolicy.methods.aloe`,
+setting ``weigh``). What is reported is the last policy, alone, on the fresh starts of
+benchmarks/off_policy.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks.off_policy import clone, played
+from genpolicy.config import parse
+from genpolicy.evaluation import metrics_file
+from genpolicy.evaluation.statistics import interval
+from genpolicy.training.experiment import finished, train
+
+TASK = "shelf-place-v3"
+RULES = ("critic", "returns", "success", "person", "alike")
+TOLD = {
+    "critic": "ALOE",
+    "returns": "weighted by observed returns (AWR)",
+    "success": "clones successes",
+    "person": "clones demonstrations and the person (DAgger)",
+    "alike": "clones everything",
+}
+STEPS = 60_000
+
+
+def learn(out: Path, rule: str, seed: int) -> None:
+    """A rule's run, and what its last policy reaches."""
+    folder = out / TASK / f"corrections-{rule}-{seed}"
+    if not (folder.exists() and finished(folder)):
+        overrides = [
+            f"--policy.pretrained={clone(out, TASK, seed)}",
+            f"--task.env={TASK}",
+            f"--data={{name: lerobot_dataset, root: {out / TASK / 'demonstrations'}}}",
+            f"--method.weigh={rule}",
+            "--method.practice.person.share=0.5",
+            f"--budget={{env_steps: {STEPS}}}",
+            "--eval.episodes=200",
+            "--eval.seed=3000003",
+            "--checkpoint_every=1000",
+            f"--seed={seed}",
+            f"--output={folder}",
+        ]
+        train(parse.load("metaworld_aloe", overrides))
+    if not (folder / "report.json").exists():
+        found = {"success": played(folder / "policy", TASK).tolist()}
+        (folder / "report.json").write_text(json.dumps(found))
+
+
+def table(out: Path) -> str:
+    """A line per rule."""
+    lines = [
+        "| rule | success by seed (n 500) | mean [95 %] | a person's share of the steps |",
+        "|---|---|---|---|",
+    ]
+    for rule in RULES:
+        folders = sorted((out / TASK).glob(f"corrections-{rule}-[0-9]"))
+        folders = [f for f in folders if (f / "report.json").exists()]
+        if not folders:
+            continue
+        found = [
+            torch.tensor(json.loads((f / "report.json").read_text())["success"]).double()
+            for f in folders
+        ]
+        rates = torch.stack([one.mean() for one in found])
+        low, high = interval(rates if len(found) > 1 else found[0])
+        shares = [_person(f) for f in folders]
+        lines.append(
+            f"| {TOLD[rule]} | {', '.join(f'{float(r):.3f}' for r in rates)}"
+            f" | {float(rates.mean()):.3f} [{low:.3f}, {high:.3f}]"
+            f" | {', '.join(f'{share:.2f}' for share in shares)} |"
+        )
+    return "\n".join(lines)
+
+
+def _person(folder: Path) -> float:
+    """The person's share of a run's environment steps."""
+    lines = [m for m in metrics_file.read(folder) if "env_steps" in m]
+    return sum(m.get("person/steps", 0.0) for m in lines) / lines[-1]["env_steps"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", choices=("train", "table"))
+    parser.add_argument("--rules", nargs="*", default=list(RULES), choices=RULES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/off_policy"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.verb == "train":
+        for seed in args.seeds:
+            for rule in args.rules:
+                learn(args.out, rule, seed)
+    print(table(args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+r"""Methods that learn from everything that was done, beside on-policy ones: success over steps.
+
+    python -m benchmarks.off_policy train --methods pa_rl aloe expo q_chunking dsrl dppo rl100
+    python -m benchmarks.off_policy train --methods pa_rl --seeds 0 1 2
+    python -m benchmarks.off_policy table
+    python -m benchmarks.off_policy figure            # assets/figures/off_policy.png
+
+One task at a time (shelf-place by default), sparse reward; five noisy scripted demonstrations are
+cloned, one clone for each seed, and every method begins from the clone of its seed with its preset.
+All its environment steps count, and those of the demonstrations. A level is reached where an
+evaluation (200 starts, the same for all) is at or above it and the next one too. What is reported is
+the last policy as it is deployed, on 500 starts that nothing else uses. Runs that are there are not
+made again.
+"""
+
+import argparse
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from genpolicy.config import leaves, parse
+from genpolicy.config.origin import PERSON
+from genpolicy.contracts.model import ControlModel
+from genpolicy.evaluation import metrics_file
+from genpolicy.evaluation.curves import COLOURS, by_experience, evaluation, save_panels
+from genpolicy.evaluation.episode_scores import evaluate_control
+from genpolicy.evaluation.statistics import interval
+from genpolicy.policy.files import load
+from genpolicy.rollout.demonstrations import demonstrate
+from genpolicy.training.experiment import finished, train
+
+FRESH = range(66_000_000, 66_000_500)
+"""Reset seeds of the report."""
+DEMONSTRATIONS = {"shelf-place-v3": 5, "assembly-v3": 3, "peg-insert-side-v3": 10}
+"""As in benchmarks/rl100."""
+DEMONSTRATED_FROM, NOISE = 10_000, 0.1
+STEPS, LEVEL, SLOTS = 125_000, 0.9, 20
+METHODS = ("pa_rl", "aloe", "expo", "q_chunking", "dsrl", "dppo", "rl100")
+OWN = {
+    "dppo": ["--eval.every=5"],
+    # its online stage alone, from the same clone
+    "rl100": ["--method.stage=online", "--data=null", "--eval.every=5"],
+}
+"""Overrides of presets: the methods with large iterations are evaluated more often."""
+
+
+def clone(out: Path, task: str, seed: int) -> Path:
+    """The clone of a seed, made where it is not there."""
+    folder, data = out / task / f"clone-{seed}", out / task / "demonstrations"
+    if not data.exists():
+        demonstrate(
+            {"name": "metaworld", "env": task},
+            data,
+            episodes=DEMONSTRATIONS[task],
+            noise=NOISE,
+            seed=DEMONSTRATED_FROM,
+        )
+    if not (folder.exists() and finished(folder)):
+        where = [f"--task.env={task}", f"--data.root={data}"]
+        train(parse.load("metaworld_bc", [*where, f"--seed={seed}", f"--output={folder}"]))
+    return folder / "policy"
+
+
+def learn(out: Path, task: str, method: str, seed: int) -> None:
+    """A method's run, and what its last policy reaches."""
+    folder = out / task / f"{method}-{seed}"
+    if not (folder.exists() and finished(folder)):
+        overrides = [
+            f"--policy.pretrained={clone(out, task, seed)}",
+            f"--task.env={task}",
+            f"--budget={{env_steps: {STEPS}}}",
+            "--eval.episodes=200",
+            "--eval.seed=3000003",
+            "--checkpoint_every=1000",
+            f"--seed={seed}",
+            f"--output={folder}",
+            *OWN.get(method, []),
+        ]
+        began = time.process_time()
+        train(parse.load(f"metaworld_{method}", overrides))
+        (folder / "cpu_s.txt").write_text(f"{time.process_time() - began:.0f}\n")
+    if not (folder / "report.json").exists():
+        found = {"success": played(folder / "policy", task).tolist()}
+        (folder / "report.json").write_text(json.dumps(found))
+
+
+def played(policy: Path, task: str) -> Tensor:
+    """The successes of a policy from the fresh starts."""
+    world = leaves.make("tasks", {"name": "metaworld", "env": task}, PERSON)
+    loaded = load(policy)
+    environments = world.environments(SLOTS, cast(ControlModel, loaded.model).history)
+    found = evaluate_control(loaded, environments, episodes=len(FRESH), seed=FRESH.start)
+    environments.close()
+    return found.success
+
+
+def course(folder: Path) -> list[tuple[float, float]]:
+    """(environment steps so far, success) of a run's evaluations."""
+    lines, _ = by_experience(metrics_file.read(folder))
+    return [(m["iteration"], m["eval/success_rate"]) for m in lines if "eval/success_rate" in m]
+
+
+def reached(points: list[tuple[float, float]]) -> float | None:
+    """The steps of the first evaluation at or above the level that the next one confirms."""
+    for (steps, now), (_, after) in pairwise(points):
+        if min(now, after) >= LEVEL:
+            return steps
+    return None
+
+
+def table(out: Path, task: str) -> str:
+    """A line per method."""
+    lines = [
+        f"| method | success by seed (n {len(FRESH)}) | mean [95 %] | steps to {LEVEL:g}, by seed"
+        " | CPU s |",
+        "|---|---|---|---|---|",
+    ]
+    extra = _frames(out / task / "demonstrations")
+    for method in METHODS:
+        folders = [f for f in sorted((out / task).glob(f"{method}-[0-9]")) if finished(f)]
+        folders = [f for f in folders if (f / "report.json").exists()]
+        if not folders:
+            continue
+        found = [
+            torch.tensor(json.loads((f / "report.json").read_text())["success"]).double()
+            for f in folders
+        ]
+        rates = torch.stack([one.mean() for one in found])
+        low, high = interval(rates if len(found) > 1 else found[0])
+        levels = [reached(course(f)) for f in folders]
+        told = ", ".join("not" if v is None else f"{v + extra:,.0f}" for v in levels)
+        seconds = sum(float((f / "cpu_s.txt").read_text()) for f in folders) / len(folders)
+        lines.append(
+            f"| `{method}` | {', '.join(f'{float(r):.3f}' for r in rates)}"
+            f" | {float(rates.mean()):.3f} [{low:.3f}, {high:.3f}] | {told} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _frames(data: Path) -> int:
+    """The environment steps of the demonstrations."""
+    section = {"name": "lerobot_dataset", "root": str(data)}
+    return len(leaves.make("datasets", section, PERSON))
+
+
+def figure(out: Path, task: str, file: Path) -> None:
+    """Draws success over environment steps, all methods in one panel."""
+
+    def draw(axes: Any) -> None:
+        for method, colour in zip(METHODS, COLOURS, strict=True):
+            folders = [f for f in sorted((out / task).glob(f"{method}-[0-9]")) if finished(f)]
+            for number, folder in enumerate(folders):
+                lines, _ = by_experience(metrics_file.read(folder))
+                lines = [{**m, "iteration": m["iteration"] / 1000} for m in lines]
+                bare = [{k: v for k, v in m.items() if "ci95" not in k} for m in lines]
+                evaluation(axes, bare, "success_rate", "" if number else method, colour)
+        axes.axhline(LEVEL, color="black", linewidth=0.7, linestyle=":")
+        axes.set_ylim(0, 1)
+        axes.set_xlim(0, STEPS / 1000)
+
+    save_panels(
+        [(f"success on {task}, 200 starts; a line per seed", draw)],
+        file,
+        xlabel="thousands of environment steps",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", choices=("train", "table", "figure"))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--task", default="shelf-place-v3", choices=list(DEMONSTRATIONS))
+    parser.add_argument("--out", type=Path, default=Path("runs/off_policy"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.verb == "train":
+        for seed in args.seeds:
+            for method in args.methods:
+                learn(args.out, args.task, method, seed)
+    if args.verb == "figure":
+        figure(args.out, args.task, Path("assets/figures/off_policy.png"))
+    print(table(args.out, args.task))
+
+
+if __name__ == "__main__":
+    main()
