@@ -1,4 +1,6 @@
-"""The metrics of one iteration: numbers by name, seconds and memory by phase, rows collected."""
+"""The metrics of one iteration: numbers by name, seconds and memory by phase, rows collected and
+seen.
+"""
 
 import sys
 import time
@@ -26,7 +28,8 @@ class IterationMetrics:
         self.numbers: dict[str, list[float]] = defaultdict(list)
         self.clock: dict[str, float] = defaultdict(float)
         self.memory: dict[str, float] = defaultdict(float)
-        self.collected, self.env_steps = 0, 0.0
+        self.collected, self.env_steps = 0, 0.0  # rows; steps of the environments
+        self.seen = 0  # recorded rows that were learned from
         self.evaluations = 0.0  # of networks that act and do not learn, in rows
 
     def log(self, name: str, value: float) -> None:

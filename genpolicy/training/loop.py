@@ -55,15 +55,15 @@ def conclude(run: Run) -> dict[str, Any]:
 def _account(run: Run, seconds: float, evaluations: float) -> float:
     """Add an iteration's cost: the main process's clock and everybody's evaluations, the same
     numbers on every process, because budget and learning rate follow from them. Returns the
-    evaluations per row that was collected.
+    evaluations per row that was collected, where none was per recorded row that was learned from.
     """
     metrics = run.metrics
     clock = seconds if run.processes.main else 0.0
-    mine = [clock, evaluations, metrics.collected, metrics.env_steps]
+    mine = [clock, evaluations, metrics.collected, metrics.seen, metrics.env_steps]
     everybody = run.processes.reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
-    clock, evaluations, rows, steps = everybody
-    run.spent.add(clock, evaluations, rows if steps else 0.0, steps)
-    return evaluations / (rows or 1)
+    clock, evaluations, collected, seen, steps = everybody
+    run.spent.add(clock, evaluations, collected if steps else 0.0, steps)
+    return evaluations / (collected or seen or 1)
 
 
 def _finish(run: Run, evaluations_per_row: float) -> None:

@@ -92,16 +92,16 @@ class Rehearsal:
     def _cost(
         self, run: Run, stage: str, iterations: int | None, seconds: float, evaluations: float
     ) -> StageCost:
-        mine = [run.metrics.collected, run.metrics.env_steps, evaluations]
+        metrics = run.metrics
+        mine = [metrics.collected, metrics.seen, metrics.env_steps, evaluations]
         everybody = run.processes.reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
-        samples, env_steps, evaluations = int(everybody[0]), everybody[1], everybody[2]
+        collected, seen, env_steps, evaluations = everybody
+        samples = int(collected or seen)
         did = f"{samples} samples"
         if isinstance(run.evaluator, EpisodeEvaluator):
             lived = f"{samples} decisions in {env_steps:.0f} environment steps"
             did = lived if env_steps else f"{samples} recorded frames" if samples else "nothing new"
-        phases = {
-            name: (spent, run.metrics.memory[name]) for name, spent in run.metrics.clock.items()
-        }
+        phases = {name: (spent, metrics.memory[name]) for name, spent in metrics.clock.items()}
         return StageCost(stage, iterations, seconds, samples, evaluations, env_steps, did, phases)
 
     def _evaluate(self, run: Run) -> None:

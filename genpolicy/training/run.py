@@ -456,8 +456,10 @@ class Run:
         return not self.rehearsal and bool(every) and self.iteration % every == 0
 
     def seen(self, samples: int) -> None:
-        """Count the samples of an iteration that collects none itself."""
-        self.metrics.collected += self.processes.share(samples)
+        """Count recorded samples that were learned from: they are no decisions, and an iteration's
+        own count where it collects none.
+        """
+        self.metrics.seen += self.processes.share(samples)
 
     def log(self, name: str, value: float) -> None:
         """Add a number to this iteration's metrics; several in one iteration are averaged."""

@@ -101,7 +101,7 @@ def test_trying_out_counts_every_episode_once(tmp_path, episodes):
 def test_rows_that_were_learned_from_count_once(tmp_path):
     def work(run):
         run.seen(7)
-        return run.metrics.collected
+        return run.metrics.seen
 
     found = same_everywhere(tmp_path, work)
     assert [sum(rows for _, rows in results) for results in found] == [7, 7, 7]
