@@ -2,6 +2,10 @@
 several: critic, its target and optimiser, cached samples and episodes with it.
 """
 
+import random
+import signal
+import time
+
 import pytest
 import torch
 
@@ -103,6 +107,28 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
         "what is imitated is no decision"
     )
     assert ("best_of" in a["parts"]) == ("q" not in a["kept"]) == ("aloe" not in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pa_rl", "aloe"])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
+    sections = {**SECTIONS, "method": METHODS[name], "budget": {"iterations": 16}}
+    whole, broken = (write(tmp_path / n, sections) for n in ("whole", "broken"))
+    train(whole)
+    process = launch([str(broken)], wait=False)
+    log = tmp_path / "broken/run/metrics.jsonl"
+    target = random.Random(time.time_ns()).randint(4, 11)
+    while process.poll() is None and (
+        not log.exists() or len(log.read_text().splitlines()) < target
+    ):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    train(tmp_path / "broken/run/config.yaml")
+    assert metrics(tmp_path / "broken/run") == metrics(tmp_path / "whole/run")
+    verdicts = same_state(*(weights(tmp_path / n / "run", 16) for n in ("whole", "broken")))
+    assert all(verdicts.values()), verdicts
 
 
 def test_control_a_target_that_is_not_resumed_is_another_run(tmp_path):
