@@ -2,6 +2,10 @@
 several: critic, its target and optimiser, cached samples and episodes with it.
 """
 
+import random
+import signal
+import time
+
 import pytest
 import torch
 
@@ -105,6 +109,28 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
     assert ("best_of" in a["parts"]) == ("q" not in a["kept"]) == ("aloe" not in name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pa_rl", "aloe"])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):
+    sections = {**SECTIONS, "method": METHODS[name], "budget": {"iterations": 16}}
+    whole, broken = (write(tmp_path / n, sections) for n in ("whole", "broken"))
+    train(whole)
+    process = launch([str(broken)], wait=False)
+    log = tmp_path / "broken/run/metrics.jsonl"
+    target = random.Random(time.time_ns()).randint(4, 11)
+    while process.poll() is None and (
+        not log.exists() or len(log.read_text().splitlines()) < target
+    ):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    train(tmp_path / "broken/run/config.yaml")
+    assert metrics(tmp_path / "broken/run") == metrics(tmp_path / "whole/run")
+    verdicts = same_state(*(weights(tmp_path / n / "run", 16) for n in ("whole", "broken")))
+    assert all(verdicts.values()), verdicts
+
+
 def test_control_a_target_that_is_not_resumed_is_another_run(tmp_path):
     sections = {**SECTIONS, "method": METHODS["aloe"]}
     torch.manual_seed(0)
@@ -119,7 +145,7 @@ def test_control_a_target_that_is_not_resumed_is_another_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["pa_rl", "aloe", "long chunks"])
 def test_two_processes_learn_what_one_learns(tmp_path, name):
     method = {**METHODS[name], "every": 1}
     sections = {
@@ -131,7 +157,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, name):
     }
     for processes in (1, 2):
         launch([str(write(tmp_path / str(processes), sections))], processes)
-    launch([str(write(tmp_path / "other", {**sections, "seed": 1}))])
+    train(write(tmp_path / "other", {**sections, "seed": 1}))
     one, two, other = (weights(tmp_path / n / "run", 3) for n in ("1", "2", "other"))
     moved = max(float(p.abs().max()) for p in one["parameters"])
     assert largest_difference(one["parameters"], two["parameters"]) < 1e-5 * moved
