@@ -55,9 +55,11 @@ class Valuing:
     polyak: float = 0.02
     conservative: float = 0.005  # weight of Cal-QL's term; PA-RL
     expectile: float = 0.7  # of V, in [0, 1], for iql; PA-RL
+    # least and largest return, where they are known (a sparse reward: 0 and 1): targets are kept
+    # between them, so that what the choice among samples overestimates does not feed on itself
+    low: float | None = None
+    high: float | None = None
     bins: int = 0  # of values as histograms (HL-Gauss) between low and high; 0: squared errors
-    low: float = 0.0  # least return, for bins
-    high: float = 1.0  # largest return, for bins
 
     def __post_init__(self) -> None:
         where = "method: critic"
@@ -69,6 +71,10 @@ class Valuing:
         positive(where, self, "lr", "polyak")
         share(where, self, "offline", "polyak", "expectile")
         at_most(where, self, subset=self.members)
+        if self.bins and (self.low is None or self.high is None):
+            raise ConfigError(f"{where}: {self.bins} bins need low and high, the returns' range")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ConfigError(f"{where}: low is {self.low:g}; it must be below high, {self.high:g}")
         try:
             self.support()
         except ValueError as error:
@@ -76,7 +82,14 @@ class Valuing:
 
     def support(self) -> Support | None:
         """The bins, if there are any."""
-        return Support(self.low, self.high, self.bins) if self.bins else None
+        if not self.bins or self.low is None or self.high is None:
+            return None
+        return Support(self.low, self.high, self.bins)
+
+    def kept(self, target: Tensor) -> Tensor:
+        """Targets between the least and the largest return."""
+        known = self.low is not None or self.high is not None
+        return target.clamp(self.low, self.high) if known else target
 
 
 class ChunkCritic:
@@ -173,6 +186,7 @@ class ChunkCritic:
                     next_value,
                     self.gamma,
                 )
+                y = settings.kept(y)
                 aim = None
                 if self.v is not None:
                     aim = subset_min(self.target(now, event), settings.subset, draw)

@@ -84,6 +84,7 @@ class LongChunks:
                     self.v(after),
                     self.gamma,
                 )
+                y = settings.kept(y)
                 worth = critic.target(now, event).mean(0)
                 taught = y if self.suffix is None else self.q(now, together).mean(0)
 

@@ -112,6 +112,17 @@ def test_histograms_find_the_values_within_a_bin(tmp_path):
     assert cut.max() < 0.5 + 0.01, "control: values above the support are its upper end"
 
 
+@pytest.mark.parametrize("high", [0.5, None])
+def test_targets_stay_within_the_returns_that_are_possible(tmp_path, high):
+    """An episode that never ends is worth more than any return: what is known keeps it down."""
+    replay, features, _ = walk(2)
+    endless = replace(replay, terminated=torch.zeros_like(replay.terminated))
+    critic = built(tmp_path, 2, high=high)
+    taught(critic, endless, features, onward(replay))
+    largest = float(found(critic, endless, features).mean(0).max())
+    assert largest < 0.55 if high else largest > 1.0
+
+
 # -- chunks that were cut --------------------------------------------------------------------------
 
 T = 5

@@ -134,7 +134,9 @@ def test_long_chunks_find_the_values_of_the_walk(tmp_path, suffix):
     assert (q - wrong).abs().mean() > 0.1, "control: a discount per decision"
 
 
-@pytest.mark.parametrize("own", [{"kind": "iql"}, {"kind": "cal_ql"}, {"bins": 31}])
+@pytest.mark.parametrize(
+    "own", [{"kind": "iql"}, {"kind": "cal_ql"}, {"bins": 31, "low": 0.0, "high": 1.0}]
+)
 def test_critics_that_long_chunks_cannot_teach_are_refused(tmp_path, own):
     replay, features = branches()
     with pytest.raises(ConfigError, match="kind rlpd and no bins"):
