@@ -162,7 +162,10 @@ def small(settings: Any) -> dict[str, Any]:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            found[field.name] = small(value)
+            if own := small(
+                value
+            ):  # a section of its own may ask for what it is the default to lack
+                found[field.name] = own
         elif field.name in SMALL and type(value) is int and value:  # 0 leaves a thing out
             found[field.name] = SMALL[field.name]
     return found

@@ -19,7 +19,7 @@ observed returns in the place of Q - V; "success", all of the episodes that succ
 data section's and a person's alone (DAgger, arXiv 1011.0686); "alike", everything.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -58,8 +58,7 @@ class ALOE:
     every: int = 5  # iterations between improvements
     updates: int = 100  # of the policy per improvement
     practice: Practice = field(default_factory=Practice)  # the episodes
-    # the least of all networks
-    critic: Valuing = field(default_factory=lambda: Valuing(members=4, subset=4))
+    critic: Valuing = field(default_factory=Valuing)  # Q; its subset is all networks
 
     needs: ClassVar[Needs] = Needs(("robots",), split=())
 
@@ -83,10 +82,13 @@ class _Weighing:
 
     def __init__(self, settings: ALOE, run: Run) -> None:
         self.settings, self.run = settings, run
+        critic = settings.critic
+        if critic.subset is None:
+            critic = replace(critic, subset=critic.members)
         self.world = OffPolicy(
             run,
             settings.practice,
-            settings.critic,
+            critic,
             gamma=settings.gamma,
             cut_fails=settings.cut_fails,
             samples=settings.samples,

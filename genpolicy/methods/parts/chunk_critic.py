@@ -42,7 +42,9 @@ class Valuing:
     # held down to what was got; "iql": an expectile of V in the place of the policy's chunk
     kind: Literal["rlpd", "cal_ql", "iql"] = "rlpd"
     members: int = 4  # networks of Q; 10 in PA-RL
-    subset: int = 2  # of them, drawn anew for each update, whose least is the target; PA-RL
+    # of them, drawn anew for each update, whose least is the target; None: 2 as in PA-RL, and in
+    # ALOE all
+    subset: int | None = None
     pessimism: float = 0.0  # stds over the networks taken off Q where samples are ranked; PA-RL
     hidden: int = 256  # units of each of two layers; PA-RL
     first: int = 2000  # updates before the critic first acts
@@ -79,6 +81,11 @@ class Valuing:
             self.support()
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from None
+
+    @property
+    def least_of(self) -> int:
+        """The number of networks whose least is the target."""
+        return min(2, self.members) if self.subset is None else self.subset
 
     def support(self) -> Support | None:
         """The bins, if there are any."""
@@ -176,7 +183,7 @@ class ChunkCritic:
                 )
                 if self.v is None:
                     a = scored(following(later, after))
-                    next_value = subset_min(self.target(after, a), settings.subset, draw)
+                    next_value = subset_min(self.target(after, a), settings.least_of, draw)
                 else:
                     next_value = self.v(after)
                 y = bellman_target(
@@ -189,7 +196,7 @@ class ChunkCritic:
                 y = settings.kept(y)
                 aim = None
                 if self.v is not None:
-                    aim = subset_min(self.target(now, event), settings.subset, draw)
+                    aim = subset_min(self.target(now, event), settings.least_of, draw)
             others = samples(replay.now[rows]) if returns is not None else None
             got = returns[rows] if returns is not None else None
 
