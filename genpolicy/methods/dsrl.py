@@ -150,10 +150,14 @@ class _Steering:
         self.world.learn(self._carried_out)
         self._steer()
 
+    def _places(self) -> Tensor:
+        """The places of this process's rows in a batch of the critic, [b]."""
+        return self.run.mine(np.arange(self.settings.critic.batch))
+
     def _carried_out(self, views: Tensor, features: Tensor) -> Tensor:
         """g(s', z') at views [b], [b,*E]."""
         self.asked += 1
-        noise = self.run.noise("z of the targets", views, self.asked)
+        noise = self.run.noise("z of the targets", self._places(), self.asked)
         conditions = self.world.experience.conditions[views]
         return self.run.policy.sample(conditions, noise, keep=(0, 0)).x0
 
@@ -164,10 +168,10 @@ class _Steering:
         run, world = self.run, self.world
         views = world.experience.replay.now[rows]
         seen, which = world.experience.seen(rows), (update + rows) % self.settings.samples
-        row = torch.arange(len(rows))
+        row, place = torch.arange(len(rows)), run.mine(np.arange(self.settings.batch))
         z, a = (of(views)[row, which] for of in (world.samples.starts, world.samples.at))
-        fresh = row[::2]
-        noise = run.noise("z of the actor", views[fresh], update)
+        fresh = (place % 2 == 0).nonzero().flatten()
+        noise = run.noise("z of the actor", place[fresh], update)
         drawn = run.policy.sample(world.experience.conditions[views[fresh]], noise, keep=(0, 0))
         assert drawn.start is not None
         z[fresh], a[fresh] = drawn.start / run.policy.chain.scale, drawn.x0
@@ -202,7 +206,7 @@ class _Steering:
     def _begun(self, views: Tensor, features: Tensor) -> Tensor:
         """z' ~ actor at views [b], [b,*E]."""
         self.asked += 1
-        noise = self.run.noise("z of the targets", views, self.asked)
+        noise = self.run.noise("z of the targets", self._places(), self.asked)
         return self.actor.z(features).sample(noise(0, self.actor.shape).to(features))
 
     # The actor

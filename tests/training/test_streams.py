@@ -128,6 +128,10 @@ def raw_of(method: str, world: str, folder) -> dict[str, Any]:
         budget={"iterations": 3},
         threads=1,
     )
+    if "practice" in raw["method"]:
+        raw["data"] = {"name": "tests.rl100_toy:Outcomes"}
+    if method == "dsrl":
+        raw["chain"] = {"steps": 4, "kernel": test_laws.ODE}
     if world == "prompts" and NEEDS[method].data:
         raw["data"] = {"name": f"{test_laws.__name__}:Shown"}
     if NEEDS[method].teacher:
