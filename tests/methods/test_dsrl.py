@@ -138,18 +138,19 @@ def test_what_is_carried_out_and_judged_is_what_the_sampler_makes_of_the_noise(
     known: Any = Known(best_action(run))
     steering.world.critic.q = known
     run.attach(start=steering.actor)
-    experience, views = steering.world.experience, torch.arange(200)
+    experience, views = steering.world.experience, torch.arange(built.critic.batch)
     features = experience.features[views]
     first, again = (steering._carried_out(views, features).flatten() for _ in range(2))
     assert float(((first - 0.6) / SLOPE).abs().max()) <= BOUND
     assert not torch.equal(first, again), "each time that it is asked other noise is drawn"
     with torch.no_grad():
-        z, worth = steering._aliased(torch.arange(200), 0)
+        rows = torch.arange(built.batch)
+        z, worth = steering._aliased(rows, 0)
     action = 0.6 + SLOPE * z.flatten()
     assert torch.allclose(worth, -(action - best_action(run)).square(), atol=1e-5)
     assert float(z[::2].abs().max()) <= BOUND < float(z[1::2].abs().max())
     assert float(z[1::2].std()) == pytest.approx(1.0, abs=0.2)
-    plain, kept = steering.world.samples.starts(views), z[1::2]
+    plain, kept = steering.world.samples.starts(experience.replay.now[rows]), z[1::2]
     assert bool((plain[1::2] == kept[:, None]).any(1).all()), "and these are kept"
 
 
