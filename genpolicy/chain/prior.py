@@ -80,4 +80,4 @@ class Bounds:
 
 
 USUAL = Bounds()
-"""Of a start that nobody bounded otherwise."""
+"""The bounds of a start where nobody names others."""

@@ -172,7 +172,7 @@ class Person(Protocol):
         ...
 
     def progress(self, context: Context) -> float:
-        """How far the task has come, for what is seen (one row); more is better."""
+        """The progress of the task, for what is seen (one row); more is better."""
         ...
 
 
