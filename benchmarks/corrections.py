@@ -73,6 +73,7 @@ def main() -> None:
                     f"--data={{name: lerobot_dataset, root: {data}}}",
                     f"--method.weigh={rule}",
                     "--method.practice.person.share=0.5",
+                    "--eval.every=0",
                 ]
                 learn(args.out, TASK, "metaworld_aloe", seed, folder, STEPS, *own)
     print(table(args.out))
