@@ -12,7 +12,7 @@ from genpolicy.policy.policy import ChainPolicy
 from genpolicy.training.run import Run
 
 AT_ONCE = 4096
-"""Samples that are drawn together."""
+"""Samples that are drawn together, by one of the processes."""
 
 
 class CachedSamples:
@@ -83,14 +83,15 @@ class CachedSamples:
         member = torch.arange(count).repeat(end - begin)
         noise = self.run.noise("cached samples", rows, iteration=self.version)
         noise = replace(noise, member=member)
-        x0, start = [], []
-        for part in torch.arange(len(rows)).split(AT_ONCE):
-            found = policy.sample(conditions[rows[part]], noise[part], keep=(0, 0))
-            assert found.start is not None
-            x0.append(found.x0)
-            start.append(found.start / policy.chain.scale)
-        shape = (end - begin, count)
-        return torch.cat(x0).unflatten(0, shape), torch.cat(start).unflatten(0, shape)
+        processes, model = self.run.processes, policy.model
+        drawn = torch.zeros(2, len(rows), *model.event_shape, device=model.device)
+        for number, part in enumerate(torch.arange(len(rows)).split(AT_ONCE), len(self._drawn)):
+            if number % processes.count == processes.index:
+                found = policy.sample(conditions[rows[part]], noise[part], keep=(0, 0))
+                assert found.start is not None
+                drawn[:, part] = torch.stack([found.x0, found.start / policy.chain.scale])
+        x0, start = processes.reduce(drawn).unflatten(1, (end - begin, count))
+        return x0, start
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": self.version, "counted": self.counted}
