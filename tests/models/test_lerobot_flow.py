@@ -280,7 +280,7 @@ def test_missing_prefixes_alone_are_encoded(encoded, monkeypatch):
         assert encoded == [2]
         everything = model.denoise(x, t, seen).x0
         assert encoded == [2, 2]
-        monkeypatch.setattr("genpolicy.models._lerobot_flow_prefix.ROWS", 3)
+        monkeypatch.setattr("genpolicy.models._vla_prefix.ROWS", 3)
         features = model.features(model.encode(context()))
         assert encoded == [2, 2, 3, 1]
     torch.testing.assert_close(
