@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration
 
+from assets.make_tiny_paligemma import processor
 from genpolicy.chain import DDIM, Chain, Noise
 from genpolicy.chain.values import joined
 from genpolicy.config.errors import ConfigError
@@ -161,7 +162,7 @@ def test_two_cameras_are_two_pictures_in_their_order() -> None:
 
 
 def test_the_last_ids_that_are_not_special_are_actions_the_lowest_bin_last() -> None:
-    words = tiny.processor().tokenizer
+    words = processor(8).tokenizer
     ids = action_ids(words, len(words), 3)
     assert ids.tolist() == [len(words) - 1, len(words) - 2, len(words) - 3]
     every = action_ids(words, len(words), len(words) - len(words.all_special_ids))
