@@ -152,7 +152,7 @@ class Condition(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, rows: Tensor | slice) -> "Condition": ...
+    def __getitem__(self, rows: Tensor | slice, /) -> "Condition": ...
 
 
 class Rows(Condition, Protocol):
@@ -167,7 +167,7 @@ class Rows(Condition, Protocol):
 def joined(parts: Sequence[Condition]) -> Condition:
     """The rows of several conditions of one model, one after the other: tensors, or `Rows`."""
     if isinstance(parts[0], Tensor):
-        return torch.cat(cast(Sequence[Tensor], parts))
+        return torch.cat(cast(list[Tensor], list(parts)))
     return cast(type[Rows], type(parts[0])).cat(parts)
 
 

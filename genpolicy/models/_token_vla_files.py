@@ -3,6 +3,7 @@ folders and safetensors alone are read, and no code that lies beside them.
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def load_model(folder: Path) -> Any:
             f" {'no ' + CONFIG if settings is None else f'a {CONFIG} of model_type {kind}'}"
         )
     with _explained(folder, "policy.pretrained"):
-        model, found = PaliGemmaForConditionalGeneration.from_pretrained(
+        loaded: Any = PaliGemmaForConditionalGeneration.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -72,6 +73,7 @@ def load_model(folder: Path) -> Any:
             dtype=torch.float32,
             output_loading_info=True,
         )
+    model, found = loaded
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[key]:
             raise ValueError(
@@ -91,7 +93,7 @@ def load_processor(folder: Path) -> Any:
 
 def add_lora(model: Any, lora: Lora) -> None:
     """Puts the adapter `ADAPTER` on the language model, fp32, and loads it where it has a start."""
-    pattern = rf".*language_model\..*\.({'|'.join(lora.targets)})"
+    pattern = rf".*language_model\..*\.({'|'.join(map(re.escape, lora.targets))})"
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=pattern)
     with torch.random.fork_rng(devices=[]):
         # the same start on every process, whatever was drawn before

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from genpolicy.chain import Noise
+from genpolicy.cli.main import main
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
 from genpolicy.evaluation import metrics_file
@@ -123,3 +124,14 @@ def test_it_is_no_policy_of_a_task_without_pictures(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"needs observation\.state and a camera"):
         prepared(tmp_path, **own)
+
+
+def test_its_state_is_text_which_no_graph_can_hold(tmp_path: Path, capsys: Any) -> None:
+    method = {"name": "bc", "batch": 4, "updates": 1}
+    train(parse.parse(experiment(tmp_path, **sections(method=method, budget={"iterations": 1}))))
+    out = tmp_path / "out"
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run"), "--out", str(out), "--instruction", "go"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "writes the state into its prompt" in said
+    assert not out.exists()
