@@ -67,6 +67,15 @@ class Network:
         learning = [p.detach().double().sum() for p in self.trainable().values()]
         return seen.store.prefix(seen.rows, self._read, torch.stack(learning))
 
+    def summary(self, seen: Seen) -> Tensor:
+        """The prompts' mean last hidden states, without gradient, [B,width]. Where they are not
+        kept, no more than `ROWS` are in memory at a time.
+        """
+        parts = (
+            [seen] if seen.keep else [seen[part] for part in torch.arange(len(seen)).split(ROWS)]
+        )
+        return torch.cat([self.prefix(part).summary for part in parts])
+
     def _read(self, batch: Mapping[str, Tensor]) -> Prefix:
         valid = batch[VALID]
         with self._autocast():

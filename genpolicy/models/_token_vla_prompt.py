@@ -54,7 +54,7 @@ class Prompt:
             for name, shape in self.shapes.items()
         }
         state = self.scaling.standardised(STATE, seen.pop(STATE))
-        ids, valid = self._tokens([*map(text, context.prompts, state)], len(seen))
+        ids, valid = self._tokens([*map(text, context.prompts, state.cpu())], len(seen))
         pictures = torch.stack([self._prepared(camera) for camera in seen.values()], 1)
         return {IDS: ids, VALID: valid, PICTURES: pictures, STATE: state}
 

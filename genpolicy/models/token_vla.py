@@ -239,8 +239,7 @@ class TokenVLA:
     @torch.no_grad()
     def features(self, condition: Seen) -> Tensor:
         """The mean of the prompt's last hidden states, and the standardised state: [B,F]."""
-        prefix = self._network.prefix(condition)
-        return torch.cat([prefix.summary, condition.value(STATE)], -1)
+        return torch.cat([self._network.summary(condition), condition.value(STATE)], -1)
 
     def observations(self, standard: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of the state's standardisation, where nothing is clamped."""

@@ -395,6 +395,22 @@ def test_without_keeping_a_prompt_is_read_once_for_the_samples_that_are_drawn_to
     assert towers.pictures == [6, 2]
 
 
+def test_without_keeping_few_prompts_are_in_memory_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("_token_vla_network", "_vla_prefix"):
+        monkeypatch.setattr(f"genpolicy.models.{module}.ROWS", 4)
+    model = made(keep=False)
+    towers = Towers(model)
+    context, _ = rows(6)
+    found = model.features(joined([model.encode(context[:3]), model.encode(context[3:])]))
+    assert towers.pictures == [4, 2]
+    assert torch.allclose(found, made().features(made().encode(context)), atol=1e-5)
+    x0 = policy(model).sample(model.encode(context), noises(6)).x0
+    assert towers.pictures == [4, 2, 4, 2]
+    assert (policy(made()).sample(made().encode(context), noises(6)).x0 - x0).abs().max() < 1e-4
+
+
 def test_joined_conditions_remember_what_was_read() -> None:
     model = made()
     nudge(model)
@@ -638,3 +654,24 @@ def test_code_beside_the_weights_is_not_run(tmp_path: Path, file: str) -> None:
     with contextlib.suppress(ValueError):
         made(pretrained=str(folder))
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"bins": "many"}, "bins is 'many'"),
+        ({"targets": 3}, "targets is 3"),
+        ({"run": "evil:main"}, "has no key 'run'"),
+        ({"bins": 9999}, "set bins to at most"),
+        ({"action_dim": "two"}, "action_dim is 'two'"),
+    ],
+)
+def test_settings_of_a_folder_are_read_as_strictly(
+    tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    model = made(train="full")
+    model.save(tmp_path)
+    change(tmp_path / "token_vla.json", **settings)
+    with pytest.raises(ValueError, match=said) as raised:
+        TokenVLA(str(tmp_path), train="full", device="cpu")
+    assert "\n" not in str(raised.value)
