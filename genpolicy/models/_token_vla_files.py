@@ -95,6 +95,11 @@ def add_lora(model: Any, lora: Lora) -> None:
     """Puts the adapter `ADAPTER` on the language model, fp32, and loads it where it has a start."""
     pattern = rf".*language_model\..*\.({'|'.join(map(re.escape, lora.targets))})"
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=pattern)
+    if not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
+        raise ValueError(
+            f"policy.lora.targets {', '.join(lora.targets)} match no layer of the language model;"
+            f" its linear layers are {', '.join(LINEAR)}"
+        )
     with torch.random.fork_rng(devices=[]):
         # the same start on every process, whatever was drawn before
         torch.default_generator.manual_seed(0)

@@ -22,7 +22,7 @@ from torch import Tensor
 from genpolicy.chain import Linear, Prediction
 from genpolicy.chain.schedule import Schedule
 from genpolicy.chain.values import Parametrisation
-from genpolicy.config.errors import at_least, choice
+from genpolicy.config.errors import at_least, choice, positive
 from genpolicy.config.parse import decode
 from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.dataset import Dataset
@@ -116,6 +116,7 @@ class TokenVLA:
     # Shapes, weights and statistics
 
     def _load(self, folder: Path) -> None:
+        # what a saved one brings along
         home = Path(self.lora.start or folder)
         found = None
         if self.lora.start is not None or (home / f"{KIND}.json").is_file():
@@ -126,6 +127,9 @@ class TokenVLA:
                 self.lora = Lora(form.rank, form.alpha, form.targets, self.lora.start)
         at_least("policy token_vla", self, chunk=1, bins=2, words=1)
         at_least("policy token_vla: lora", self.lora, rank=1)
+        positive("policy token_vla: lora", self.lora, "alpha")
+
+        # the network and its words
         model = files.load_model(folder)
         self._processor = files.load_processor(home)
         tokenizer, vocabulary = self._processor.tokenizer, model.config.text_config.vocab_size
@@ -134,6 +138,8 @@ class TokenVLA:
             files.add_lora(model, self.lora)
         frozen = PRECISIONS[self.precision]
         self._network = Network(model.to(self.device), actions, tokenizer.bos_token_id, frozen)
+
+        # what follows from the settings
         self._bins = Bins(self.bins)
         self.history = 1
         self.executed = self.chunk

@@ -456,34 +456,53 @@ def acted(model: TokenVLA) -> dict[str, Tensor]:
     return {"losses": losses, "x0": x0, "features": model.features(seen), "out": model.decode(x0)}
 
 
-LOAD = """
-import sys, torch
-torch.set_num_threads(1)
-from tests.models import test_token_vla as t
-from safetensors.torch import save_file
-base, out = sys.argv[1:]
-lora = t.TokenVLA(base, lora=t.Lora(start=f"{out}/lora"), device="cpu")
-whole = t.TokenVLA(f"{out}/full", train="full", device="cpu")
-for name, model in (("lora", lora), ("full", whole)):
-    save_file(t.acted(model), f"{out}/{name}.acted")
-"""
-
-
-def test_a_saved_one_acts_bit_for_bit_alike_in_another_process(tmp_path: Path) -> None:
+def kept(folder: Path) -> dict[str, TokenVLA]:
+    """One that learned with a LoRA and one that learned whole, each saved in a folder of its name."""
     models = {}
     for train in ("lora", "full"):
         lora = Lora(rank=3, alpha=5, targets=("q_proj", "up_proj"))
         models[train] = made(train=train, lora=lora)
         nudge(models[train])
-        (tmp_path / train).mkdir()
-        models[train].save(tmp_path / train)
-        assert (tmp_path / train / "model.safetensors").is_file() == (train == "full")
-    subprocess.run([sys.executable, "-c", LOAD, str(tiny.saved()), str(tmp_path)], check=True)
+        (folder / train).mkdir()
+        models[train].save(folder / train)
+        assert (folder / train / "model.safetensors").is_file() == (train == "full")
+    return models
+
+
+def again(folder: Path, base: str) -> dict[str, TokenVLA]:
+    """Those that `kept` has saved, loaded."""
+    lora = TokenVLA(base, lora=Lora(start=str(folder / "lora")), device="cpu")
+    return {"lora": lora, "full": TokenVLA(str(folder / "full"), train="full", device="cpu")}
+
+
+def test_a_saved_one_acts_bit_for_bit_alike(tmp_path: Path) -> None:
+    models = kept(tmp_path)
+    for train, model in again(tmp_path, str(tiny.saved())).items():
+        wanted, found = acted(models[train]), acted(model)
+        assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+        assert model.trainable().keys() == models[train].trainable().keys()
+        # the negative control: the PaliGemma that it came from
+        assert not torch.equal(acted(made())["losses"], found["losses"])
+
+
+LOAD = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from tests.models import test_token_vla as t
+from safetensors.torch import save_file
+for name, model in t.again(Path(sys.argv[1]), sys.argv[2]).items():
+    save_file(t.acted(model), f"{sys.argv[1]}/{name}.acted")
+"""
+
+
+@pytest.mark.slow
+def test_it_does_so_in_another_process(tmp_path: Path) -> None:
+    models = kept(tmp_path)
+    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path), str(tiny.saved())], check=True)
     for train, model in models.items():
         wanted, found = acted(model), load_file(tmp_path / f"{train}.acted")
         assert all(torch.equal(wanted[name], found[name]) for name in wanted)
-        # the negative control: the PaliGemma that it came from
-        assert not torch.equal(acted(made())["losses"], found["losses"])
 
 
 def test_the_folder_of_a_whole_one_is_one_of_transformers(tmp_path: Path) -> None:
@@ -566,7 +585,9 @@ def test_a_chain_that_it_can_not_walk_is_refused(sampler: dict[str, Any], said: 
         ({"train": "expert"}, "policy.train is 'expert'"),
         ({"precision": "fp16"}, "policy.precision is 'fp16'"),
         ({"train": "full", "lora": Lora(start="somewhere")}, "starts from policy.pretrained alone"),
-        ({"lora": Lora(targets=("nothing",))}, "nothing"),
+        ({"lora": Lora(targets=("nothing",))}, "lora.targets nothing match no layer"),
+        ({"lora": Lora(rank=0)}, "rank is 0"),
+        ({"lora": Lora(alpha=0)}, "alpha is 0"),
         ({"lora": Lora(start="nowhere")}, "is no saved token_vla"),
         ({"pretrained": "nowhere"}, "is no folder of a PaliGemma"),
     ],
