@@ -13,16 +13,12 @@ benchmarks/off_policy.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
-from benchmarks.off_policy import clone, played
-from genpolicy.config import parse
+from benchmarks.off_policy import learn, rates, reported
 from genpolicy.evaluation import metrics_file
-from genpolicy.evaluation.statistics import interval
-from genpolicy.training.experiment import finished, train
 
 TASK = "shelf-place-v3"
 RULES = ("critic", "returns", "success", "person", "alike")
@@ -36,29 +32,6 @@ TOLD = {
 STEPS = 60_000
 
 
-def learn(out: Path, rule: str, seed: int) -> None:
-    """A rule's run, and what its last policy reaches."""
-    folder = out / TASK / f"corrections-{rule}-{seed}"
-    if not (folder.exists() and finished(folder)):
-        overrides = [
-            f"--policy.pretrained={clone(out, TASK, seed)}",
-            f"--task.env={TASK}",
-            f"--data={{name: lerobot_dataset, root: {out / TASK / 'demonstrations'}}}",
-            f"--method.weigh={rule}",
-            "--method.practice.person.share=0.5",
-            f"--budget={{env_steps: {STEPS}}}",
-            "--eval.episodes=200",
-            "--eval.seed=3000003",
-            "--checkpoint_every=1000",
-            f"--seed={seed}",
-            f"--output={folder}",
-        ]
-        train(parse.load("metaworld_aloe", overrides))
-    if not (folder / "report.json").exists():
-        found = {"success": played(folder / "policy", TASK).tolist()}
-        (folder / "report.json").write_text(json.dumps(found))
-
-
 def table(out: Path) -> str:
     """A line per rule."""
     lines = [
@@ -66,21 +39,11 @@ def table(out: Path) -> str:
         "|---|---|---|---|",
     ]
     for rule in RULES:
-        folders = sorted((out / TASK).glob(f"corrections-{rule}-[0-9]"))
-        folders = [f for f in folders if (f / "report.json").exists()]
-        if not folders:
+        if not (folders := reported(out / TASK, f"corrections-{rule}")):
             continue
-        found = [
-            torch.tensor(json.loads((f / "report.json").read_text())["success"]).double()
-            for f in folders
-        ]
-        rates = torch.stack([one.mean() for one in found])
-        low, high = interval(rates if len(found) > 1 else found[0])
         shares = [_person(f) for f in folders]
         lines.append(
-            f"| {TOLD[rule]} | {', '.join(f'{float(r):.3f}' for r in rates)}"
-            f" | {float(rates.mean()):.3f} [{low:.3f}, {high:.3f}]"
-            f" | {', '.join(f'{share:.2f}' for share in shares)} |"
+            f"| {TOLD[rule]} | {rates(folders)} | {', '.join(f'{share:.2f}' for share in shares)} |"
         )
     return "\n".join(lines)
 
@@ -104,7 +67,15 @@ def main() -> None:
     if args.verb == "train":
         for seed in args.seeds:
             for rule in args.rules:
-                learn(args.out, rule, seed)
+                folder = args.out / TASK / f"corrections-{rule}-{seed}"
+                data = args.out / TASK / "demonstrations"
+                own = [
+                    f"--data={{name: lerobot_dataset, root: {data}}}",
+                    f"--method.weigh={rule}",
+                    "--method.practice.person.share=0.5",
+                    "--eval.every=0",
+                ]
+                learn(args.out, TASK, "metaworld_aloe", seed, folder, STEPS, *own)
     print(table(args.out))
 
 

@@ -40,11 +40,18 @@ DEMONSTRATIONS = {"shelf-place-v3": 5, "assembly-v3": 3, "peg-insert-side-v3": 1
 """As in benchmarks/rl100."""
 DEMONSTRATED_FROM, NOISE = 10_000, 0.1
 STEPS, LEVEL, SLOTS = 125_000, 0.9, 20
+REPORT = "report.json"
+"""The file of a run's folder that has its success from each of the fresh starts."""
 METHODS = ("pa_rl", "aloe", "expo", "q_chunking", "dsrl", "dppo", "rl100")
 OWN = {
     "dppo": ["--eval.every=5"],
-    # its online stage alone, from the same clone
-    "rl100": ["--method.stage=online", "--data=null", "--eval.every=5"],
+    # its online stage alone, from the same clone, and on until it is at the level
+    "rl100": [
+        "--method.stage=online",
+        "--data=null",
+        "--eval.every=5",
+        "--budget={env_steps: 400000}",
+    ],
 }
 """Overrides of presets: the methods with large iterations are evaluated more often."""
 
@@ -66,27 +73,31 @@ def clone(out: Path, task: str, seed: int) -> Path:
     return folder / "policy"
 
 
-def learn(out: Path, task: str, method: str, seed: int) -> None:
-    """A method's run, and what its last policy reaches."""
-    folder = out / task / f"{method}-{seed}"
+def learn(
+    out: Path, task: str, preset: str, seed: int, folder: Path, steps: int, *own: str
+) -> None:
+    """A preset's run from the clone of its seed, and what its last policy reaches.
+
+    steps: environment steps that the run may take. own: further overrides of the preset.
+    """
     if not (folder.exists() and finished(folder)):
         overrides = [
             f"--policy.pretrained={clone(out, task, seed)}",
             f"--task.env={task}",
-            f"--budget={{env_steps: {STEPS}}}",
+            f"--budget={{env_steps: {steps}}}",
             "--eval.episodes=200",
             "--eval.seed=3000003",
             "--checkpoint_every=1000",
             f"--seed={seed}",
             f"--output={folder}",
-            *OWN.get(method, []),
+            *own,
         ]
         began = time.process_time()
-        train(parse.load(f"metaworld_{method}", overrides))
+        train(parse.load(preset, overrides))
         (folder / "cpu_s.txt").write_text(f"{time.process_time() - began:.0f}\n")
-    if not (folder / "report.json").exists():
+    if not (folder / REPORT).exists():
         found = {"success": played(folder / "policy", task).tolist()}
-        (folder / "report.json").write_text(json.dumps(found))
+        (folder / REPORT).write_text(json.dumps(found))
 
 
 def played(policy: Path, task: str) -> Tensor:
@@ -122,24 +133,32 @@ def table(out: Path, task: str) -> str:
     ]
     extra = _frames(out / task / "demonstrations")
     for method in METHODS:
-        folders = [f for f in sorted((out / task).glob(f"{method}-[0-9]")) if finished(f)]
-        folders = [f for f in folders if (f / "report.json").exists()]
-        if not folders:
+        if not (folders := reported(out / task, method)):
             continue
-        found = [
-            torch.tensor(json.loads((f / "report.json").read_text())["success"]).double()
-            for f in folders
-        ]
-        rates = torch.stack([one.mean() for one in found])
-        low, high = interval(rates if len(found) > 1 else found[0])
         levels = [reached(course(f)) for f in folders]
         told = ", ".join("not" if v is None else f"{v + extra:,.0f}" for v in levels)
         seconds = sum(float((f / "cpu_s.txt").read_text()) for f in folders) / len(folders)
-        lines.append(
-            f"| `{method}` | {', '.join(f'{float(r):.3f}' for r in rates)}"
-            f" | {float(rates.mean()):.3f} [{low:.3f}, {high:.3f}] | {told} | {seconds:.0f} |"
-        )
+        lines.append(f"| `{method}` | {rates(folders)} | {told} | {seconds:.0f} |")
     return "\n".join(lines)
+
+
+def reported(where: Path, name: str) -> list[Path]:
+    """The folders of a method's runs, one for each seed, whose last policy was reported."""
+    folders = sorted(where.glob(f"{name}-[0-9]"))
+    return [f for f in folders if (f / REPORT).exists()]
+
+
+def rates(folders: list[Path]) -> str:
+    """Two cells of a table: the success of each run, and their mean with its interval: over the
+    runs, or of a single one over its episodes.
+    """
+    found = [
+        torch.tensor(json.loads((f / REPORT).read_text())["success"]).double() for f in folders
+    ]
+    means = torch.stack([one.mean() for one in found])
+    low, high = interval(means if len(found) > 1 else found[0])
+    seeds = ", ".join(f"{float(one):.3f}" for one in means)
+    return f"{seeds} | {float(means.mean()):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _frames(data: Path) -> int:
@@ -153,7 +172,7 @@ def figure(out: Path, task: str, file: Path) -> None:
 
     def draw(axes: Any) -> None:
         for method, colour in zip(METHODS, COLOURS, strict=True):
-            folders = [f for f in sorted((out / task).glob(f"{method}-[0-9]")) if finished(f)]
+            folders = reported(out / task, method)
             for number, folder in enumerate(folders):
                 lines, _ = by_experience(metrics_file.read(folder))
                 lines = [{**m, "iteration": m["iteration"] / 1000} for m in lines]
@@ -184,7 +203,8 @@ def main() -> None:
     if args.verb == "train":
         for seed in args.seeds:
             for method in args.methods:
-                learn(args.out, args.task, method, seed)
+                folder, own = args.out / args.task / f"{method}-{seed}", OWN.get(method, [])
+                learn(args.out, args.task, f"metaworld_{method}", seed, folder, STEPS, *own)
     if args.verb == "figure":
         figure(args.out, args.task, Path("assets/figures/off_policy.png"))
     print(table(args.out, args.task))

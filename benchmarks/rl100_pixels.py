@@ -1,17 +1,18 @@
-"""RL-100's offline stage from pictures: what two hundred recorded episodes add to a clone, and
-imitation alone.
+"""RL-100's offline stage from pictures: what two hundred recorded episodes add to a clone; PA-RL's
+supervised step in its place; and imitation alone.
 
-    # one seed: an hour on one core, with its control
+    # one seed: an hour and a half on one core, with its control
     python -m benchmarks.rl100_pixels
+    python -m benchmarks.rl100_pixels --arms clone pa_rl
     python -m benchmarks.rl100_pixels --seeds 0 1 --out runs/rl100_pixels
     # the table of what there is
     python -m benchmarks.rl100_pixels --table --out runs/rl100_pixels
 
 assembly from 64 x 64 pictures and the hand's four numbers, fifty demonstrations from the middle of
-the range of starts. The clone is metaworld_pixels_bc, the stage metaworld_rl100_pixels, each with
-the run's seed; the control goes on cloning the demonstrations for as many updates as the stage
-imitates. All act with the sampler that the stage deploys, from the whole range of starts. One line
-of JSON a policy, in OUT/results.jsonl. The reset seeds of the report are fixed here and used
+the range of starts. The clone is metaworld_pixels_bc, the stage metaworld_rl100_pixels, PA-RL
+metaworld_pixels_pa_rl, each with the run's seed; the control goes on cloning the demonstrations for
+as many updates as the others imitate. All act with the sampler that RL-100's stage deploys, from
+the whole range of starts; PA-RL's once more with its critic's choice. One line of JSON a policy, in OUT/results.jsonl. The reset seeds of the report are fixed here and used
 nowhere else.
 """
 
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks.rl100 import DEMONSTRATED_FROM, NOISE, judged, results, spent, table, tell
 from genpolicy.config import parse
-from genpolicy.policy.files import saved
+from genpolicy.policy.sampler import deployed_sampler
 from genpolicy.rollout.demonstrations import demonstrate
 from genpolicy.training.experiment import finished, train
 
@@ -37,11 +38,15 @@ from its middle .4 at .24 (seed 3, n 100), and longer cloning reaches further.
 """
 
 
+ARMS = ("clone", "control", "offline", "pa_rl")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--out", type=Path, default=Path("runs/rl100_pixels"))
     parser.add_argument(
         "--table", action="store_true", help="print the table of the results there are, and stop"
@@ -50,53 +55,56 @@ def main() -> None:
     torch.set_num_threads(1)
     if not args.table:
         for seed in args.seeds:
-            one(seed, args.out)
+            one(seed, args.arms, args.out)
     print(table(args.out))
 
 
-def one(seed: int, out: Path) -> None:
-    """A clone, what the offline stage makes of it without and with its candidate, and the control;
-    each on the report's starts.
-    """
+def one(seed: int, arms: list[str], out: Path) -> None:
+    """A clone, and what the arms make of it; each on the report's starts."""
     data = out / "demonstrations"
-    clone, offline, control = (out / name / str(seed) for name in ("clone", "offline", "control"))
-    section = parse.load("metaworld_pixels_bc").task
+    folders = {arm: out / arm / str(seed) for arm in ARMS}
+    stage = parse.load("metaworld_rl100_pixels")
     if not data.exists():
         demonstrate(
-            {**section, "spread": SPREAD},
+            {**stage.task, "spread": SPREAD},
             data,
             episodes=DEMONSTRATIONS,
             noise=NOISE,
             seed=DEMONSTRATED_FROM,
         )
-    begun = f"--policy.pretrained={clone / 'policy'}"
-    _run("metaworld_pixels_bc", clone, data, seed)
-    _run("metaworld_rl100_pixels", offline, data, seed, begun)
-    updates = parse.load("metaworld_rl100_pixels").method["offline"]["recloning"]
-    _run("metaworld_pixels_bc", control, data, seed, begun, f"--budget.iterations={updates // 100}")
-    stages = {
-        name: (offline, f"stages/{name}", {}) for name in ("recloned", "best_of_16", "offline")
-    }
-    sampler = asdict(saved(offline / "stages/recloned").sampler)
+    shown, common = f"--data.root={data}", f"--seed={seed}"
+    begun = f"--policy.pretrained={folders['clone'] / 'policy'}"
+    again = f"--budget.iterations={stage.method['offline']['recloning'] // 100}"
+    _run("metaworld_pixels_bc", folders["clone"], shown, common)
+    if "control" in arms:
+        _run("metaworld_pixels_bc", folders["control"], shown, common, begun, again)
+    if "offline" in arms:
+        _run("metaworld_rl100_pixels", folders["offline"], shown, common, begun)
+    if "pa_rl" in arms:
+        _run("metaworld_pixels_pa_rl", folders["pa_rl"], common, begun)
+
+    sampler = asdict(deployed_sampler(stage.chain, {}, control=True))
     policies = {
-        "clone": (clone, "policy", sampler),
-        "control": (control, "policy", sampler),
-        **stages,
+        "clone": ("clone", "policy", sampler),
+        "control": ("control", "policy", sampler),
+        "recloned": ("offline", "stages/recloned", {}),
+        "best_of_16": ("offline", "stages/best_of_16", {}),
+        "offline": ("offline", "stages/offline", {}),
+        "pa_rl": ("pa_rl", "policy", sampler),
+        "pa_rl, best of 8": ("pa_rl", "policy", {}),
     }
     done = {(r["seed"], r["stage"]) for r in results(out)}
-    for stage, (folder, path, other) in policies.items():
-        if (seed, stage) not in done:
-            found = judged(section, folder / path, REPORT + APART * seed, EPISODES, **other)
-            tell(out, task=section["env"], seed=seed, stage=stage, **found, **spent(folder, stage))
+    for name, (arm, path, other) in policies.items():
+        if arm in arms and (seed, name) not in done:
+            folder = folders[arm]
+            found = judged(stage.task, folder / path, REPORT + APART * seed, EPISODES, **other)
+            told = {"task": stage.task["env"], "seed": seed, "stage": name}
+            tell(out, **told, **found, **spent(folder, name))
 
 
-def _run(preset: str, output: Path, data: Path, seed: int, *changes: str) -> None:
+def _run(preset: str, output: Path, *changes: str) -> None:
     if not (output.exists() and finished(output)):
-        train(
-            parse.load(
-                preset, [f"--data.root={data}", f"--output={output}", f"--seed={seed}", *changes]
-            )
-        )
+        train(parse.load(preset, [f"--output={output}", *changes]))
 
 
 if __name__ == "__main__":

@@ -85,15 +85,7 @@ class _Weighing:
         critic = settings.critic
         if critic.subset is None:
             critic = replace(critic, subset=critic.members)
-        self.world = OffPolicy(
-            run,
-            settings.practice,
-            critic,
-            gamma=settings.gamma,
-            cut_fails=settings.cut_fails,
-            samples=settings.samples,
-            part=None,
-        )
+        self.world = OffPolicy(run, replace(settings, critic=critic), part=None)
         self.learn = lambda: self.world.learn(self._following)
         if settings.weigh != "critic":
             self.value = ReturnValue(run, self.world, settings.gamma)

@@ -80,16 +80,7 @@ class _Steering:
                 " the noise that it begins with: take chain.kernel {name: ddim, eta: 0.0}, or a"
                 " solver"
             )
-        self.world = OffPolicy(
-            run,
-            settings.practice,
-            settings.critic,
-            gamma=settings.gamma,
-            cut_fails=settings.cut_fails,
-            samples=settings.samples,
-            part="start",
-            draws=self._plain,
-        )
+        self.world = OffPolicy(run, settings, part="start", draws=self._plain)
         model = run.policy.model
         found = run.policy.parts.get("start")
         if found is not None and not isinstance(found, NoiseActor):

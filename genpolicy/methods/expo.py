@@ -74,14 +74,7 @@ class _Editing:
                 "method expo: the policy came with a refiner, and an editor can't act beside it:"
                 " begin with another policy"
             )
-        self.world = OffPolicy(
-            run,
-            settings.practice,
-            settings.critic,
-            gamma=settings.gamma,
-            cut_fails=settings.cut_fails,
-            samples=settings.samples,
-        )
+        self.world = OffPolicy(run, settings)
         model = run.policy.model
         numbers = math.prod(model.event_shape)
         self.editor = Editor(run.features, numbers, settings.size, edited=settings.edited).to(

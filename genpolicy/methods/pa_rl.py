@@ -81,14 +81,7 @@ class _Improvement:
                 "method pa_rl: the policy came with an editor, and a refiner can't act beside it:"
                 " take steps 0, or begin with another policy"
             )
-        self.world = OffPolicy(
-            run,
-            settings.practice,
-            settings.critic,
-            gamma=settings.gamma,
-            cut_fails=settings.cut_fails,
-            samples=settings.samples,
-        )
+        self.world = OffPolicy(run, settings)
         self.experience, self.critic = self.world.experience, self.world.critic
 
     def train(self) -> None:

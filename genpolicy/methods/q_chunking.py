@@ -70,14 +70,7 @@ class _Chunking:
 
     def __init__(self, settings: QChunking, run: Run) -> None:
         self.settings, self.run = settings, run
-        self.world = OffPolicy(
-            run,
-            settings.practice,
-            settings.critic,
-            gamma=settings.gamma,
-            cut_fails=settings.cut_fails,
-            samples=settings.samples,
-        )
+        self.world = OffPolicy(run, settings)
         self.learn = self.world.learn
         if settings.length > 1:
             decoupled = LongChunks(

@@ -3,6 +3,7 @@ all that was seen, and a critic of chunks.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,6 +13,20 @@ from genpolicy.methods.parts.imitation import Imitation
 from genpolicy.methods.parts.practice import Episodes, Practice
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.training.run import Run
+
+
+class Settings(Protocol):
+    """The settings that these methods share.
+
+    gamma: discount per environment step. cut_fails: True where nothing comes after an episode that
+    its time limit cut. samples: N, of the policy at every view.
+    """
+
+    gamma: float
+    cut_fails: bool
+    samples: int
+    practice: Practice
+    critic: Valuing
 
 
 class OffPolicy:
@@ -24,20 +39,16 @@ class OffPolicy:
     def __init__(
         self,
         run: Run,
-        practice: Practice,
-        critic: Valuing,
-        *,
-        gamma: float,
-        cut_fails: bool,
-        samples: int,
+        settings: Settings,
         part: str | None = "best_of",
         draws: Callable[[], ChainPolicy] | None = None,
     ) -> None:
         self.run = run
-        self.episodes = Episodes(run, practice, cut_fails)
+        self.episodes = Episodes(run, settings.practice, settings.cut_fails)
         self.experience = self.episodes.experience
-        self.samples = CachedSamples(run, self.experience, samples, draws)
-        self.critic = ChunkCritic(run, critic, gamma, acts=part == "best_of")
+        self.samples = CachedSamples(run, self.experience, settings.samples, draws)
+        acts = part == "best_of"
+        self.critic = ChunkCritic(run, settings.critic, settings.gamma, acts)
         self.part = part
         self.updates = 0  # of the critic in this iteration
 

@@ -4,7 +4,8 @@ the first iteration, and a few in every later one.
 
 from dataclasses import dataclass, field
 
-from genpolicy.config.errors import ConfigError, at_least
+from genpolicy.config.errors import ConfigError, at_least, share
+from genpolicy.methods.parts.failures import Failures
 from genpolicy.methods.parts.offline_data import Experience
 from genpolicy.rollout.person import Intervention
 from genpolicy.training.run import Run
@@ -17,12 +18,16 @@ class Practice:
     # of the policy as it came, in the first iteration, from which critics first learn, beside the
     # data section's; 0: from those alone
     first: int = 50
-    episodes: int = 10  # per iteration after that
+    episodes: int = 10  # per iteration after that; 0: none, all learning is offline
+    # share of the later iterations' episodes that begin where an earlier one failed, as far as
+    # there are such starts
+    retry: float = 0.0
     # the rule by which a person takes over; share is 0, so that nobody does
     person: Intervention = field(default_factory=lambda: Intervention(share=0.0))
 
     def __post_init__(self) -> None:
-        at_least("method: practice", self, first=0, episodes=1)
+        at_least("method: practice", self, first=0, episodes=0)
+        share("method: practice", self, "retry")
 
 
 class Episodes:
@@ -36,19 +41,30 @@ class Episodes:
                 "there is nothing that critics could first learn from: name recorded episodes in"
                 " the data section, or let some be played (method: practice.first)"
             )
+        limits = run.experiment.budget
+        others = (limits.iterations, limits.nfe, limits.seconds)
+        if not settings.episodes and others == (None, None, None):
+            raise ConfigError(
+                "method: practice.episodes is 0, and environment steps alone would never spend the"
+                " budget: set budget.iterations"
+            )
         self.run, self.settings = run, settings
         for name in ("first", "episodes"):
             if count := getattr(settings, name):
                 run.require_split(f"method: practice.{name}", count)
         self.experience = Experience(run, cut_fails)
+        self.failures = Failures(run)
 
     def gather(self) -> None:
         """Plays the iteration's episodes with the policy that acts now."""
-        run = self.run
-        episodes = self.settings.first if run.iteration == 1 else self.settings.episodes
+        run, settings = self.run, self.settings
+        first = run.iteration == 1
+        episodes = settings.first if first else settings.episodes
         if episodes:
-            person = self.settings.person if self.settings.person.share else None
-            run.collect(episodes, 1, keep=True, person=person)
+            starts = self.failures.mixed(run.starts(episodes), 0.0 if first else settings.retry)
+            person = settings.person if settings.person.share else None
+            played = run.collect(episodes, 1, keep=True, starts=starts, person=person)
+            self.failures.note(starts, played.success)
             self.experience.add(run.iteration)
 
     @property

@@ -10,7 +10,8 @@ import torch
 from genpolicy.config.errors import ConfigError
 from genpolicy.learning.acceptance import safe_share
 from genpolicy.methods.parts.anchor import Anchor
-from genpolicy.methods.parts.online import Failures, Floor, Online, OnPolicy
+from genpolicy.methods.parts.failures import Failures
+from genpolicy.methods.parts.online import Floor, Online, OnPolicy
 from genpolicy.training import resume
 from genpolicy.training.processes import Processes
 from tests.peers import peers, together

@@ -58,7 +58,7 @@ def test_settings_that_make_sense_are_taken():
     assert (support.low, support.high, support.bins) == (-2, 0, 51)
 
 
-@pytest.mark.parametrize("settings", [{"first": -1}, {"episodes": 0}])
+@pytest.mark.parametrize("settings", [{"first": -1}, {"episodes": -1}, {"retry": 1.5}])
 def test_settings_of_practice_that_make_no_sense_are_refused(settings):
     with pytest.raises(ConfigError, match=rf"practice.*{next(iter(settings))}"):
         Practice(**settings)
@@ -71,6 +71,49 @@ def test_nothing_to_learn_from_is_refused_in_one_sentence(tmp_path):
         Episodes(empty, Practice(first=0), False)
     assert "\n" not in str(told.value)
     Episodes(empty, Practice(first=1), False)  # control
+
+
+def test_without_episodes_only_a_budget_that_learning_spends_is_taken(tmp_path):
+    run, _ = prepared(tmp_path, method={"name": "bc"}, budget={"env_steps": 100})
+    with pytest.raises(ConfigError, match=r"practice\.episodes is 0.*budget\.iterations") as told:
+        Episodes(run, Practice(episodes=0), False)
+    assert "\n" not in str(told.value)
+    Episodes(run, Practice(episodes=1), False)  # control
+    for limit in ("iterations", "nfe", "seconds"):
+        other, _ = prepared(tmp_path / limit, method={"name": "bc"}, budget={limit: 3})
+        Episodes(other, Practice(episodes=0), False)
+
+
+def test_without_episodes_later_iterations_play_none(tmp_path):
+    run, _ = prepared(tmp_path, method={"name": "bc"})
+    episodes = Episodes(run, Practice(first=3, episodes=0), True)
+    for iteration in (1, 2, 3):
+        run.spent.iteration = iteration
+        episodes.gather()
+    assert episodes.experience.iterations == [1]
+
+
+# -- starts that failed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retry", [0.0, 0.5, 1.0])
+def test_a_share_of_the_later_episodes_begins_where_one_failed(tmp_path, retry):
+    run, _ = prepared(tmp_path, method={"name": "bc"})
+    episodes = Episodes(run, Practice(first=4, episodes=4, retry=retry), True)
+    played = []
+    collect = run.collect
+    run.collect = lambda *args, starts, **given: (
+        played.append(list(starts)) or collect(*args, starts=starts, **given)
+    )
+    run.spent.iteration = 1
+    episodes.gather()
+    assert played[0] == run.starts(4)
+    episodes.failures.seeds = [101, 102, 103]
+    run.spent.iteration = 2
+    episodes.gather()
+    again = set(played[1]) & {101, 102, 103}
+    assert len(again) == {0.0: 0, 0.5: 2, 1.0: 3}[retry]
+    assert len(set(played[1])) == 4
 
 
 # -- what counts as offline ------------------------------------------------------------------------
