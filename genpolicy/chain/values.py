@@ -1,10 +1,10 @@
 """The values that travel along a chain: Gaussian, Prediction, Condition."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -152,7 +152,23 @@ class Condition(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, rows: Tensor | slice) -> "Condition": ...
+    def __getitem__(self, rows: Tensor | slice, /) -> "Condition": ...
+
+
+class Rows(Condition, Protocol):
+    """A condition that is no tensor, of which several can be joined."""
+
+    @classmethod
+    def cat(cls, parts: Sequence[Any]) -> Self:
+        """The rows of several conditions of this class, one after the other."""
+        ...
+
+
+def joined(parts: Sequence[Condition]) -> Condition:
+    """The rows of several conditions of one model, one after the other: tensors, or `Rows`."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(cast(list[Tensor], list(parts)))
+    return cast(type[Rows], type(parts[0])).cat(parts)
 
 
 Denoiser = Callable[[Tensor, Tensor, Condition], Prediction]

@@ -14,7 +14,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from genpolicy.models._lerobot import STATE
-from genpolicy.models._lerobot_flow_prefix import Prefix
+from genpolicy.models._vla_prefix import Prefix
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from genpolicy.models._lerobot import STATE
 from genpolicy.models._lerobot_flow_families import Family, encode_prefix, velocity
-from genpolicy.models._lerobot_flow_prefix import Prefix, Seen
+from genpolicy.models._reached import reached
+from genpolicy.models._vla_prefix import Prefix, Seen
 
 
 @dataclass(eq=False)
@@ -46,9 +47,9 @@ class Networks:
             parameter.requires_grad_(self.whole or not name.startswith(self.family.prefix))
         self._note_prefix()
         with torch.enable_grad():
-            reached = _leaves(evaluate())
+            found = reached(evaluate())
         for parameter in network.parameters():
-            learns = parameter in reached
+            learns = parameter in found
             dtype = torch.float32 if learns else self.frozen
             parameter.requires_grad_(learns).data = parameter.data.to(dtype)
         self._note_prefix()
@@ -95,19 +96,3 @@ class Networks:
         if self.frozen == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.frozen)
-
-
-def _leaves(output: Tensor) -> set[Tensor]:
-    """The parameters that a gradient of ``output`` reaches."""
-    found: set[Tensor] = set()
-    visited: set[Any] = set()
-    waiting: list[Any] = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-        waiting += [before for before, _ in node.next_functions]
-    return found

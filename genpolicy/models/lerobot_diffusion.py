@@ -7,7 +7,7 @@ levels when steps are few (one step starts, and ends, at level 0), so that ours 
 instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -45,6 +45,12 @@ class Seen:
 
     def __getitem__(self, rows: Tensor | slice) -> "Seen":
         return Seen({name: value[rows] for name, value in self.observation.items()})
+
+    @classmethod
+    def cat(cls, parts: Sequence["Seen"]) -> "Seen":
+        """The rows of several, one after the other."""
+        names = parts[0].observation
+        return cls({name: torch.cat([part.observation[name] for part in parts]) for name in names})
 
 
 @dataclass(eq=False)

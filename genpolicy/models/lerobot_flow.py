@@ -28,9 +28,9 @@ from genpolicy.models._device import default_device
 from genpolicy.models._lerobot_flow_families import FAMILIES, training_times
 from genpolicy.models._lerobot_flow_files import Files
 from genpolicy.models._lerobot_flow_networks import Networks
-from genpolicy.models._lerobot_flow_prefix import Prefix, Seen
 from genpolicy.models._lerobot_processors import Processors
 from genpolicy.models._observed import observed
+from genpolicy.models._vla_prefix import Prefix, Seen
 
 WORDS = "observation.language."
 """The beginning of the names of what LeRobot's preprocessors make of an instruction."""

@@ -35,6 +35,7 @@ from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
 from genpolicy.models import _mlp_files
+from genpolicy.models._bins import Bins, uniform
 from genpolicy.models._mlp_condition import Sight, chosen, width
 from genpolicy.models._mlp_scaling import Scaling
 from genpolicy.models._token_networks import Autoregressive
@@ -95,6 +96,7 @@ class Tokens:
     def _settle(self) -> None:
         """Checks the settings and sets what follows from them alone."""
         at_least("policy tokens", self, history=1, chunk=1, bins=2, hidden=1, blocks=1)
+        self._bins = Bins(self.bins)
         self.executed = self.chunk
         self.horizon = range(self.chunk)
 
@@ -155,16 +157,14 @@ class Tokens:
 
     def tokens(self, event: Tensor) -> Tensor:
         """The bins of event [B,T,D], of what lies outside the data's range the nearest: [B,T*D]."""
-        places = ((event.flatten(1) + 1) * (self.bins / 2)).floor()
-        return places.clamp(0, self.bins - 1).long()
+        return self._bins.tokens(event)
 
     def denoise(self, x: Tensor, t: Tensor, condition: Tensor) -> Prediction:
         """The chunk that noise x [B,T,D] says, counted as one evaluation: all its tokens are as
         much work as one row of the loss.
         """
-        uniform = (1 + torch.erf(x.float().flatten(1) * 0.5**0.5)) / 2
-        places = self._network.generate(uniform, condition)
-        output = (places * (2 / self.bins) - 1).view_as(x)
+        places = self._network.generate(uniform(x), condition)
+        output = self._bins.event(places).view_as(x)
         self._count(len(x), output)
         return Prediction.of(
             self.parametrisation, output, x, self.schedule.alpha(t), self.schedule.sigma(t)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genpolicy.chain.values import Condition
+from genpolicy.chain.values import Condition, joined
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.dataset import Dataset, Merged
 from genpolicy.contracts.model import ControlModel
@@ -233,7 +233,7 @@ class Replay:
     def encoded(self, model: ControlModel) -> Condition:
         """The views as conditions of the policy, [F], by the encoder as it is now."""
         parts = [model.encode(self.views[rows]) for rows in _slices(len(self.views))]
-        return torch.cat(parts)  # type: ignore[arg-type]
+        return joined(parts)
 
 
 def outcome(data: Dataset) -> tuple[Tensor, Tensor]:

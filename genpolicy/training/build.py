@@ -111,8 +111,8 @@ def control_model(
     if model.pretrained is None:
         if data is None or isinstance(data, Pictures):
             raise ConfigError(
-                "policy.pretrained is not set: a new policy needs the data section,"
-                " which gives it shapes"
+                "policy.pretrained names no policy that has learned from data: a new one needs the"
+                " data section, which gives it shapes"
             )
         model.initialise(data)
     require_fit(model, task)

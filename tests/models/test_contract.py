@@ -10,6 +10,7 @@ ACTS = {
     "lerobot_diffusion": True,
     "lerobot_flow": True,
     "mlp": True,
+    "token_vla": True,
     "tokens": True,
     "toy": False,
 }

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genpolicy.chain import DDIM, Chain, ClipX0, Noise
+from genpolicy.chain.values import joined
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.task import Context
 from genpolicy.models import _lerobot as theirs
@@ -130,6 +131,19 @@ def test_replay_is_exact(sees: str, train: str) -> None:
         2
     ).log_prob(x, reduce="mean")
     assert moved.abs().max() > 1e-5
+
+
+def test_joined_conditions_are_those_of_all_rows() -> None:
+    model = diffusion(STATE, TOP, train="full")
+    context, whole = seen(model, 5, STATE, TOP)
+    assert isinstance(whole, Seen)
+    parts = [model.encode(context[:2]), model.encode(context[2:])]
+    x, t = torch.randn(5, *model.event_shape), torch.full((5,), 0.5)
+    with torch.no_grad():
+        found, wanted = (model.denoise(x, t, each).eps for each in (joined(parts), whole))
+        swapped = model.denoise(x, t, joined(parts[::-1])).eps
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, swapped), "control"
 
 
 def test_rows_have_times_of_their_own() -> None:

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from genpolicy.chain import DDIM, SDE, Chain, Noise, Trajectory
 from genpolicy.chain.noise import PRIOR
+from genpolicy.chain.values import joined
 from genpolicy.config import leaves
 from genpolicy.config.origin import PERSON
 from genpolicy.contracts.task import Context
@@ -280,7 +281,7 @@ def test_missing_prefixes_alone_are_encoded(encoded, monkeypatch):
         assert encoded == [2]
         everything = model.denoise(x, t, seen).x0
         assert encoded == [2, 2]
-        monkeypatch.setattr("genpolicy.models._lerobot_flow_prefix.ROWS", 3)
+        monkeypatch.setattr("genpolicy.models._vla_prefix.ROWS", 3)
         features = model.features(model.encode(context()))
         assert encoded == [2, 2, 3, 1]
     torch.testing.assert_close(
@@ -300,6 +301,46 @@ def test_prefixes_need_not_be_kept(encoded):
     assert ratio(policy, part, 0).abs().max() <= 1e-4
     ratio(policy, part, 1)
     assert encoded == [ROWS, 2]
+
+
+def test_rows_that_are_picked_twice_are_encoded_once(encoded):
+    model = load("smolvla", keep=False)
+    encoded.clear()
+    seen = model.encode(context())
+    x, t = torch.randn(8, *model.event_shape), torch.full((8,), 0.5)
+    with torch.no_grad():
+        both = model.denoise(x, t, seen[torch.tensor([3, 3, 1, 1, 0, 0, 2, 2])]).x0
+        assert encoded == [ROWS]
+        one = model.denoise(x[2:3], t[2:3], seen[1:2]).x0
+    torch.testing.assert_close(both[2:3], one, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_joined_conditions_are_those_of_all_rows(family, encoded):
+    """Their texts are of different lengths, and what one of them has encoded is not encoded again."""
+    model = load(family)
+    encoded.clear()
+    frames = tiny.observation(ROWS)
+    told = ["go", "go to the red circle, and stay there", *PROMPTS[2:]]
+    whole = model.encode(Context(told, frames))
+    parts = [
+        model.encode(Context(told[rows], {name: v[rows] for name, v in frames.items()}))
+        for rows in (slice(0, 1), slice(1, None))
+    ]
+    x, t = torch.randn(ROWS, *model.event_shape), torch.full((ROWS,), 0.5)
+    with torch.no_grad():
+        model.features(parts[0])
+        seen = joined(parts)
+        found = model.denoise(x, t, seen).x0
+        assert encoded == [1, ROWS - 1]
+        features = model.features(seen)
+        assert encoded == [1, ROWS - 1]
+        torch.testing.assert_close(found, model.denoise(x, t, whole).x0, rtol=0, atol=1e-5)
+        torch.testing.assert_close(features, model.features(whole), rtol=0, atol=1e-5)
+        order = torch.tensor([2, 0, 3, 1])
+        picked = model.denoise(x[order], t, seen[order]).x0
+        torch.testing.assert_close(picked, found[order], rtol=0, atol=1e-5)
+        assert (model.denoise(x, t, seen[order]).x0 - found).abs().max() > 1e-3, "control"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

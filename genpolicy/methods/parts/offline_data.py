@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpolicy.chain.values import Condition
+from genpolicy.chain.values import Condition, joined
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.dataset import Dataset, recordings
 from genpolicy.contracts.model import ControlModel
@@ -162,8 +162,7 @@ class Experience:
         if self._conditions is None:
             for part in self.learned[len(self._encoded) :]:
                 self._encoded.append(part.encoded(self.model))
-            whole: Condition = torch.cat(self._encoded)  # type: ignore[arg-type]
-            self._conditions = whole
+            self._conditions = joined(self._encoded)
         return self._conditions
 
     @property

@@ -1,12 +1,13 @@
-"""The observations and instructions of B rows, and their encoding, computed where and when it is
-needed and kept for the next time.
+"""The observations and instructions of B rows, and their encoding by a vision-language model,
+computed where and when it is needed and kept for the next time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 ROWS = 64
 """Rows that are encoded at once: a rollout has thousands, each with its images."""
@@ -14,7 +15,7 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class Prefix:
-    """The encoding that the expert attends to, of B rows.
+    """The encoding that actions are said or denoised from, of B rows.
 
     layers: keys and values of each layer [B,heads,S,dim].
     valid: bool [B,S].
@@ -50,6 +51,16 @@ class Prefix:
         pairs = tuple((tensors[f"{n}.keys"], tensors[f"{n}.values"]) for n in layers)
         return cls(pairs, tensors["valid"], tensors["summary"])
 
+    @classmethod
+    def cat(cls, parts: Sequence["Prefix"]) -> "Prefix":
+        """The rows of several, one after the other; shorter ones get tokens that do not count."""
+        layers = tuple(
+            (_cat([keys for keys, _ in layer], 2), _cat([values for _, values in layer], 2))
+            for layer in zip(*(part.layers for part in parts), strict=True)
+        )
+        summary = torch.cat([part.summary for part in parts])
+        return cls(layers, _cat([part.valid for part in parts], 1), summary)
+
 
 class Store:
     """R rows as the policy's preprocessor made them, and the prefixes of those that were needed so
@@ -60,10 +71,15 @@ class Store:
 
     def __init__(self, batch: Mapping[str, Tensor]) -> None:
         self.batch = batch
+        self.names = list(batch)
         self.count = len(next(iter(batch.values())))
         self._prefix: Prefix | None = None
         self._known = torch.zeros(self.count, dtype=torch.bool)
         self._mark: Tensor | None = None
+
+    def value(self, name: str, rows: Tensor) -> Tensor:
+        """One of the preprocessor's values, of some rows."""
+        return self.batch[name][rows]
 
     def know(self, prefix: Prefix, mark: Tensor) -> None:
         """Takes the prefixes of all rows from elsewhere: nothing is encoded."""
@@ -97,6 +113,39 @@ class Store:
         return self._prefix if everything else self._prefix.of(lambda value: value[rows])
 
 
+class Joined:
+    """Several stores as one, their rows one after the other: each keeps its own prefixes."""
+
+    def __init__(self, parts: "Sequence[Store | Joined]") -> None:
+        self.parts = parts
+        self.ends = torch.tensor([part.count for part in parts]).cumsum(0)
+        self.count = int(self.ends[-1])
+        self.names: list[str] = parts[0].names
+
+    def value(self, name: str, rows: Tensor) -> Tensor:
+        """One of the preprocessor's values, of some rows; shorter texts are padded."""
+        found, place = self._read(rows, lambda part, own: part.value(name, own))
+        return (_cat(found, 1) if found[0].ndim == 2 else torch.cat(found))[place]
+
+    def prefix(
+        self, rows: Tensor, encode: Callable[[Mapping[str, Tensor]], Prefix], mark: Tensor
+    ) -> Prefix:
+        """The prefixes of ``rows`` [b]; each part encodes what it has not encoded yet."""
+        found, place = self._read(rows, lambda part, own: part.prefix(own, encode, mark))
+        return Prefix.cat(found).of(lambda value: value[place])
+
+    def _read[T](
+        self, rows: Tensor, read: "Callable[[Store | Joined, Tensor], T]"
+    ) -> tuple[list[T], Tensor]:
+        """What the parts say of their own rows, part by part, and each row's place in that."""
+        number = torch.bucketize(rows, self.ends, right=True)
+        found = []
+        for n in number.unique().tolist():
+            part = self.parts[n]
+            found.append(read(part, rows[number == n] - (self.ends[n] - part.count)))
+        return found, number.argsort(stable=True).argsort()
+
+
 @dataclass(frozen=True)
 class Seen:
     """Rows of a store: the condition of a chain.
@@ -105,7 +154,7 @@ class Seen:
     again; otherwise they begin a store of their own.
     """
 
-    store: Store
+    store: Store | Joined
     rows: Tensor
     keep: bool
 
@@ -119,14 +168,33 @@ class Seen:
         return len(self.rows)
 
     def __getitem__(self, rows: Tensor | slice) -> "Seen":
-        picked = Seen(self.store, self.rows[rows], self.keep)
-        return picked if self.keep else Seen.all(picked.batch, keep=False)
+        picked = self.rows[rows]
+        if self.keep:
+            return Seen(self.store, picked, keep=True)
+        own, place = picked.unique(return_inverse=True)  # a row that is picked twice is read once
+        return Seen(Store(Seen(self.store, own, keep=False).batch), place, keep=False)
+
+    @classmethod
+    def cat(cls, parts: Sequence["Seen"]) -> "Seen":
+        """The rows of several, one after the other."""
+        store = Joined([part.store for part in parts])
+        begins = store.ends.tolist()
+        rows = [part.rows + end - part.store.count for part, end in zip(parts, begins, strict=True)]
+        return cls(store, torch.cat(rows), parts[0].keep)
 
     def value(self, name: str) -> Tensor:
         """One of the preprocessor's values, of these rows."""
-        return self.store.batch[name][self.rows]
+        return self.store.value(name, self.rows)
 
     @property
     def batch(self) -> dict[str, Tensor]:
         """The rows as the preprocessor made them."""
-        return {name: self.value(name) for name in self.store.batch}
+        return {name: self.value(name) for name in self.store.names}
+
+
+def _cat(values: Sequence[Tensor], dim: int) -> Tensor:
+    """Joins the rows of values, which are filled with zeros up to the longest along ``dim``."""
+    most = max(value.shape[dim] for value in values)
+    behind = [0, 0] * (values[0].ndim - 1 - dim)
+    filled = [functional.pad(value, [*behind, 0, most - value.shape[dim]]) for value in values]
+    return torch.cat(filled)
