@@ -50,7 +50,7 @@ OWN = {
         "--method.stage=online",
         "--data=null",
         "--eval.every=5",
-        "--budget={env_steps: 400000}",
+        "--budget={env_steps: 200000}",
     ],
 }
 """Overrides of presets: the methods with large iterations are evaluated more often."""

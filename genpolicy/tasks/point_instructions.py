@@ -267,4 +267,6 @@ class PointInstructions:
         observation = {
             name: torch.cat([frame[name][:, 0] for frame in frames]) for name in frames[0]
         }
-        return Demonstration(observation, torch.stack(actions), torch.stack(rewards), success)
+        return Demonstration(
+            observation, torch.stack(actions), torch.stack(rewards), success, world.instruction
+        )

@@ -161,6 +161,8 @@ def test_demonstrations_succeed_unless_mistaken(noise):
     shown = [TASK.demonstrate(seed, noise) for seed in range(100)]
     assert sum(d.success for d in shown) == 100
     first, again = shown[0], TASK.demonstrate(0, noise)
+    assert [one.instruction for one in shown] == [TASK.asked(seed) for seed in range(100)]
+    assert len({one.instruction for one in shown}) > 1
     assert torch.equal(first.actions, again.actions)
     assert first.actions.shape == (len(first.rewards), 2)
     assert first.actions.abs().max() <= 1
