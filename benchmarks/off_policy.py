@@ -2,6 +2,7 @@ r"""Methods that learn from everything that was done, beside on-policy ones: suc
 
     python -m benchmarks.off_policy train --methods pa_rl aloe expo q_chunking dsrl dppo rl100
     python -m benchmarks.off_policy train --methods pa_rl --seeds 0 1 2
+    python -m benchmarks.off_policy train --methods q_chunking_long q_chunking_steps --seeds 0 1 2
     python -m benchmarks.off_policy table
     python -m benchmarks.off_policy figure            # assets/figures/off_policy.png
 
@@ -52,8 +53,12 @@ OWN = {
         "--eval.every=5",
         "--budget={env_steps: 200000}",
     ],
+    "q_chunking_long": ["--method.length=4"],
+    "q_chunking_steps": ["--method.length=4", "--method.bootstrap=steps"],
 }
 """Overrides of presets: the methods with large iterations are evaluated more often."""
+STUDIES = ("q_chunking_long", "q_chunking_steps")
+"""The decoupled critic, which sees four decisions, and its control; they are not in the figure."""
 
 
 def clone(out: Path, task: str, seed: int) -> Path:
@@ -132,7 +137,7 @@ def table(out: Path, task: str) -> str:
         "|---|---|---|---|---|",
     ]
     extra = _frames(out / task / "demonstrations")
-    for method in METHODS:
+    for method in (*METHODS, *STUDIES):
         if not (folders := reported(out / task, method)):
             continue
         levels = [reached(course(f)) for f in folders]
@@ -194,7 +199,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("verb", choices=("train", "table", "figure"))
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=(*METHODS, *STUDIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--task", default="shelf-place-v3", choices=list(DEMONSTRATIONS))
     parser.add_argument("--out", type=Path, default=Path("runs/off_policy"))
@@ -204,7 +209,8 @@ def main() -> None:
         for seed in args.seeds:
             for method in args.methods:
                 folder, own = args.out / args.task / f"{method}-{seed}", OWN.get(method, [])
-                learn(args.out, args.task, f"metaworld_{method}", seed, folder, STEPS, *own)
+                preset = "metaworld_" + method.removesuffix("_long").removesuffix("_steps")
+                learn(args.out, args.task, preset, seed, folder, STEPS, *own)
     if args.verb == "figure":
         figure(args.out, args.task, Path("assets/figures/off_policy.png"))
     print(table(args.out, args.task))
