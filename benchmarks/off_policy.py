@@ -51,7 +51,7 @@ OWN = {
         "--method.stage=online",
         "--data=null",
         "--eval.every=5",
-        "--budget={env_steps: 200000}",
+        "--budget={env_steps: 400000}",
     ],
     "q_chunking_long": ["--method.length=4"],
     "q_chunking_steps": ["--method.length=4", "--method.bootstrap=steps"],
