@@ -44,9 +44,10 @@ class Support:
     margin: float = 4.0
 
     def __post_init__(self) -> None:
-        if not self.low < self.high:
+        if not -math.inf < self.low < self.high < math.inf:
             raise ValueError(
-                f"support reaches from {self.low} to {self.high}; low must be below high"
+                f"support reaches from {self.low} to {self.high}; low must be below high, and both"
+                " finite"
             )
         if self.sigma <= 0 or self.margin < 0:
             raise ValueError(

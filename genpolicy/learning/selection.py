@@ -10,8 +10,14 @@ LEAST_SPREAD = 1e-6
 def highest(values: Tensor, count: int) -> Tensor:
     """The indices [B,count] of the ``count`` highest values [B,N] of each row, the highest first;
     of equals the earlier one.
+
+    Each value's rank is counted, because ONNX has no stable sort.
     """
-    return values.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    place = torch.arange(values.shape[1], device=values.device)
+    one, other = values[:, :, None], values[:, None, :]
+    ahead = (other > one) | ((other == one) & (place < place[:, None]))
+    ranks = ahead.sum(2)[:, None, :]
+    return (ranks == place[:count, None]).long().argmax(2)
 
 
 def standardised(values: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ class _Weighing:
         if critic.subset is None:
             critic = replace(critic, subset=critic.members)
         self.world = OffPolicy(run, replace(settings, critic=critic), part=None)
-        self.learn = lambda: self.world.learn(self._following)
+        self.asked = 0  # times in this iteration that a' was drawn
+        self.learn = self._learn
         if settings.weigh != "critic":
             self.value = ReturnValue(run, self.world, settings.gamma)
             self.learn = self.value.learn if settings.weigh == "returns" else lambda: None
@@ -94,10 +95,15 @@ class _Weighing:
     def train(self) -> None:
         self.world.train(lambda: None, self._improve, self.learn)
 
+    def _learn(self) -> None:
+        self.asked = 0
+        self.world.learn(self._following)
+
     def _following(self, views: Tensor, features: Tensor) -> Tensor:
         """a' ~ pi at views [b]: of its cached samples each in its turn, [b,*E]."""
+        self.asked += 1
         samples = self.world.samples.at(views)
-        return samples[torch.arange(len(views)), views % samples.shape[1]]
+        return samples[torch.arange(len(views)), (views + self.asked) % samples.shape[1]]
 
     def _improve(self) -> None:
         run, settings, world = self.run, self.settings, self.world

@@ -64,6 +64,8 @@ class DSRL:
         at_least("method dsrl", self, samples=1, batch=2)
         positive("method dsrl", self, "bound", "lr", "alpha")
         share("method dsrl", self, "gamma")
+        if self.target is not None and not math.isfinite(self.target):
+            raise ConfigError(f"method dsrl: target is {self.target}; it must be finite")
 
     def train(self, run: Run) -> None:
         _Steering(self, run).train()

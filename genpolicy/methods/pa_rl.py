@@ -95,7 +95,7 @@ class _Improvement:
         bound = float(known.abs().amax())  # 1 only where the model scales actions by their range
         self.refiner = Refiner(settings.steps, settings.rate * size, -bound, bound, settings.best)
         self.run.attach(best_of=self.critic.part)
-        if settings.steps:
+        if settings.steps or "refiner" in self.run.policy.parts:  # an earlier one's ends to act
             self.run.attach(refiner=self.refiner)
         self.run.choose_among(settings.samples)
 

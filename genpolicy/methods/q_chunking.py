@@ -25,7 +25,7 @@ entropy, and V by a quantile).
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from genpolicy.config.errors import at_least, choice, share
+from genpolicy.config.errors import ConfigError, at_least, choice, share
 from genpolicy.methods.parts.chunk_critic import Valuing
 from genpolicy.methods.parts.long_chunks import LongChunks
 from genpolicy.methods.parts.off_policy import OffPolicy
@@ -59,6 +59,11 @@ class QChunking:
     def __post_init__(self) -> None:
         at_least("method q_chunking", self, samples=1, length=1, batch=1, every=1, updates=0)
         choice("method q_chunking: bootstrap", self.bootstrap, ("chunk", "steps"))
+        if self.bootstrap == "steps" and self.length == 1:
+            raise ConfigError(
+                "method q_chunking: bootstrap steps is for a critic of several decisions: set"
+                " length above 1"
+            )
         share("method q_chunking", self, "gamma", "suffix", "optimism")
 
     def train(self, run: Run) -> None:

@@ -103,7 +103,16 @@ def _recorded(
     for iteration in iterations:
         seen = False
         for name, episode in store.whole(iteration):
-            yield as_frames(name, episode, iteration, task)
+            try:
+                frames = as_frames(name, episode, iteration, task)
+                _require_fit(frames, task)
+            except ConfigError:
+                raise
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                store.say(f"{name} holds no episode of the run's task: {reason}; it is left out")
+                continue
+            yield frames
             seen = True
         done.iterations += seen
 
@@ -141,6 +150,15 @@ def as_frames(
         episode["prompts"][0],
         columns,
     )
+
+
+def _require_fit(episode: Demonstration, task: ControlTask) -> None:
+    """Raises `ValueError` for an episode without a step, or of other sizes than the task's."""
+    length = len(episode.actions)
+    sizes = {**task.shapes, "action": (task.action_dim,)}
+    for name, value in {**episode.observation, "action": episode.actions}.items():
+        if not length or tuple(value.shape) != (length, *sizes[name]):
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}")
 
 
 def _frames(name: Path, episode: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -43,6 +43,17 @@ class Intervention:
         share("person", self, "share")
 
 
+def attended(task: object) -> Attended:
+    """The task, of which a person knows enough to take over; `ConfigError` for any other."""
+    if not isinstance(task, Attended):
+        raise ConfigError(
+            f"person: task {type(task).__name__} has no expert who can take over step by step;"
+            " metaworld has one where it shows its state"
+        )
+    task.person()  # says now what it lacks
+    return task
+
+
 @dataclass
 class _Watch:
     """The state of one slot's episode."""
@@ -75,19 +86,13 @@ class Watched:
     def __init__(
         self, environments: Environments, task: ControlTask, settings: Intervention
     ) -> None:
-        if not isinstance(task, Attended):
-            raise ConfigError(
-                f"person: task {type(task).__name__} has no expert who can take over step by step;"
-                " metaworld has one where it shows its state"
-            )
         self.count = environments.count
         self._environments = environments
-        self._task = task
+        self._task = attended(task)
         self._settings = settings
         self._low = torch.tensor(task.action_low)
         self._high = torch.tensor(task.action_high)
         self._watch: dict[int, _Watch] = {}
-        task.person()  # says now what it lacks
 
     def reset(self, slots: Sequence[int], seeds: Sequence[int]) -> Context:
         context = self._environments.reset(slots, seeds)

@@ -2,6 +2,7 @@
 done, or counted, twice.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ FOLDER = "episodes"
 """The folder of episodes in a run's folder: episodes/ITERATION/GROUP-MEMBER-ORIGIN.pt."""
 EPISODES = "[0-9]*.pt"
 """The names of whole episodes: one that is being written begins with a dot."""
+NAME = re.compile(r"\d+-\d+(-\w+)?")
+"""The name of an episode without its ending; what else lies beside is not the run's."""
 COLLECTED = "collected"
 """The key of an episode for how many groups and members were collected with it, [2]."""
 LOST = (
@@ -48,7 +51,7 @@ class EpisodeStore:
         if not path.is_file():
             return None
         try:
-            return tensor_file.read(path)
+            return _read(path)
         except ValueError as error:
             self.say(f"{error}; it is played again")
             return None
@@ -69,9 +72,9 @@ class EpisodeStore:
         """
         if self.for_good:
             return
-        for folder in self.folder.glob("[0-9]*"):
-            if int(folder.name) <= iteration and int(folder.name) not in self.pinned:
-                shutil.rmtree(folder)
+        for number in self.iterations():
+            if number <= iteration and number not in self.pinned:
+                shutil.rmtree(self.folder / str(number))
 
     def episodes(self, iteration: int) -> list[dict[str, Any]]:
         """All of an iteration, of whatever process, by group and member.
@@ -82,7 +85,7 @@ class EpisodeStore:
         folder = self.folder / str(iteration)
         ordered = self._names(iteration)
         try:
-            found = [tensor_file.read(self._path(iteration, name)) for name in ordered]
+            found = [_read(self._path(iteration, name)) for name in ordered]
         except ValueError as error:
             raise ConfigError(f"{error}; {LOST}") from None
         missing = _missing(ordered, found)
@@ -92,7 +95,8 @@ class EpisodeStore:
 
     def iterations(self) -> list[int]:
         """The iterations of which there are episodes, in order."""
-        return sorted(int(folder.name) for folder in self.folder.glob("[0-9]*"))
+        folders = (folder for folder in self.folder.glob("[0-9]*") if folder.is_dir())
+        return sorted(int(folder.name) for folder in folders if folder.name.isdecimal())
 
     def whole(self, iteration: int) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Yields the episodes of an iteration, by group and member, with their files; says which
@@ -102,7 +106,7 @@ class EpisodeStore:
         for name in names:
             path = self._path(iteration, name)
             try:
-                episode = tensor_file.read(path)
+                episode = _read(path)
             except ValueError as error:
                 self.say(f"{error}; it is left out")
                 continue
@@ -117,11 +121,20 @@ class EpisodeStore:
 
     def _names(self, iteration: int) -> list[str]:
         """The names of an iteration's episodes, by group and member."""
-        names = [path.stem for path in (self.folder / str(iteration)).glob(EPISODES)]
+        found = (path.stem for path in (self.folder / str(iteration)).glob(EPISODES))
+        names = [name for name in found if NAME.fullmatch(name)]
         return sorted(names, key=lambda name: [int(number) for number in name.split("-")[:2]])
 
     def _path(self, iteration: int, name: str) -> Path:
         return self.folder / str(iteration) / f"{name}.pt"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The episode of a file. Raises `ValueError` for one that is damaged or holds none."""
+    episode = tensor_file.read(path)
+    if not isinstance(episode, dict):
+        raise ValueError(f"{path} is damaged: it holds no episode")
+    return episode
 
 
 def _missing(names: Sequence[str], episodes: Sequence[Mapping[str, Any]]) -> str:

@@ -24,6 +24,19 @@ def test_the_highest_by_brute_force() -> None:
     assert highest(equal, 4).tolist() == [[1, 2, 4, 0]], "of equals the earlier one"
 
 
+def test_the_highest_are_found_without_a_stable_sort_which_onnx_lacks() -> None:
+    def sorted_ops(choose) -> list[str]:
+        class Choice(torch.nn.Module):
+            def forward(self, values: torch.Tensor) -> torch.Tensor:
+                return choose(values)
+
+        graph = torch.export.export(Choice(), (torch.randn(3, 5),)).graph
+        return [str(node.target) for node in graph.nodes if "sort" in str(node.target)]
+
+    assert not sorted_ops(lambda values: highest(values, 2))
+    assert sorted_ops(lambda values: values.sort(dim=1, stable=True).indices), "control"
+
+
 def test_draws_have_the_probabilities_of_a_softmax() -> None:
     logits = torch.tensor([0.3, -2.0, 1.5, 1.5, 0.0])
     assert torch.allclose(frequencies(logits), logits.double().softmax(0), atol=2 / GRID)

@@ -131,6 +131,17 @@ MIXED = [
 HUMAN, DOUBTED = [3, 4, 8], [1, 2]
 
 
+def test_the_bootstrap_takes_each_of_a_views_samples_in_its_turn(tmp_path):
+    replay, features = recorded(MIXED)
+    samples = torch.arange(3.0).view(1, 3, 1, 1).expand(len(features), 3, 2, 2)
+    made = weighing(tmp_path, replay, features, samples)
+    views = torch.arange(len(features))
+    asked = [made._following(views, features)[:, 0, 0] for _ in range(3)]
+    assert torch.equal(
+        torch.stack(asked).sort(0).values, torch.arange(3.0)[:, None].expand(3, len(views))
+    )
+
+
 def test_the_weight_is_of_q_minus_the_mean_over_the_policys_samples(tmp_path):
     replay, features = recorded(MIXED)
     draw = torch.Generator().manual_seed(0)

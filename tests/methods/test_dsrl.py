@@ -193,6 +193,13 @@ def test_actions_are_a_function_of_noise_alone(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
+def test_a_target_that_no_entropy_can_reach_is_refused() -> None:
+    for target in (math.inf, -math.inf):
+        with pytest.raises(ConfigError, match=r"target is .*inf"):
+            DSRL(target=target)
+    assert DSRL(target=-3.0).target == -3.0, "control"
+
+
 def test_form_sac_without_recorded_noises_is_refused(tmp_path: Path) -> None:
     """Demonstrations have none; form na learns from them all the same."""
     for form in ("na", "sac"):

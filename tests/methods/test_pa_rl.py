@@ -249,3 +249,17 @@ def test_a_policy_with_an_editor_is_refused_before_any_work(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="came with an editor") as raised:
         _Improvement(made.settings, run)
     assert "\n" not in str(raised.value)
+
+
+def test_without_a_local_step_that_of_an_earlier_run_ends(tmp_path: Path) -> None:
+    """A policy that came with a refiner is moved no longer where ``steps`` is 0."""
+    made = improvement(tmp_path, peaked)
+    assert "refiner" not in made.run.policy.parts, "a policy that came without one gets none"
+    critic = made.run.policy.parts["best_of"]
+    assert isinstance(critic, BestOf)
+    made.critic.part = critic
+    made.run.attach(best_of=critic, refiner=Refiner(7, 0.5, refined=1))
+    made._begin()
+    refiner = made.run.policy.parts["refiner"]
+    assert isinstance(refiner, Refiner)
+    assert (refiner.steps, made.run.policy.refined) == (0, K)

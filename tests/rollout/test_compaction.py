@@ -2,6 +2,7 @@
 never seen is said.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,26 @@ def test_what_is_damaged_or_missing_is_named_and_left_out(made, tmp_path, capsys
     assert f"iteration 2: {EPISODES - 2} of its episodes are there, and 3-0" in told.err
     assert f"{ITERATIONS * EPISODES - 2} episodes of {ITERATIONS} iterations" in told.out
     assert LeRobotDataset(str(tmp_path / "set")).episode.max() == ITERATIONS * EPISODES - 3
+
+
+def test_a_file_that_is_whole_and_holds_something_else_is_named_and_left_out(
+    made, tmp_path, capsys
+):
+    run, _ = made
+    copy = shutil.copytree(run, tmp_path / "run")
+    files = sorted((copy / "episodes/2").glob("*.pt"))
+    lacking, longer = tensor_file.read(files[1]), tensor_file.read(files[2])
+    del lacking["start"]
+    longer[FRAMES][STATE] = longer[FRAMES][STATE].repeat(2, 1)
+    changed = {files[0]: [1, 2], files[1]: lacking, files[2]: longer}
+    for file, content in changed.items():
+        tensor_file.write(file, content)
+    assert main(["compact", str(copy), "--out", str(tmp_path / "set"), "--trust"]) == 0
+    told = capsys.readouterr()
+    for file in changed:
+        assert str(file) in told.err
+    assert told.err.count("it is left out") == len(changed)
+    assert f"{ITERATIONS * EPISODES - len(changed)} episodes of {ITERATIONS}" in told.out
 
 
 def test_bad_requests_are_one_sentence_and_write_nothing(made, tmp_path, capsys):

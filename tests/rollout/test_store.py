@@ -2,6 +2,7 @@
 and never played twice.
 """
 
+import shutil
 from dataclasses import fields
 from functools import partial
 
@@ -29,6 +30,22 @@ def sample(number):
         "prompts": ["walk", "to the goal"],
         "observation": {"observation.state": torch.arange(4.0) + number},
     }
+
+
+def test_what_somebody_else_has_put_beside_the_episodes_stays_and_stops_nothing(tmp_path):
+    store = EpisodeStore(tmp_path)
+    store.write(1, "0-0-ab", sample(1))
+    store.write(2, "0-0-ab", sample(2))
+    shutil.copytree(store.folder / "1", store.folder / "1.bak")
+    (store.folder / "7").write_text("a note")
+    for name in ("0 copy.pt", "0-0-ab (1).pt", "1.pt"):
+        shutil.copy(store.folder / "2/0-0-ab.pt", store.folder / "2" / name)
+    assert store.iterations() == [1, 2]
+    assert len(store.episodes(2)) == 1
+    assert [path.name for path, _ in store.whole(2)] == ["0-0-ab.pt"]
+    store.trim(1)
+    assert store.iterations() == [2]
+    assert (store.folder / "1.bak").is_dir()
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from genpolicy.config.errors import ConfigError, at_least, share
 from genpolicy.methods.parts.failures import Failures
 from genpolicy.methods.parts.offline_data import Experience
-from genpolicy.rollout.person import Intervention
+from genpolicy.rollout.person import Intervention, attended
 from genpolicy.training.run import Run
 
 
@@ -48,6 +48,8 @@ class Episodes:
                 "method: practice.episodes is 0, and environment steps alone would never spend the"
                 " budget: set budget.iterations"
             )
+        if settings.person.share:
+            attended(run.task)
         self.run, self.settings = run, settings
         for name in ("first", "episodes"):
             if count := getattr(settings, name):

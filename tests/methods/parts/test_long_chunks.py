@@ -10,6 +10,7 @@ import torch
 from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.task import Context
 from genpolicy.methods.parts.long_chunks import LongChunks
+from genpolicy.methods.q_chunking import QChunking
 from genpolicy.rollout.replay import ROWS, Replay
 from tests.methods.parts.test_chunk_critic import built
 from tests.methods.parts.test_iql import GAMMA, LENGTH, walk
@@ -141,3 +142,9 @@ def test_critics_that_long_chunks_cannot_teach_are_refused(tmp_path, own):
     replay, features = branches()
     with pytest.raises(ConfigError, match="kind rlpd and no bins"):
         long(tmp_path, replay, features, suffix=0.5, updates=1, **own)
+
+
+def test_the_control_of_a_critic_of_one_decision_is_refused():
+    with pytest.raises(ConfigError, match="bootstrap steps is for a critic of several decisions"):
+        QChunking(bootstrap="steps")
+    assert QChunking(bootstrap="steps", length=2).length == 2

@@ -2,12 +2,15 @@
 shares of a batch.
 """
 
+import math
+
 import pytest
 import torch
 
 from genpolicy.config.errors import ConfigError
 from genpolicy.methods.parts.chunk_critic import Valuing, mixed_rows
 from genpolicy.methods.parts.practice import Episodes, Practice
+from genpolicy.rollout.person import Intervention
 from tests.methods.parts.test_iql import one_of
 from tests.toy_control import prepared
 
@@ -34,6 +37,7 @@ def run(tmp_path_factory):
         ({"bins": 51, "low": 0.0}, "bins need low and high"),
         ({"low": 1.0, "high": 0.0}, "low"),
         ({"bins": 51, "low": 1.0, "high": 1.0}, "low"),
+        ({"bins": 51, "low": 0.0, "high": math.inf}, "finite"),
         ({"kind": "sac"}, "kind"),
         ({"offline": 1.5}, "offline"),
         ({"expectile": -0.1}, "expectile"),
@@ -71,6 +75,19 @@ def test_nothing_to_learn_from_is_refused_in_one_sentence(tmp_path):
         Episodes(empty, Practice(first=0), False)
     assert "\n" not in str(told.value)
     Episodes(empty, Practice(first=1), False)  # control
+
+
+def test_a_person_who_can_not_act_is_told_before_anything_is_played(tmp_path):
+    def begun(name, practice, task=None):
+        run, _ = prepared(tmp_path / name, method={"name": "bc"})
+        run.task = task or run.task
+        Episodes(run, practice, False)
+
+    watched = Practice(person=Intervention(patience=2))
+    with pytest.raises(ConfigError, match="no expert who can take over"):
+        begun("nobody", watched, object())
+    begun("an expert", watched)  # control
+    begun("nobody watches", Practice(), object())  # control
 
 
 def test_without_episodes_only_a_budget_that_learning_spends_is_taken(tmp_path):
