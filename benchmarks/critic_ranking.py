@@ -1,4 +1,4 @@
-r"""How well a critic of chunks ranks chunks, against what rollouts say.
+r"""The ranking of chunks by a critic, against what rollouts say.
 
     python -m benchmarks.critic_ranking runs/off_policy/shelf-place-v3/aloe-0
     python -m benchmarks.critic_ranking RUN --pairs 128 --rollouts 32 --out ranking.json

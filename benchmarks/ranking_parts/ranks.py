@@ -1,4 +1,4 @@
-"""How well values rank pairs of chunks."""
+"""The quality of a ranking of pairs of chunks."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ ROUNDING = 1e-9
 
 
 def ranking(values: Tensor, found: Tensor) -> dict[str, Any]:
-    """How well values [P,2] rank pairs whose rollouts gave ``found`` [P,2,R].
+    """Measures how values [P,2] rank pairs whose rollouts gave ``found`` [P,2,R].
 
     right: the share of the pairs whose truths differ in which the higher value has the higher
     truth, with its 95 % interval (Wilson's) and the number of those pairs; equal values count one
@@ -50,7 +50,7 @@ def _share(right: Tensor) -> dict[str, Any]:
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:
-    """Of deviations; nan where one of them has none."""
+    """The correlation of deviations; nan where one of them has none."""
     size = float((x @ x * (y @ y)).sqrt())
     return float(x @ y) / size if size else math.nan
 

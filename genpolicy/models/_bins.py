@@ -1,9 +1,13 @@
-"""Uniform bins of the data's range, which scaling has made [-1, 1]: actions as tokens and back."""
+"""Uniform bins of the data's range, which scaling has made [-1, 1]: actions as tokens and back; and
+the chain of one step that a policy of tokens has.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from genpolicy.chain.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -27,3 +31,13 @@ class Bins:
 def uniform(noise: Tensor) -> Tensor:
     """The distribution function of the standard normal at noise [B,T,D], fp32: [B,T*D] in [0,1]."""
     return (1 + torch.erf(noise.float().flatten(1) * 0.5**0.5)) / 2
+
+
+def one_step(schedule: Schedule, steps: int, start: float | None) -> Tensor:
+    """The grid [1, 0], the only one of a policy of tokens; `ValueError` for any other chain."""
+    if steps != 1 or start not in (None, 1.0):
+        raise ValueError(
+            f"a policy of tokens says a chunk in one step from pure noise, and steps is {steps}"
+            f"{'' if start is None else f', start {start:g}'}: set steps to 1 and no start"
+        )
+    return schedule.grid(1)

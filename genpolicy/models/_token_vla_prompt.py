@@ -46,7 +46,7 @@ class Prompt:
     device: torch.device
 
     def __call__(self, context: Context) -> dict[str, Tensor]:
-        """What B rows see and are told, name -> [B,...]: `IDS`, `VALID`, `PICTURES`, and the
+        """The prompts of B rows, name -> [B,...]: `IDS`, `VALID`, `PICTURES`, and the
         standardised state [B,q].
         """
         seen = {

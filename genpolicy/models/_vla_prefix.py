@@ -137,7 +137,7 @@ class Joined:
     def _read[T](
         self, rows: Tensor, read: "Callable[[Store | Joined, Tensor], T]"
     ) -> tuple[list[T], Tensor]:
-        """What the parts say of their own rows, part by part, and each row's place in that."""
+        """The parts' answers for their own rows, part by part, and each row's place in them."""
         number = torch.bucketize(rows, self.ends, right=True)
         found = []
         for n in number.unique().tolist():

@@ -29,7 +29,7 @@ from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
 from genpolicy.models import _mlp_files
 from genpolicy.models import _token_vla_files as files
-from genpolicy.models._bins import Bins, uniform
+from genpolicy.models._bins import Bins, one_step, uniform
 from genpolicy.models._device import default_device
 from genpolicy.models._mlp_scaling import Scaling
 from genpolicy.models._reached import reached
@@ -169,7 +169,7 @@ class TokenVLA:
         self._choose_what_learns()
 
     def _choose_what_learns(self) -> None:
-        """Of the part that is to learn, the parameters that a gradient reaches: heads that nothing
+        """Let the learning part's parameters learn that a gradient reaches: heads that nothing
         reads stay as they are. What does not learn is stored in the frozen precision.
         """
         network = self._network
@@ -258,12 +258,7 @@ class TokenVLA:
 
     def grid(self, steps: int, start: float | None = None) -> Tensor:
         """[1, 0]; `ValueError` for any other chain."""
-        if steps != 1 or start not in (None, 1.0):
-            raise ValueError(
-                f"a policy of tokens says a chunk in one step from pure noise, and steps is {steps}"
-                f"{'' if start is None else f', start {start:g}'}: set steps to 1 and no start"
-            )
-        return self.schedule.grid(1)
+        return one_step(self.schedule, steps, start)
 
     def native_grid(self, steps: int) -> Tensor:
         """The same as `grid`: no other library samples it."""

@@ -35,7 +35,7 @@ from genpolicy.config.schema import ChainConfig
 from genpolicy.contracts.dataset import Dataset
 from genpolicy.contracts.task import Context
 from genpolicy.models import _mlp_files
-from genpolicy.models._bins import Bins, uniform
+from genpolicy.models._bins import Bins, one_step, uniform
 from genpolicy.models._mlp_condition import Sight, chosen, width
 from genpolicy.models._mlp_scaling import Scaling
 from genpolicy.models._token_networks import Autoregressive
@@ -177,12 +177,7 @@ class Tokens:
 
     def grid(self, steps: int, start: float | None = None) -> Tensor:
         """[1, 0]; `ValueError` for any other chain."""
-        if steps != 1 or start not in (None, 1.0):
-            raise ValueError(
-                f"a policy of tokens says a chunk in one step from pure noise, and steps is {steps}"
-                f"{'' if start is None else f', start {start:g}'}: set steps to 1 and no start"
-            )
-        return self.schedule.grid(1)
+        return one_step(self.schedule, steps, start)
 
     def native_grid(self, steps: int) -> Tensor:
         """The same as `grid`: no other library samples it."""
