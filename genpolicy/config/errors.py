@@ -1,5 +1,6 @@
 """Errors that are one sentence to the user, and the checks of settings that raise them."""
 
+import dataclasses
 import difflib
 import math
 import traceback
@@ -87,6 +88,21 @@ def share(where: str, section: Any, *names: str) -> None:
         value = getattr(section, name)
         if not 0 <= value <= 1:
             raise ConfigError(f"{where}: {name} is {value}; it must lie in [0, 1]")
+
+
+def unread(where: str, section: Any, why: str, *names: str) -> None:
+    """Raises where a named field of ``section`` is not its default, and would be ignored: ``why``,
+    as in "with length 1". Names: none for all fields.
+    """
+    for field in dataclasses.fields(section):
+        if names and field.name not in names:
+            continue
+        made = field.default_factory
+        usual = field.default if made is dataclasses.MISSING else made()
+        if (value := getattr(section, field.name)) != usual:
+            raise ConfigError(
+                f"{where}: {field.name} is {shown(value)}, and {why} nothing reads it: leave it out"
+            )
 
 
 def divides(where: str, section: Any, part: str, whole: str) -> None:

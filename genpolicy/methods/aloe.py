@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from genpolicy.config.errors import at_least, choice, positive, share
+from genpolicy.config.errors import at_least, choice, positive, share, unread
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.learning.critic import StateValue
 from genpolicy.methods.parts.chunk_critic import Valuing, mixed_rows
@@ -67,6 +67,21 @@ class ALOE:
         positive("method aloe", self, "beta")
         choice("method aloe: weigh", self.weigh, RULES)
         share("method aloe", self, "gamma")
+        self._all_read()
+
+    def _all_read(self) -> None:
+        """Raises where a setting is given that the rule does not read."""
+        why, critic = f"with weigh {self.weigh}", self.critic
+        if self.weigh == "critic":
+            why = "with the least of the networks"
+            unread("method aloe: critic", critic, why, "pessimism")
+        elif self.weigh == "returns":
+            unread("method aloe", self, why, "samples")
+            networks = ("kind", "members", "subset", "pessimism", "polyak", "bins")
+            unread("method aloe: critic", critic, why, *networks)
+        else:
+            unread("method aloe", self, why, "gamma", "samples", "beta", "most", "doubted")
+            unread("method aloe: critic", critic, why)
 
     def train(self, run: Run) -> None:
         _Weighing(self, run).train()
@@ -83,9 +98,9 @@ class _Weighing:
     def __init__(self, settings: ALOE, run: Run) -> None:
         self.settings, self.run = settings, run
         critic = settings.critic
-        if critic.subset is None:
+        if settings.weigh == "critic" and critic.subset is None:
             critic = replace(critic, subset=critic.members)
-        self.world = OffPolicy(run, replace(settings, critic=critic), part=None)
+        self.world = OffPolicy(run, replace(settings, critic=critic), parts=())
         self.asked = 0  # times in this iteration that a' was drawn
         self.learn = self._learn
         if settings.weigh != "critic":
@@ -112,6 +127,8 @@ class _Weighing:
         weights = self._weights()
         run.log("aloe/clipped", float((weights >= settings.most).double().mean()))
         run.log("aloe/weight", float(weights.mean()))
+        if not bool(weights.any()):
+            return  # there is nothing to imitate yet
         source, rows = world.experience.done, len(world.experience.replay)
         Imitation(run, source, rows, settings.batch, weights)(settings.updates)
         world.changed()
@@ -187,7 +204,7 @@ class ReturnValue:
             run, len(replay), before, settings.offline, world.updates, batch, "critic"
         )
         for rows in batches:
-            seen, target = features[replay.now[rows]], returns[rows]
+            seen, target = features[replay.now[rows]], settings.kept(returns[rows])
 
             def losses(part: slice, seen: Tensor = seen, target: Tensor = target) -> Tensor:
                 error = self.v(seen[part]) - target[part]

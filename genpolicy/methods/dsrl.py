@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import StandardNormal
-from genpolicy.config.errors import ConfigError, at_least, choice, positive, share
+from genpolicy.config.errors import ConfigError, at_least, choice, positive, share, unread
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.learning.critic import Critic
 from genpolicy.learning.squashed import EntropyWeight
@@ -35,6 +35,7 @@ from genpolicy.methods.parts.off_policy import OffPolicy
 from genpolicy.methods.parts.practice import Practice
 from genpolicy.policy.parts.noise_actor import NoiseActor
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.replay import Replay
 from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run
 
@@ -66,6 +67,9 @@ class DSRL:
         share("method dsrl", self, "gamma")
         if self.target is not None and not math.isfinite(self.target):
             raise ConfigError(f"method dsrl: target is {self.target}; it must be finite")
+        unread("method dsrl: critic", self.critic, "with the least of the networks", "pessimism")
+        if self.form == "sac" and self.critic.kind != "cal_ql":
+            unread("method dsrl", self, f"with form sac and kind {self.critic.kind}", "samples")
 
     def train(self, run: Run) -> None:
         _Steering(self, run).train()
@@ -82,7 +86,9 @@ class _Steering:
                 " the noise that it begins with: take chain.kernel {name: ddim, eta: 0.0}, or a"
                 " solver"
             )
-        self.world = OffPolicy(run, settings, part="start", draws=self._plain)
+        self.world = OffPolicy(run, settings, ("start",), draws=self._plain)
+        if settings.form == "sac" and not settings.practice.first:
+            self._noises(self.world.experience.replay)
         model = run.policy.model
         found = run.policy.parts.get("start")
         if found is not None and not isinstance(found, NoiseActor):
@@ -90,10 +96,10 @@ class _Steering:
                 f"method dsrl: the policy came with a {found.kind}, and a noise_actor can't take"
                 " its place: begin with another policy"
             )
-        if found is not None and found.settings["bound"] != settings.bound:
+        if found is not None and found.settings.bound != settings.bound:
             raise ConfigError(
                 f"method dsrl: bound is {settings.bound:g}, and the policy's noise_actor has"
-                f" {found.settings['bound']:g}: take that, or begin with another policy"
+                f" {found.settings.bound:g}: take that, or begin with another policy"
             )
         self.fresh = found is None
         self.actor = found or NoiseActor(run.features, model.event_shape, settings.bound)
@@ -177,12 +183,7 @@ class _Steering:
         world, scale = self.world, self.run.policy.chain.scale
         self.asked = 0
         replay, before = world.experience.replay, world.episodes.before
-        known = replay.start.flatten(1).isfinite().all(1)
-        if not bool(known.any()):
-            raise ConfigError(
-                "method dsrl: form sac learns from recorded noises, and what is recorded has none:"
-                " let episodes be played first (practice.first), or take form na"
-            )
+        known = self._noises(replay)
         noises = replace(replay, event=replay.start / scale)[known.nonzero().flatten()]
         early = int(known[:before].sum())
         world.critic.learn(
@@ -194,6 +195,16 @@ class _Steering:
             world.samples.starts,
         )
         self._steer()
+
+    def _noises(self, replay: Replay) -> Tensor:
+        """True for the decisions whose noise is known, [R]. Raises `ConfigError` if none is."""
+        known = replay.start.flatten(1).isfinite().all(1)
+        if not bool(known.any()):
+            raise ConfigError(
+                "method dsrl: form sac learns from recorded noises, and what is recorded has none:"
+                " let episodes be played first (practice.first), or take form na"
+            )
+        return known
 
     @torch.no_grad()
     def _begun(self, views: Tensor, features: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from genpolicy.config.errors import ConfigError, at_least, at_most, positive, share
+from genpolicy.config.errors import at_least, at_most, positive, share
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.learning.squashed import EntropyWeight
 from genpolicy.methods.parts.chunk_critic import Valuing, mixed_rows
@@ -69,12 +69,7 @@ class _Editing:
 
     def __init__(self, settings: EXPO, run: Run) -> None:
         self.settings, self.run = settings, run
-        if "refiner" in run.policy.parts:
-            raise ConfigError(
-                "method expo: the policy came with a refiner, and an editor can't act beside it:"
-                " begin with another policy"
-            )
-        self.world = OffPolicy(run, settings)
+        self.world = OffPolicy(run, settings, ("best_of", "editor"))
         model = run.policy.model
         numbers = math.prod(model.event_shape)
         self.editor = Editor(run.features, numbers, settings.size, edited=settings.edited).to(

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from genpolicy.config.errors import ConfigError, at_least, at_most, positive, share
+from genpolicy.config.errors import at_least, at_most, positive, share
 from genpolicy.contracts.task import Context
 from genpolicy.learning.selection import drawn, highest, standardised
 from genpolicy.methods.parts.chunk_critic import Valuing
@@ -76,12 +76,7 @@ class _Improvement:
 
     def __init__(self, settings: PARL, run: Run) -> None:
         self.settings, self.run = settings, run
-        if settings.steps and "editor" in run.policy.parts:
-            raise ConfigError(
-                "method pa_rl: the policy came with an editor, and a refiner can't act beside it:"
-                " take steps 0, or begin with another policy"
-            )
-        self.world = OffPolicy(run, settings)
+        self.world = OffPolicy(run, settings, ("best_of", "refiner"))
         self.experience, self.critic = self.world.experience, self.world.critic
 
     def train(self) -> None:

@@ -25,7 +25,7 @@ entropy, and V by a quantile).
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from genpolicy.config.errors import ConfigError, at_least, choice, share
+from genpolicy.config.errors import ConfigError, at_least, choice, share, unread
 from genpolicy.methods.parts.chunk_critic import Valuing
 from genpolicy.methods.parts.long_chunks import LongChunks
 from genpolicy.methods.parts.off_policy import OffPolicy
@@ -65,6 +65,12 @@ class QChunking:
                 " length above 1"
             )
         share("method q_chunking", self, "gamma", "suffix", "optimism")
+        if self.length == 1:
+            unread("method q_chunking", self, "with length 1", "suffix", "optimism")
+        else:
+            unread("method q_chunking: critic", self.critic, "with length above 1", "subset")
+        if self.bootstrap == "steps":
+            unread("method q_chunking", self, "with bootstrap steps", "suffix")
 
     def train(self, run: Run) -> None:
         _Chunking(self, run).train()

@@ -99,7 +99,9 @@ def weighing(folder, replay, features, samples, **settings):
         method={"name": "bc"},
     )
     run.log = lambda *_: None
-    made = _Weighing(ALOE(**{"gamma": GAMMA, "most": 1e3, **settings}), run)
+    read = settings.get("weigh", "critic") in ("critic", "returns")
+    usual = {"gamma": GAMMA, "most": 1e3} if read else {}
+    made = _Weighing(ALOE(**{**usual, **settings}), run)
     world = made.world
     world.experience = SimpleNamespace(
         replay=replay,
@@ -184,6 +186,22 @@ def test_the_rules_it_is_held_against(tmp_path):
     assert made._weights().tolist() == [float(i in HUMAN) for i in range(len(MIXED))]
 
 
+@pytest.mark.parametrize("succeeded", [False, True])
+def test_nothing_to_imitate_moves_nothing(tmp_path, succeeded):
+    """Weight decay would, and so it does where there is something."""
+    replay, features = recorded(MIXED)
+    replay = replace(replay, success=torch.full((len(MIXED),), succeeded))
+    samples = torch.zeros(len(features), 2, 2, 2)
+    made = weighing(tmp_path, replay, features, samples, weigh="success", every=1, batch=4)
+    called = []
+    made.run.descend = lambda *_: called.append("descend")
+    made.run.spent.iteration = 1
+    made.world.experience.done = lambda rows: (Context([""] * len(rows)), replay.event[rows], None)
+    made.world.changed = lambda: called.append("changed")
+    made._improve()
+    assert bool(called) == succeeded
+
+
 def test_imitation_weighs_each_rows_loss(tmp_path):
     run, _ = prepared(tmp_path, method={"name": "bc"})
     replay, _ = recorded(MIXED)
@@ -232,7 +250,8 @@ def ranked(folder, rule, after=None):
     replay, features = two_branches()
     both = torch.stack([torch.full((2, 2), v) for v in (GOOD, BAD)])
     samples = both.expand(len(features), -1, -1, -1)
-    critic = Valuing(**{**SMALL, "batch": 64})
+    read = SMALL if rule == "critic" else {"hidden": SMALL["hidden"], "lr": SMALL["lr"]}
+    critic = Valuing(**{**read, "batch": 64})
     made = weighing(folder, replay, features, samples, weigh=rule, critic=critic)
     made.world.updates = 300
     if rule == "returns":

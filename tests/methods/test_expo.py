@@ -175,6 +175,6 @@ def test_a_policy_with_a_refiner_is_refused_before_any_work(tmp_path: Path) -> N
     made = editing(tmp_path)  # control: this one came without
     run = made.run
     run.policy = replace(run.policy, parts={}).attach("refiner", Refiner(1, 0.1))
-    with pytest.raises(ConfigError, match="came with a refiner") as raised:
+    with pytest.raises(ConfigError, match="its refiner, would go on to act") as raised:
         _Editing(made.settings, run)
     assert "\n" not in str(raised.value)

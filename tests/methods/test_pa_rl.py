@@ -246,7 +246,7 @@ def test_a_policy_with_an_editor_is_refused_before_any_work(tmp_path: Path) -> N
     run = made.run
     editor = Editor(run.features, 1, size=0.1)
     run.policy = replace(run.policy, parts={}).attach("editor", editor)
-    with pytest.raises(ConfigError, match="came with an editor") as raised:
+    with pytest.raises(ConfigError, match="its editor, would go on to act") as raised:
         _Improvement(made.settings, run)
     assert "\n" not in str(raised.value)
 

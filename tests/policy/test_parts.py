@@ -408,7 +408,7 @@ def forgetting(kind: Any, **forgotten: Any) -> Any:
     [
         ("refiner", {"rate": 0.7}),
         ("refiner", {"low": -2.0}),
-        ("editor", {"bound": 0.1}),
+        ("editor", {"settings": None}),
         ("best_of", {"pessimism": 0.0}),
         ("start", {"high": 1.0}),
         ("std", {"low": -9.0}),

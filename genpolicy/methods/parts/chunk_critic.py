@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genpolicy.config.errors import ConfigError, at_least, at_most, choice, positive, share
+from genpolicy.config.errors import ConfigError, at_least, at_most, choice, positive, share, unread
 from genpolicy.config.schema import OptimizerConfig
 from genpolicy.learning.critic import (
     Critic,
@@ -73,6 +73,10 @@ class Valuing:
         positive(where, self, "lr", "polyak")
         share(where, self, "offline", "polyak", "expectile")
         at_most(where, self, subset=self.members)
+        if self.kind != "cal_ql":
+            unread(where, self, f"with kind {self.kind}", "conservative")
+        if self.kind != "iql":
+            unread(where, self, f"with kind {self.kind}", "expectile")
         if self.bins and (self.low is None or self.high is None):
             raise ConfigError(f"{where}: {self.bins} bins need low and high, the returns' range")
         if self.low is not None and self.high is not None and not self.low < self.high:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from genpolicy.config.errors import ConfigError
 from genpolicy.methods.parts.cached_samples import CachedSamples
 from genpolicy.methods.parts.chunk_critic import ChunkCritic, Following, Valuing
 from genpolicy.methods.parts.imitation import Imitation
@@ -32,24 +33,31 @@ class Settings(Protocol):
 class OffPolicy:
     """Episodes, cached samples of the policy and a critic, in one loop.
 
-    part: the name of a part that `train`'s ``begin`` attaches, by which a resumed run knows that it
-    has begun; "best_of" is the critic itself. draws: see `CachedSamples`.
+    parts: the names of those of the policy that `train`'s ``begin`` attaches, by the first of which
+    a resumed run knows that it has begun; "best_of" is the critic itself. draws: see
+    `CachedSamples`. Raises `ConfigError` for a policy that came with a refiner or an editor that is
+    not among ``parts``: it would go on to act.
     """
 
     def __init__(
         self,
         run: Run,
         settings: Settings,
-        part: str | None = "best_of",
+        parts: tuple[str, ...] = ("best_of",),
         draws: Callable[[], ChainPolicy] | None = None,
     ) -> None:
+        for name in ("refiner", "editor"):
+            if name in run.policy.parts and name not in parts:
+                raise ConfigError(
+                    f"method {run.experiment.method['name']}: a part of the policy's, its {name},"
+                    " would go on to act beside the method: begin with a policy without one"
+                )
         self.run = run
         self.episodes = Episodes(run, settings.practice, settings.cut_fails)
         self.experience = self.episodes.experience
         self.samples = CachedSamples(run, self.experience, settings.samples, draws)
-        acts = part == "best_of"
-        self.critic = ChunkCritic(run, settings.critic, settings.gamma, acts)
-        self.part = part
+        self.critic = ChunkCritic(run, settings.critic, settings.gamma, "best_of" in parts)
+        self.parts = parts
         self.updates = 0  # of the critic in this iteration
 
     def train(
@@ -67,7 +75,7 @@ class OffPolicy:
         """
         run, critic = self.run, self.critic
         for iteration in run.iterations():
-            if self.part is not None and run.awaits(self.part):
+            if self.parts and run.awaits(self.parts[0]):
                 begin()
             self.episodes.gather()
             self.updates = critic.settings.updates

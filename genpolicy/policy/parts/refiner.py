@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from genpolicy.config.errors import ConfigError, at_least
 from genpolicy.contracts.model import Model
+from genpolicy.policy.parts._settings import read
 from genpolicy.policy.policy import ChainPolicy
 
 SETTINGS = "refiner.json"
@@ -32,6 +34,11 @@ class Refiner:
     kind: ClassVar[str] = "refiner"
     slot: ClassVar[str] = "refiner"
     version: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        at_least("refiner", self, steps=0, refined=1)
+        if not self.low < self.high:
+            raise ConfigError(f"refiner: low is {self.low:g}; it must be below high, {self.high:g}")
 
     def __call__(self, policy: ChainPolicy, features: Tensor, event: Tensor) -> Tensor:
         return self.climbed(policy, features, event)[0]
@@ -71,7 +78,7 @@ class Refiner:
     @classmethod
     def load(cls, folder: Path, model: Model) -> Self:
         """Read the settings."""
-        return cls(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+        return read(cls, folder / SETTINGS)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: a refiner does not learn."""

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from genpolicy.config.errors import ConfigError
+from genpolicy.methods.aloe import ALOE
+from genpolicy.methods.dsrl import DSRL
 from genpolicy.methods.parts.chunk_critic import Valuing, mixed_rows
 from genpolicy.methods.parts.practice import Episodes, Practice
+from genpolicy.methods.q_chunking import QChunking
 from genpolicy.rollout.person import Intervention
 from tests.methods.parts.test_iql import one_of
 from tests.toy_control import prepared
@@ -60,6 +63,52 @@ def test_settings_that_make_sense_are_taken():
     support = Valuing(bins=51, low=-2, high=0).support()
     assert support is not None
     assert (support.low, support.high, support.bins) == (-2, 0, 51)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        (
+            Valuing,
+            {"conservative": 0.1},
+            "conservative is 0.1, and with kind rlpd nothing reads it",
+        ),
+        (Valuing, {"kind": "cal_ql", "expectile": 0.9}, "expectile is 0.9, and with kind cal_ql"),
+        (QChunking, {"suffix": 0.9}, "suffix is 0.9, and with length 1"),
+        (QChunking, {"optimism": 0.9}, "optimism is 0.9, and with length 1"),
+        (QChunking, {"length": 2, "bootstrap": "steps", "suffix": 0.9}, "with bootstrap steps"),
+        (QChunking, {"length": 2, "critic": Valuing(subset=1)}, "critic: subset is 1, and with"),
+        (ALOE, {"critic": Valuing(pessimism=1.0)}, "critic: pessimism is 1.0, and with the least"),
+        (ALOE, {"weigh": "returns", "critic": Valuing(members=2)}, "critic: members is 2"),
+        (ALOE, {"weigh": "returns", "samples": 8}, "samples is 8, and with weigh returns"),
+        (ALOE, {"weigh": "alike", "beta": 0.5}, "beta is 0.5, and with weigh alike"),
+        (ALOE, {"weigh": "person", "critic": Valuing(hidden=64)}, "critic: hidden is 64"),
+        (DSRL, {"critic": Valuing(pessimism=1.0)}, "critic: pessimism is 1.0"),
+        (DSRL, {"form": "sac", "samples": 4}, "samples is 4, and with form sac and kind rlpd"),
+    ],
+)
+def test_settings_that_nothing_would_read_are_refused_by_name(method, settings, said):
+    with pytest.raises(ConfigError, match=said) as told:
+        method(**settings)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (Valuing, {"kind": "cal_ql", "conservative": 0.1}),
+        (Valuing, {"kind": "iql", "expectile": 0.9}),
+        (QChunking, {"length": 2, "suffix": 0.9, "optimism": 0.9}),
+        (QChunking, {"critic": Valuing(subset=1)}),
+        (QChunking, {"suffix": 0.5, "optimism": 0.7}),
+        (ALOE, {"weigh": "returns", "beta": 0.5, "critic": Valuing(hidden=64, low=0.0)}),
+        (ALOE, {"weigh": "success", "updates": 10, "doubted": 2}),
+        (DSRL, {"form": "sac", "samples": 4, "critic": Valuing(kind="cal_ql")}),
+    ],
+)
+def test_control_settings_that_are_read_are_taken(method, settings):
+    made = method(**settings)
+    assert {name: getattr(made, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize("settings", [{"first": -1}, {"episodes": -1}, {"retry": 1.5}])
