@@ -13,11 +13,12 @@ benchmarks/off_policy.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 
-from benchmarks.off_policy import learn, rates, reported
+from benchmarks.off_policy import REPORT, learn, rates, reported
 from genpolicy.evaluation import metrics_file
 
 TASK = "shelf-place-v3"
@@ -35,16 +36,20 @@ STEPS, WATCHED = 60_000, 0.5
 def table(out: Path) -> str:
     """A line per rule."""
     lines = [
-        "| rule | success by seed (n 500) | mean [95 %] | a person's share of the steps |",
-        "|---|---|---|---|",
+        "| rule | success by seed (n 500) | mean [95 %] | ALOE minus it, by seed | a person's share"
+        " of the steps |",
+        "|---|---|---|---|---|",
     ]
+    aloe = {f.name[-1]: _success(f) for f in reported(out / TASK, f"corrections-{RULES[0]}")}
     for rule in RULES:
         if not (folders := reported(out / TASK, f"corrections-{rule}")):
             continue
         shares = [_person(f) for f in folders]
-        lines.append(
-            f"| {TOLD[rule]} | {rates(folders)} | {', '.join(f'{share:.2f}' for share in shares)} |"
-        )
+        found = {f.name[-1]: _success(f) for f in folders}
+        gains = [f"{aloe[seed] - found[seed]:+.3f}" for seed in found if seed in aloe]
+        told = ", ".join(gains) if rule != RULES[0] else ""
+        part = ", ".join(f"{share:.2f}" for share in shares)
+        lines.append(f"| {TOLD[rule]} | {rates(folders)} | {told} | {part} |")
     return "\n".join(lines)
 
 
@@ -54,6 +59,12 @@ def _method(rule: str) -> list[str]:
         return [f"--method.weigh={rule}", f"--method.practice.person.share={WATCHED}"]
     person = f"practice: {{person: {{share: {WATCHED}}}}}"
     return [f"--method={{name: aloe, weigh: {rule}, updates: 200, {person}}}"]
+
+
+def _success(folder: Path) -> float:
+    """The share of the fresh starts from which a run's last policy succeeds."""
+    found = json.loads((folder / REPORT).read_text())["success"]
+    return sum(found) / len(found)
 
 
 def _person(folder: Path) -> float:

@@ -155,15 +155,18 @@ def reported(where: Path, name: str) -> list[Path]:
 
 def rates(folders: list[Path]) -> str:
     """Two cells of a table: the success of each run, and their mean with its interval: over the
-    runs, or of a single one over its episodes.
+    runs, or of a single one over its episodes. Two runs have none: one degree of freedom says
+    nothing.
     """
     found = [
         torch.tensor(json.loads((f / REPORT).read_text())["success"]).double() for f in folders
     ]
     means = torch.stack([one.mean() for one in found])
-    low, high = interval(means if len(found) > 1 else found[0])
-    seeds = ", ".join(f"{float(one):.3f}" for one in means)
-    return f"{seeds} | {float(means.mean()):.3f} [{low:.3f}, {high:.3f}]"
+    told = f"{', '.join(f'{float(one):.3f}' for one in means)} | {float(means.mean()):.3f}"
+    if len(found) == 2:
+        return told
+    low, high = interval(means if len(found) > 2 else found[0])
+    return f"{told} [{low:.3f}, {high:.3f}]"
 
 
 def _frames(data: Path) -> int:
