@@ -66,6 +66,17 @@ class Pictures(Protocol):
         ...
 
 
+@runtime_checkable
+class Pairs(Pictures, Protocol):
+    """Pairs of pictures with one caption each, one of which was preferred."""
+
+    def pairs(self, index: Tensor) -> tuple[Context, Tensor, Tensor]:
+        """The captions, the preferred pictures and the others, Float[B,3,H,W] in [0,1] each, of the
+        rows ``index`` [B].
+        """
+        ...
+
+
 class DatasetWriter(Protocol):
     """A leaf of datasets/ that episodes can be recorded as."""
 

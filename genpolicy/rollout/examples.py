@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genpolicy.config.errors import ConfigError
-from genpolicy.contracts.dataset import Dataset, Pictures
+from genpolicy.contracts.dataset import Dataset, Pairs, Pictures
 from genpolicy.contracts.model import ControlModel, Model
 from genpolicy.contracts.task import Context
 
@@ -83,3 +83,11 @@ def require_pictures(data: Pictures, model: Model, rows: Iterable[int]) -> None:
                 f"{which} is an event of shape {shape}, and the policy's have {drawn}: set"
                 " data.height and data.width to its own size"
             )
+
+
+def paired(data: Pairs, model: Model, index: Tensor) -> tuple[Context, Tensor, Tensor]:
+    """The captions of the rows ``index`` [B], and the events of the preferred pictures and of the
+    others, [B,*E] each. Raises `ConfigError` as `examples` does.
+    """
+    context, preferred, other = data.pairs(index)
+    return context, model.event(preferred), model.event(other)

@@ -1,0 +1,150 @@
+"""Diffusion-DPO (arXiv 2311.12908), and Flow-DPO (2501.13918): learning from pairs, without a
+reward model and without likelihoods.
+
+    loss = -log sigmoid(-beta (d(w) - d(l))),
+    d(.) = sum over E of the policy's squared error minus the reference's, at one t and noise,
+
+w the preferred side of a pair, l the other. Any head will do: errors are those of what the network
+says (eps, v, velocity). `genpolicy.methods.parts.preferences` has the loss's forms: hinge, IPO,
+robust DPO for turned labels, RPO's supervised term, and a safeguard against the error of both sides
+rising together.
+
+Pairs come from the data section: of pictures, one of which was preferred; of recorded episodes,
+chunks of those that succeeded beside chunks of those that failed. Without a data section the policy
+makes its own: of each group of samples (prompts) or episodes (robots, from one start state) the
+best by the reward and the worst, and of groups without a difference nothing. A robot's pair is a
+decision of the one beside a random decision of the other.
+
+``renew`` makes the reference follow: every so many iterations it becomes the policy.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genpolicy.config.errors import ConfigError, at_least, unread
+from genpolicy.contracts.dataset import Pairs, Pictures
+from genpolicy.methods.parts.contrast import contrasted
+from genpolicy.methods.parts.judged_rows import good
+from genpolicy.methods.parts.preferences import Comparison, Preference, Side, Sides
+from genpolicy.rollout.examples import examples, paired
+from genpolicy.training.requirements import Needs
+from genpolicy.training.run import Run
+
+
+@dataclass
+class DiffusionDPO:
+    """The settings of Diffusion-DPO. Defaults without a source are ours; dpo.py is Flow-GRPO's
+    configuration of its online form.
+    """
+
+    batch: int = 64  # pairs per update, of recorded ones
+    groups: int = 48  # without a data section: prompts or start states per iteration; dpo.py
+    group: int = 24  # samples or episodes of each, N; dpo.py
+    updates: int = 10  # per iteration; without a data section per pass
+    epochs: int = 1  # passes over the pairs of an iteration, without a data section
+    renew: int = 0  # iterations after which the reference becomes the policy; 0: never
+    preference: Preference = field(default_factory=Preference)  # the loss
+
+    needs: ClassVar[Needs] = Needs(denoising=True)
+
+    def __post_init__(self) -> None:
+        at_least("method diffusion_dpo", self, batch=1, groups=1, group=2, updates=1, epochs=1)
+        at_least("method diffusion_dpo", self, renew=0)
+
+    def train(self, run: Run) -> None:
+        reference = run.weights()
+        if self.renew:
+            run.register(reference=reference)
+        compare = Comparison(run, self.preference, "dpo")
+        batches = self.sampled if run.data is None else self.recorded(run)
+        for iteration in run.iterations():
+            for number, (sides, place, total) in enumerate(batches(run)):
+                compare.update(sides, place, total, reference, number)
+            if self.renew and iteration % self.renew == 0:
+                reference.renew()
+
+    def sampled(self, run: Run) -> Iterator[tuple[Sides, Tensor, int]]:
+        """An iteration's batches of pairs out of the policy's own groups: the pairs, their numbers
+        among those of all processes, and how many numbers there are.
+        """
+        rollout = run.collect(self.groups, self.group, updates=self.updates)
+        run.show(rollout, rollout.rewards)
+        total = rollout.decisions.total
+        uniform = torch.from_numpy(run.generator("other side").random(total))
+        pairs = contrasted(rollout, uniform)
+        run.log("dpo/margin", pairs.margin)
+        context, x0 = rollout.context, rollout.trajectory.x0
+        for epoch in range(self.epochs):
+            order = run.generator("order", epoch).permutation(self.groups)
+            for batch in np.array_split(order, self.updates):
+                mine = torch.isin(pairs.group, torch.from_numpy(batch)).nonzero().flatten()
+
+                def sides(part: slice, mine: Tensor = mine) -> tuple[Side, Side]:
+                    better, worse = pairs.better[mine[part]], pairs.worse[mine[part]]
+                    seen = context[better]
+                    other = context[worse] if rollout.ragged else seen  # one prompt, read once
+                    return Side(seen, x0[better]), Side(other, x0[worse])
+
+                yield sides, rollout.decisions.place[pairs.better[mine]], total
+
+    def recorded(self, run: Run) -> Callable[[Run], Iterator[tuple[Sides, Tensor, int]]]:
+        """The same of recorded pairs. Raises `ConfigError` where the data section has none."""
+        unread("method diffusion_dpo", self, "with a data section", "groups", "group", "epochs")
+        data, model = run.data, run.policy.model
+        assert data is not None
+        if isinstance(data, Pairs):
+
+            def both(rows: Tensor, _: Tensor) -> tuple[Side, Side]:
+                context, preferred, other = paired(data, model, rows)
+                return Side(context, preferred), Side(context, other)
+
+            every = torch.arange(len(data))
+            return partial(self._drawn, every, every, both)
+        if isinstance(data, Pictures):
+            raise ConfigError(
+                "method diffusion_dpo: the data section has pictures and no pairs of them: name"
+                " picture_pairs, learn from good pictures alone with method seppo, or leave the"
+                " data section out and let a reward compare the policy's own"
+            )
+        success = good(data)
+        for kind, rows in (("succeeded", success), ("failed", ~success)):
+            if not bool(rows.any()):
+                raise ConfigError(
+                    f"method diffusion_dpo: no recorded episode {kind}: pairs need both kinds"
+                )
+
+        def unlike(better: Tensor, worse: Tensor) -> tuple[Side, Side]:
+            one, other = (examples(data, model, rows) for rows in (better, worse))
+            return Side(*one), Side(*other)
+
+        return partial(
+            self._drawn,
+            success.nonzero().flatten(),
+            (~success).nonzero().flatten(),
+            unlike,
+        )
+
+    def _drawn(
+        self,
+        better: Tensor,
+        worse: Tensor,
+        sides: Callable[[Tensor, Tensor], tuple[Side, Side]],
+        run: Run,
+    ) -> Iterator[tuple[Sides, Tensor, int]]:
+        """Batches of pairs of recorded rows, each side drawn from its own."""
+        place = run.mine(np.arange(self.batch))
+        for number in range(self.updates):
+            one = better[run.rows(len(better), self.batch, "preferred", number)]
+            other = worse[run.rows(len(worse), self.batch, "other", number)]
+            yield (
+                lambda part, one=one, other=other: sides(one[part], other[part]),
+                place,
+                self.batch,
+            )
+            run.seen(self.batch)
