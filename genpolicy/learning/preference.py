@@ -57,7 +57,8 @@ def safe_share(preferred: Tensor, other: Tensor, margin: float, mask: Tensor | N
 
     g, g' the errors [B,*E] of both sides' outputs: the gradients of their squares but for a common
     factor, as far as outputs move alike. margin in [0, 1]: the share of the preferred side's own
-    gain that stays. Differs from the public code (AIDC-AI/Diffusion-SDPO): a share for each pair, not for a batch.
+    gain that stays. Differs from the public code (AIDC-AI/Diffusion-SDPO): a share for each pair,
+    not for a batch.
     """
     own = reduce_event(preferred**2, "sum", mask)
     common = reduce_event(preferred * other, "sum", mask)

@@ -9,11 +9,11 @@ says (eps, v, velocity). `genpolicy.methods.parts.preferences` has the loss's fo
 robust DPO for turned labels, RPO's supervised term, and a safeguard against the error of both sides
 rising together.
 
-Pairs come from the data section: of pictures, one of which was preferred; of recorded episodes,
-chunks of those that succeeded beside chunks of those that failed. Without a data section the policy
-makes its own: of each group of samples (prompts) or episodes (robots, from one start state) the
-best by the reward and the worst, and of groups without a difference nothing. A robot's pair is a
-decision of the one beside a random decision of the other.
+pairs "own": the policy makes them, of each group of samples (prompts) or episodes (robots, from one
+start state) the best by the reward and the worst, of groups without a difference nothing. A robot's
+pair is a decision of the one beside a random decision of the other. pairs "recorded": those of the
+data section, of pictures, one of which was preferred, or of episodes, chunks of those that
+succeeded beside chunks of those that failed.
 
 ``renew`` makes the reference follow: every so many iterations it becomes the policy.
 """
@@ -21,13 +21,13 @@ decision of the one beside a random decision of the other.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from genpolicy.config.errors import ConfigError, at_least, unread
+from genpolicy.config.errors import ConfigError, at_least, choice, unread
 from genpolicy.contracts.dataset import Pairs, Pictures
 from genpolicy.methods.parts.contrast import contrasted
 from genpolicy.methods.parts.judged_rows import good
@@ -43,11 +43,12 @@ class DiffusionDPO:
     configuration of its online form.
     """
 
-    batch: int = 64  # pairs per update, of recorded ones
-    groups: int = 48  # without a data section: prompts or start states per iteration; dpo.py
-    group: int = 24  # samples or episodes of each, N; dpo.py
-    updates: int = 10  # per iteration; without a data section per pass
-    epochs: int = 1  # passes over the pairs of an iteration, without a data section
+    pairs: Literal["own", "recorded"] = "own"  # where they come from
+    groups: int = 48  # of own: prompts or start states per iteration; dpo.py
+    group: int = 24  # of own: samples or episodes of each, N; dpo.py
+    epochs: int = 1  # of own: passes over an iteration's pairs
+    batch: int = 64  # of recorded: pairs per update
+    updates: int = 10  # per pass over own pairs, and of recorded ones per iteration
     renew: int = 0  # iterations after which the reference becomes the policy; 0: never
     preference: Preference = field(default_factory=Preference)  # the loss
 
@@ -56,13 +57,16 @@ class DiffusionDPO:
     def __post_init__(self) -> None:
         at_least("method diffusion_dpo", self, batch=1, groups=1, group=2, updates=1, epochs=1)
         at_least("method diffusion_dpo", self, renew=0)
+        choice("method diffusion_dpo: pairs", self.pairs, ("own", "recorded"))
+        other = {"own": ("batch",), "recorded": ("groups", "group", "epochs")}[self.pairs]
+        unread("method diffusion_dpo", self, f"with {self.pairs} pairs", *other)
 
     def train(self, run: Run) -> None:
         reference = run.weights()
         if self.renew:
             run.register(reference=reference)
         compare = Comparison(run, self.preference, "dpo")
-        batches = self.sampled if run.data is None else self.recorded(run)
+        batches = self.sampled if self.pairs == "own" else self.recorded(run)
         for iteration in run.iterations():
             for number, (sides, place, total) in enumerate(batches(run)):
                 compare.update(sides, place, total, reference, number)
@@ -95,9 +99,11 @@ class DiffusionDPO:
 
     def recorded(self, run: Run) -> Callable[[Run], Iterator[tuple[Sides, Tensor, int]]]:
         """The same of recorded pairs. Raises `ConfigError` where the data section has none."""
-        unread("method diffusion_dpo", self, "with a data section", "groups", "group", "epochs")
         data, model = run.data, run.policy.model
-        assert data is not None
+        if data is None:
+            raise ConfigError(
+                "method diffusion_dpo: recorded pairs are those of the data section: name one"
+            )
         if isinstance(data, Pairs):
 
             def both(rows: Tensor, _: Tensor) -> tuple[Side, Side]:
@@ -109,8 +115,8 @@ class DiffusionDPO:
         if isinstance(data, Pictures):
             raise ConfigError(
                 "method diffusion_dpo: the data section has pictures and no pairs of them: name"
-                " picture_pairs, learn from good pictures alone with method seppo, or leave the"
-                " data section out and let a reward compare the policy's own"
+                " picture_pairs, learn from good pictures with method seppo, or take the policy's"
+                " own, which a reward compares"
             )
         success = good(data)
         for kind, rows in (("succeeded", success), ("failed", ~success)):
