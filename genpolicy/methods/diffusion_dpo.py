@@ -77,7 +77,7 @@ class DiffusionDPO:
         """An iteration's batches of pairs out of the policy's own groups: the pairs, their numbers
         among those of all processes, and how many numbers there are.
         """
-        rollout = run.collect(self.groups, self.group, updates=self.updates)
+        rollout = run.collect(self.groups, self.group)
         run.show(rollout, rollout.rewards)
         total = rollout.decisions.total
         uniform = torch.from_numpy(run.generator("other side").random(total))

@@ -57,7 +57,9 @@ def test_a_small_gap_is_kept_which_bf16_loses():
     assert float(lost.abs().min()) > 0.5, "control: two means in bf16"
     sums = (now.float() ** 2).mean(1) - (then.float() ** 2).mean(1)
     off = (16_384 * sums.double() / known - 1).abs().max()
-    assert float(off) > float((found.double() / known - 1).abs().max()), "control: two means in fp32"
+    assert float(off) > float((found.double() / known - 1).abs().max()), (
+        "control: two means in fp32"
+    )
 
 
 def test_dims_that_do_not_count_stay_out():
