@@ -47,7 +47,7 @@ class DiffusionDPO:
     groups: int = 48  # of own: prompts or start states per iteration; dpo.py
     group: int = 24  # of own: samples or episodes of each, N; dpo.py
     epochs: int = 1  # of own: passes over an iteration's pairs
-    batch: int = 64  # of recorded: pairs per update
+    pairs_per_update: int = 64  # of recorded
     updates: int = 10  # per pass over own pairs, and of recorded ones per iteration
     renew: int = 0  # iterations after which the reference becomes the policy; 0: never
     preference: Preference = field(default_factory=Preference)  # the loss
@@ -55,10 +55,14 @@ class DiffusionDPO:
     needs: ClassVar[Needs] = Needs(denoising=True)
 
     def __post_init__(self) -> None:
-        at_least("method diffusion_dpo", self, batch=1, groups=1, group=2, updates=1, epochs=1)
+        at_least(
+            "method diffusion_dpo", self, pairs_per_update=1, groups=1, group=2, updates=1, epochs=1
+        )
         at_least("method diffusion_dpo", self, renew=0)
         choice("method diffusion_dpo: pairs", self.pairs, ("own", "recorded"))
-        other = {"own": ("batch",), "recorded": ("groups", "group", "epochs")}[self.pairs]
+        other = {"own": ("pairs_per_update",), "recorded": ("groups", "group", "epochs")}[
+            self.pairs
+        ]
         unread("method diffusion_dpo", self, f"with {self.pairs} pairs", *other)
 
     def train(self, run: Run) -> None:
@@ -144,13 +148,13 @@ class DiffusionDPO:
         run: Run,
     ) -> Iterator[tuple[Sides, Tensor, int]]:
         """Batches of pairs of recorded rows, each side drawn from its own."""
-        place = run.mine(np.arange(self.batch))
+        place = run.mine(np.arange(self.pairs_per_update))
         for number in range(self.updates):
-            one = better[run.rows(len(better), self.batch, "preferred", number)]
-            other = worse[run.rows(len(worse), self.batch, "other", number)]
+            one = better[run.rows(len(better), self.pairs_per_update, "preferred", number)]
+            other = worse[run.rows(len(worse), self.pairs_per_update, "other", number)]
             yield (
                 lambda part, one=one, other=other: sides(one[part], other[part]),
                 place,
-                self.batch,
+                self.pairs_per_update,
             )
-            run.seen(self.batch)
+            run.seen(self.pairs_per_update)

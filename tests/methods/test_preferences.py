@@ -84,7 +84,7 @@ def trained(run, method, iterations: int) -> list[dict[str, float]]:
     return found
 
 
-DPO = {"name": "diffusion_dpo", "pairs": "recorded", "batch": 16, "updates": 2}
+DPO = {"name": "diffusion_dpo", "pairs": "recorded", "pairs_per_update": 16, "updates": 2}
 OWN = {"name": "diffusion_dpo", "groups": 4, "group": 4, "updates": 2}
 SEPPO = {"name": "seppo", **SMALL}
 EVERY = {"seppo": SEPPO, "recorded": DPO, "own": OWN}
@@ -183,7 +183,7 @@ def test_without_a_flip_and_with_given_losers_seppo_is_dpo(tmp_path):
         made.sampled = given
         trained(run, made, 3)
         found[pool] = run.weights().values
-    recorded = {"name": "diffusion_dpo", "pairs": "recorded", "batch": 8, "updates": 1}
+    recorded = {"name": "diffusion_dpo", "pairs": "recorded", "pairs_per_update": 8, "updates": 1}
     run, made = prepared(tmp_path / "dpo", recorded, data=data)
     trained(run, made, 3)
     assert largest_difference(found["initial"], run.weights().values) < 1e-6
@@ -298,7 +298,7 @@ def test_a_clone_of_two_modes_moves_to_the_better_one(tmp_path, method):
     """Half of the data failed, and half of the clone's samples do."""
     sizes = {
         "seppo": {"samples": 256, "updates": 16},
-        "recorded": {"batch": 64, "updates": 16},
+        "recorded": {"pairs_per_update": 64, "updates": 16},
         "own": {"groups": 64, "group": 4, "updates": 8},
     }[method]
     run, made = one_step.prepared(
@@ -359,7 +359,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, method, world):
         (lambda: SePPO(samples=4, updates=8), "updates is 8; it must be at most 4"),
         (lambda: SePPO(flip="none", sign_draws=3), "sign_draws is 3, and with flip none"),
         (lambda: SePPO(pool="latest", copies=3), "copies is 3, and with pool latest"),
-        (lambda: DiffusionDPO(batch=3), "batch is 3, and with own pairs"),
+        (lambda: DiffusionDPO(pairs_per_update=3), "pairs_per_update is 3, and with own pairs"),
         (lambda: DiffusionDPO(pairs="recorded", group=3), "group is 3, and with recorded pairs"),
         (lambda: Preference(wrong=0.5), "wrong is 0.5; it must be below 0.5"),
         (lambda: Preference(beta=1.0, beta_mean=1.0), "beta is 1.0, and beside beta_mean"),
