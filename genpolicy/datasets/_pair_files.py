@@ -114,7 +114,7 @@ def _labels(file: Path) -> np.ndarray:
     found = [np.zeros(0)]
     first = 0
     try:
-        with arrow().parquet.ParquetFile(file) as opened:
+        with arrow().parquet.ParquetFile(file, page_checksum_verification=True) as opened:
             for batch in opened.iter_batches(BATCH, columns=[LABEL, CAPTION]):
                 labels = batch.column(LABEL).to_pandas().to_numpy(dtype=float)
                 _require_labels(labels, file, first)

@@ -6,6 +6,8 @@ first is preferred, 0 where the second is, .5 where none is. Other columns are n
 
 import glob
 import io
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from genpolicy.datasets._pair_files import (
     PairFiles,
     pair_files,
 )
+from genpolicy.datasets._pair_writer import recording
 from genpolicy.datasets._pictures import read, require_pixels, stacked
 
 COPIED = 100
@@ -58,6 +61,15 @@ class PicturePairs:
         self.ties = int((~decided).sum())
         if not len(self._rows):
             raise ValueError(f"all {self.ties} pairs in {self.root} are ties")
+
+    @staticmethod
+    def recording(
+        out: Path, made: Mapping[str, Any]
+    ) -> AbstractContextManager[Callable[[str, Tensor, Tensor, bool], None]]:
+        """A new folder of pairs that is being written: see
+        `genpolicy.datasets._pair_writer.recording`.
+        """
+        return recording(out, made)
 
     def __len__(self) -> int:
         """The number of pairs, without ties."""
@@ -110,7 +122,9 @@ def _mapped(files: PairFiles) -> Any:
     import datasets
     from pyarrow.dataset import ParquetFragmentScanOptions
 
-    scan = ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
+    scan = ParquetFragmentScanOptions(
+        use_buffered_stream=True, pre_buffer=False, page_checksum_verification=True
+    )
     names = [glob.escape(str(file.absolute())) for file in files.files]
     try:
         table = datasets.Dataset.from_parquet(
