@@ -57,22 +57,18 @@ def run(args: Namespace) -> int:
         PicturePairs.recording(Path(args.out), made) as keep,
         tqdm(total=groups, desc="pairs", unit="group", file=sys.stderr) as bar,
     ):
-        drawn = preferences(
-            found.load(),
-            reward,
-            prompts,
-            _noise(draws, groups, args.members),
-            MicroBatches("auto", bar.write),
-        )
-        for group, one in enumerate(drawn):
-            if one is not None:
-                sorted_wrongly = bool(flipped[group])
-                pair = (one.other, one.preferred) if sorted_wrongly else (one.preferred, one.other)
-                keep(one.prompt, *pair, bool(sides[group]))
+        noise = _noise(draws, groups, args.members)
+        fits = MicroBatches("auto", bar.write)
+        for block in preferences(found.load(), reward, prompts, noise, fits):
+            for group, one in enumerate(block, bar.n):
+                if one is None:
+                    continue
+                told = (one.preferred, one.other)
+                keep(one.prompt, *(told[::-1] if flipped[group] else told), bool(sides[group]))
                 pairs += 1
-                wrong += sorted_wrongly
-            bar.set_postfix_str(f"{group + 1 - pairs} without a margin", refresh=False)
-            bar.update()
+                wrong += int(flipped[group])
+            bar.update(len(block))
+            bar.set_postfix_str(f"{bar.n - pairs} without a margin")
         if not pairs:
             raise ConfigError(
                 f"the reward judges all {args.members} samples alike in each of the {groups}"

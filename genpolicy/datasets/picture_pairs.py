@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from genpolicy.contracts.task import Context
-from genpolicy.datasets._lerobot_import import quiet
+from genpolicy.datasets._lerobot_import import arrow, quiet
 from genpolicy.datasets._pair_files import (
     CAPTION,
     COLUMNS,
@@ -28,7 +28,7 @@ from genpolicy.datasets._pair_writer import recording
 from genpolicy.datasets._pictures import read, require_pixels, stacked
 
 COPIED = 100
-"""Rows that are copied at once from the parquet files: that many pairs are in memory."""
+"""Rows that are copied together from the parquet files."""
 
 
 @dataclass(eq=False)
@@ -114,18 +114,20 @@ class PicturePairs:
 
 
 def _mapped(files: PairFiles) -> Any:
-    """The rows of parquet files as a table that is mapped into memory, not read.
+    """The rows of parquet files as a table that is mapped into memory, not read. To copy them takes
+    the memory of a row group, once.
 
     The pictures are bytes to it, and nothing is decoded: paths that stand beside them, which may
     lead anywhere, are not followed.
     """
     import datasets
+    from datasets.exceptions import DatasetGenerationError
     from pyarrow.dataset import ParquetFragmentScanOptions
 
     scan = ParquetFragmentScanOptions(
         use_buffered_stream=True, pre_buffer=False, page_checksum_verification=True
     )
-    names = [glob.escape(str(file.absolute())) for file in files.files]
+    names: list[Any] = [glob.escape(str(file.absolute())) for file in files.files]
     try:
         table = datasets.Dataset.from_parquet(
             names,
@@ -134,6 +136,7 @@ def _mapped(files: PairFiles) -> Any:
             fragment_scan_options=scan,
             batch_size=COPIED,
         )
-    except datasets.exceptions.DatasetGenerationError as error:
+    except DatasetGenerationError as error:
         raise ValueError(f"{files.files[0].parent} can't be read: {error.__cause__}") from None
+    arrow().default_memory_pool().release_unused()  # a row group, while it was copied
     return table.with_format("arrow")

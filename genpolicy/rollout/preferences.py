@@ -14,20 +14,19 @@ from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches
 from genpolicy.rollout.prompts import Judged, collect
 
-BLOCK = 256
+BLOCK = 64
 """Rows, rounded down to whole groups, that are sampled at once where memory allows."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two samples of one prompt, pictures Float[3,H,W] in [0,1] on the CPU, with the rewards by
-    which one of them was preferred.
+    """Two samples of one prompt, pictures Float[3,H,W] in [0,1] on the CPU, one of which has the
+    higher reward.
     """
 
     prompt: str
     preferred: Tensor
     other: Tensor
-    rewards: tuple[float, float]  # of the preferred one and of the other
 
 
 def preferences(
@@ -36,12 +35,13 @@ def preferences(
     prompts: Sequence[str],
     noise: Noise,
     micro_batches: MicroBatches,
-) -> Iterator[Preference | None]:
+) -> Iterator[list[Preference | None]]:
     """Draws the samples that ``noise`` names, as many of each of the M ``prompts``, and yields of
     each prompt the one of the highest reward with the one of the lowest; None where all of them
     have the same. noise: group-major, M groups of N >= 2 members.
 
-    At most `BLOCK` rows are in memory, or one group. Raises `ConfigError` for a policy whose
+    They come in blocks, in the order of the prompts: at most `BLOCK` rows are in memory, or one
+    group. Raises `ConfigError` for a policy whose
     outputs are no pictures.
     """
     members = len(noise) // len(prompts)
@@ -58,11 +58,15 @@ def preferences(
         if outputs.ndim != 4:
             raise ConfigError("the policy draws videos, and pairs are of pictures")
         drawn, scores = outputs.unflatten(0, (-1, members)), totals.view(-1, members)
-        for prompt, samples, score in zip(asked, drawn, scores, strict=True):
-            best, worst = int(score.argmax()), int(score.argmin())
-            rewards = (float(score[best]), float(score[worst]))
-            even = rewards[0] == rewards[1]
-            yield None if even else Preference(prompt, samples[best], samples[worst], rewards)
+        yield [_preference(*group) for group in zip(asked, drawn, scores, strict=True)]
+
+
+def _preference(prompt: str, samples: Tensor, score: Tensor) -> Preference | None:
+    """The preference among the samples [N,3,H,W] of a prompt, whose rewards are ``score`` [N]."""
+    best, worst = int(score.argmax()), int(score.argmin())
+    if score[best] == score[worst]:
+        return None
+    return Preference(prompt, samples[best], samples[worst])
 
 
 def _judged(
