@@ -63,8 +63,10 @@ def run(args: Namespace) -> int:
             for group, one in enumerate(block, bar.n):
                 if one is None:
                     continue
-                told = (one.preferred, one.other)
-                keep(one.prompt, *(told[::-1] if flipped[group] else told), bool(sides[group]))
+                better, worse = one.preferred, one.other
+                if flipped[group]:
+                    better, worse = worse, better
+                keep(one.prompt, better, worse, bool(sides[group]))
                 pairs += 1
                 wrong += int(flipped[group])
             bar.update(len(block))

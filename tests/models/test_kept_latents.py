@@ -28,7 +28,7 @@ from tests.models.test_events import outputs
 
 @pytest.fixture(scope="module")
 def model() -> DiffusersPipeline:
-    return pipelines.learner("sd3")
+    return pipelines.load("sd3")
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, model: DiffusersPipeline) -> list[int]:
@@ -137,11 +137,11 @@ def test_another_scale_of_the_same_vae_is_another_encoder(tmp_path):
     """The scale is no weight: the pipeline's own tail has it."""
     found = set()
     for factor in (1.5, 3.0):
-        one = pipelines.learner("sd3")
+        one = pipelines.load("sd3")
         one.pipeline.vae.register_to_config(scaling_factor=factor)
         one.keep(tmp_path)
         found.add(one._vae.kept.encoder)
-    again = pipelines.learner("sd3")
+    again = pipelines.load("sd3")
     again.keep(tmp_path)
     assert len(found) == 2
     assert again._vae.kept.encoder in found, "control: the same pipeline, loaded once more"
