@@ -55,7 +55,7 @@ class PicturePairs:
         require_pixels(self.height, self.width)
         with quiet():
             self._files = pair_files(Path(self.root), self.split)
-            self._table = _mapped(self._files)
+        self._table = _mapped(self._files)  # with the library's bar: it may copy for long
         decided = self._files.labels != 0.5
         self._rows = decided.nonzero().flatten()
         self.ties = int((~decided).sum())

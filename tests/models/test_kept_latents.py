@@ -221,6 +221,21 @@ def test_a_run_keeps_them_in_its_folder_and_its_plan_keeps_none(tmp_path, monkey
     assert drawn > 10 * 6, "control: the run has drawn them many times"
 
 
+def losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["bc/loss"] for line in lines if "bc/loss" in line]
+
+
+def test_a_run_that_is_resumed_without_them_goes_on_to_the_same_numbers(tmp_path):
+    whole = train(parse.parse(experiment(tmp_path / "whole", updates=1))).folder
+    raw = experiment(tmp_path / "half", updates=1)
+    half = train(parse.parse({**raw, "budget": {"iterations": 1}})).folder
+    shutil.rmtree(half / "latents")
+    train(half / "config.yaml", ["--budget.iterations=2"])
+    assert len(losses(whole)) == 2
+    assert losses(half) == losses(whole)
+
+
 def test_a_run_on_the_toy_keeps_none(tmp_path):
     data = captioned(tmp_path / "pictures")
     raw = toy.experiment(
