@@ -26,7 +26,8 @@ from tests.toy import PROMPTS, experiment
 
 torch.set_num_threads(1)
 VERBS = (
-    *("quickstart", "train", "evaluate", "demonstrate", "compare", "sample", "export", "list"),
+    *("quickstart", "train", "evaluate", "demonstrate", "compare", "sample", "pairs", "export"),
+    "list",
     "check",
 )
 
@@ -88,6 +89,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
         ("tasks", "prompts", "Prompts as a task"),
         ("tasks", "metaworld", "MetaWorld v3 from its state"),
         ("datasets", "lerobot_dataset", "A LeRobotDataset"),
+        ("datasets", "picture_pairs", "Pairs of pictures"),
         ("formats", "onnx", "One ONNX graph"),
         ("kernels", "sde", "The reverse SDE"),
         ("configs", "quickstart", "A small Stable Diffusion 3"),
