@@ -138,7 +138,11 @@ def _evaluate_prompts(group: Any) -> None:
         "--samples", type=int, metavar="N", help="samples in all (default: the run's)"
     )
     group.add_argument(
-        "--reward", nargs="+", metavar="NAME", help="rewards to measure (default: the run's)"
+        "--reward",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="rewards to measure (default: the run's)",
     )
 
 
@@ -161,6 +165,7 @@ def _evaluate_episodes(group: Any) -> None:
     group.add_argument(
         "--samplers",
         nargs="+",
+        action="extend",
         metavar="NAME|K=V",
         help="others to compare it with: ode, mean, stochastic, last_mean, best_of_16 (of so many"
         " samples the one that the policy's critic picks), native, rti, rti_mean, sdedit (each"
@@ -259,7 +264,11 @@ def _pairs(verbs: Any) -> None:
         "--prompts", metavar="FILE", help="one prompt a line (default: the prompts of the run)"
     )
     verb.add_argument(
-        "--reward", nargs="+", metavar="NAME", help="rewards to sum (default: the run's)"
+        "--reward",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="rewards to sum (default: the run's)",
     )
     verb.add_argument(
         "--groups",
@@ -339,6 +348,7 @@ def _sampler_options(verb: Any) -> None:
     verb.add_argument(
         "--sampler",
         nargs="+",
+        action="extend",
         metavar="K=V",
         default=[],
         help="its other keys, such as kernel.name=heun",

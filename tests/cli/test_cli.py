@@ -13,6 +13,7 @@ from PIL import Image
 
 from genpolicy.cli import compare
 from genpolicy.cli.main import main
+from genpolicy.cli.options import command_line
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make, names
 from genpolicy.config.origin import PERSON
@@ -715,3 +716,21 @@ def test_check_of_a_method_that_only_descends_tries_no_ratio(leaves: Path, capsy
 def test_check_of_a_method_without_needs_says_what_to_give(leaves: Path, capsys):
     assert main(["check", "mypkg_of_test_cli.needless:Needless"]) == 2
     assert "method Needless does not say what it needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        (["evaluate", "P"], "--reward"),
+        (["evaluate", "P"], "--samplers"),
+        (["pairs", "P", "--out", "O"], "--reward"),
+        (["pairs", "P", "--out", "O"], "--sampler"),
+    ],
+)
+def test_an_option_of_several_values_that_is_given_twice_has_all_of_them(verb, option):
+    """...and not the last ones alone, as argparse has it by itself."""
+    name = option.removeprefix("--")
+    twice = command_line().parse_args([*verb, option, "a=1", option, "b=2"])
+    once = command_line().parse_args([*verb, option, "a=1", "b=2"])
+    assert getattr(twice, name) == getattr(once, name) == ["a=1", "b=2"]
+    assert getattr(command_line().parse_args(verb), name) in (None, []), "nothing stays behind"
