@@ -57,6 +57,7 @@ def command_line() -> Parser:
     _compact(verbs)
     _compare(verbs)
     _sample(verbs)
+    _pairs(verbs)
     _export(verbs)
     _list(verbs)
     _check(verbs)
@@ -137,7 +138,11 @@ def _evaluate_prompts(group: Any) -> None:
         "--samples", type=int, metavar="N", help="samples in all (default: the run's)"
     )
     group.add_argument(
-        "--reward", nargs="+", metavar="NAME", help="rewards to measure (default: the run's)"
+        "--reward",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="rewards to measure (default: the run's)",
     )
 
 
@@ -160,6 +165,7 @@ def _evaluate_episodes(group: Any) -> None:
     group.add_argument(
         "--samplers",
         nargs="+",
+        action="extend",
         metavar="NAME|K=V",
         help="others to compare it with: ode, mean, stochastic, last_mean, best_of_16 (of so many"
         " samples the one that the policy's critic picks), native, rti, rti_mean, sdedit (each"
@@ -249,6 +255,45 @@ def _sample(verbs: Any) -> None:
     _sampler_options(verb)
 
 
+def _pairs(verbs: Any) -> None:
+    text = "Draw pairs of pictures from a policy, of which a reward prefers one, as a data set."
+    verb = _verb(verbs, "pairs", text, "pairs")
+    verb.add_argument("policy", help=POLICY)
+    verb.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    verb.add_argument(
+        "--prompts", metavar="FILE", help="one prompt a line (default: the prompts of the run)"
+    )
+    verb.add_argument(
+        "--reward",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="rewards to sum (default: the run's)",
+    )
+    verb.add_argument(
+        "--groups",
+        type=int,
+        metavar="N",
+        help="groups of samples, over the prompts in turn; each gives a pair of its best and its"
+        " worst, or none where the reward sees no difference (default: one per prompt)",
+    )
+    verb.add_argument(
+        "--members", type=int, default=8, metavar="N", help="samples per group (default: 8)"
+    )
+    verb.add_argument(
+        "--wrong",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="probability of each label to be wrong, to study noise (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)"
+    )
+    _trust(verb)
+    _sampler_options(verb)
+
+
 def _export(verbs: Any) -> None:
     text = (
         "Write a policy in another format: an ONNX graph that acts without torch, a LeRobot folder,"
@@ -303,6 +348,7 @@ def _sampler_options(verb: Any) -> None:
     verb.add_argument(
         "--sampler",
         nargs="+",
+        action="extend",
         metavar="K=V",
         default=[],
         help="its other keys, such as kernel.name=heun",

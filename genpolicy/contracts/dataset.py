@@ -1,4 +1,6 @@
-"""The contracts of data sets: recorded episodes, their writer, and pictures with captions."""
+"""The contracts of data sets: recorded episodes, their writer, pictures with captions, and pairs of
+pictures.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -63,6 +65,20 @@ class Pictures(Protocol):
 
     def pictures(self, index: Tensor) -> tuple[Context, Tensor]:
         """The captions and the pictures Float[B,3,H,W] in [0,1] of the rows ``index`` [B]."""
+        ...
+
+
+@runtime_checkable
+class Pairs(Pictures, Protocol):
+    """Pairs of pictures with one caption each, one of which was preferred.
+
+    As `Pictures` they are the captions with the preferred pictures.
+    """
+
+    def pairs(self, index: Tensor) -> tuple[Context, Tensor, Tensor]:
+        """The captions, the preferred pictures and the others, Float[B,3,H,W] in [0,1] each, of the
+        rows ``index`` [B].
+        """
         ...
 
 

@@ -125,6 +125,19 @@ class Model(Protocol):
         ...
 
 
+@runtime_checkable
+class EncodingModel(Model, Protocol):
+    """A model whose `event` runs a network of its own that never learns (a VAE), so that an event
+    is worth keeping.
+    """
+
+    def keep(self, folder: Path) -> None:
+        """Keep in ``folder`` the events that are made from now on, by all that they depend on: the
+        content of the outputs and of that network. They are looked up there first.
+        """
+        ...
+
+
 class ControlModel(Model, Protocol):
     """A model whose samples are chunks of actions.
 

@@ -1,4 +1,6 @@
-"""Imports LeRobot's data sets when they are needed (it takes seconds) and without noise."""
+"""Imports LeRobot's data sets and what reads their files (`datasets`, pyarrow) without noise, when
+they are needed: it takes seconds.
+"""
 
 import importlib
 import logging
@@ -38,5 +40,5 @@ def _needed(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            "LeRobot data sets need lerobot: pip install genpolicy[robots]"
+            "data sets of parquet files need what lerobot brings: pip install genpolicy[robots]"
         ) from error

@@ -7,17 +7,13 @@ relative to the folder.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from genpolicy.config.documents import json_value
 from genpolicy.contracts.task import Context
+from genpolicy.datasets._pictures import read, require_pixels, stacked
 
 METADATA = "metadata.jsonl"
-UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError)
-"""Errors of Pillow for a file that is no picture, too large a one, or a damaged one."""
 
 
 @dataclass(eq=False)
@@ -34,10 +30,7 @@ class CaptionedPictures:
     files: tuple[Path, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.height < 1 or self.width < 1:
-            raise ValueError(
-                f"height {self.height} and width {self.width} must be at least 1 pixel"
-            )
+        require_pixels(self.height, self.width)
         folder = Path(self.root)
         metadata = folder / METADATA
         if not metadata.is_file():
@@ -72,18 +65,10 @@ class CaptionedPictures:
     def pictures(self, index: Tensor) -> tuple[Context, Tensor]:
         """The captions and the pictures Float[B,3,H,W] in [0,1] of the rows ``index`` [B]."""
         rows = index.tolist()
-        read = [self._read(self.files[row]) for row in rows]
-        empty = torch.zeros(0, 3, self.height, self.width)
-        return Context([self.captions[row] for row in rows]), torch.stack(read) if read else empty
-
-    def _read(self, file: Path) -> Tensor:
-        try:
-            with Image.open(file) as picture:
-                upright = ImageOps.exif_transpose(picture)  # as the camera was held
-                fitted = ImageOps.fit(upright.convert("RGB"), (self.width, self.height))
-        except UNREADABLE as error:
-            raise ValueError(f"{file} is no picture that can be read: {error}") from None
-        return torch.from_numpy(np.array(fitted)).movedim(-1, 0).float() / 255
+        found = [self.files[row] for row in rows]
+        pictures = [read(file, self.height, self.width, str(file)) for file in found]
+        captions = [self.captions[row] for row in rows]
+        return Context(captions), stacked(pictures, self.height, self.width)
 
 
 def _entry(line: str, where: str) -> tuple[str, str]:

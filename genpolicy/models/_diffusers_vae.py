@@ -1,8 +1,9 @@
 """A pipeline's VAE: its samples decoded to pictures, and pictures encoded as its samples."""
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from genpolicy.models._diffusers_call import PipelineCall, handing
 from genpolicy.models._diffusers_latents import Layout, VaeReachedError, mode
 from genpolicy.models._diffusers_parts import Parts
 from genpolicy.models._diffusers_prompts import Embeddings, Prompts
+from genpolicy.models._kept_latents import KeptLatents, digest
 
 DECODED_ELEMENTS = 2**17
 """Latent elements decoded, or encoded, at once: one 1024 x 1024 image of SD3, 512 images of 32 x
@@ -25,6 +27,7 @@ class Vae:
 
     blank: the one prompt whose embeddings the call gets while it decodes.
     event_shape: *E of one sample.
+    kept: what it has encoded, where that is kept on disk (`keep`).
     """
 
     call: PipelineCall
@@ -32,6 +35,7 @@ class Vae:
     embeddings: Embeddings
     blank: Prompts
     event_shape: tuple[int, ...]
+    kept: KeptLatents | None = None
 
     @torch.no_grad()
     def decode(self, samples: Tensor) -> Tensor:
@@ -40,13 +44,32 @@ class Vae:
         with self.parts.visiting("vae", "safety_checker"):
             return torch.cat([self._decode(chunk) for chunk in chunks])
 
-    @torch.no_grad()
     def encode(self, outputs: Tensor) -> Tensor:
         """Encodes pictures or videos in [0,1] as the samples [B,*E] that `decode` turns into them
         up to the VAE's own loss. Raises `ValueError` where their size is not that of the samples.
         """
-        chunks = outputs.split(max(1, DECODED_ELEMENTS // math.prod(self.event_shape)))
+        if self.kept is None:
+            together = max(1, DECODED_ELEMENTS // math.prod(self.event_shape))
+            return self._encoded(outputs, together)
+        # alone, so that what is kept is no function of what it was first learned beside
+        return self.kept(outputs, partial(self._encoded, together=1)).to(self.parts.device)
+
+    def keep(self, folder: Path) -> None:
+        """Keeps in ``folder`` what is encoded from now on, by the content of the outputs, of the
+        VAE's weights and settings, and of the way from its latents to samples.
+        """
+        vae = self.call.pipeline.vae
+        weights = {f"vae.{name}": value for name, value in vae.state_dict().items()}
+        layout = asdict(self._layout)
+        way = {name: value for name, value in layout.items() if isinstance(value, Tensor)}
+        settings = [type(vae).__name__, dict(vae.config), self._layout.shape, self._layout.sample]
+        self.kept = KeptLatents(folder, digest(settings, weights | way), self.event_shape)
+
+    @torch.no_grad()
+    def _encoded(self, outputs: Tensor, together: int) -> Tensor:
+        """Encodes so many outputs at once."""
         with self.parts.visiting("vae"):
+            chunks = outputs.split(together)
             return torch.cat([self._encode(chunk.to(self.parts.device)) for chunk in chunks])
 
     def _encode(self, outputs: Tensor) -> Tensor:

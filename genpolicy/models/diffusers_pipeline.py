@@ -295,6 +295,10 @@ class DiffusersPipeline:
         """
         return self._vae.encode(outputs)
 
+    def keep(self, folder: Path) -> None:
+        """See `genpolicy.contracts.model.EncodingModel`."""
+        self._vae.keep(folder)
+
     # What learns
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:

@@ -86,31 +86,43 @@ class Weights:
 
 
 class Pool:
-    """The last ``size`` copies of ``parameters``, the first of them taken now; oldest first."""
+    """A uniform sample of the copies of ``parameters`` that were taken, the first of them now: all
+    of them up to ``size``, and of more each with the same probability (a reservoir sample, Vitter
+    1985, algorithm R). Of one copy in fp32, rank-32 LoRA on all attention of SD 3.5 medium is 75
+    MB, its whole transformer 9 GB.
+    """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], size: int) -> None:
         if size < 1:
             raise ValueError(f"a pool of weights holds at least 1 copy, got size {size}")
         self.parameters, self.size = list(parameters), size
         self.members = [Weights(self.parameters)]
+        self.taken = 1
 
     def __len__(self) -> int:
         return len(self.members)
 
     def __getitem__(self, place: int) -> Weights:
-        """Return a copy by its place, 0 the oldest, -1 the newest."""
+        """Return a copy by its place."""
         return self.members[place]
 
-    def add(self) -> None:
-        """Take a copy of the parameters as they are now; the oldest leaves a full pool."""
-        self.members = [*self.members, Weights(self.parameters)][-self.size :]
+    def add(self, uniform: float) -> None:
+        """Take a copy of the parameters as they are now. uniform: a random number in [0,1), by
+        which a full pool puts it in the place of another, or leaves it.
+        """
+        self.taken += 1
+        if len(self.members) < self.size:
+            self.members.append(Weights(self.parameters))
+        elif (place := int(uniform * self.taken)) < self.size:
+            self.members[place] = Weights(self.parameters)
 
-    def state_dict(self) -> dict[str, list[Any]]:
-        """Return every copy's values."""
-        return {"members": [member.state_dict() for member in self.members]}
+    def state_dict(self) -> dict[str, Any]:
+        """Return every copy's values, and how many were taken."""
+        return {"members": [member.state_dict() for member in self.members], "taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take as many copies as the state has."""
+        self.taken = state["taken"]
         self.members = [Weights(self.parameters) for _ in state["members"]]
         for member, values in zip(self.members, state["members"], strict=True):
             member.load_state_dict(values)

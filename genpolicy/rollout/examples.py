@@ -1,13 +1,16 @@
-"""Examples to imitate: rows of recorded frames or captioned pictures as a model's events."""
+"""Examples to learn from: rows of recorded frames, of captioned pictures or of pairs of pictures as
+a model's events.
+"""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from genpolicy.config.errors import ConfigError
-from genpolicy.contracts.dataset import Dataset, Pictures
+from genpolicy.contracts.dataset import Dataset, Pairs, Pictures
 from genpolicy.contracts.model import ControlModel, Model
 from genpolicy.contracts.task import Context
 
@@ -29,6 +32,40 @@ def examples(
         return context, _events(data, model, index, outputs), None
     mask = None if pad is None else model.event_mask(pad)
     return context, model.event(outputs), mask
+
+
+def paired(data: Pairs, model: Model, index: Tensor) -> tuple[Context, Tensor, Tensor]:
+    """The captions of the pairs ``index`` [B], the events [B,*E] of their preferred pictures and
+    those of the others. Raises `ConfigError` as `examples` does.
+    """
+    sides = (_Side(data, preferred=True), _Side(data, preferred=False))
+    try:
+        context, *pictures = data.pairs(index)
+    except (RuntimeError, ValueError):
+        for side in sides:
+            require_pictures(side, model, index.tolist())
+        raise
+    preferred, other = (
+        _events(side, model, index, shown) for side, shown in zip(sides, pictures, strict=True)
+    )
+    return context, preferred, other
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The preferred pictures of pairs, or the others, as
+    `genpolicy.contracts.dataset.Pictures`.
+    """
+
+    data: Pairs
+    preferred: bool
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def pictures(self, index: Tensor) -> tuple[Context, Tensor]:
+        context, preferred, other = self.data.pairs(index)
+        return context, preferred if self.preferred else other
 
 
 def _rows(

@@ -10,6 +10,8 @@ from genpolicy.config.errors import ConfigError, choice
 from genpolicy.config.leaves import make
 from genpolicy.config.origin import PERSON, Origin
 from genpolicy.config.schema import Experiment
+from genpolicy.contracts.dataset import Pictures
+from genpolicy.contracts.model import EncodingModel
 from genpolicy.contracts.task import Task
 from genpolicy.policy.files import completed
 from genpolicy.policy.parts_files import load_parts
@@ -53,6 +55,9 @@ from genpolicy.training.requirements import (
 )
 from genpolicy.training.run import Method, Run
 from genpolicy.training.workspace import Workspace
+
+LATENTS = "latents"
+"""In a run's folder: the events of pictures that a network of the model has encoded."""
 
 
 def evaluation_prompts(experiment: Experiment, task: Task) -> tuple[str, ...]:
@@ -148,6 +153,8 @@ def prepare(
     policy = make_policy(model, experiment.chain, parts, origin=origin)
     require_chain(name, needs, policy)
     require_shape(model, data)
+    if isinstance(data, Pictures) and isinstance(model, EncodingModel) and rehearsal is None:
+        model.keep(folder / LATENTS)
     teacher = load_teacher(experiment.policy, origin, model)
     for remark in (launch_remark(processes), expert_remark(model)):
         if remark is not None:

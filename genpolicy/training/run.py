@@ -377,7 +377,9 @@ class Run:
         return Weights(self.trainable)
 
     def pool(self, size: int) -> Pool:
-        """The last ``size`` copies of the policy's weights, the first taken now; `register` it."""
+        """A uniform sample of at most ``size`` copies of the policy's weights, the first taken now;
+        `register` it.
+        """
         return Pool(self.trainable, size)
 
     def register(self, **objects: Stateful) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from genpolicy.cli import compare
 from genpolicy.cli.main import main
+from genpolicy.cli.options import command_line
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.leaves import make, names
 from genpolicy.config.origin import PERSON
@@ -26,7 +27,8 @@ from tests.toy import PROMPTS, experiment
 
 torch.set_num_threads(1)
 VERBS = (
-    *("quickstart", "train", "evaluate", "demonstrate", "compare", "sample", "export", "list"),
+    *("quickstart", "train", "evaluate", "demonstrate", "compare", "sample", "pairs", "export"),
+    "list",
     "check",
 )
 
@@ -88,6 +90,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
         ("tasks", "prompts", "Prompts as a task"),
         ("tasks", "metaworld", "MetaWorld v3 from its state"),
         ("datasets", "lerobot_dataset", "A LeRobotDataset"),
+        ("datasets", "picture_pairs", "Pairs of pictures"),
         ("formats", "onnx", "One ONNX graph"),
         ("kernels", "sde", "The reverse SDE"),
         ("configs", "quickstart", "A small Stable Diffusion 3"),
@@ -713,3 +716,21 @@ def test_check_of_a_method_that_only_descends_tries_no_ratio(leaves: Path, capsy
 def test_check_of_a_method_without_needs_says_what_to_give(leaves: Path, capsys):
     assert main(["check", "mypkg_of_test_cli.needless:Needless"]) == 2
     assert "method Needless does not say what it needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        (["evaluate", "P"], "--reward"),
+        (["evaluate", "P"], "--samplers"),
+        (["pairs", "P", "--out", "O"], "--reward"),
+        (["pairs", "P", "--out", "O"], "--sampler"),
+    ],
+)
+def test_an_option_of_several_values_that_is_given_twice_has_all_of_them(verb, option):
+    """...and not the last ones alone, as argparse has it by itself."""
+    name = option.removeprefix("--")
+    twice = command_line().parse_args([*verb, option, "a=1", option, "b=2"])
+    once = command_line().parse_args([*verb, option, "a=1", "b=2"])
+    assert getattr(twice, name) == getattr(once, name) == ["a=1", "b=2"]
+    assert getattr(command_line().parse_args(verb), name) in (None, []), "nothing stays behind"

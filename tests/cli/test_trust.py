@@ -92,9 +92,13 @@ def test_a_run_with_a_reward_of_their_own(
     assert str(run / "config.yaml") in said
     assert not (run / "eval.json").exists()
     refused(capsys, marked, "evaluate", run / "policy")  # its run lies above it
+    refused(capsys, marked, "pairs", run, "--out", tmp_path / "pairs")
+    assert not (tmp_path / "pairs").exists()
     # controls: what needs none of their code works, and with --trust all does
     assert main(["sample", str(run), "--prompts", "bright", "--out", str(tmp_path / "out")]) == 0
     assert main(["evaluate", str(run), "--reward", "jpeg_compressibility"]) == 0
+    asked = ("--reward", "jpeg_compressibility", "--out", str(tmp_path / "pairs"))
+    assert main(["pairs", str(run), *asked]) == 0
     assert not marked.ran()
     allowed(marked, "evaluate", run, "--trust")
     assert json.loads((run / "eval.json").read_text())["reward/brightness"] > 0

@@ -102,6 +102,14 @@ NFT = {
         "beta": 0.01,
     },
 }
+SEPPO = {
+    **BC,
+    "method": {"name": "seppo", "samples": 16, "updates": 2, "copies": 3},  # a pool that is full
+}
+DPO = {
+    **DPPO,
+    "method": {"name": "diffusion_dpo", "groups": 4, "group": 3, "updates": 2, "renew": 2},
+}
 RUNS = {
     "dppo": DPPO,
     "reinflow": REINFLOW,
@@ -110,6 +118,8 @@ RUNS = {
     "ddpo": DDPO,
     "diffusion_nft": NFT,
     "b2_diffurl": B2,
+    "seppo": SEPPO,
+    "diffusion_dpo": DPO,
 }
 
 
@@ -153,6 +163,8 @@ def same_state(a, b):
         pytest.param("b2_diffurl", marks=pytest.mark.slow),
         pytest.param("ddpo", marks=pytest.mark.slow),
         pytest.param("diffusion_nft", marks=pytest.mark.slow),
+        "seppo",
+        pytest.param("diffusion_dpo", marks=pytest.mark.slow),
     ],
 )
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name):

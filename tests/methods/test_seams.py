@@ -120,7 +120,7 @@ class PoolReference:
             won, lost = (first + worth.argmax(1))[clear], (first + worth.argmin(1))[clear]
             for update in range(self.updates):
                 self.learn(run, rollout, won, lost, reference, update)
-            pool.add()
+            pool.add(float(run.generator("kept").random()))
 
     def learn(
         self, run: Run, rollout: Rollout, won: Tensor, lost: Tensor, reference: Weights, update: int

@@ -55,6 +55,8 @@ REFUSED = {
     "dance_grpo": {},
     "reinflow": {},
     "diffusion_nft": GROUPS,
+    "diffusion_dpo": {},
+    "seppo": {},
     "uni_o4": {},
     "b2_diffurl": {},
 }

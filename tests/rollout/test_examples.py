@@ -6,9 +6,10 @@ from torch import Tensor
 
 from genpolicy.config import parse
 from genpolicy.config.errors import ConfigError
+from genpolicy.contracts.dataset import Pairs
 from genpolicy.contracts.task import Context
 from genpolicy.models.toy import Toy
-from genpolicy.rollout.examples import examples, shown
+from genpolicy.rollout.examples import examples, paired, shown
 from genpolicy.training.experiment import train
 from tests import toy
 from tests.methods.test_bc import SMALL, captioned
@@ -67,3 +68,35 @@ def test_an_error_that_is_no_pictures_fault_stays_what_it_is(monkeypatch):
     monkeypatch.setattr(Toy, "event", exhausted)
     with pytest.raises(torch.OutOfMemoryError):
         examples(Uneven({}), Toy(), torch.tensor([0, 1]))
+
+
+class UnevenPairs(Uneven):
+    """The same six pictures, each preferred to a darker one; ``others``: heights of those."""
+
+    def __init__(self, heights: dict[int, int], others: dict[int, int]) -> None:
+        super().__init__(heights)
+        self.others = Uneven(others)
+
+    def pairs(self, index: Tensor) -> tuple[Context, Tensor, Tensor]:
+        return *self.pictures(index), self.others.pictures(index)[1] / 2
+
+
+def test_pairs_are_their_captions_and_the_events_of_both_pictures():
+    data, model = UnevenPairs({}, {}), Toy()
+    assert isinstance(data, Pairs)
+    assert not isinstance(Uneven({}), Pairs), "control"
+    index = torch.tensor([3, 1])
+    context, preferred, other = paired(data, model, index)
+    assert list(context.prompts) == ["caption 3", "caption 1"]
+    assert torch.equal(preferred, examples(data, model, index)[1]), "cloning sees the preferred"
+    assert torch.equal(other, model.event(torch.full((2, 3, 8, 8), 0.25)))
+    assert not torch.equal(preferred, other)
+
+
+@pytest.mark.parametrize(("heights", "others"), [({4: 16}, {}), ({}, {4: 16})])
+@pytest.mark.parametrize("rows", [[4], [0, 4], [4, 4]])
+def test_either_picture_of_a_pair_is_named_where_it_is_no_event(heights, others, rows):
+    data = UnevenPairs(heights, others)
+    with pytest.raises(ConfigError, match=r"picture of row 4, 'caption 4', .*16 x 8"):
+        paired(data, Toy(), torch.tensor(rows))
+    paired(data, Toy(), torch.tensor([0, 1, 5]))  # control: the others

@@ -707,28 +707,50 @@ def test_weights_are_resumed_and_share_nothing_with_what_they_came_from():
         Weights(parameters(1.0)).load_state_dict(first.state_dict())
 
 
-def test_a_pool_holds_the_last_copies_and_is_resumed():
+def pooled(size: int, uniform: list[float]) -> tuple[list[torch.nn.Parameter], Pool]:
+    """A pool of copies of 1, 2, 3, ... with these random numbers."""
     learned = parameters(1.0)
-    pool = Pool(learned, 3)
-    found = [[numbers(member.values)[0] for member in pool.members]]
-    for value in (2.0, 3.0, 4.0, 5.0):
-        set_to(learned, value)
-        pool.add()
-        found.append([numbers(pool[place].values)[0] for place in range(len(pool))])
-    assert found == [[1], [1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
-    assert numbers(pool[-1].values) == [5]
+    pool = Pool(learned, size)
+    for value, number in enumerate(uniform, 2):
+        set_to(learned, float(value))
+        pool.add(number)
+    return learned, pool
+
+
+def kept_by(pool: Pool) -> list[float]:
+    """The copies that a pool holds."""
+    return [numbers(pool[place].values)[0] for place in range(len(pool))]
+
+
+def test_a_pool_holds_all_copies_up_to_its_size_and_is_resumed():
+    assert kept_by(pooled(4, [0.9, 0.0, 0.5])[1]) == [1, 2, 3, 4]
+    learned, pool = pooled(3, [0.0, 0.0, 0.0])
+    assert kept_by(pool) == [4, 2, 3], "place int(0 x 4) of a full pool"
+    pool.add(0.99)
+    assert kept_by(pool) == [4, 2, 3], "place int(.99 x 5) is none of its three"
     other = parameters(0.0)
     resumed = Pool(other, 3)
     resumed.load_state_dict(pool.state_dict())
-    assert [numbers(member.values)[0] for member in resumed.members] == [3, 4, 5]
-    with resumed[0].using():
-        assert numbers(other) == [3]
-    set_to(other, 6.0)
-    resumed.add()
-    assert [numbers(member.values)[0] for member in resumed.members] == [4, 5, 6]
-    assert [numbers(member.values)[0] for member in pool.members] == [3, 4, 5]
+    with resumed[1].using():
+        assert numbers(other) == [2]
+    for one, parameter in ((pool, learned), (resumed, other)):
+        set_to(parameter, 7.0)
+        one.add(0.45)  # int(.45 x 6) is 2: it counts what was taken before
+        assert kept_by(one) == [4, 2, 7]
     with pytest.raises(ValueError, match="at least 1"):
         Pool(learned, 0)
+
+
+def test_every_copy_stays_in_a_full_pool_with_the_same_probability():
+    """Three of nine: each in a third of many pools. Control: the last three in all of them."""
+    generator = torch.Generator().manual_seed(0)
+    count = torch.zeros(10)
+    for _ in range(3000):
+        uniform = torch.rand(8, generator=generator).tolist()
+        for value in kept_by(pooled(3, uniform)[1]):
+            count[int(value)] += 1
+    share = count[1:] / 3000
+    assert float((share - 1 / 3).abs().max()) < 0.04, share  # 4.6 standard errors
 
 
 def test_what_acts_with_other_weights_is_the_policy_with_those_weights(tmp_path):
