@@ -13,12 +13,11 @@ benchmarks/off_policy.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
-from benchmarks.off_policy import REPORT, learn, rates, reported
+from benchmarks.off_policy import Run, learn, measured, rates
 from genpolicy.evaluation import metrics_file
 
 TASK = "shelf-place-v3"
@@ -40,16 +39,24 @@ def table(out: Path) -> str:
         " of the steps |",
         "|---|---|---|---|---|",
     ]
-    aloe = {f.name[-1]: _success(f) for f in reported(out / TASK, f"corrections-{RULES[0]}")}
-    for rule in RULES:
-        if not (folders := reported(out / TASK, f"corrections-{rule}")):
+    runs = measured(out / TASK)
+    by_rule = {
+        rule: {
+            name[-1]: run for name, run in runs.items() if name.startswith(f"corrections-{rule}-")
+        }
+        for rule in RULES
+    }
+    aloe = by_rule[RULES[0]]
+    for rule, found in by_rule.items():
+        if not found:
             continue
-        shares = [_person(f) for f in folders]
-        found = {f.name[-1]: _success(f) for f in folders}
-        gains = [f"{aloe[seed] - found[seed]:+.3f}" for seed in found if seed in aloe]
+        gains = [
+            f"{_rate(aloe[seed]) - _rate(run):+.3f}" for seed, run in found.items() if seed in aloe
+        ]
         told = ", ".join(gains) if rule != RULES[0] else ""
+        shares = [_person(out / TASK / f"corrections-{rule}-{seed}") for seed in found]
         part = ", ".join(f"{share:.2f}" for share in shares)
-        lines.append(f"| {TOLD[rule]} | {rates(folders)} | {told} | {part} |")
+        lines.append(f"| {TOLD[rule]} | {rates(list(found.values()))} | {told} | {part} |")
     return "\n".join(lines)
 
 
@@ -61,10 +68,9 @@ def _method(rule: str) -> list[str]:
     return [f"--method={{name: aloe, weigh: {rule}, updates: 200, {person}}}"]
 
 
-def _success(folder: Path) -> float:
+def _rate(run: Run) -> float:
     """The share of the fresh starts from which a run's last policy succeeds."""
-    found = json.loads((folder / REPORT).read_text())["success"]
-    return sum(found) / len(found)
+    return sum(run.success) / len(run.success)
 
 
 def _person(folder: Path) -> float:

@@ -5,18 +5,21 @@ r"""Methods that learn from everything that was done, beside on-policy ones: suc
     python -m benchmarks.off_policy train --methods q_chunking_long q_chunking_steps --seeds 0 1 2
     python -m benchmarks.off_policy table
     python -m benchmarks.off_policy figure            # assets/figures/off_policy.png
+    python -m benchmarks.off_policy keep              # docs/measured/off_policy.json
 
 One task at a time (shelf-place by default), sparse reward; five noisy scripted demonstrations are
 cloned, one clone for each seed, and every method begins from the clone of its seed with its preset.
 All its environment steps count, and those of the demonstrations. A level is reached where an
 evaluation (200 starts, the same for all) is at or above it and the next one too. What is reported is
 the last policy as it is deployed, on 500 starts that nothing else uses. Runs that are there are not
-made again.
+made again. `keep` writes what the runs there are have measured into a small file, which `table` and
+`figure` read too, so that a table may be of runs whose folders are gone.
 """
 
 import argparse
 import json
 import time
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -57,6 +60,8 @@ OWN = {
     "q_chunking_steps": ["--method.length=4", "--method.bootstrap=steps"],
 }
 """Overrides of presets: the methods with large iterations are evaluated more often."""
+KEPT = Path("docs/measured/off_policy.json")
+"""What the runs that are told of measured, by task, method and seed."""
 STUDIES = ("q_chunking_long", "q_chunking_steps")
 """The decoupled critic, which sees four decisions, and its control; they are not in the figure."""
 
@@ -115,10 +120,79 @@ def played(policy: Path, task: str) -> Tensor:
     return found.success
 
 
-def course(folder: Path) -> list[tuple[float, float]]:
-    """(environment steps so far, success) of a run's evaluations."""
+@dataclass(frozen=True)
+class Run:
+    """What a run measured.
+
+    course: (environment steps so far, those of the demonstrations too; success of 200 starts) of
+    each evaluation. success: of the last policy from each of the fresh starts. cpu_s: seconds of
+    computing, evaluations among them.
+    """
+
+    course: list[tuple[float, float]]
+    success: list[bool]
+    cpu_s: float
+
+
+def measured(where: Path) -> dict[str, Run]:
+    """The runs of a task's folder whose last policy was reported, by method and seed."""
+    folders = sorted(f.parent for f in where.glob(f"*-[0-9]/{REPORT}"))
+    return {f.name: _measured(f, _frames(where / "demonstrations")) for f in folders}
+
+
+def _measured(folder: Path, demonstrated: int) -> Run:
     lines, _ = by_experience(metrics_file.read(folder))
-    return [(m["iteration"], m["eval/success_rate"]) for m in lines if "eval/success_rate" in m]
+    return Run(
+        [
+            (m["iteration"] + demonstrated, m["eval/success_rate"])
+            for m in lines
+            if "eval/success_rate" in m
+        ],
+        json.loads((folder / REPORT).read_text())["success"],
+        float((folder / "cpu_s.txt").read_text()),
+    )
+
+
+def _frames(data: Path) -> int:
+    """The environment steps of the demonstrations."""
+    section = {"name": "lerobot_dataset", "root": str(data)}
+    return len(leaves.make("datasets", section, PERSON))
+
+
+def kept(task: str) -> dict[str, Run]:
+    """The runs of a task that the file of kept ones holds."""
+    tasks = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    return {
+        name: Run(
+            [(steps, rate) for steps, rate in one["course"]],
+            [mark == "1" for mark in one["success"]],
+            one["cpu_s"],
+        )
+        for name, one in tasks.get(task, {}).items()
+    }
+
+
+def keep(task: str, runs: dict[str, Run]) -> None:
+    """Writes the runs of a task into the file of kept ones, beside other tasks'."""
+    tasks = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    tasks[task] = {
+        name: {**asdict(one), "success": "".join(str(int(s)) for s in one.success)}
+        for name, one in sorted(runs.items())
+    }
+    # a line per run
+    told = ",\n".join(
+        f' "{task}": {{\n'
+        + ",\n".join(f'  "{name}": {json.dumps(one)}' for name, one in runs.items())
+        + "\n }"
+        for task, runs in tasks.items()
+    )
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    KEPT.write_text(f"{{\n{told}\n}}\n")
+
+
+def of(method: str, runs: dict[str, Run]) -> list[Run]:
+    """The runs of a method, by seed."""
+    return [one for name, one in sorted(runs.items()) if name.rpartition("-")[0] == method]
 
 
 def reached(points: list[tuple[float, float]]) -> float | None:
@@ -129,38 +203,29 @@ def reached(points: list[tuple[float, float]]) -> float | None:
     return None
 
 
-def table(out: Path, task: str) -> str:
+def table(runs: dict[str, Run]) -> str:
     """A line per method."""
     lines = [
         f"| method | success by seed (n {len(FRESH)}) | mean [95 %] | steps to {LEVEL:g}, by seed"
         " | CPU s |",
         "|---|---|---|---|---|",
     ]
-    extra = _frames(out / task / "demonstrations")
     for method in (*METHODS, *STUDIES):
-        if not (folders := reported(out / task, method)):
+        if not (own := of(method, runs)):
             continue
-        levels = [reached(course(f)) for f in folders]
-        told = ", ".join("not" if v is None else f"{v + extra:,.0f}" for v in levels)
-        seconds = sum(float((f / "cpu_s.txt").read_text()) for f in folders) / len(folders)
-        lines.append(f"| `{method}` | {rates(folders)} | {told} | {seconds:.0f} |")
+        levels = [reached(one.course) for one in own]
+        told = ", ".join("not" if v is None else f"{v:,.0f}" for v in levels)
+        seconds = sum(one.cpu_s for one in own) / len(own)
+        lines.append(f"| `{method}` | {rates(own)} | {told} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
-def reported(where: Path, name: str) -> list[Path]:
-    """The folders of a method's runs, one for each seed, whose last policy was reported."""
-    folders = sorted(where.glob(f"{name}-[0-9]"))
-    return [f for f in folders if (f / REPORT).exists()]
-
-
-def rates(folders: list[Path]) -> str:
+def rates(runs: list[Run]) -> str:
     """Two cells of a table: the success of each run, and their mean with its interval: over the
     runs, or of a single one over its episodes. Two runs have none: one degree of freedom says
     nothing.
     """
-    found = [
-        torch.tensor(json.loads((f / REPORT).read_text())["success"]).double() for f in folders
-    ]
+    found = [torch.tensor(one.success).double() for one in runs]
     means = torch.stack([one.mean() for one in found])
     told = f"{', '.join(f'{float(one):.3f}' for one in means)} | {float(means.mean()):.3f}"
     if len(found) == 2:
@@ -169,23 +234,14 @@ def rates(folders: list[Path]) -> str:
     return f"{told} [{low:.3f}, {high:.3f}]"
 
 
-def _frames(data: Path) -> int:
-    """The environment steps of the demonstrations."""
-    section = {"name": "lerobot_dataset", "root": str(data)}
-    return len(leaves.make("datasets", section, PERSON))
-
-
-def figure(out: Path, task: str, file: Path) -> None:
+def figure(runs: dict[str, Run], task: str, file: Path) -> None:
     """Draws success over environment steps, all methods in one panel."""
 
     def draw(axes: Any) -> None:
         for method, colour in zip(METHODS, COLOURS, strict=True):
-            folders = reported(out / task, method)
-            for number, folder in enumerate(folders):
-                lines, _ = by_experience(metrics_file.read(folder))
-                lines = [{**m, "iteration": m["iteration"] / 1000} for m in lines]
-                bare = [{k: v for k, v in m.items() if "ci95" not in k} for m in lines]
-                evaluation(axes, bare, "success_rate", "" if number else method, colour)
+            for number, one in enumerate(of(method, runs)):
+                lines = [{"iteration": n / 1000, "eval/success_rate": s} for n, s in one.course]
+                evaluation(axes, lines, "success_rate", "" if number else method, colour)
         axes.axhline(LEVEL, color="black", linewidth=0.7, linestyle=":")
         axes.set_ylim(0, 1)
         axes.set_xlim(0, STEPS / 1000)
@@ -201,7 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("verb", choices=("train", "table", "figure"))
+    parser.add_argument("verb", choices=("train", "table", "figure", "keep"))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=(*METHODS, *STUDIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--task", default="shelf-place-v3", choices=list(DEMONSTRATIONS))
@@ -214,9 +270,12 @@ def main() -> None:
                 folder, own = args.out / args.task / f"{method}-{seed}", OWN.get(method, [])
                 preset = "metaworld_" + method.removesuffix("_long").removesuffix("_steps")
                 learn(args.out, args.task, preset, seed, folder, STEPS, *own)
+    runs = {**kept(args.task), **measured(args.out / args.task)}
+    if args.verb == "keep":
+        keep(args.task, runs)
     if args.verb == "figure":
-        figure(args.out, args.task, Path("assets/figures/off_policy.png"))
-    print(table(args.out, args.task))
+        figure(runs, args.task, Path("assets/figures/off_policy.png"))
+    print(table(runs))
 
 
 if __name__ == "__main__":
