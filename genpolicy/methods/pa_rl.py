@@ -14,6 +14,10 @@ recorded episodes and those of the first iteration; then, in turn, episodes of a
 (before Q learns from them), Q. Global step, local step and critic are saved with the policy and act
 where it is deployed.
 
+A prompt is an episode of one decision: nothing comes after a picture (or video), and Q(prompt,
+sample), on latents, is its expected reward. Of N samples one is decoded and judged, the one with
+the highest Q: for rewards that are dear, a person's or a large judge's.
+
 Differs from the public code (MaxSobolMark/PolicyAgnosticRL): chunks; softmax over Q standardised in
 each state (theirs of raw Q, whose sharpness is the reward's scale); the local step's rate is in
 units of the actions' std; no random actions in Cal-QL's term.
@@ -58,7 +62,7 @@ class PARL:
     practice: Practice = field(default_factory=Practice)  # the episodes
     critic: Valuing = field(default_factory=Valuing)  # Q
 
-    needs: ClassVar[Needs] = Needs(("robots",), split=())
+    needs: ClassVar[Needs] = Needs(split=())
 
     def __post_init__(self) -> None:
         least = {"samples": 1, "best": 1, "steps": 0, "every": 1}
@@ -123,7 +127,7 @@ class _Improvement:
         run, settings = self.run, self.settings
         policy, replay, k = run.policy, self.experience.replay, settings.best
         seen = self.experience.seen(rows).repeat_interleave(k, 0)
-        samples = self.world.samples.at(replay.now[rows])
+        samples = self.world.drawn(replay.now[rows])
         b, count = samples.shape[:2]
 
         # the k - 1 best samples and, in the place of the worst that is kept, the recorded chunk

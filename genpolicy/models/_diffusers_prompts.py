@@ -52,6 +52,12 @@ class Prompts:
         index = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
         return replace(self, prompts=tuple(self.prompts[i] for i in index.tolist()))
 
+    @classmethod
+    def cat(cls, parts: Sequence["Prompts"]) -> "Prompts":
+        """See `genpolicy.chain.values.Rows`; all parts are negatives, or none is."""
+        prompts = tuple(prompt for part in parts for prompt in part.prompts)
+        return cls(prompts, parts[0].negative)
+
 
 class Embeddings:
     """The cache. ``positive`` encodes some prompts, ``negative`` the one negative prompt that all

@@ -93,6 +93,16 @@ class EpisodeStore:
             raise ConfigError(f"{folder} has lost the episode {missing} (GROUP-MEMBER); {LOST}")
         return found
 
+    def kept(self, iteration: int) -> list[dict[str, Any]]:
+        """`episodes` of an iteration; `ConfigError` where there are none."""
+        found = self.episodes(iteration)
+        if not found:
+            raise ConfigError(
+                f"no episode of iteration {iteration} was kept: collect with keep=True, and pin the"
+                " iteration for as long as its episodes are read"
+            )
+        return found
+
     def iterations(self) -> list[int]:
         """The iterations of which there are episodes, in order."""
         folders = (folder for folder in self.folder.glob("[0-9]*") if folder.is_dir())

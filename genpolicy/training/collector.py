@@ -26,8 +26,8 @@ class Request:
     # the step up to which a group's samples share their chain, and from which on steps are kept;
     # None: nothing is shared, and the window is kept (prompts only)
     branch_at: int | None = None
-    # True: every episode is written into the store as it ends, and those that are there already are
-    # taken (episodes only)
+    # True: every episode, or sample of a prompt, is written into the store; episodes as they end,
+    # and those that are there already are taken
     keep: bool = False
     # reset seeds of the M groups in the place of the iteration's own (episodes only)
     starts: Sequence[int] | None = None

@@ -124,13 +124,7 @@ class EpisodeCollector:
         self.store.pinned.add(iteration)
 
     def kept(self, iteration: int) -> Any:
-        episodes = self.store.episodes(iteration)
-        if not episodes:
-            raise ConfigError(
-                f"no episode of iteration {iteration} was kept: collect with keep=True, and pin the"
-                " iteration for as long as its episodes are read"
-            )
-        return episodes
+        return self.store.kept(iteration)
 
     def _origin(
         self, policy: ChainPolicy, starts: Sequence[int], person: Intervention | None

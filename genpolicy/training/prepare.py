@@ -110,6 +110,7 @@ def prepare(
     micro_batches = MicroBatches(experiment.micro_batch, display.say)
     workspace = Workspace(folder, processes, metrics, micro_batches, display)
     seed, settings = experiment.seed, experiment.eval
+    store = EpisodeStore(folder, display.say, for_good=experiment.record)
     collector: Collector
     evaluator: Evaluator
     if world == "robots":
@@ -128,7 +129,6 @@ def prepare(
         )
         evaluator = EpisodeEvaluator(environments, task.has_success, settings)
         circumstances = repr((experiment.task, experiment.chain, experiment.environments))
-        store = EpisodeStore(folder, display.say, for_good=experiment.record)
         collector = EpisodeCollector(
             seed,
             model,
@@ -147,7 +147,9 @@ def prepare(
         evaluator = PromptEvaluator(reward, evaluation_prompts(experiment, task), settings)
         load_rewards(reward)
         model = make_model(experiment.policy, origin)
-        collector = PromptCollector(seed, model, task, reward, processes, metrics, micro_batches)
+        collector = PromptCollector(
+            seed, model, task, reward, processes, metrics, micro_batches, store
+        )
     choice("eval: select", settings.select or evaluator.measured[0], evaluator.measured)
     parts = load_parts(experiment.policy, model, origin)
     policy = make_policy(model, experiment.chain, parts, origin=origin)

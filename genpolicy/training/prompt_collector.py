@@ -16,18 +16,18 @@ from genpolicy.policy.policy import ChainPolicy
 from genpolicy.rollout.micro_batch import MicroBatches, recount
 from genpolicy.rollout.prompts import Judged, collect, concatenate
 from genpolicy.rollout.rollout import Rollout, single
+from genpolicy.rollout.store import COLLECTED, EpisodeStore
 from genpolicy.training.collector import Request, acting
 from genpolicy.training.iteration_metrics import IterationMetrics
 from genpolicy.training.processes import Processes
-
-NOT_KEPT = "the samples of prompts are not kept: only episodes are"
 
 
 @dataclass(frozen=True)
 class PromptCollector:
     """Collects samples of the task's prompts; see `genpolicy.training.collector.Collector`.
 
-    model: the one that learns.
+    model: the one that learns. store: where samples that are kept are written, each as an episode
+    of one decision.
     """
 
     seed: int
@@ -37,6 +37,7 @@ class PromptCollector:
     processes: Processes
     metrics: IterationMetrics
     micro_batches: MicroBatches
+    store: EpisodeStore
 
     def __call__(self, policy: ChainPolicy, iteration: int, request: Request) -> Rollout:
         groups, members, updates = request.groups, request.members, request.updates
@@ -52,8 +53,6 @@ class PromptCollector:
                 "collect: starts are the reset seeds of environments, and the task is one of"
                 " prompts"
             )
-        if request.keep:
-            raise ConfigError(NOT_KEPT)
         local = self.processes.groups(groups, updates)
         noise = Noise.rows(self.seed, iteration, local, members)
         prompts = self._prompts(iteration, groups)
@@ -76,6 +75,8 @@ class PromptCollector:
         judged = concatenate(chunks, policy)
         self.metrics.phase(None)
         self.metrics.collected += len(asked)
+        if request.keep:
+            self._keep(iteration, judged, noise, (groups, members))
         parts = {
             name: self.processes.gather_groups(value.view(-1, members), updates)
             for name, value in judged.parts.items()
@@ -101,13 +102,44 @@ class PromptCollector:
         return Context([prompts[p] for p in place.tolist()])
 
     def trim(self, iteration: int) -> None:
-        pass  # pictures are not kept
+        self.store.trim(iteration)
 
     def pin(self, iteration: int) -> None:
-        raise ConfigError(NOT_KEPT)
+        self.store.pinned.add(iteration)
 
     def kept(self, iteration: int) -> Any:
-        raise ConfigError(NOT_KEPT)
+        return self.store.kept(iteration)
+
+    def _keep(
+        self, iteration: int, judged: Judged, noise: Noise, collected: tuple[int, int]
+    ) -> None:
+        """Writes samples as episodes of one decision, in the layout of
+        `genpolicy.rollout.recorder.live`. collected: groups and members of all processes.
+        """
+        rewards = self.reward.total(judged.parts)
+        x0, start = judged.trajectory.x0.cpu(), judged.trajectory.start
+        assert start is not None
+        over, no = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
+        for row in range(len(x0)):
+            one = slice(row, row + 1)
+            name = f"{int(noise.group[row])}-{int(noise.member[row])}"
+            self.store.write(
+                iteration,
+                name,
+                {
+                    "x0": x0[one].clone(),
+                    "start": start[one].cpu().clone(),
+                    "rewards": rewards[one, None].clone(),
+                    "executed": torch.ones(1, dtype=torch.long),
+                    "terminated": over,
+                    "truncated": no,
+                    "success": no,  # nothing but the reward tells of a sample
+                    "prompts": [judged.context.prompts[row]],
+                    "observation": {},
+                    "final": {},
+                    COLLECTED: torch.tensor(collected),
+                },
+            )
 
     def _prompts(self, iteration: int, count: int) -> tuple[str, ...]:
         """The prompts of an iteration: the task's, one iteration's after the other's."""

@@ -176,7 +176,7 @@ def prepared(tmp_path, method, world=None, **sections):
     needs = needs_of(method)
     world = world or needs.worlds[0]
     raw = WORLDS[world](tmp_path, method=section(method, **SMALL), **sections)
-    if "practice" in raw["method"]:
+    if "practice" in raw["method"] and world == "robots":
         raw["data"] = {"name": "tests.rl100_toy:Outcomes"}
     if world == "robots":
         raw["policy"]["family"] = "flow"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genpolicy.chain import Condition
 from genpolicy.methods.parts.offline_data import Experience
 from genpolicy.policy.policy import ChainPolicy
 from genpolicy.training.run import Run
@@ -48,6 +49,11 @@ class CachedSamples:
         self.version, self.counted = self.run.iteration, 0
         self._forget()
 
+    def fresh(self, views: Tensor) -> Tensor:
+        """The samples at the views [b] of the replay, drawn now for these alone, Float[b,N,*E]."""
+        model, replay = self.run.policy.model, self.experience.replay
+        return self._draw(model.encode(replay.views[views]), views)[0]
+
     def _forget(self) -> None:
         self._drawn: list[tuple[Tensor, Tensor]] = []
         self._all: tuple[Tensor, Tensor] | None = None
@@ -66,7 +72,9 @@ class CachedSamples:
             while len(self._drawn) < len(parts):
                 begin = sum(len(x0) for x0, _ in self._drawn)
                 model, counted = self.run.policy.model, self.run.policy.model.evaluations
-                self._drawn.append(self._draw(begin, begin + len(parts[len(self._drawn)].views)))
+                views = torch.arange(begin, begin + len(parts[len(self._drawn)].views))
+                conditions = self.experience.conditions[views]
+                self._drawn.append(self._draw(conditions, views, len(self._drawn)))
                 if len(self._drawn) <= self.counted:  # before the run was stopped
                     model.evaluations = counted
             self.counted = len(self._drawn)
@@ -75,22 +83,23 @@ class CachedSamples:
         return self._all
 
     @torch.no_grad()
-    def _draw(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """The samples at the views from ``begin`` to ``end``, and their starts."""
+    def _draw(self, conditions: Condition, views: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """The samples at views [b], which are seen as ``conditions`` [b], and their starts. first:
+        the number of the process that begins.
+        """
         count, policy = self.count, replace(self.draws(), best_of=1, refiner=None)
-        conditions = self.experience.conditions
-        rows = torch.arange(begin, end).repeat_interleave(count)
-        member = torch.arange(count).repeat(end - begin)
-        noise = self.run.noise("cached samples", rows, iteration=self.version)
+        rows = torch.arange(len(views)).repeat_interleave(count)
+        member = torch.arange(count).repeat(len(views))
+        noise = self.run.noise("cached samples", views[rows], iteration=self.version)
         noise = replace(noise, member=member)
         processes, model = self.run.processes, policy.model
         drawn = torch.zeros(2, len(rows), *model.event_shape, device=model.device)
-        for number, part in enumerate(torch.arange(len(rows)).split(AT_ONCE), len(self._drawn)):
+        for number, part in enumerate(torch.arange(len(rows)).split(AT_ONCE), first):
             if number % processes.count == processes.index:
                 found = policy.sample(conditions[rows[part]], noise[part], keep=(0, 0))
                 assert found.start is not None
                 drawn[:, part] = torch.stack([found.x0, found.start / policy.chain.scale])
-        x0, start = processes.reduce(drawn).unflatten(1, (end - begin, count))
+        x0, start = processes.reduce(drawn).unflatten(1, (len(views), count))
         return x0, start
 
     def state_dict(self) -> dict[str, Any]:

@@ -180,12 +180,15 @@ class ChunkCritic:
             now, later = features[replay.now[rows]], replay.after[rows]
             after, event = features[later], scored(replay.event[rows].to(features))
 
-            # the target
+            # the target; where nothing comes after, nobody is asked what the policy would do there
+            over = replay.terminated[rows].to(device)
             with torch.no_grad():
                 draw = torch.from_numpy(
                     run.generator("the target's networks", update).random(settings.members)
                 )
-                if self.v is None:
+                if bool(over.all()):
+                    next_value = torch.zeros(len(rows), device=device)
+                elif self.v is None:
                     a = scored(following(later, after))
                     next_value = subset_min(self.target(after, a), settings.least_of, draw)
                 else:
@@ -193,7 +196,7 @@ class ChunkCritic:
                 y = bellman_target(
                     replay.rewards[rows].to(features),
                     replay.executed[rows].to(device),
-                    replay.terminated[rows].to(device),
+                    over,
                     next_value,
                     self.gamma,
                 )

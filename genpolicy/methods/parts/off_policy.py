@@ -7,7 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from genpolicy.config.errors import ConfigError
+from genpolicy.config.errors import ConfigError, unread
+from genpolicy.contracts.task import is_control
 from genpolicy.methods.parts.cached_samples import CachedSamples
 from genpolicy.methods.parts.chunk_critic import ChunkCritic, Following, Valuing
 from genpolicy.methods.parts.imitation import Imitation
@@ -36,7 +37,9 @@ class OffPolicy:
     parts: the names of those of the policy that `train`'s ``begin`` attaches, by the first of which
     a resumed run knows that it has begun; "best_of" is the critic itself. draws: see
     `CachedSamples`. Raises `ConfigError` for a policy that came with a refiner or an editor that is
-    not among ``parts``: it would go on to act.
+    not among ``parts``: it would go on to act. Where prompts are drawn nothing comes after a
+    sample: `ConfigError` for settings of what comes after, and for a data section, whose pictures
+    nobody rewarded.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class OffPolicy:
                     f"method {run.experiment.method['name']}: a part of the policy's, its {name},"
                     " would go on to act beside the method: begin with a policy without one"
                 )
+        if not is_control(run.task):
+            _require_one_decision(run, settings)
         self.run = run
         self.episodes = Episodes(run, settings.practice, settings.cut_fails)
         self.experience = self.episodes.experience
@@ -108,7 +113,27 @@ class OffPolicy:
         Imitation(self.run, self.experience.done, len(self.experience.replay), batch)(updates)
         self.changed()
 
+    def drawn(self, views: Tensor) -> Tensor:
+        """Samples of the policy at views [b], Float[b,N,*E]: those that its critic learned with,
+        and where prompts are drawn, of which it needs none, new ones at these views alone.
+        """
+        kept = is_control(self.run.task)
+        return self.samples.at(views) if kept else self.samples.fresh(views)
+
     def changed(self) -> None:
         """Forgets what the policy, and its encoder, made of the views: they have learned."""
         self.experience.renew()
         self.samples.renew()
+
+
+def _require_one_decision(run: Run, settings: Settings) -> None:
+    """Raises where settings, or data, are of decisions that follow one another."""
+    where = f"method {run.experiment.method['name']}"
+    if run.data is not None:
+        raise ConfigError(
+            f"{where}: the data section's pictures have no reward, and a critic learns from"
+            " rewards: leave it out"
+        )
+    why = "where nothing comes after a sample"
+    unread(where, settings, why, "gamma", "cut_fails")
+    unread(f"{where}: critic", settings.critic, why, "kind", "subset", "polyak")

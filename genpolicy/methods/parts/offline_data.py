@@ -21,6 +21,10 @@ from genpolicy.training.build import called
 from genpolicy.training.run import Run
 
 
+AT_ONCE = 256
+"""Views whose features are computed together: a prompt's are the mean of a large embedding."""
+
+
 class Experience:
     """The data section's episodes and those of the iterations that were added, as one replay, in
     memory.
@@ -169,7 +173,9 @@ class Experience:
     def features(self) -> Tensor:
         """The replay's views as critics see them, Float[F,D]."""
         if self._features is None:
-            self._features = self.model.features(self.conditions)
+            rows = torch.arange(len(self.replay.views)).split(AT_ONCE)
+            parts = [self.model.features(self.conditions[part]) for part in rows]
+            self._features = torch.cat(parts)
         return self._features
 
     def redraw(

@@ -1,10 +1,11 @@
 """The episodes of a method that learns from everything that was done: those that there are, some in
-the first iteration, and a few in every later one.
+the first iteration, and a few in every later one. A prompt is an episode of one decision.
 """
 
 from dataclasses import dataclass, field
 
-from genpolicy.config.errors import ConfigError, at_least, share
+from genpolicy.config.errors import ConfigError, at_least, share, unread
+from genpolicy.contracts.task import is_control
 from genpolicy.methods.parts.failures import Failures
 from genpolicy.methods.parts.offline_data import Experience
 from genpolicy.rollout.person import Intervention, attended
@@ -15,8 +16,8 @@ from genpolicy.training.run import Run
 class Practice:
     """The episodes of an off-policy method. The defaults are ours."""
 
-    # of the policy as it came, in the first iteration, from which critics first learn, beside the
-    # data section's; 0: from those alone
+    # of the policy as it came (of prompts: so many samples, each of its own), in the first
+    # iteration, from which critics first learn, beside the data section's; 0: from those alone
     first: int = 50
     episodes: int = 10  # per iteration after that; 0: none, all learning is offline
     # share of the later iterations' episodes that begin where an earlier one failed, as far as
@@ -48,6 +49,8 @@ class Episodes:
                 "method: practice.episodes is 0, and environment steps alone would never spend the"
                 " budget: set budget.iterations"
             )
+        if not is_control(run.task):
+            unread("method: practice", settings, "where prompts are drawn", "retry", "person")
         if settings.person.share:
             attended(run.task)
         self.run, self.settings = run, settings
@@ -62,7 +65,10 @@ class Episodes:
         run, settings = self.run, self.settings
         first = run.iteration == 1
         episodes = settings.first if first else settings.episodes
-        if episodes:
+        if episodes and not is_control(run.task):
+            run.collect(episodes, 1, keep=True)
+            self.experience.add(run.iteration)
+        elif episodes:
             starts = self.failures.mixed(run.starts(episodes), 0.0 if first else settings.retry)
             person = settings.person if settings.person.share else None
             played = run.collect(episodes, 1, keep=True, starts=starts, person=person)
