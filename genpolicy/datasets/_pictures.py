@@ -1,5 +1,6 @@
 """Reads one picture of whatever size and kind as the pixels that a model learns from."""
 
+import io
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +26,9 @@ def read(source: Path | BinaryIO, height: int, width: int, where: str) -> Tensor
     cut around its middle. Raises `ValueError` for what can't be read, which ``where`` names.
     """
     try:
-        with Image.open(source, formats=FORMATS) as picture:
+        # a path would be mapped into memory, and a grey TIFF that is mapped is turned twice
+        file = io.BytesIO(source.read_bytes()) if isinstance(source, Path) else source
+        with Image.open(file, formats=FORMATS) as picture:
             upright = ImageOps.exif_transpose(picture)  # as the camera was held
             fitted = ImageOps.fit(_eight_bits(upright).convert("RGB"), (width, height))
     except UnidentifiedImageError:
