@@ -31,8 +31,8 @@ def quiet() -> Iterator[None]:
 
 
 def arrow() -> Any:
-    """The module pyarrow, with its parquet files."""
-    return _needed("pyarrow.parquet") and _needed("pyarrow")
+    """The module pyarrow, with its parquet files and its functions."""
+    return _needed("pyarrow.parquet") and _needed("pyarrow.compute") and _needed("pyarrow")
 
 
 def _needed(module: str) -> Any:

@@ -118,7 +118,7 @@ def _labels(file: Path) -> np.ndarray:
             for batch in opened.iter_batches(BATCH, columns=[LABEL, CAPTION]):
                 labels = batch.column(LABEL).to_pandas().to_numpy(dtype=float)
                 _require_labels(labels, file, first)
-                _require_captions(batch.column(CAPTION).to_pylist(), file, first)
+                _require_captions(batch.column(CAPTION), file, first)
                 found.append(labels)
                 first += len(labels)
     except (arrow().ArrowException, OSError) as error:
@@ -137,9 +137,14 @@ def _require_labels(labels: np.ndarray, file: Path, first: int) -> None:
         )
 
 
-def _require_captions(captions: Sequence[str | None], file: Path, first: int) -> None:
+def _require_captions(captions: Any, file: Path, first: int) -> None:
     for row, caption in enumerate(captions):
-        if caption is None or not caption.strip():
+        try:
+            text = caption.as_py()
+        except UnicodeDecodeError:
+            told = f"{_place(file, first + row)}: its {CAPTION} is no UTF-8 text"
+            raise ValueError(told) from None
+        if text is None or not text.strip():
             raise ValueError(f"{_place(file, first + row)}: its {CAPTION} is empty")
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from genpolicy.contracts.task import Context
@@ -61,6 +62,8 @@ class PicturePairs:
         self.ties = int((~decided).sum())
         if not len(self._rows):
             raise ValueError(f"all {self.ties} pairs in {self.root} are ties")
+        for name in (FIRST, SECOND):
+            self._require_contents(name, decided)
 
     @staticmethod
     def recording(
@@ -90,6 +93,20 @@ class PicturePairs:
         preferred = self._read(found, rows, preferred=True)
         return Context(found[CAPTION]), preferred, self._read(found, rows, preferred=False)
 
+    def _require_contents(self, name: str, decided: Tensor) -> None:
+        """Raises `ValueError` for the first decided row without a picture in this column, which is
+        told by the lengths of the files and without reading them.
+        """
+        compute = arrow().compute
+        stored = self._table.data.column(name)
+        if arrow().types.is_struct(stored.type):
+            stored = compute.struct_field(stored, "bytes")
+        lengths = compute.fill_null(compute.binary_length(stored), 0).to_numpy()
+        missing = (torch.from_numpy(lengths == 0) & decided).nonzero().flatten()
+        if len(missing):
+            where = self._files.place(int(missing[0]))
+            raise ValueError(f"{where}: {name} has no picture in the file")
+
     def _found(self, rows: Tensor) -> dict[str, list[Any]]:
         """The columns of the files' rows, as they are stored."""
         if not len(rows):
@@ -97,8 +114,8 @@ class PicturePairs:
         return self._table[rows.tolist()].to_pydict()
 
     def _read(self, found: dict[str, list[Any]], rows: Tensor, preferred: bool) -> Tensor:
-        """One side of the pairs, Float[B,3,H,W]. Raises `ValueError` for a picture that is missing
-        or can't be read, and names its row.
+        """One side of the pairs, Float[B,3,H,W]. Raises `ValueError` for a picture that can't be
+        read, and names its row.
         """
         pictures = []
         for number, row in enumerate(rows.tolist()):
@@ -107,8 +124,6 @@ class PicturePairs:
             stored = found[name][number]
             content = stored["bytes"] if isinstance(stored, dict) else stored
             where = f"{self._files.place(row)}: {name}"
-            if not content:
-                raise ValueError(f"{where} has no picture in the file")
             pictures.append(read(io.BytesIO(content), self.height, self.width, where))
         return stacked(pictures, self.height, self.width)
 

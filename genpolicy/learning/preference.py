@@ -49,7 +49,13 @@ def robust(logit: Tensor, kind: Loss, wrong: float) -> Tensor:
     return ((1 - wrong) * loss - wrong * preference_loss(-logit, kind)) / (1 - 2 * wrong)
 
 
-def safe_share(preferred: Tensor, other: Tensor, margin: float, mask: Tensor | None) -> Tensor:
+def safe_share(
+    preferred: Tensor,
+    other: Tensor,
+    margin: float,
+    mask: Tensor | None,
+    other_mask: Tensor | None,
+) -> Tensor:
     """The largest share, at most 1, of the other side's gradient with which a small step on both
     does not raise the preferred side's error (Diffusion-SDPO): [B].
 
@@ -57,10 +63,13 @@ def safe_share(preferred: Tensor, other: Tensor, margin: float, mask: Tensor | N
 
     g, g' the errors [B,*E] of both sides' outputs: the gradients of their squares but for a common
     factor, as far as outputs move alike. margin in [0, 1]: the share of the preferred side's own
-    gain that stays. Differs from the public code (AIDC-AI/Diffusion-SDPO): a share for each pair,
-    not for a batch.
+    gain that stays. mask, other_mask: dims of either side that count. Differs from the public code
+    (AIDC-AI/Diffusion-SDPO): a share for each pair, not for a batch.
     """
+    preferred, other = preferred.float(), other.float()
     own = reduce_event(preferred**2, "sum", mask)
+    if other_mask is not None:
+        other = torch.where(other_mask, other, 0.0)
     common = reduce_event(preferred * other, "sum", mask)
     share = ((1 - margin) * own / common.clamp_min(torch.finfo(own.dtype).tiny)).clamp(0, 1)
     return torch.where(common > 0, share, torch.ones_like(share)).detach()

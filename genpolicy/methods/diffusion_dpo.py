@@ -21,13 +21,13 @@ succeeded beside chunks of those that failed.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from genpolicy.config.errors import ConfigError, at_least, choice, unread
+from genpolicy.config.errors import ConfigError, at_least, at_most, choice, unread
 from genpolicy.contracts.dataset import Pairs, Pictures
 from genpolicy.methods.parts.contrast import contrasted
 from genpolicy.methods.parts.judged_rows import good
@@ -52,7 +52,11 @@ class DiffusionDPO:
     renew: int = 0  # iterations after which the reference becomes the policy; 0: never
     preference: Preference = field(default_factory=Preference)  # the loss
 
-    needs: ClassVar[Needs] = Needs(denoising=True)
+    @property
+    def needs(self) -> Needs:
+        """Own pairs come of groups that the processes share out, recorded ones of data."""
+        own = self.pairs == "own"
+        return Needs(denoising=True, data=not own, split=("groups",) if own else ())
 
     def __post_init__(self) -> None:
         at_least(
@@ -64,11 +68,15 @@ class DiffusionDPO:
             self.pairs
         ]
         unread("method diffusion_dpo", self, f"with {self.pairs} pairs", *other)
+        if self.pairs == "own":
+            at_most("method diffusion_dpo", self, updates=self.groups)
 
     def train(self, run: Run) -> None:
+        if self.pairs == "own":
+            self._require_no_pairs(run)
         reference = run.weights()
-        if self.renew:
-            run.register(reference=reference)
+        # also where it is the first policy, which may be another when its run is resumed
+        run.register(reference=reference)
         compare = Comparison(run, self.preference, "dpo")
         batches = self.sampled if self.pairs == "own" else self.recorded(run)
         for iteration in run.iterations():
@@ -76,6 +84,18 @@ class DiffusionDPO:
                 compare.update(sides, place, total, reference, number)
             if self.renew and iteration % self.renew == 0:
                 reference.renew()
+
+    def _require_no_pairs(self, run: Run) -> None:
+        """Raises `ConfigError` where the data section names what own pairs leave unread: it may
+        only give a new robot policy its shapes.
+        """
+        if run.data is None:
+            return
+        if isinstance(run.data, Pictures) or run.experiment.policy.get("pretrained") is not None:
+            raise ConfigError(
+                "method diffusion_dpo: the data section is named, and own pairs do not read it: set"
+                " pairs to recorded, or leave the section out"
+            )
 
     def sampled(self, run: Run) -> Iterator[tuple[Sides, Tensor, int]]:
         """An iteration's batches of pairs out of the policy's own groups: the pairs, their numbers
@@ -102,12 +122,9 @@ class DiffusionDPO:
                 yield sides, rollout.decisions.place[pairs.better[mine]], total
 
     def recorded(self, run: Run) -> Callable[[Run], Iterator[tuple[Sides, Tensor, int]]]:
-        """The same of recorded pairs. Raises `ConfigError` where the data section has none."""
+        """The same of recorded pairs. Raises `ConfigError` where there are none in the data."""
         data, model = run.data, run.policy.model
-        if data is None:
-            raise ConfigError(
-                "method diffusion_dpo: recorded pairs are those of the data section: name one"
-            )
+        assert data is not None
         if isinstance(data, Pairs):
 
             def both(rows: Tensor, _: Tensor) -> tuple[Side, Side]:

@@ -78,6 +78,7 @@ class Embeddings:
         self._device = device
         self._home = home
         self._entries: dict[str | None, Entry] = {}  # None: the negative
+        self._size = 0  # their bytes
         self._stacked: dict[Prompts, Entry] = {}
 
     def entry(self, prompt: str | None) -> Entry:
@@ -107,9 +108,9 @@ class Embeddings:
 
     def _keep(self, prompt: str | None, entry: Entry) -> None:
         self._entries[prompt] = tuple(None if v is None else v.to(self._home) for v in entry)
-        size = sum(_bytes(e) for e in self._entries.values())
-        while size > CACHED_BYTES and len(self._entries) > 1:
-            size -= _bytes(self._entries.pop(next(iter(self._entries))))
+        self._size += _bytes(self._entries[prompt])
+        while self._size > CACHED_BYTES and len(self._entries) > 1:
+            self._size -= _bytes(self._entries.pop(next(iter(self._entries))))
 
     @cached_property
     def _have_rows(self) -> tuple[bool, ...] | None:

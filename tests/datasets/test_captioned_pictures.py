@@ -79,6 +79,45 @@ def test_grey_pictures_and_those_with_alpha_become_red_green_and_blue(tmp_path):
     assert torch.equal(red[:, 0, 0], torch.tensor([1.0, 0, 0]))
 
 
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_sixteen_bits_of_grey_are_read_by_their_upper_eight(tmp_path, kind):
+    """...upright; cut off at 255, as the library does it, nearly all would be white."""
+    deep = np.random.default_rng(0).integers(0, 65536, (8, 12)).astype(np.uint16)
+    turned = Image.Exif()
+    turned[0x112] = 6
+    Image.fromarray(deep).save(tmp_path / f"deep.{kind}", exif=turned)
+    (tmp_path / METADATA).write_text(entry(f"deep.{kind}", "grey"))
+    _, (picture,) = read(tmp_path, 12, 8).pictures(torch.tensor([0]))
+    upright = np.ascontiguousarray(np.rot90(deep >> 8, -1).astype(np.uint8))
+    assert torch.equal((picture * 255).round().byte(), torch.from_numpy(upright).expand(3, 12, 8))
+
+
+def test_numbers_of_no_known_range_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), 300.0, np.float32)).save(tmp_path / "float.tif")
+    (tmp_path / METADATA).write_text(entry("float.tif", "grey"))
+    with pytest.raises(ValueError, match=r"float\.tif is no picture .* no known range \(mode F\)"):
+        read(tmp_path).pictures(torch.tensor([0]))
+
+
+@pytest.mark.parametrize(("tag", "raised"), [(0, "struct.error"), (26, "TypeError")])
+@pytest.mark.filterwarnings("ignore")  # the library's own, of the camera's tags
+def test_whatever_a_decoder_stumbles_over_is_one_sentence(tmp_path, tag, raised):
+    """A wrong byte in what the camera wrote, at which the library raises neither of its own."""
+    tags = Image.Exif()
+    tags[0x10F], tags[0x112] = "x" * 40, 6
+    save(tmp_path, "noise.jpg", np.random.default_rng(0).integers(0, 256, (24, 24, 3)))
+    with Image.open(tmp_path / "noise.jpg") as picture:
+        picture.save(tmp_path / "camera.jpg", exif=tags)
+    whole = (tmp_path / "camera.jpg").read_bytes()
+    place = whole.index(b"Exif") + 17  # of the first tag's number, its second byte
+    (tmp_path / "camera.jpg").write_bytes(whole[:place] + bytes([tag]) + whole[place + 1 :])
+    (tmp_path / METADATA).write_text(entry("camera.jpg", "noise"))
+    with pytest.raises(ValueError, match=r"camera\.jpg is no picture that can be read: "):
+        read(tmp_path).pictures(torch.tensor([0]))
+    (tmp_path / "camera.jpg").write_bytes(whole)  # control
+    assert len(read(tmp_path).pictures(torch.tensor([0]))[1]) == 1
+
+
 @pytest.mark.parametrize("upright", [False, True])
 def test_a_picture_of_another_shape_is_cut_around_its_middle(tmp_path, upright):
     """The middle one of three bands of colour, side by side or one above the other, is kept."""

@@ -181,6 +181,21 @@ def test_the_supervised_term_is_in_halves_of_beta():
     assert with_it - plain == pytest.approx(0.5 * BETA / 2 * 1.0)
 
 
+def test_the_papers_beta_is_of_each_sides_own_mean():
+    """A chunk that its episode's end has cut counts as much as a whole one."""
+    now, then = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    masks = [torch.ones(5, 4, dtype=torch.bool), torch.tensor([True, False] * 2).expand(5, 4)]
+    compare = Comparison(None, Preference(beta_mean=8.0), "dpo")  # type: ignore[arg-type]
+    found = compare.loss([*now], [*then], [*masks])[1]["logit"]
+    means = [
+        ((n**2 - t**2) * mask).sum(1) / mask.sum(1)
+        for n, t, mask in zip(now, then, masks, strict=True)
+    ]
+    assert torch.allclose(found, -8.0 / 2 * (means[0] - means[1]), atol=1e-5)
+    by_the_first = -1.0 * (4 * means[0] - 2 * means[1])
+    assert not torch.allclose(found, by_the_first, atol=1e-2), "control: one count for both sides"
+
+
 # -- the safeguard ---------------------------------------------------------------------------------
 
 
@@ -189,7 +204,7 @@ def test_with_the_safeguard_a_step_does_not_raise_the_preferred_error(margin):
     """Outputs that move alike: both sides' errors are of one output vector plus constants."""
     generator = torch.Generator().manual_seed(0)
     preferred, other = torch.randn(2, 200, 4, generator=generator)
-    share = safe_share(preferred, other, margin, None)
+    share = safe_share(preferred, other, margin, None, None)
     assert float(share.min()) >= 0
     assert float(share.max()) <= 1
 
@@ -202,6 +217,22 @@ def test_with_the_safeguard_a_step_does_not_raise_the_preferred_error(margin):
     assert bool((gained(torch.ones(200)) < 0).any()), "control: without it some errors rise"
     against = (preferred * other).sum(1) <= 0
     assert bool((share[against] == 1).all())
+
+
+def test_dims_that_do_not_count_of_either_side_stay_out_of_the_safeguard():
+    preferred, other = torch.tensor([[1.0, 2.0, 5.0]]), torch.tensor([[4.0, 9.0, 7.0]])
+    first, second = torch.tensor([[True, True, False]]), torch.tensor([[True, False, True]])
+    share = safe_share(preferred, other, 0.8, first, second)
+    assert float(share) == pytest.approx(0.2 * 5 / 4)
+    assert float(safe_share(preferred, other, 0.8, first, None)) == pytest.approx(0.2 * 5 / 22)
+
+
+def test_the_safeguard_of_half_precision_is_reckoned_in_single():
+    preferred = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    other = preferred * 1.5
+    known = 0.4 * preferred.double().square().sum(1) / (preferred.double() * other.double()).sum(1)
+    found = safe_share(preferred, other, 0.6, None, None)
+    assert torch.allclose(found.double(), known, atol=1e-5)
 
 
 def test_the_safeguard_scales_the_other_sides_slope_and_not_the_logit():

@@ -2,6 +2,7 @@
 told to prefer.
 """
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,14 @@ from genpolicy.methods.parts.contrast import contrasted
 from genpolicy.methods.parts.imitation import Imitation, recorded
 from genpolicy.methods.parts.preferences import Preference
 from genpolicy.methods.seppo import SePPO
+from genpolicy.models.toy import Toy
 from genpolicy.rollout.examples import examples
+from genpolicy.training.deployment import Deployment
+from genpolicy.training.experiment import train
 from genpolicy.training.prepare import prepare
 from genpolicy.training.processes import Processes
-from tests import one_step, toy, toy_control
+from genpolicy.training.run import Run
+from tests import one_step, rl100_toy, toy, toy_control
 from tests.methods.test_laws import Shown
 from tests.methods.test_seams import largest_difference
 from tests.peers import peers, together
@@ -54,6 +59,12 @@ class Turned(Sides):
         return captions, other, preferred
 
 
+def read_by(method: dict[str, Any], world: str) -> dict[str, Any]:
+    """The data section of a world, where the method reads it or a new policy has its shapes there."""
+    own = method["name"] == "diffusion_dpo" and method.get("pairs", "own") == "own"
+    return {} if own and world == "prompts" else {"data": DATA[world]}
+
+
 def prepared(folder: Path, method: dict[str, Any], world: str = "prompts", **sections: Any):
     """A run before its first iteration, and its method."""
     folder.mkdir(exist_ok=True)
@@ -61,7 +72,7 @@ def prepared(folder: Path, method: dict[str, Any], world: str = "prompts", **sec
         folder,
         method=method,
         optimizer={"lr": 3e-3, "weight_decay": 0.0},
-        **{"data": DATA[world], **sections},
+        **{**read_by(method, world), **sections},
     )
     return prepare(parse.parse(raw), folder / "run", Processes(peers(1)[0]))
 
@@ -270,14 +281,14 @@ def brightness(run) -> float:
     [
         ({**DPO, "updates": 20}, "Sides", 1),
         ({**DPO, "updates": 20}, "Turned", -1),
-        ({**OWN, "updates": 10, "groups": 16}, "Sides", 1),
+        ({**OWN, "updates": 10, "groups": 16}, None, 1),
         ({**SEPPO, "updates": 16, "samples": 64}, "Sides", 1),
     ],
 )
 def test_pictures_become_what_is_preferred(tmp_path, method, data, sign):
     """Control: turned pairs bring the opposite."""
-    section = {"name": f"tests.methods.test_preferences:{data}"}
-    run, made = prepared(tmp_path, method, data=section)
+    section = {"data": {"name": f"tests.methods.test_preferences:{data}"}} if data else {}
+    run, made = prepared(tmp_path, method, **section)
     before = brightness(run)
     trained(run, made, 8)
     assert sign * (brightness(run) - before) > 0.05
@@ -327,10 +338,10 @@ def learned(folder, count, method, world, seed=0):
         raw = WORLDS[world](
             place,
             method=method,
-            data=DATA[world],
             optimizer={"lr": 1e-3, "eps": 1e-4},
             budget={"iterations": 2},
             seed=seed,
+            **read_by(method, world),
         )
         run, made = prepare(parse.parse(raw), place / "run", Processes(accelerator))
         works.append(partial(weights_after, run, made))
@@ -361,6 +372,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, method, world):
         (lambda: SePPO(pool="latest", copies=3), "copies is 3, and with pool latest"),
         (lambda: DiffusionDPO(pairs_per_update=3), "pairs_per_update is 3, and with own pairs"),
         (lambda: DiffusionDPO(pairs="recorded", group=3), "group is 3, and with recorded pairs"),
+        (lambda: DiffusionDPO(groups=4, updates=8), "updates is 8; it must be at most 4"),
         (lambda: Preference(wrong=0.5), "wrong is 0.5; it must be below 0.5"),
         (lambda: Preference(beta=1.0, beta_mean=1.0), "beta is 1.0, and beside beta_mean"),
         (lambda: Preference(safeguard=2.0), "safeguard is 2.0"),
@@ -377,17 +389,85 @@ def test_settings_that_are_none_are_one_sentence(made, said):
     ("method", "world", "data", "said"),
     [
         (DPO, "prompts", {"name": "tests.methods.test_laws:Shown"}, "no pairs of them"),
-        (DPO, "prompts", None, "name one"),
+        (DPO, "prompts", None, "learns from recorded examples: name them in the data section"),
+        (
+            OWN,
+            "prompts",
+            DATA["prompts"],
+            "the data section is named, and own pairs do not read it",
+        ),
         (DPO, "robots", {"name": "tests.toy_control:Recorded"}, "no recorded episode failed"),
     ],
 )
 def test_data_without_pairs_is_one_sentence(tmp_path, method, world, data, said):
-    run, made = prepared(tmp_path, method, world, data=data)
     with pytest.raises(ConfigError, match=said) as raised:
-        trained(run, made, 1)
+        trained(*prepared(tmp_path, method, world, data=data), 1)
     assert "\n" not in str(raised.value)
 
 
 def test_pairs_in_memory_are_pairs():
     assert isinstance(Sides(), Pairs)
     assert not isinstance(Shown(), Pairs)
+
+
+def test_recorded_pairs_are_held_against_no_setting_of_own_ones():
+    """48 groups, which nothing reads, and five processes."""
+    assert DiffusionDPO(pairs="recorded").needs.split == ()
+    assert DiffusionDPO().needs.split == ("groups",)
+
+
+@dataclass
+class Lost(rl100_toy.Outcomes):
+    """Episodes none of which got there in time."""
+
+    skill: float = 0.1
+    limit: int = 2
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "said"),
+    [
+        (DPO, "tests.toy_control:Recorded", "no recorded episode failed: pairs need both kinds"),
+        (DPO, f"{__name__}:Lost", "no recorded episode succeeded: pairs need both kinds"),
+        (SEPPO, f"{__name__}:Lost", "no recorded episode succeeded: there is no example"),
+    ],
+)
+def test_episodes_of_one_kind_are_refused_before_any_work(
+    tmp_path, monkeypatch, method, kind, said
+):
+    """No episode is played, and of the run's folder nothing is left."""
+    asked: list[str] = []
+    monkeypatch.setattr(Deployment, "evaluate", lambda *_: asked.append("evaluate"))
+    monkeypatch.setattr(Run, "descend", lambda *_, **__: asked.append("descend"))
+    raw = toy_control.experiment(tmp_path, method=method, data={"name": kind})
+    with pytest.raises(ConfigError, match=said):
+        train(parse.parse(raw))
+    assert asked == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_first_policy_stays_the_reference_where_a_run_goes_on_from_another_place(tmp_path):
+    """The policy section may say another folder when a run is resumed; the reference may not."""
+    homes = []
+    for seed in (1, 2):
+        home = tmp_path / f"home-{seed}"
+        home.mkdir()
+        Toy(seed=seed).save(home)
+        homes.append(str(home))
+    losses = {}
+    for name, later in (("same", homes[0]), ("other", homes[1])):
+        (tmp_path / name).mkdir()
+        raw = toy.experiment(
+            tmp_path / name,
+            policy={"name": "toy", "pretrained": homes[0]},
+            method=DPO,
+            data=DATA["prompts"],
+            budget={"iterations": 1},
+            eval={"every": 0, "samples": 4, "select": None},
+        )
+        folder = train(parse.parse(raw)).folder
+        train(folder / "config.yaml", ["--budget.iterations=2", f"--policy.pretrained={later}"])
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        losses[name] = [line["dpo/loss"] for line in lines if "dpo/loss" in line]
+    assert len(losses["same"]) == 2
+    assert losses["other"] == losses["same"]

@@ -86,3 +86,21 @@ def test_prompts_are_encoded_in_batches_of_one_size(monkeypatch: pytest.MonkeyPa
     model.encode(Context([*MANY[:11], *MANY[:3]]))
     model.encode(Context(MANY[:12]))
     assert sizes == [prompts_of.TOGETHER] * 3
+
+
+def test_a_new_prompt_costs_the_same_however_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """...and the oldest of them are dropped at the limit of bytes all the same."""
+    weighed: list[int] = []
+    honest = prompts_of._bytes
+    monkeypatch.setattr(prompts_of, "_bytes", lambda entry: weighed.append(1) or honest(entry))
+    made = prompts_of.Embeddings(
+        lambda prompts: (torch.zeros(len(prompts), 10),),
+        lambda: (torch.zeros(1, 10),),
+        torch.device("cpu"),
+        torch.device("cpu"),
+    )
+    made.encode([f"{number}" for number in range(400)])
+    assert len(weighed) <= 2 * 400, "the sum of all of them each time would be 80,000"
+    monkeypatch.setattr(prompts_of, "CACHED_BYTES", 5 * 40)
+    made.encode(["another", "and another"])
+    assert list(made._entries) == ["397", "398", "399", "another", "and another"]

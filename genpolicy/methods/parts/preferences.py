@@ -3,13 +3,14 @@ r"""The update of methods that prefer one side of a pair to the other.
     e(x)  = sum over E of (output - target)^2 at x_t = alpha x + sigma eps, of the policy;
     gap   = e(x) - the same of a reference,
     z     = -beta (gap(preferred) - s gap(other)),
-    loss  = l(z) + supervised (beta / 2) e(preferred) / E',   both sides at the same time t.
+    loss  = l(z) + supervised (beta / 2) e(preferred),   both sides at the same time t.
 
 -gap stands for log p(x) / p_reference(x) but for a factor, which beta holds (Diffusion-DPO, arXiv
 2311.12908, eq. 14): beta is per summed error and means the same for any E. The papers' is of the
-errors' means over the E' dims that count, beta = beta_mean / (2 E'): 5000 on SD 1.5's latents of
-16,384 numbers is .153, and 34 on a chunk of 16 x 7 actions. At z = 0 the loss's slope by
-e(preferred) is beta / 2, which is the unit of ``supervised`` (RPO: DPO with a supervised term).
+errors' means over the E' dims that count, beta = beta_mean / (2 E'), of either side by its own E':
+5000 on SD 1.5's latents of 16,384 numbers is .153, and 34 on a chunk of 16 x 7 actions. At z = 0
+the loss's slope by e(preferred) is beta / 2, which is the unit of ``supervised`` (RPO: DPO with a
+supervised term).
 
 s is 1, or SePPO's flip. ``error`` "noise" counts errors of eps = the output's times d eps / d
 output: of a velocity beta (1 - t)^2, which the derivation says and Flow-DPO (arXiv 2501.13918)
@@ -85,7 +86,7 @@ class Preference:
             unread(where, self, "beside beta_mean", "beta")
 
     def per_sum(self, count: Tensor) -> Tensor:
-        """beta of pairs whose events have ``count`` dims that count, [b]."""
+        """beta of sides whose events have ``count`` dims that count, [b]."""
         if self.beta_mean is None:
             return torch.full_like(count, self.beta)
         return self.beta_mean / (2 * count)
@@ -174,17 +175,20 @@ class Comparison:
         """
         settings = self.settings
         gap, other = (error_gap(n, t, m) for n, t, m in zip(now, then, masks, strict=True))
-        count = reduce_event(torch.ones_like(now[0]), "sum", masks[0])
+        count, other_count = (
+            reduce_event(torch.ones_like(n, dtype=torch.float32), "sum", m)
+            for n, m in zip(now, masks, strict=True)
+        )
         beta = settings.per_sum(count)
         with torch.no_grad():
             decided = torch.stack([gap, *(other_draws or [])]).mean(0)
             s = flipped(decided, flip)
         raw = other.detach()
         if settings.safeguard is not None:
-            held = safe_share(now[0].detach(), now[1].detach(), settings.safeguard, masks[0])
+            held = safe_share(now[0].detach(), now[1].detach(), settings.safeguard, *masks)
             held = torch.where(s > 0, held, torch.ones_like(held))  # pulled, it harms nothing
             other = raw + held * (other - raw)
-        logit = -beta * (gap - s * other)
+        logit = settings.per_sum(other_count) * s * other - beta * gap
         loss = robust(logit, settings.loss, settings.wrong)
         if settings.supervised:
             error = reduce_event(now[0].float() ** 2, "sum", masks[0])
@@ -193,7 +197,7 @@ class Comparison:
             "logit": logit.detach(),
             "accuracy": (logit.detach() > 0).to(gap),
             "preferred_gap": gap.detach() / count,
-            "other_gap": raw / reduce_event(torch.ones_like(now[1]), "sum", masks[1]),
+            "other_gap": raw / other_count,
             "beta": beta,
             "beta_mean": 2 * count * beta,
         }
