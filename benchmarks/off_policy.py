@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from genpolicy.config import leaves, parse
 from genpolicy.config.origin import PERSON
@@ -105,19 +104,19 @@ def learn(
         began = time.process_time()
         train(parse.load(preset, overrides))
         (folder / "cpu_s.txt").write_text(f"{time.process_time() - began:.0f}\n")
-    if not (folder / REPORT).exists():
-        found = {"success": played(folder / "policy", task).tolist()}
-        (folder / REPORT).write_text(json.dumps(found))
+    judge(folder, task)
 
 
-def played(policy: Path, task: str) -> Tensor:
-    """The successes of a policy from the fresh starts."""
+def judge(folder: Path, task: str) -> None:
+    """Plays a run's policy from the fresh starts, once, and writes its successes beside it."""
+    if (folder / REPORT).exists():
+        return
     world = leaves.make("tasks", {"name": "metaworld", "env": task}, PERSON)
-    loaded = load(policy)
+    loaded = load(folder / "policy")
     environments = world.environments(SLOTS, cast(ControlModel, loaded.model).history)
     found = evaluate_control(loaded, environments, episodes=len(FRESH), seed=FRESH.start)
     environments.close()
-    return found.success
+    (folder / REPORT).write_text(json.dumps({"success": found.success.tolist()}))
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Run:
 
     course: (environment steps so far, those of the demonstrations too; success of 200 starts) of
     each evaluation. success: of the last policy from each of the fresh starts. cpu_s: seconds of
-    computing, evaluations among them.
+    computing, evaluations among them; 0 of a clone.
     """
 
     course: list[tuple[float, float]]
@@ -149,7 +148,7 @@ def _measured(folder: Path, demonstrated: int) -> Run:
             if "eval/success_rate" in m
         ],
         json.loads((folder / REPORT).read_text())["success"],
-        float((folder / "cpu_s.txt").read_text()),
+        float(spent.read_text()) if (spent := folder / "cpu_s.txt").exists() else 0.0,
     )
 
 
