@@ -21,7 +21,8 @@ from. Runs that are there are not made again.
 
 import argparse
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ COST = 148_480
 """Of every arm."""
 PICTURES = {"hard": 512, "easy": 528}
 """Of the report: eight and six of every held-out caption."""
+VARIETY = ("diversity", "spread")
 TUNING_SEED, TUNING_NOISE, REPORT_NOISE = 11, 77_001, 4242
 RATES = (1.5e-4, 3e-4)
 ROWS = 128
@@ -238,14 +240,11 @@ def table(out: Path) -> str:
             strict = _strict(seeds)
             values = torch.stack([one.mean() for one in strict.values()])
             low, high = interval(values if len(values) > 1 else next(iter(strict.values())))
-            diversity, spread_ = (
-                sum(one[key] for one in seeds.values()) / len(seeds)
-                for key in ("diversity", "spread")
-            )
+            varied, places = (_mean([one[k] for one in seeds.values()]) for k in VARIETY)
             lines.append(
                 f"| {task} | {name} | {', '.join(f'{float(v):.3f}' for v in values)}"
                 f" | {float(values.mean()):.3f} [{low:.3f}, {high:.3f}]"
-                f" | {diversity:.3f} | {spread_:.2f}"
+                f" | {varied:.3f} | {places:.2f}"
                 f" | {_less(task, sft, strict)} | {_less(task, dpo, strict)} |"
             )
     return "\n".join(lines)
@@ -255,6 +254,11 @@ def _reports(out: Path, task: str, name: str) -> dict[str, dict[str, Any]]:
     """The reports of an arm's runs, by seed."""
     folders = [f for f in sorted((out / task).glob(f"{name}-[0-9]")) if finished(f)]
     return {folder.name[-1]: judged(folder, task) for folder in folders}
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """Of one number per seed; nan where a seed has none (too few right pictures)."""
+    return sum(math.nan if v is None else v for v in values) / len(values)
 
 
 def _strict(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
