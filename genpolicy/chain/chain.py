@@ -75,6 +75,20 @@ class Trajectory:
             start=None if self.start is None else self.start[rows],
         )
 
+    @classmethod
+    def cat(cls, parts: "Sequence[Trajectory]", condition: Condition) -> "Trajectory":
+        """Chains that were drawn alike, one after the other, under the ``condition`` of all."""
+        starts = [part.start for part in parts if part.start is not None]
+        return replace(
+            parts[0],
+            condition=condition,
+            **{
+                name: torch.cat([getattr(part, name) for part in parts])
+                for name in ("x", "mean", "std", "x0")
+            },
+            start=torch.cat(starts) if len(starts) == len(parts) else None,
+        )
+
     def only(self, steps: range) -> "Trajectory":
         """The same chains with fewer kept steps; `ValueError` for one that was not kept."""
         for k in (steps.start, steps.stop - 1):

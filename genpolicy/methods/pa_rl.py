@@ -40,6 +40,9 @@ from genpolicy.policy.parts.refiner import Refiner
 from genpolicy.training.requirements import Needs
 from genpolicy.training.run import Run
 
+AT_ONCE = 256
+"""Decisions whose samples are in memory together."""
+
 
 @dataclass
 class PARL:
@@ -112,7 +115,10 @@ class _Improvement:
         rows = torch.from_numpy(generator.integers(len(replay), size=settings.states))
         uniform = torch.from_numpy(generator.random(settings.states))
         target = torch.cat(
-            [self.target(*part) for part in zip(rows.split(1024), uniform.split(1024), strict=True)]
+            [
+                self.target(*part)
+                for part in zip(rows.split(AT_ONCE), uniform.split(AT_ONCE), strict=True)
+            ]
         )
 
         def source(index: Tensor) -> tuple[Context, Tensor, None]:

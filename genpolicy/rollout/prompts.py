@@ -1,7 +1,7 @@
 """Sampling prompts: a policy draws one output per row, which is decoded and scored."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,14 +61,7 @@ def concatenate(judged: list[Judged], policy: ChainPolicy) -> Judged:
     if len(judged) == 1:
         return judged[0]
     prompts = [prompt for j in judged for prompt in j.context.prompts]
-    first = judged[0].trajectory
-    trajectory = replace(
-        first,
-        condition=policy.model.encode(Context(prompts)),
-        **{
-            name: torch.cat([getattr(j.trajectory, name) for j in judged])
-            for name in ("start", "x", "mean", "std", "x0")
-        },
-    )
+    condition = policy.model.encode(Context(prompts))
+    trajectory = Trajectory.cat([j.trajectory for j in judged], condition)
     parts = {name: torch.cat([j.parts[name] for j in judged]) for name in judged[0].parts}
     return Judged(trajectory, Context(prompts), torch.cat([j.outputs for j in judged]), parts)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from genpolicy.chain import Condition, Noise, Trajectory
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.micro_batch import MicroBatches, recount
 
 
 def require_groups(place: Tensor, members: int) -> None:
@@ -24,10 +25,12 @@ def redrawn(
     policy: ChainPolicy,
     condition: Condition,
     noise: Noise,
+    micro_batches: MicroBatches,
     members: int = 1,
     branch_at: int | None = None,
 ) -> Trajectory:
-    """Sample B rows of ``condition`` once more, groups of ``members`` one after the other.
+    """Sample B rows of ``condition`` once more, groups of ``members`` one after the other, as many
+    rows at once as memory allows.
 
     branch_at: the members of a group share their first ``branch_at`` steps, and only the steps
     after them are kept. A process without a row (B = 0) asks the network nothing. Raises
@@ -43,7 +46,13 @@ def redrawn(
     if not len(noise):
         return _nothing(policy, condition, range(first, window.stop))
     keep = (first, window.stop)
-    return policy.sample(condition, noise, members=members, branch_at=branch_at, keep=keep)
+
+    def drawn(rows: slice) -> Trajectory:
+        options = {"members": members, "branch_at": branch_at, "keep": keep}
+        return policy.sample(condition[rows], noise[rows], **options)
+
+    parts = micro_batches(drawn, len(noise), members, recount(policy))
+    return parts[0] if len(parts) == 1 else Trajectory.cat(parts, condition)
 
 
 def _nothing(policy: ChainPolicy, condition: Condition, steps: range) -> Trajectory:

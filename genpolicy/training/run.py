@@ -60,6 +60,7 @@ class Run:
     data: the recorded episodes or pictures, if the experiment names some. teacher: the policy that
         is distilled, if the policy section names one.
     learner: the weights that learn, the method's stages and their optimisers.
+    micro_batches: work on rows, as many at once as memory allows.
     spent: counters. metrics: of the iteration that is running.
     """
 
@@ -82,6 +83,7 @@ class Run:
         self.teacher = teacher
         self.folder, self.processes = workspace.folder, workspace.processes
         self.metrics, self.display = workspace.metrics, workspace.display
+        self.micro_batches = workspace.micro_batches
         self.spent = Spent()
         self.learner = Learner(policy.model, experiment.optimizer, workspace.processes)
         self.deployment = Deployment(
@@ -227,7 +229,7 @@ class Run:
         noise = self.noise("redraw", place // members, number)
         noise = replace(noise, member=place % members)
         self.metrics.phase("sample")
-        trajectory = redrawn(policy, condition, noise, members, branch_at)
+        trajectory = redrawn(policy, condition, noise, self.micro_batches, members, branch_at)
         self.metrics.phase(None)
         return unjudged(trajectory, place, total)
 

@@ -343,6 +343,28 @@ def spread(states, members):
     return (grouped - grouped[:, :1]).abs().flatten(1).amax(1)
 
 
+@pytest.mark.parametrize("branch_at", [None, 1])
+def test_decisions_are_redrawn_as_memory_allows(tmp_path, branch_at):
+    """Whole groups at a time, to the numbers and for the evaluations of all at once."""
+    run = prepared(tmp_path)
+    whole, evaluations = redrawn(run, branch_at=branch_at)
+    asked, denoise = [], run.policy.model.denoise
+
+    def watched(x, t, condition):
+        asked.append(len(x))
+        return denoise(x, t, condition)
+
+    run.policy.model.denoise = watched
+    run.micro_batches.size = 7  # two groups of three
+    parts, again = redrawn(run, branch_at=branch_at)
+    assert max(asked) <= 6
+    assert again == evaluations
+    for name in ("start", "x", "mean", "std", "x0"):
+        a, b = (getattr(rollout.trajectory, name) for rollout in (whole, parts))
+        assert torch.allclose(a, b, atol=1e-6), name
+    assert len(parts.trajectory.condition) == len(whole.trajectory.condition)
+
+
 def test_groups_that_are_divided_among_processes_are_not_redrawn(tmp_path):
     """The shares of `contexts` are single rows: their members would meet others in a group."""
 

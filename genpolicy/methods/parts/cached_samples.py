@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genpolicy.chain import Condition
+from genpolicy.chain import Condition, Noise
 from genpolicy.methods.parts.offline_data import Experience
 from genpolicy.policy.policy import ChainPolicy
+from genpolicy.rollout.micro_batch import recount
 from genpolicy.training.run import Run
 
 AT_ONCE = 4096
-"""Samples that are drawn together, by one of the processes."""
+"""Samples that are drawn by one of the processes, together where memory allows."""
 
 
 class CachedSamples:
@@ -96,9 +97,17 @@ class CachedSamples:
         drawn = torch.zeros(2, len(rows), *model.event_shape, device=model.device)
         for number, part in enumerate(torch.arange(len(rows)).split(AT_ONCE), first):
             if number % processes.count == processes.index:
-                found = policy.sample(conditions[rows[part]], noise[part], keep=(0, 0))
-                assert found.start is not None
-                drawn[:, part] = torch.stack([found.x0, found.start / policy.chain.scale])
+                condition, own = conditions[rows[part]], noise[part]
+
+                def sampled(
+                    some: slice, condition: Condition = condition, own: Noise = own
+                ) -> Tensor:
+                    found = policy.sample(condition[some], own[some], keep=(0, 0))
+                    assert found.start is not None
+                    return torch.stack([found.x0, found.start / policy.chain.scale])
+
+                fits = self.run.micro_batches
+                drawn[:, part] = torch.cat(fits(sampled, len(part), 1, recount(policy)), 1)
         x0, start = processes.reduce(drawn).unflatten(1, (len(views), count))
         return x0, start
 

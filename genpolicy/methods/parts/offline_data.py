@@ -20,7 +20,6 @@ from genpolicy.rollout.rollout import Rollout
 from genpolicy.training.build import called
 from genpolicy.training.run import Run
 
-
 AT_ONCE = 256
 """Views whose features are computed together: a prompt's are the mean of a large embedding."""
 
