@@ -9,11 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from genpolicy.config.documents import json_value
 from genpolicy.contracts.task import Context
+from genpolicy.datasets._metadata import METADATA, entries
 from genpolicy.datasets._pictures import read, require_pixels, stacked
-
-METADATA = "metadata.jsonl"
 
 
 @dataclass(eq=False)
@@ -37,20 +35,9 @@ class CaptionedPictures:
             raise FileNotFoundError(
                 f"{self.root} is no folder of captioned pictures: no {METADATA}"
             )
-        try:
-            text = metadata.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{metadata} is no UTF-8 text: {error}") from None
         captions: list[str] = []
         files: list[Path] = []
-        # JSON's own line ends only: captions may contain other separators of lines
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            name, caption = _entry(line, f"{metadata}, line {number}")
-            file = folder / name
-            if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
-                raise ValueError(f"{metadata}, line {number}: there is no file {name} in {folder}")
+        for _, (file,), caption in entries(folder, ["file_name"], "text"):
             captions.append(caption)
             files.append(file)
         if not files:
@@ -69,16 +56,3 @@ class CaptionedPictures:
         pictures = [read(file, self.height, self.width, str(file)) for file in found]
         captions = [self.captions[row] for row in rows]
         return Context(captions), stacked(pictures, self.height, self.width)
-
-
-def _entry(line: str, where: str) -> tuple[str, str]:
-    """The file name and the caption of one line."""
-    try:
-        entry = json_value(line, where)
-        name = entry["file_name"]
-        caption = entry["text"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{where}: it must be a JSON object with file_name and text") from None
-    if not isinstance(name, str) or not isinstance(caption, str):
-        raise ValueError(f"{where}: file_name and text must be text")
-    return name, caption

@@ -1,69 +1,55 @@
-"""Pairs of pictures, one of which was preferred, in parquet files as Pick-a-Pic has them.
+"""Pairs of pictures, one of which was preferred: in parquet files as Pick-a-Pic has them, or as
+files of a folder.
 
-Their columns are jpg_0 and jpg_1 (the files of two pictures), caption, and label_0: 1 where the
-first is preferred, 0 where the second is, .5 where none is. Other columns are not read.
+The columns of parquet files are jpg_0 and jpg_1 (the files of two pictures), caption, and label_0:
+1 where the first is preferred, 0 where the second is, .5 where none is. Other columns are not read.
+A folder of files has one metadata.jsonl, each line of which is {"chosen_file_name": "0.png",
+"rejected_file_name": "1.png", "caption": "a red circle"}, file names relative to the folder.
 """
 
-import glob
-import io
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from genpolicy.contracts.task import Context
-from genpolicy.datasets._lerobot_import import arrow, quiet
-from genpolicy.datasets._pair_files import (
-    CAPTION,
-    COLUMNS,
-    FIRST,
-    SECOND,
-    PairFiles,
-    pair_files,
-)
+from genpolicy.datasets._metadata import METADATA
+from genpolicy.datasets._pair_folder import PairFolder
+from genpolicy.datasets._pair_table import PairTable
 from genpolicy.datasets._pair_writer import recording
 from genpolicy.datasets._pictures import read, require_pixels, stacked
-
-COPIED = 100
-"""Rows that are copied together from the parquet files."""
 
 
 @dataclass(eq=False)
 class PicturePairs:
-    """The pairs of a folder of parquet files, as `genpolicy.contracts.dataset.Pairs`, in the order
-    of the files' names and of the rows in them; ties are left out.
+    """The pairs of a folder, as `genpolicy.contracts.dataset.Pairs`, in the order of its
+    metadata.jsonl, or of the parquet files' names and of the rows in them; ties are left out.
 
-    Hugging Face's `datasets` copies them once to its cache, uncompressed, from where rows are read
-    without the rest. A picture of another size is scaled to cover ``height`` x ``width`` and cut
-    around its middle.
+    Hugging Face's `datasets` copies parquet files once to its cache, uncompressed, from where rows
+    are read without the rest. A picture of another size is scaled to cover ``height`` x ``width``
+    and cut around its middle.
     """
 
     root: str  # the folder
     height: int  # pixels
     width: int  # pixels
-    # what the names of its files begin with (train-00000-of-00645.parquet); None: the only one
+    # what the names of parquet files begin with (train-00000-of-00645.parquet); None: the only one
     split: str | None = None
     ties: int = field(init=False)  # rows that were left out
-    _files: PairFiles = field(init=False, repr=False)
-    _table: Any = field(init=False, repr=False)
-    _rows: Tensor = field(init=False, repr=False)  # of the files, without the ties [R]
+    _stored: PairFolder | PairTable = field(init=False, repr=False)
+    _rows: Tensor = field(init=False, repr=False)  # of what is stored, without the ties [R]
 
     def __post_init__(self) -> None:
         require_pixels(self.height, self.width)
-        with quiet():
-            self._files = pair_files(Path(self.root), self.split)
-        self._table = _mapped(self._files)  # with the library's bar: it may copy for long
-        decided = self._files.labels != 0.5
+        self._stored = _stored(Path(self.root), self.split)
+        decided = self._stored.labels != 0.5
         self._rows = decided.nonzero().flatten()
         self.ties = int((~decided).sum())
         if not len(self._rows):
             raise ValueError(f"all {self.ties} pairs in {self.root} are ties")
-        for name in (FIRST, SECOND):
-            self._require_contents(name, decided)
 
     @staticmethod
     def recording(
@@ -82,76 +68,37 @@ class PicturePairs:
         """The captions and the preferred pictures Float[B,3,H,W] in [0,1] of the rows ``index``
         [B].
         """
-        rows = self._rows[index]
-        found = self._found(rows)
-        return Context(found[CAPTION]), self._read(found, rows, preferred=True)
+        context, preferred = self._read(index, (True,))
+        return context, preferred
 
     def pairs(self, index: Tensor) -> tuple[Context, Tensor, Tensor]:
         """See `genpolicy.contracts.dataset.Pairs`."""
-        rows = self._rows[index]
-        found = self._found(rows)
-        preferred = self._read(found, rows, preferred=True)
-        return Context(found[CAPTION]), preferred, self._read(found, rows, preferred=False)
+        context, preferred, other = self._read(index, (True, False))
+        return context, preferred, other
 
-    def _require_contents(self, name: str, decided: Tensor) -> None:
-        """Raises `ValueError` for the first decided row without a picture in this column, which is
-        told by the lengths of the files and without reading them.
+    def _read(self, index: Tensor, asked: tuple[bool, ...]) -> tuple[Any, ...]:
+        """The captions, and the preferred pictures (True) or the others (False), Float[B,3,H,W].
+        Raises `ValueError` for a picture that can't be read, and names its row.
         """
-        compute = arrow().compute
-        stored = self._table.data.column(name)
-        if arrow().types.is_struct(stored.type):
-            stored = compute.struct_field(stored, "bytes")
-        lengths = compute.fill_null(compute.binary_length(stored), 0).to_numpy()
-        missing = (torch.from_numpy(lengths == 0) & decided).nonzero().flatten()
-        if len(missing):
-            where = self._files.place(int(missing[0]))
-            raise ValueError(f"{where}: {name} has no picture in the file")
-
-    def _found(self, rows: Tensor) -> dict[str, list[Any]]:
-        """The columns of the files' rows, as they are stored."""
-        if not len(rows):
-            return {name: [] for name in COLUMNS}
-        return self._table[rows.tolist()].to_pydict()
-
-    def _read(self, found: dict[str, list[Any]], rows: Tensor, preferred: bool) -> Tensor:
-        """One side of the pairs, Float[B,3,H,W]. Raises `ValueError` for a picture that can't be
-        read, and names its row.
-        """
-        pictures = []
-        for number, row in enumerate(rows.tolist()):
-            first = (self._files.labels[row] == 1) == preferred
-            name = FIRST if first else SECOND
-            stored = found[name][number]
-            content = stored["bytes"] if isinstance(stored, dict) else stored
-            where = f"{self._files.place(row)}: {name}"
-            pictures.append(read(io.BytesIO(content), self.height, self.width, where))
-        return stacked(pictures, self.height, self.width)
+        rows: list[int] = self._rows[index].tolist()
+        captions, files = self._stored.read(rows) if rows else ([], [])
+        found = []
+        for preferred in asked:
+            pictures = []
+            for row, pair in zip(rows, files, strict=True):
+                side = int((self._stored.labels[row] == 1) != preferred)
+                where = self._stored.place(row, side)
+                pictures.append(read(pair[side], self.height, self.width, where))
+            found.append(stacked(pictures, self.height, self.width))
+        return Context(captions), *found
 
 
-def _mapped(files: PairFiles) -> Any:
-    """The rows of parquet files as a table that is mapped into memory, not read. To copy them takes
-    the memory of a row group, once.
-
-    The pictures are bytes to it, and nothing is decoded: paths that stand beside them, which may
-    lead anywhere, are not followed.
-    """
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow.dataset import ParquetFragmentScanOptions
-
-    scan = ParquetFragmentScanOptions(
-        use_buffered_stream=True, pre_buffer=False, page_checksum_verification=True
-    )
-    names: list[Any] = [glob.escape(str(file.absolute())) for file in files.files]
-    try:
-        table = datasets.Dataset.from_parquet(
-            names,
-            features=datasets.Features.from_arrow_schema(files.schema),
-            columns=list(COLUMNS),
-            fragment_scan_options=scan,
-            batch_size=COPIED,
-        )
-    except DatasetGenerationError as error:
-        raise ValueError(f"{files.files[0].parent} can't be read: {error.__cause__}") from None
-    arrow().default_memory_pool().release_unused()  # a row group, while it was copied
-    return table.with_format("arrow")
+def _stored(folder: Path, split: str | None) -> PairFolder | PairTable:
+    """The pairs of a folder's metadata.jsonl, or else of its parquet files."""
+    if not (folder / METADATA).is_file():
+        return PairTable(folder, split)
+    if any(folder.glob("*.parquet")):
+        raise ValueError(f"{folder} holds both {METADATA} and parquet files: keep one of them")
+    if split is not None:
+        raise ValueError(f"split is {split!r}, and {folder / METADATA} has none: leave it out")
+    return PairFolder(folder)

@@ -49,6 +49,13 @@ def robust(logit: Tensor, kind: Loss, wrong: float) -> Tensor:
     return ((1 - wrong) * loss - wrong * preference_loss(-logit, kind)) / (1 - 2 * wrong)
 
 
+def semantic_weight(cosine: Tensor, alpha: float) -> Tensor:
+    """exp(-alpha (1 - cos)), in [exp(-2 alpha), 1]: the weight of a pair by the cosine of its
+    prompt's and its preferred side's embeddings (Sem-DPO, arXiv 2507.20133).
+    """
+    return torch.exp(-alpha * (1 - cosine))
+
+
 def safe_share(
     preferred: Tensor,
     other: Tensor,

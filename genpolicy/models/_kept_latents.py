@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from genpolicy.config.whole_file import STAGED
@@ -73,7 +73,9 @@ class KeptLatents:
         # another process may write the same one
         staged = path.with_name(f"{STAGED}{os.getpid()}.{path.name}")
         try:
-            save_file({EVENT: sample}, staged, {DIGEST: digest(name, {EVENT: sample})})
+            # by ourselves: the library's own half-written files have names that no resumed run
+            # knows, and its error of a full disk is none of the system's
+            staged.write_bytes(save({EVENT: sample}, {DIGEST: digest(name, {EVENT: sample})}))
             os.replace(staged, path)
         finally:
             staged.unlink(missing_ok=True)

@@ -3,6 +3,7 @@ is told with its row.
 """
 
 import io
+import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -143,6 +144,82 @@ def test_a_file_that_has_changed_is_read_anew(tmp_path):
     assert both(read(write(tmp_path, [row(caption="old")])), 0)[1] == [255]
     write(tmp_path, [row(caption="new", first=png(9))])
     assert both(read(tmp_path), 0)[:2] == (["new"], [9])
+
+
+# -- a folder of files -----------------------------------------------------------------------------
+
+
+def line(chosen: Any = "bright.png", rejected: Any = "dark.png", caption: Any = "a caption") -> str:
+    found = {"chosen_file_name": chosen, "rejected_file_name": rejected, "caption": caption}
+    return json.dumps(found)
+
+
+def filed(folder: Path, lines: list[str]) -> Path:
+    """A folder of two pictures with these lines of metadata."""
+    (folder / "inside").mkdir(parents=True, exist_ok=True)
+    (folder / "bright.png").write_bytes(BRIGHT)
+    (folder / "inside" / "dark.png").write_bytes(DARK)
+    (folder / "metadata.jsonl").write_text("\n".join(lines).replace('"dark', '"inside/dark'))
+    return folder
+
+
+def test_pairs_may_be_files_of_a_folder(tmp_path):
+    data = read(filed(tmp_path, [line(caption="a"), "", line("dark.png", "bright.png", "b")]))
+    assert isinstance(data, Pairs)
+    assert (len(data), data.ties) == (2, 0)
+    assert both(data, 1, 0, 1) == (["b", "a", "b"], [0, 255, 0], [255, 0, 255])
+    context, preferred = data.pictures(torch.tensor([1, 0]))
+    assert (list(context.prompts), greys(preferred)) == (["b", "a"], [0, 255])
+    assert data.pairs(torch.tensor([], dtype=torch.long))[2].shape == (0, 3, 8, 8)
+
+
+def test_the_library_reads_that_folder_too(tmp_path):
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(filed(tmp_path, [line()])))["train"]
+    (one,) = theirs
+    assert one["caption"] == "a caption"
+    assert (np.asarray(one["chosen"]).mean(), np.asarray(one["rejected"]).mean()) == (255, 0)
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        ('{"file_name": "bright.png", "text": "a"}', "it must be a JSON object with chosen_file"),
+        (line(caption=" "), "its caption is empty"),
+        (line(caption=None), "and caption must be text"),
+        (line(rejected=3), "and caption must be text"),
+        (line(rejected="none.png"), "there is no file none.png"),
+        (line(chosen="../outside.png"), "there is no file ../outside.png"),
+        ("{", "it must be a JSON object with"),
+    ],
+)
+def test_a_broken_line_of_a_folder_is_told_with_its_number(tmp_path, broken, told):
+    (tmp_path / "outside.png").write_bytes(BRIGHT)
+    folder = filed(tmp_path / "pairs", [line(), "", broken])
+    said = rf"^{re.escape(str(folder))}/metadata\.jsonl, line 3: .*{re.escape(told)}"
+    with pytest.raises(ValueError, match=said) as error:
+        read(folder)
+    assert "\n" not in str(error.value)
+    assert len(read(filed(tmp_path / "pairs", [line()]))) == 1  # control
+
+
+def test_a_broken_file_of_a_folder_is_told_with_its_line(tmp_path):
+    data = read(filed(tmp_path, [line(), line()]))
+    (tmp_path / "inside" / "dark.png").write_bytes(noisy()[:3000])
+    said = r"metadata\.jsonl, line 2: inside/dark\.png is no picture that can be read"
+    with pytest.raises(ValueError, match=said):
+        data.pairs(torch.tensor([1]))
+    assert greys(data.pictures(torch.tensor([1]))[1]) == [255]  # control: the other one
+
+
+def test_a_folder_of_files_has_no_splits_no_parquet_files_and_is_not_empty(tmp_path):
+    filed(tmp_path, [line()])
+    with pytest.raises(ValueError, match=r"split is 'train', and .*metadata\.jsonl has none"):
+        read(tmp_path, split="train")
+    write(tmp_path, [row()])
+    with pytest.raises(ValueError, match=r"holds both metadata\.jsonl and parquet files"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match="names no pair"):
+        read(filed(tmp_path / "empty", [""]))
 
 
 # -- memory ---------------------------------------------------------------------------------------

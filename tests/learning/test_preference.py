@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from genpolicy.learning.preference import error_gap, flipped, preference_loss, robust, safe_share
+from genpolicy.learning.preference import (
+    error_gap,
+    flipped,
+    preference_loss,
+    robust,
+    safe_share,
+    semantic_weight,
+)
 from genpolicy.methods.parts.preferences import Comparison, Preference
 
 Z = torch.tensor([-2.0, 0.0, 0.5, 3.0], dtype=torch.float64)
@@ -39,6 +46,13 @@ def test_the_robust_loss_is_unbiased_where_labels_are_turned(kind):
     plain = (1 - wrong) * preference_loss(Z, kind) + wrong * preference_loss(-Z, kind)
     assert not torch.allclose(plain, clean, atol=0.05), "control: the loss itself is biased"
     assert torch.equal(robust(Z, kind, 0.0), clean)
+
+
+def test_the_semantic_weight_falls_with_the_distance_and_alpha_0_is_none():
+    cosine = torch.tensor([1.0, 0.5, -1.0])
+    known = [1, math.exp(-0.35), math.exp(-1.4)]
+    assert semantic_weight(cosine, 0.7).tolist() == pytest.approx(known)
+    assert semantic_weight(cosine, 0.0).tolist() == [1, 1, 1]
 
 
 # -- gaps of errors --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ told to prefer.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -254,6 +255,43 @@ def test_which_decision_it_meets_is_drawn_by_place_and_not_by_process():
     assert contrasted(second, uniform).worse.tolist() == [int(whole.worse[1]) - 5]
 
 
+def shade(outputs: Tensor, context: Context) -> Tensor:
+    """A cosine by the prompt: .5 of a "bright" picture, -.5 of any other."""
+    return torch.tensor([0.5 if "bright" in prompt else -0.5 for prompt in context.prompts])
+
+
+def tripled(outputs: Tensor, context: Context) -> Tensor:
+    """No cosine."""
+    return 3 * shade(outputs, context)
+
+
+def weighed(folder: Path, reward: str, alpha: float) -> tuple[Any, list[dict[str, float]]]:
+    """A run whose pairs are weighed by a reward that judges nothing, and its first update."""
+    method = {**OWN, "updates": 1, "semantic_alpha": alpha}
+    if alpha:
+        method["semantic_reward"] = reward
+    section = {"tests.toy:brightness": 1.0, f"{__name__}:{reward}": 0.0}
+    run, made = prepared(folder, method, reward=section)
+    return run, trained(run, made, 1)
+
+
+def test_a_pair_weighs_by_its_prompt_and_preferred_picture(tmp_path):
+    """At the reference each loss is log 2 times its weight; half of the prompts are bright."""
+    _, (plain,) = weighed(tmp_path / "plain", "shade", 0.0)
+    _, (found,) = weighed(tmp_path / "weighed", "shade", 2.0)
+    assert plain["loss"] == pytest.approx(math.log(2))
+    mean = (math.exp(-2 * 0.5) + math.exp(-2 * 1.5)) / 2
+    assert found["loss"] == pytest.approx(math.log(2) * mean)
+
+
+def test_pairs_can_only_be_weighed_by_a_cosine_of_the_reward_section(tmp_path):
+    with pytest.raises(ConfigError, match=r"tripled is 1\.5 somewhere, and a cosine is in"):
+        weighed(tmp_path / "tripled", "tripled", 2.0)
+    run, made = prepared(tmp_path / "none", {**OWN, "semantic_alpha": 2.0})
+    with pytest.raises(ConfigError, match="clip_score, and the reward section does not name it"):
+        trained(run, made, 1)
+
+
 def test_no_difference_anywhere_is_no_pair_and_no_error(tmp_path):
     run, made = prepared(tmp_path, OWN, reward={"tests.toy:constant": 1.0}, eval={"every": 0})
     logged: dict[str, float] = {}
@@ -372,6 +410,11 @@ def test_two_processes_learn_what_one_learns(tmp_path, method, world):
         (lambda: SePPO(pool="latest", copies=3), "copies is 3, and with pool latest"),
         (lambda: DiffusionDPO(pairs_per_update=3), "pairs_per_update is 3, and with own pairs"),
         (lambda: DiffusionDPO(pairs="recorded", group=3), "group is 3, and with recorded pairs"),
+        (lambda: DiffusionDPO(pairs="recorded", semantic_alpha=1.0), "semantic_alpha is 1.0, and"),
+        (
+            lambda: DiffusionDPO(semantic_reward="x"),
+            "semantic_reward is 'x', and with semantic_alpha",
+        ),
         (lambda: DiffusionDPO(groups=4, updates=8), "updates is 8; it must be at most 4"),
         (lambda: Preference(wrong=0.5), "wrong is 0.5; it must be below 0.5"),
         (lambda: Preference(beta=1.0, beta_mean=1.0), "beta is 1.0, and beside beta_mean"),

@@ -16,6 +16,7 @@ from genpolicy.config import parse
 from genpolicy.contracts.model import EncodingModel
 from genpolicy.contracts.task import Context
 from genpolicy.models._diffusers_vae import Vae
+from genpolicy.models._kept_latents import KeptLatents
 from genpolicy.models.diffusers_pipeline import DiffusersPipeline
 from genpolicy.models.toy import Toy
 from genpolicy.rollout.examples import examples, paired
@@ -172,6 +173,23 @@ def test_a_damaged_entry_is_not_trusted_and_mended(tmp_path, monkeypatch, model,
     assert torch.equal(model.event(made), event)
     assert rows == [1]
     assert entries(tmp_path) == [first, second]
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path):
+    """...which the command line says in one sentence."""
+    resource = pytest.importorskip("resource")  # a limit of the size of files stands for the disk
+    kept = KeptLatents(tmp_path, "", (64, 64))
+    made, event = torch.rand(1, 3, 8, 8), torch.rand(1, 64, 64)
+    own = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, own[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            kept(made, lambda _: event)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, own)
+    assert entries(tmp_path) == []
+    assert torch.equal(kept(made, lambda _: event), event)  # control
+    assert len(entries(tmp_path)) == 1
 
 
 SHAPES = Path(__file__).parents[2] / "assets" / "shapes-sd3"

@@ -111,11 +111,13 @@ class Comparison:
         number: int,
         flip: Flip = "none",
         draws: int = 1,
+        weight: Tensor | None = None,
     ) -> dict[str, float]:
         """One update on this process's pairs [b], the ``number``-th of the iteration.
 
         place [b]: their numbers among the ``total`` of all processes. draws: times and noises by
-        whose mean gap the flip is decided, the update's own among them.
+        whose mean gap the flip is decided, the update's own among them. weight [b]: of the pairs'
+        losses.
         """
         run, model = self.run, self.run.policy.model
         generator = run.generator("compared", number)
@@ -155,6 +157,8 @@ class Comparison:
                 for one, before in zip(by_now, earlier, strict=True)
             ]
             loss, metrics = self.loss(now, then, masks, flip, other_gaps)
+            if weight is not None:
+                loss = weight[part].to(loss) * loss
             return loss + own, metrics
 
         return run.descend(losses, len(place), self.name)
