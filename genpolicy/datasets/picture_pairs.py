@@ -1,7 +1,9 @@
-"""Pairs of pictures, one of which was preferred, in parquet files as Pick-a-Pic has them.
+"""Pairs of pictures, or of videos, one of which was preferred, in parquet files as Pick-a-Pic has
+them.
 
 Their columns are jpg_0 and jpg_1 (the files of two pictures), caption, and label_0: 1 where the
-first is preferred, 0 where the second is, .5 where none is. Other columns are not read.
+first is preferred, 0 where the second is, .5 where none is. Other columns are not read. A video is
+a file of several pictures (TIFF, as `genpolicy pairs` writes it).
 """
 
 import glob
@@ -25,7 +27,7 @@ from genpolicy.datasets._pair_files import (
     pair_files,
 )
 from genpolicy.datasets._pair_writer import recording
-from genpolicy.datasets._pictures import read, require_pixels, stacked
+from genpolicy.datasets._pictures import read, read_frames, require_pixels, stacked
 
 COPIED = 100
 """Rows that are copied together from the parquet files."""
@@ -44,6 +46,7 @@ class PicturePairs:
     root: str  # the folder
     height: int  # pixels
     width: int  # pixels
+    frames: int | None = None  # of each video; None: pictures
     # what the names of its files begin with (train-00000-of-00645.parquet); None: the only one
     split: str | None = None
     ties: int = field(init=False)  # rows that were left out
@@ -53,6 +56,8 @@ class PicturePairs:
 
     def __post_init__(self) -> None:
         require_pixels(self.height, self.width)
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"frames is {self.frames}; it must be at least 1, or null of pictures")
         with quiet():
             self._files = pair_files(Path(self.root), self.split)
         self._table = _mapped(self._files)  # with the library's bar: it may copy for long
@@ -77,7 +82,7 @@ class PicturePairs:
 
     def pictures(self, index: Tensor) -> tuple[Context, Tensor]:
         """The captions and the preferred pictures Float[B,3,H,W] in [0,1] of the rows ``index``
-        [B].
+        [B]; with ``frames`` F videos Float[B,F,3,H,W].
         """
         rows = self._rows[index]
         found = self._found(rows)
@@ -97,8 +102,8 @@ class PicturePairs:
         return self._table[rows.tolist()].to_pydict()
 
     def _read(self, found: dict[str, list[Any]], rows: Tensor, preferred: bool) -> Tensor:
-        """One side of the pairs, Float[B,3,H,W]. Raises `ValueError` for a picture that is missing
-        or can't be read, and names its row.
+        """One side of the pairs, as `pictures` has them. Raises `ValueError` for a picture that is
+        missing or can't be read, and names its row.
         """
         pictures = []
         for number, row in enumerate(rows.tolist()):
@@ -109,8 +114,14 @@ class PicturePairs:
             where = f"{self._files.place(row)}: {name}"
             if not content:
                 raise ValueError(f"{where} has no picture in the file")
-            pictures.append(read(io.BytesIO(content), self.height, self.width, where))
-        return stacked(pictures, self.height, self.width)
+            file, size = io.BytesIO(content), (self.height, self.width)
+            pictures.append(
+                read(file, *size, where)
+                if self.frames is None
+                else read_frames(file, *size, where, self.frames)
+            )
+        frames = () if self.frames is None else (self.frames,)
+        return stacked(pictures, (*frames, 3, self.height, self.width))
 
 
 def _mapped(files: PairFiles) -> Any:
