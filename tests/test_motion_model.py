@@ -1,45 +1,73 @@
-"""The embedded video model: a plain WanPipeline of a few megabytes, whose autoencoder shows the
-checker what was drawn.
+"""The script of the video model: what it writes is a small pipeline that genpolicy loads with its
+own call, and its autoencoder begins with frames that see themselves alone.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import WanPipeline
 
 from genpolicy.policy.files import saved
 from genpolicy.rewards import _motion as world
 
-ASSET = Path(__file__).parents[1] / "assets" / "motion-wan"
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """assets/make_motion_model.py."""
+    sys.path.insert(0, str(ASSETS))
+    try:
+        import make_motion_model
+    finally:
+        sys.path.remove(str(ASSETS))
+    return make_motion_model
 
 
 @pytest.mark.parametrize("name", world.Split._fields)
 def test_the_shipped_caption_files_are_the_split(name):
-    lines = (ASSET / f"captions_{name}.txt").read_text(encoding="utf-8").splitlines()
-    assert tuple(lines) == getattr(world.split(), name)
+    file = ASSETS / "motion-wan" / f"captions_{name}.txt"
+    assert tuple(file.read_text(encoding="utf-8").splitlines()) == getattr(world.split(), name)
 
 
-def test_it_is_small():
-    assert sum(file.stat().st_size for file in ASSET.rglob("*") if file.is_file()) < 10e6
-
-
-def test_true_videos_pass_through_the_autoencoder():
-    vae = AutoencoderKLWan.from_pretrained(ASSET, subfolder="vae", torch_dtype=torch.float32)
-    rng = np.random.default_rng(5)
-    texts = world.captions()
-    drawn = np.stack([world.render(world.parse(text), rng) for text in texts])
-    with torch.no_grad():
-        x = torch.from_numpy(drawn).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        y = vae.decode(vae.encode(x).latent_dist.mode()).sample
-    seen = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
-    assert world.scores(seen, texts)[:, 0].mean() >= 0.95
-
-
-def test_it_is_loaded_with_its_own_call_and_sampler():
+def test_what_is_written_is_small_and_comes_with_its_call_and_sampler(script, tmp_path):
     """Wan's own call would draw 81 frames of 480 x 832."""
-    found = saved(str(ASSET))
-    assert found.policy["call"]["num_frames"] == world.FRAMES
-    assert found.sampler.steps == 8
+    folder = tmp_path / "model"
+    script.write(script.new_pipeline(), folder)
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 10e6
+    assert isinstance(script.load(folder), WanPipeline)
+    found = saved(str(folder))
+    assert (found.policy["call"], found.sampler.steps) == (script.CALL, 8)
     assert found.load().model.event_shape == (16, 3, 4, 4)
+
+
+def test_the_share_of_paused_videos_is_the_share(script):
+    texts = world.split().pictured
+    drawn = script.videos(texts, 4, script.PAUSED, seed=0)
+    strict = world.scores(drawn, [text for text in texts for _ in range(4)])[:, 0]
+    assert 1 - strict.mean() == pytest.approx(script.PAUSED, abs=0.15)
+
+
+def test_frames_that_see_themselves_alone(script):
+    """Each latent is that of the last frame of its four, and is decoded as four equal frames; the
+    control, the network's own beginning, mixes frames.
+    """
+    torch.manual_seed(0)
+    vae = script.new_pipeline().vae.eval()
+    video = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    last = video.clone()
+    last[:, :, 1:4], last[:, :, 5:8] = 0.0, 0.0
+
+    def differences() -> tuple[float, float]:
+        with torch.no_grad():
+            latents = [vae.encode(x).latent_dist.mean for x in (video, last)]
+            frames = vae.decode(latents[0]).sample
+        held = (frames[:, :, 2:5] - frames[:, :, 1:2]).abs().max()
+        return float((latents[0] - latents[1]).abs().max()), float(held)
+
+    assert min(differences()) > 1e-3, "control"
+    script.flatten_time(vae)
+    np.testing.assert_allclose(differences(), 0, atol=1e-5)
