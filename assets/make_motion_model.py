@@ -33,6 +33,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -156,6 +157,19 @@ def flatten_time(vae: AutoencoderKLWan) -> None:
             module.bias.zero_()
 
 
+def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Decode to [B, 3, F, H, W] without the last step of the autoencoder, which cuts at -1 and 1:
+    a pale background that overshoots would have no gradient, and stay white.
+    """
+    frames: list[Tensor] = []
+    hook = vae.decoder.register_forward_hook(lambda _, __, output: frames.append(output))
+    try:
+        vae.decode(latents)
+    finally:
+        hook.remove()
+    return unpatchify(torch.cat(frames, 2), patch_size=vae.config.patch_size)
+
+
 def train_vae(vae: AutoencoderKLWan, drawn: np.ndarray, clock: base.Clock, seed: int) -> None:
     """Squared error + .1 absolute error + 1e-4 of the squared latent mean, with noise of a fixed std
     on it; then fix mean and std of each channel.
@@ -182,7 +196,7 @@ def train_vae(vae: AutoencoderKLWan, drawn: np.ndarray, clock: base.Clock, seed:
         frames = torch.randint(world.FRAMES, (size,), generator=draws)
         x = as_tensor(drawn[rows, frames][:, None] if still else drawn[rows])
         mean = vae.encode(x).latent_dist.mean
-        y = vae.decode(mean + NARROW * torch.randn(mean.shape, generator=draws)).sample
+        y = decode(vae, mean + NARROW * torch.randn(mean.shape, generator=draws))
         mse = F.mse_loss(y, x)
         loss = mse + 0.1 * F.l1_loss(y, x) + 1e-4 * mean.square().mean()
         optimiser.zero_grad()

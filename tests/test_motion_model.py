@@ -71,3 +71,14 @@ def test_frames_that_see_themselves_alone(script):
     assert min(differences()) > 1e-3, "control"
     script.flatten_time(vae)
     np.testing.assert_allclose(differences(), 0, atol=1e-5)
+
+
+def test_what_the_autoencoder_learns_from_is_cut_by_its_last_step_alone(script):
+    torch.manual_seed(0)
+    vae = script.new_pipeline().vae.eval()
+    latents = torch.randn(2, 16, 3, 4, 4)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.fill_(1.0)  # so that much is beyond 1
+        whole, cut = script.decode(vae, latents), vae.decode(latents).sample
+    assert whole.max() > 1
+    assert torch.equal(whole.clamp(-1, 1), cut)
