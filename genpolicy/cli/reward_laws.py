@@ -1,4 +1,6 @@
-"""The laws that a reward must keep, tried on small pictures."""
+"""The laws that a reward must keep, tried on small pictures, or on videos where it judges no
+pictures.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,8 +22,18 @@ PROMPTS = (
     "a red triangle left of a green circle",
     "a blue circle above a yellow triangle",
 )
-SIZE = 64
-"""Height and width of the pictures that rewards are tried on, in pixels."""
+MOTIONS = (
+    "a red circle moves right",
+    "a red square moves right",
+    "a green triangle moves up",
+    "a blue square moves left",
+    "a yellow circle moves down",
+    "a red square moves left",
+)
+SIZE, FRAMES = 64, 5
+"""Height and width of the pictures that rewards are tried on, in pixels, and the frames of the
+videos.
+"""
 
 
 ALONE = 1e-4
@@ -52,26 +64,41 @@ def law_pictures() -> Tensor:
     return pictures
 
 
+def law_videos() -> Tensor:
+    """Videos [6,5,3,64,64] in [0, 1]: the pictures standing still, and two of a red square that
+    moves right.
+    """
+    videos = law_pictures()[:, None].repeat(1, FRAMES, 1, 1, 1)
+    videos[[1, 5]] = 1.0
+    red = torch.tensor([0.86, 0.16, 0.16])[:, None, None]
+    for frame in range(FRAMES):
+        videos[[1, 5], frame, :, 26:42, 8 + 8 * frame : 24 + 8 * frame] = red
+    return videos
+
+
 def reward_laws(dotted: str) -> Iterator[Verdict]:
     """Tries the reward of a dotted path, law by law."""
     rewards = WeightedRewards({dotted: (leaves.make("rewards", {"name": dotted}, PERSON), 1.0)})
     load_rewards(rewards)
-    pictures, context = law_pictures(), Context(PROMPTS)
-
     shown: list[Tensor] = []
 
     def reward(outputs: Tensor, context: Context) -> Tensor:
         shown.append(outputs)
         return rewards.rewards[dotted][0](outputs, context)
 
-    def score(pictures: Tensor, context: Context) -> Tensor:
-        return judged(dotted, reward, pictures, context)
+    def score(outputs: Tensor, context: Context) -> Tensor:
+        return judged(dotted, reward, outputs, context)
 
+    outputs, context = law_pictures(), Context(PROMPTS)
     try:
-        together = score(pictures, context)
+        together = score(outputs, context)
     except RewardError as error:
-        yield Verdict("one number for every output", False, str(error))
-        return
+        outputs, context = law_videos(), Context(MOTIONS)
+        try:
+            together = score(outputs, context)
+        except RewardError:  # what it says of pictures is the plainer sentence
+            yield Verdict("one number for every output", False, str(error))
+            return
     shape = tuple(together.shape)
     whole = shape == (len(context),)
     yield Verdict("one number for every output", whole, f"shape {shape} for {len(context)} outputs")
@@ -79,13 +106,13 @@ def reward_laws(dotted: str) -> Iterator[Verdict]:
         return
     values = ", ".join(f"{value:.4g}" for value in together.tolist())
     yield Verdict("finite", bool(together.isfinite().all()), values)
-    untouched = torch.equal(shown[0], pictures)
+    untouched = torch.equal(shown[-1], outputs)
     yield Verdict("leaves the outputs as they are", untouched, "")
-    again = score(pictures, context)
+    again = score(outputs, context)
     same = torch.equal(together, again)
     yield Verdict("the same outputs get the same reward", same, _gap(together, again))
     alone = torch.cat(
-        [score(pictures[i : i + 1], context[i : i + 1]).reshape(-1) for i in range(len(context))]
+        [score(outputs[i : i + 1], context[i : i + 1]).reshape(-1) for i in range(len(context))]
     )
     largest = ALONE * together.abs().max().clamp_min(1e-12)
     close = alone.shape == together.shape and bool((together - alone).abs().max() <= largest)

@@ -9,13 +9,10 @@ from torch import Tensor
 from genpolicy.cli.sections import sampler_keys
 from genpolicy.config.errors import ConfigError
 from genpolicy.config.whole_file import replacing
-from genpolicy.evaluation import pictures
+from genpolicy.evaluation import pictures, videos
 from genpolicy.evaluation.prompt_scores import draw
 from genpolicy.policy.files import saved
 from genpolicy.training.build import prompt_lines
-
-FRAMES_PER_SECOND = 8
-"""Frames per second of a video's GIF."""
 
 
 def run(args: Namespace) -> int:
@@ -52,18 +49,10 @@ def _prompts(text: str) -> tuple[str, ...]:
 
 
 def _write(output: Tensor, stem: Path) -> None:
-    """Writes a picture [3,H,W] as a PNG, a video [F,3,H,W] as a GIF."""
-    if output.ndim == 3:
-        (picture,) = pictures.pixels(output[None])
-        with replacing(stem.with_suffix(".png")) as staged:
-            Image.fromarray(picture).save(staged)
+    """Writes a picture [3,H,W] as a PNG, a video [F,3,H,W] as a GIF and an MP4."""
+    if output.ndim == 4:
+        videos.write(pictures.pixels(output), stem)
         return
-    first, *others = [Image.fromarray(frame) for frame in pictures.pixels(output)]
-    with replacing(stem.with_suffix(".gif")) as staged:
-        first.save(
-            staged,
-            save_all=True,
-            append_images=others,
-            duration=1000 // FRAMES_PER_SECOND,
-            loop=0,
-        )
+    (picture,) = pictures.pixels(output[None])
+    with replacing(stem.with_suffix(".png")) as staged:
+        Image.fromarray(picture).save(staged)

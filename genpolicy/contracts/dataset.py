@@ -64,7 +64,9 @@ class Pictures(Protocol):
         ...
 
     def pictures(self, index: Tensor) -> tuple[Context, Tensor]:
-        """The captions and the pictures Float[B,3,H,W] in [0,1] of the rows ``index`` [B]."""
+        """The captions and the pictures Float[B,3,H,W] in [0,1] (or videos Float[B,F,3,H,W]) of
+        the rows ``index`` [B].
+        """
         ...
 
 
@@ -76,7 +78,7 @@ class Pairs(Pictures, Protocol):
     """
 
     def pairs(self, index: Tensor) -> tuple[Context, Tensor, Tensor]:
-        """The captions, the preferred pictures and the others, Float[B,3,H,W] in [0,1] each, of the
+        """The captions, the preferred pictures and the others, each as `Pictures` has them, of the
         rows ``index`` [B].
         """
         ...

@@ -1,4 +1,4 @@
-"""Writes pairs of pictures as parquet files, whole or not at all."""
+"""Writes pairs of pictures or videos as parquet files, whole or not at all."""
 
 import io
 import shutil
@@ -28,8 +28,8 @@ def recording(
     out: Path, made: Mapping[str, Any]
 ) -> Iterator[Callable[[str, Tensor, Tensor, bool], None]]:
     """A data set of pairs that is being written to the new folder ``out``: hand it captions, each
-    with the preferred picture and the other one, Float[3,H,W] in [0,1], and True where the
-    preferred one is to stand first.
+    with the preferred picture and the other one, Float[3,H,W] in [0,1] (or videos Float[F,3,H,W]),
+    and True where the preferred one is to stand first.
 
     Leaving it makes the finished folder appear, with ``made`` and the checksums of its files in
     genpolicy.json; leaving it by an exception leaves nothing behind. ``made`` may be completed
@@ -82,7 +82,7 @@ class _Shards:
 
     def add(self, caption: str, preferred: Tensor, other: Tensor, first: bool) -> None:
         """Adds one pair, whose preferred picture stands first or second."""
-        pictures = [_png(picture) for picture in (preferred, other)]
+        pictures = [_encoded(picture) for picture in (preferred, other)]
         stored = [{"bytes": content, "path": None} for content in pictures]
         if not first:
             stored.reverse()
@@ -118,9 +118,15 @@ class _Shards:
         self._rows.clear()
 
 
-def _png(picture: Tensor) -> bytes:
-    """A picture Float[3,H,W] in [0,1] as a file, rounded to bytes and without further loss."""
-    pixels = (picture.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
+def _encoded(picture: Tensor) -> bytes:
+    """A picture Float[3,H,W] in [0,1] as a PNG, a video Float[F,3,H,W] as a TIFF of its frames:
+    rounded to bytes and without further loss. (Pillow joins equal frames in its other formats.)
+    """
+    pixels = (picture.clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    if pixels.ndim == 3:
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+    first, *others = [Image.fromarray(frame) for frame in pixels]
+    first.save(file, "TIFF", save_all=True, append_images=others, compression="tiff_adobe_deflate")
     return file.getvalue()

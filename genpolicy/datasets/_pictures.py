@@ -1,4 +1,6 @@
-"""Reads one picture of whatever size and kind as the pixels that a model learns from."""
+"""Reads one picture of whatever size and kind, or a video, as the pixels that a model learns
+from.
+"""
 
 import io
 from pathlib import Path
@@ -23,20 +25,35 @@ def require_pixels(height: int, width: int) -> None:
 
 def read(source: Path | BinaryIO, height: int, width: int, where: str) -> Tensor:
     """Reads a picture, Float[3,H,W] in [0,1]: upright, scaled to cover ``height`` x ``width`` and
-    cut around its middle. Raises `ValueError` for what can't be read, which ``where`` names.
+    cut around its middle; of a file with several the first. Raises `ValueError` for what can't be
+    read, which ``where`` names.
     """
+    return read_frames(source, height, width, where, 1)[0]
+
+
+def read_frames(source: Path | BinaryIO, height: int, width: int, where: str, count: int) -> Tensor:
+    """Reads the first ``count`` pictures of a file, Float[F,3,H,W] in [0,1], each as `read` does.
+    Raises `ValueError` also where it has fewer.
+    """
+    frames = []
     try:
         # a path would be mapped into memory, and a grey TIFF that is mapped is turned twice
         file = io.BytesIO(source.read_bytes()) if isinstance(source, Path) else source
         with Image.open(file, formats=FORMATS) as picture:
-            upright = ImageOps.exif_transpose(picture)  # as the camera was held
-            fitted = ImageOps.fit(_eight_bits(upright).convert("RGB"), (width, height))
+            held = getattr(picture, "n_frames", 1)
+            for frame in range(min(count, held)):
+                picture.seek(frame)
+                upright = ImageOps.exif_transpose(picture)  # as the camera was held
+                fitted = ImageOps.fit(_eight_bits(upright).convert("RGB"), (width, height))
+                frames.append(torch.from_numpy(np.array(fitted)).movedim(-1, 0).float() / 255)
     except UnidentifiedImageError:
         kinds = ", ".join(FORMATS)
         raise ValueError(f"{where} is no picture that can be read: it is none of {kinds}") from None
     except Exception as error:  # its decoders raise whatever they stumble over (struct.error)
         raise ValueError(f"{where} is no picture that can be read: {error}") from None
-    return torch.from_numpy(np.array(fitted)).movedim(-1, 0).float() / 255
+    if held < count:
+        raise ValueError(f"{where} has {held} frame{'s' * (held > 1)}, and {count} are asked for")
+    return torch.stack(frames)
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
@@ -51,6 +68,6 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def stacked(pictures: list[Tensor], height: int, width: int) -> Tensor:
-    """Pictures [3,H,W] as [B,3,H,W], also where there is none."""
-    return torch.stack(pictures) if pictures else torch.zeros(0, 3, height, width)
+def stacked(pictures: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Pictures or videos of a shape as [B,*shape], also where there is none."""
+    return torch.stack(pictures) if pictures else torch.zeros(0, *shape)

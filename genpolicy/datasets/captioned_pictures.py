@@ -55,4 +55,4 @@ class CaptionedPictures:
         found = [self.files[row] for row in rows]
         pictures = [read(file, self.height, self.width, str(file)) for file in found]
         captions = [self.captions[row] for row in rows]
-        return Context(captions), stacked(pictures, self.height, self.width)
+        return Context(captions), stacked(pictures, (3, self.height, self.width))

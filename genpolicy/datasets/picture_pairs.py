@@ -1,10 +1,11 @@
-"""Pairs of pictures, one of which was preferred: in parquet files as Pick-a-Pic has them, or as
-files of a folder.
+"""Pairs of pictures, or of videos, one of which was preferred: in parquet files as Pick-a-Pic has
+them, or as files of a folder.
 
 The columns of parquet files are jpg_0 and jpg_1 (the files of two pictures), caption, and label_0:
 1 where the first is preferred, 0 where the second is, .5 where none is. Other columns are not read.
 A folder of files has one metadata.jsonl, each line of which is {"chosen_file_name": "0.png",
-"rejected_file_name": "1.png", "caption": "a red circle"}, file names relative to the folder.
+"rejected_file_name": "1.png", "caption": "a red circle"}, file names relative to the folder. A
+video is a file of several pictures (TIFF, as `genpolicy pairs` writes it).
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from genpolicy.datasets._metadata import METADATA
 from genpolicy.datasets._pair_folder import PairFolder
 from genpolicy.datasets._pair_table import PairTable
 from genpolicy.datasets._pair_writer import recording
-from genpolicy.datasets._pictures import read, require_pixels, stacked
+from genpolicy.datasets._pictures import read, read_frames, require_pixels, stacked
 
 
 @dataclass(eq=False)
@@ -36,6 +37,7 @@ class PicturePairs:
     root: str  # the folder
     height: int  # pixels
     width: int  # pixels
+    frames: int | None = None  # of each video; None: pictures
     # what the names of parquet files begin with (train-00000-of-00645.parquet); None: the only one
     split: str | None = None
     ties: int = field(init=False)  # rows that were left out
@@ -44,6 +46,8 @@ class PicturePairs:
 
     def __post_init__(self) -> None:
         require_pixels(self.height, self.width)
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"frames is {self.frames}; it must be at least 1, or null of pictures")
         self._stored = _stored(Path(self.root), self.split)
         decided = self._stored.labels != 0.5
         self._rows = decided.nonzero().flatten()
@@ -66,7 +70,7 @@ class PicturePairs:
 
     def pictures(self, index: Tensor) -> tuple[Context, Tensor]:
         """The captions and the preferred pictures Float[B,3,H,W] in [0,1] of the rows ``index``
-        [B].
+        [B]; with ``frames`` F videos Float[B,F,3,H,W].
         """
         context, preferred = self._read(index, (True,))
         return context, preferred
@@ -77,19 +81,24 @@ class PicturePairs:
         return context, preferred, other
 
     def _read(self, index: Tensor, asked: tuple[bool, ...]) -> tuple[Any, ...]:
-        """The captions, and the preferred pictures (True) or the others (False), Float[B,3,H,W].
-        Raises `ValueError` for a picture that can't be read, and names its row.
+        """The captions, and the preferred pictures (True) or the others (False), as `pictures` has
+        them. Raises `ValueError` for a picture that can't be read, and names its row.
         """
         rows: list[int] = self._rows[index].tolist()
         captions, files = self._stored.read(rows) if rows else ([], [])
+        frames, size = self.frames, (self.height, self.width)
         found = []
         for preferred in asked:
             pictures = []
             for row, pair in zip(rows, files, strict=True):
                 side = int((self._stored.labels[row] == 1) != preferred)
                 where = self._stored.place(row, side)
-                pictures.append(read(pair[side], self.height, self.width, where))
-            found.append(stacked(pictures, self.height, self.width))
+                pictures.append(
+                    read(pair[side], *size, where)
+                    if frames is None
+                    else read_frames(pair[side], *size, where, frames)
+                )
+            found.append(stacked(pictures, (*(() if frames is None else (frames,)), 3, *size)))
         return Context(captions), *found
 
 

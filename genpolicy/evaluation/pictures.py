@@ -1,7 +1,9 @@
-"""Sheets of the pictures that a policy drew: grids, pairs before and after, groups."""
+"""Sheets of the pictures that a policy drew: grids, pairs before and after, groups. Of videos a
+sheet shows a few frames, and one that moves is written beside it.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,12 +13,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from genpolicy.config.whole_file import replacing, write_text
+from genpolicy.evaluation import videos
+from genpolicy.evaluation.videos import SMALLEST
 
 GREY, GOOD, BAD = "#999999", "#009E73", "#D55E00"
 """Colours of frames without a verdict, of good ones and of bad ones."""
-SMALLEST, LARGEST = 96, 256
-"""Pixels of a tile's longer side: small pictures are magnified (pixels stay pixels), large ones
-reduced.
+LARGEST = 256
+"""Pixels of a tile's longer side, at most; from `SMALLEST` on: small pictures are magnified (pixels
+stay pixels), large ones reduced.
 """
 FRAMES = 4
 """Frames of a video that are shown side by side."""
@@ -36,9 +40,13 @@ def grid(outputs: Tensor, prompts: Sequence[str], path: Path, columns: int = 8) 
     """Draws pictures [B,3,H,W] or videos [B,F,3,H,W], each over its prompt, and writes the whole
     prompts to a text file beside.
     """
-    cells = [_Cell([tile], prompt) for tile, prompt in zip(_tiles(outputs), prompts, strict=False)]
-    _save(cells, columns, path)
-    write_text(path.with_suffix(".txt"), "".join(f"{cell.text}\n" for cell in cells))
+    shown = prompts[: len(outputs)]
+
+    def cells(tiles: Sequence[Image.Image]) -> list[_Cell]:
+        return [_Cell([tile], prompt) for tile, prompt in zip(tiles, shown, strict=False)]
+
+    _draw(cells, [outputs], columns, path)
+    write_text(path.with_suffix(".txt"), "".join(f"{prompt}\n" for prompt in shown))
 
 
 def before_after(
@@ -55,30 +63,40 @@ def before_after(
     rewards: ([B], [B]), drawn beside the prompt as "before → after" and as the frames' colour:
     green where the reward is over the middle of what occurs, orange below.
     """
-    cells = []
     middle = (
         0.0 if rewards is None else float((min(map(min, rewards)) + max(map(max, rewards))) / 2)
     )
-    for i, pair in enumerate(zip(_tiles(before), _tiles(after), strict=True)):
-        cell = _Cell(pair, prompts[i])
-        if rewards is not None:
-            values = [float(reward[i]) for reward in rewards]
-            frames = [GOOD if value > middle else BAD for value in values]
-            cell = _Cell(pair, f"{values[0]:.2g} → {values[1]:.2g}:  {prompts[i]}", frames)
-        cells.append(cell)
-    _save(cells, columns, path, "each pair: before (left), after (right), same prompt and noise")
+
+    def cells(*sides: Sequence[Image.Image]) -> list[_Cell]:
+        made = []
+        for i, pair in enumerate(zip(*sides, strict=True)):
+            cell = _Cell(pair, prompts[i])
+            if rewards is not None:
+                values = [float(reward[i]) for reward in rewards]
+                frames = [GOOD if value > middle else BAD for value in values]
+                cell = _Cell(pair, f"{values[0]:.2g} → {values[1]:.2g}:  {prompts[i]}", frames)
+            made.append(cell)
+        return made
+
+    title = "each pair: before (left), after (right), same prompt and noise"
+    _draw(cells, [before, after], columns, path, title)
 
 
 def group(outputs: Tensor, prompt: str, rewards: Tensor, advantages: Tensor, path: Path) -> None:
     """Draws one group, best first, with every member's reward and advantage; green frames were
     pushed up, orange ones down.
     """
-    tiles, cells = _tiles(outputs), []
-    for i in rewards.argsort(descending=True, stable=True).tolist():
-        reward, advantage = float(rewards[i]), float(advantages[i])
-        colour = GOOD if advantage > 0 else BAD if advantage < 0 else GREY
-        cells.append(_Cell([tiles[i]], f"{reward:.2f} ({advantage:+.2f})", [colour]))
-    _save(cells, 8, path, f"{prompt}: reward (advantage)")
+    order = rewards.argsort(descending=True, stable=True).tolist()
+
+    def cells(tiles: Sequence[Image.Image]) -> list[_Cell]:
+        made = []
+        for i in order:
+            reward, advantage = float(rewards[i]), float(advantages[i])
+            colour = GOOD if advantage > 0 else BAD if advantage < 0 else GREY
+            made.append(_Cell([tiles[i]], f"{reward:.2f} ({advantage:+.2f})", [colour]))
+        return made
+
+    _draw(cells, [outputs], 8, path, f"{prompt}: reward (advantage)")
 
 
 @dataclass(frozen=True)
@@ -160,7 +178,27 @@ def cut(line: str, width: int) -> str:
     return kept
 
 
-def _save(cells: Sequence[_Cell], columns: int, path: Path, title: str = "") -> None:
+def _draw(
+    cells: Callable[..., Sequence[_Cell]],
+    outputs: Sequence[Tensor],
+    columns: int,
+    path: Path,
+    title: str = "",
+) -> None:
+    """Writes the sheet of the cells that are made of the outputs' tiles; of videos also a sheet
+    that moves, beside it.
+    """
+    with replacing(path) as staged:
+        _sheet(cells(*map(_tiles, outputs)), columns, title).save(staged)
+    if outputs[0].ndim == 5:
+        moving = [
+            _sheet(cells(*([tile(p) for p in pixels(o[:, f])] for o in outputs)), columns, title)
+            for f in range(outputs[0].shape[1])
+        ]
+        videos.write(np.stack([np.asarray(sheet) for sheet in moving]), path.with_suffix(""))
+
+
+def _sheet(cells: Sequence[_Cell], columns: int, title: str) -> Image.Image:
     """Draws cells in rows, under a title."""
     columns = min(columns, len(cells))
     texts = [_wrapped(cell.text, cell.width, LINES) for cell in cells]
@@ -184,5 +222,4 @@ def _save(cells: Sequence[_Cell], columns: int, path: Path, title: str = "") -> 
                 box = (x, y, x + tile.width - 1, y + tile.height - 1)
                 draw.rectangle(box, outline=cell.frames[place], width=3)
             x += tile.width + GAP // 2
-    with replacing(path) as staged:
-        sheet.save(staged)
+    return sheet

@@ -242,12 +242,12 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Turns a batch [B, 3, H, W] in [0, 1] into uint8 [B, H, W, 3]; what is not finite becomes
-    black.
+    """Turns a batch [..., 3, H, W] in [0, 1], of pictures or videos, into uint8 [..., H, W, 3];
+    what is not finite becomes black.
     """
     values = images.detach().float().cpu().numpy()
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    return np.rint(values.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return np.moveaxis(np.rint(values.clip(0, 1) * 255).astype(np.uint8), -3, -1)
 
 
 def detect(image: np.ndarray) -> list[Found]:

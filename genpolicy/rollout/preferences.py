@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from genpolicy.chain import Noise
-from genpolicy.config.errors import ConfigError
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.contracts.task import Context
 from genpolicy.policy.policy import ChainPolicy
@@ -20,7 +19,8 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class Preference:
-    """Two samples of one prompt, pictures Float[3,H,W] in [0,1] on the CPU, one of which has the
+    """Two samples of one prompt, pictures Float[3,H,W] or videos Float[F,3,H,W] in [0,1] on the
+    CPU, one of which has the
     higher reward.
     """
 
@@ -41,8 +41,7 @@ def preferences(
     have the same. noise: group-major, M groups of N >= 2 members.
 
     They come in blocks, in the order of the prompts: at most `BLOCK` rows are in memory, or one
-    group. Raises `ConfigError` for a policy whose
-    outputs are no pictures.
+    group.
     """
     members = len(noise) // len(prompts)
     groups = max(1, BLOCK // members)
@@ -55,14 +54,14 @@ def preferences(
             noise[first * members : (first + len(asked)) * members],
             micro_batches,
         )
-        if outputs.ndim != 4:
-            raise ConfigError("the policy draws videos, and pairs are of pictures")
         drawn, scores = outputs.unflatten(0, (-1, members)), totals.view(-1, members)
         yield [_preference(*group) for group in zip(asked, drawn, scores, strict=True)]
 
 
 def _preference(prompt: str, samples: Tensor, score: Tensor) -> Preference | None:
-    """The preference among the samples [N,3,H,W] of a prompt, whose rewards are ``score`` [N]."""
+    """The preference among the samples of a prompt, pictures [N,3,H,W] or videos [N,F,3,H,W], whose
+    rewards are ``score`` [N].
+    """
     best, worst = int(score.argmax()), int(score.argmin())
     if score[best] == score[worst]:
         return None

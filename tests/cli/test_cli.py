@@ -337,7 +337,7 @@ def test_sample_of_one_text(run: Path, tmp_path: Path):
     assert (tmp_path / "out" / "grid.txt").read_text() == "bright picture\n"
 
 
-def test_videos_become_gifs(tmp_path: Path):
+def test_videos_become_gifs_and_mp4s(tmp_path: Path):
     video = {"name": "toy", "frames": 5}
     path = write(tmp_path, policy=video, budget={"iterations": 1}, eval={"every": 0, "samples": 4})
     assert main(["train", path]) == 0
@@ -357,7 +357,13 @@ def test_videos_become_gifs(tmp_path: Path):
     )
     gif = Image.open(tmp_path / "out" / "000_00.gif")
     assert gif.n_frames == 5
-    assert (tmp_path / "out" / "grid.png").is_file()
+    assert {path.name for path in (tmp_path / "out").glob("grid.*")} == {
+        "grid.png",
+        "grid.txt",
+        "grid.gif",
+        "grid.mp4",
+    }
+    assert (tmp_path / "out" / "000_00.mp4").is_file()
 
 
 def test_a_saved_policy_carries_its_sampler(run: Path, tmp_path: Path):

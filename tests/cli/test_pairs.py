@@ -182,20 +182,35 @@ def test_what_draws_no_pictures_and_what_is_there_is_refused(run, tmp_path, caps
     assert main(["train", str(folder / "experiment.yaml")]) == 0
     assert pairs(folder / "run", tmp_path / "pairs") == 2
     assert "acts, it does not draw: genpolicy demonstrate" in capsys.readouterr().err
-    folder = tmp_path / "videos"
-    folder.mkdir()
+    assert not list(tmp_path.glob("*pairs*"))
+
+
+def test_pairs_of_videos_are_what_was_drawn(tmp_path):
+    """Frame by frame, and the first frame where pictures are asked for."""
     raw = toy.experiment(
-        folder,
+        tmp_path,
         policy={"name": "tests.cli.test_pairs:Videos"},
         reward={"tests.cli.test_pairs:bright_frames": 1.0},
         budget={"iterations": 1},
         eval={"every": 0, "samples": 4},
     )
-    (folder / "experiment.yaml").write_text(yaml.safe_dump(raw))
-    assert main(["train", str(folder / "experiment.yaml")]) == 0
-    assert pairs(folder / "run", tmp_path / "pairs") == 2
-    assert "the policy draws videos, and pairs are of pictures" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*pairs*"))
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["train", str(tmp_path / "experiment.yaml")]) == 0
+    assert pairs(tmp_path / "run", tmp_path / "out", "--groups", "8", "--members", "4") == 0
+    out = str(tmp_path / "out")
+    stills = PicturePairs(out, 8, 8)
+    frames = 2
+    films = PicturePairs(out, 8, 8, frames=frames)
+    rows = torch.arange(len(films))
+    context, preferred, other = films.pairs(rows)
+    assert preferred.shape == (len(films), frames, 3, 8, 8)
+    assert (bright_frames(preferred, context) >= bright_frames(other, context)).all()
+    assert torch.equal(stills.pairs(rows)[1], preferred[:, 0])
+    assert films.pictures(rows[:0])[1].shape == (0, frames, 3, 8, 8)
+    with pytest.raises(ValueError, match=f"has {frames} frames, and 99 are asked for"):
+        PicturePairs(out, 8, 8, frames=99).pictures(rows)
+    with pytest.raises(ValueError, match="frames is 0"):
+        PicturePairs(out, 8, 8, frames=0)
 
 
 def test_a_policy_that_comes_from_no_run_needs_prompts_and_a_reward(tmp_path, capsys):
