@@ -19,8 +19,8 @@ from genpolicy.config.origin import PERSON
 from genpolicy.contracts.reward import WeightedRewards
 from genpolicy.datasets.picture_pairs import PicturePairs
 from genpolicy.policy.files import Saved, saved
+from genpolicy.rollout.judged_pairs import preferences
 from genpolicy.rollout.micro_batch import MicroBatches
-from genpolicy.rollout.preferences import preferences
 from genpolicy.training.build import load_rewards, make_rewards, prompt_lines
 from genpolicy.training.draws import Draws
 

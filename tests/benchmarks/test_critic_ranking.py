@@ -247,6 +247,6 @@ def test_a_runs_critic_is_ranked_and_the_run_is_only_read(tmp_path, name):
 def test_a_folder_without_a_critic_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match="no run's folder"):
         measure(tmp_path, 3, 4, 5, 0)
-    folder = told_by(tmp_path, name="aloe", weigh="success")
+    folder = told_by(tmp_path, name="aloe", weigh="success", critic={})
     with pytest.raises(ConfigError, match="has no critic"):
         measure(folder, 3, 4, 5, 0)

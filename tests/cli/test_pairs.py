@@ -13,7 +13,7 @@ from genpolicy.cli.main import main
 from genpolicy.config.seal import unsealed
 from genpolicy.contracts.task import Context
 from genpolicy.datasets.picture_pairs import PicturePairs
-from genpolicy.rollout import preferences
+from genpolicy.rollout import judged_pairs
 from tests import toy, toy_control
 from tests.toy import PROMPTS, brightness
 
@@ -121,7 +121,7 @@ def test_groups_that_the_reward_sees_alike_are_dropped_and_counted(run, tmp_path
 def test_any_block_of_groups_draws_the_same_pairs(run, tmp_path, monkeypatch):
     asked = ("--groups", "7", "--members", "3")
     assert pairs(run, tmp_path / "whole", *asked) == 0
-    monkeypatch.setattr(preferences, "BLOCK", 7)
+    monkeypatch.setattr(judged_pairs, "BLOCK", 7)
     assert pairs(run, tmp_path / "parts", *asked) == 0
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 

@@ -73,12 +73,11 @@ def test_every_group_has_one_start(tmp_path, starts):
     assert len(run.collect(4, 1, starts=[1, 2, 3, 4]).rewards) == 4, "control"
 
 
-def test_prompts_have_no_starts_and_keep_no_episodes(tmp_path):
+def test_prompts_have_no_starts(tmp_path):
     run = prepared(tmp_path)
     told(
         "starts are the reset seeds of environments", lambda: run.collect(4, 2, starts=[1, 2, 3, 4])
     )
-    told("the samples of prompts are not kept", lambda: run.collect(4, 2, keep=True))
 
 
 def test_episodes_that_were_not_kept_are_not_read(tmp_path):

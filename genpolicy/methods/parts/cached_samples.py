@@ -51,9 +51,12 @@ class CachedSamples:
         self._forget()
 
     def fresh(self, views: Tensor) -> Tensor:
-        """The samples at the views [b] of the replay, drawn now for these alone, Float[b,N,*E]."""
+        """The samples at the views [b] of the replay, drawn now for these alone, each once,
+        Float[b,N,*E].
+        """
         model, replay = self.run.policy.model, self.experience.replay
-        return self._draw(model.encode(replay.views[views]), views)[0]
+        asked, place = views.unique(return_inverse=True)
+        return self._draw(model.encode(replay.views[asked]), asked)[0][place]
 
     def _forget(self) -> None:
         self._drawn: list[tuple[Tensor, Tensor]] = []

@@ -49,10 +49,10 @@ class Episodes:
                 "method: practice.episodes is 0, and environment steps alone would never spend the"
                 " budget: set budget.iterations"
             )
-        if not is_control(run.task):
-            unread("method: practice", settings, "where prompts are drawn", "retry", "person")
         if settings.person.share:
             attended(run.task)
+        if not is_control(run.task):
+            unread("method: practice", settings, "where prompts are drawn", "retry", "person")
         self.run, self.settings = run, settings
         for name in ("first", "episodes"):
             if count := getattr(settings, name):

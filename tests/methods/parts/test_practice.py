@@ -136,7 +136,7 @@ def test_a_person_who_can_not_act_is_told_before_anything_is_played(tmp_path):
     with pytest.raises(ConfigError, match="no expert who can take over"):
         begun("nobody", watched, object())
     begun("an expert", watched)  # control
-    begun("nobody watches", Practice(), object())  # control
+    begun("nobody watches", Practice())  # control
 
 
 def test_without_episodes_only_a_budget_that_learning_spends_is_taken(tmp_path):
