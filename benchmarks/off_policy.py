@@ -28,6 +28,7 @@ import torch
 
 from genpolicy.config import leaves, parse
 from genpolicy.config.origin import PERSON
+from genpolicy.config.whole_file import write_text
 from genpolicy.contracts.model import ControlModel
 from genpolicy.evaluation import metrics_file
 from genpolicy.evaluation.curves import COLOURS, by_experience, evaluation, save_panels
@@ -116,7 +117,7 @@ def judge(folder: Path, task: str) -> None:
     environments = world.environments(SLOTS, cast(ControlModel, loaded.model).history)
     found = evaluate_control(loaded, environments, episodes=len(FRESH), seed=FRESH.start)
     environments.close()
-    (folder / REPORT).write_text(json.dumps({"success": found.success.tolist()}))
+    metrics_file.write_json(folder / REPORT, {"success": found.success.tolist()})
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def keep(task: str, runs: dict[str, Run]) -> None:
         for task, runs in tasks.items()
     )
     KEPT.parent.mkdir(parents=True, exist_ok=True)
-    KEPT.write_text(f"{{\n{told}\n}}\n")
+    write_text(KEPT, f"{{\n{told}\n}}\n")
 
 
 def of(method: str, runs: dict[str, Run]) -> list[Run]:

@@ -46,16 +46,16 @@ GROUPS = {"hard": 532, "easy": 528}
 """Groups that pairs are made of: seven and six of every RL caption."""
 MEMBERS, STEPS, WRONG = 8, 8, 0.2
 COST = 148_480
-"""Of every arm."""
+"""The cost that every arm spends."""
 PICTURES = {"hard": 512, "easy": 528}
-"""Of the report: eight and six of every held-out caption."""
+"""Pictures of the report: eight and six of every held-out caption."""
 VARIETY = ("diversity", "spread")
 TUNING_SEED, TUNING_NOISE, REPORT_NOISE = 11, 77_001, 4242
 RATES = (1.5e-4, 3e-4)
 ROWS = 128
 """Examples of an iteration of SePPO, and rows of an update of SFT."""
 PAIRS = 512
-"""Of an iteration of DPO, in eight updates."""
+"""Pairs of an iteration of DPO, in eight updates."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Arm:
 
     @property
     def iterations(self) -> int:
-        """So many spend the cost."""
+        """The number of iterations that spend the cost."""
         return round(COST / KINDS[self.kind].each)
 
 
@@ -257,7 +257,7 @@ def _reports(out: Path, task: str, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _mean(values: Sequence[float | None]) -> float:
-    """Of one number per seed; nan where a seed has none (too few right pictures)."""
+    """The mean of a number per seed; nan where a seed has none (too few right pictures)."""
     return sum(math.nan if v is None else v for v in values) / len(values)
 
 

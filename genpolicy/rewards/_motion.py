@@ -157,7 +157,7 @@ def score(frames: Sequence[Sequence[Found]], motion: Motion) -> tuple[float, flo
 
 
 def _judge(steps: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which steps [F - 1, 2] go in a direction, and which of these are like the mean step.
+    """Marks the steps [F - 1, 2] that go in a direction, and those of them that are like the mean.
 
     A step s goes in direction u where s.u >= MIN_TRAVEL / (F - 1) and s.u exceeds its part across;
     it is like the others where |s - mean s| <= MAX_UNEVEN / (F - 1).

@@ -14,7 +14,9 @@ from genpolicy.rollout.micro_batch import recount
 from genpolicy.training.run import Run
 
 AT_ONCE = 4096
-"""Samples that are drawn by one of the processes, together where memory allows."""
+"""Samples that are drawn by one of the processes, together where memory allows,"""
+SHARED = 256
+"""and of samples that are drawn for a few views, of which several processes have a share."""
 
 
 class CachedSamples:
@@ -56,7 +58,7 @@ class CachedSamples:
         """
         model, replay = self.run.policy.model, self.experience.replay
         asked, place = views.unique(return_inverse=True)
-        return self._draw(model.encode(replay.views[asked]), asked)[0][place]
+        return self._draw(model.encode(replay.views[asked]), asked, each=SHARED)[0][place]
 
     def _forget(self) -> None:
         self._drawn: list[tuple[Tensor, Tensor]] = []
@@ -87,9 +89,11 @@ class CachedSamples:
         return self._all
 
     @torch.no_grad()
-    def _draw(self, conditions: Condition, views: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    def _draw(
+        self, conditions: Condition, views: Tensor, first: int = 0, each: int = AT_ONCE
+    ) -> tuple[Tensor, Tensor]:
         """The samples at views [b], which are seen as ``conditions`` [b], and their starts. first:
-        the number of the process that begins.
+        the number of the process that begins. each: samples that one of them draws in its turn.
         """
         count, policy = self.count, replace(self.draws(), best_of=1, refiner=None)
         rows = torch.arange(len(views)).repeat_interleave(count)
@@ -98,7 +102,7 @@ class CachedSamples:
         noise = replace(noise, member=member)
         processes, model = self.run.processes, policy.model
         drawn = torch.zeros(2, len(rows), *model.event_shape, device=model.device)
-        for number, part in enumerate(torch.arange(len(rows)).split(AT_ONCE), first):
+        for number, part in enumerate(torch.arange(len(rows)).split(each), first):
             if number % processes.count == processes.index:
                 condition, own = conditions[rows[part]], noise[part]
 
